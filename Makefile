@@ -1,0 +1,62 @@
+# `make demo` and `make test` need python3 (3.10 or later) with venv, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+# torch without CUDA (a tenth of the size). For a GPU: make demo TORCH_INDEX=https://pypi.org/simple
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?= -q
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Neither nipype nor a plot may ask for the network or a screen.
+export NO_ET := 1
+export MPLBACKEND := Agg
+# An activated conda environment or PYTHONPATH must not leak in.
+unexport PYTHONPATH
+export PYTHONNOUSERSITE := 1
+
+.PHONY: help demo test lint clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   segment the MNI152 template at 1 mm; says where the report is"
+	@echo "make test   run the tests"
+	@echo "make lint   run the linter"
+	@echo "make clean  remove what these made (distclean: the virtual environment too)"
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/make_demo_dataset.py demo/bids
+	$(BIN)/bids_varaug demo/bids demo/derivatives participant -w demo/work $(DEMO_ARGS)
+	@test -s demo/derivatives/sub-mni152.html
+	@echo "The report: $(CURDIR)/demo/derivatives/sub-mni152.html"
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check .
+
+# The stamps hold what was installed; a changed pyproject.toml or constraints.txt installs again.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# torch alone first: should its own index not answer, PyPI has it too.
+$(VENV)/.torch: constraints.txt | $(VENV)/.python
+	$(PIP) install --quiet --no-deps --retries 0 -c constraints.txt \
+		--extra-index-url $(TORCH_INDEX) torch \
+	|| $(PIP) install --quiet --no-deps -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "$(PYTHON) is older than 3.10: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf demo build dist bids_varaug.egg-info .pytest_cache .ruff_cache .hypothesis
+	find bids_varaug tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,139 @@
+"""The command ``bids_varaug``: from the command line to the exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bids_varaug.cli.exit_codes import ExitCode
+from bids_varaug.cli.parser import parse_settings
+from bids_varaug.cli.settings import Settings
+from bids_varaug.errors import UsageError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the app; returns the exit code, prints errors a user can mend without a traceback."""
+    try:
+        return int(run(parse_settings(argv)))
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def run(settings: Settings) -> ExitCode:
+    """Dispatch on the level of analysis."""
+    if settings.level == "group":
+        print(
+            "ERROR: the group level is not in this version; run the participant level.",
+            file=sys.stderr,
+        )
+        return ExitCode.UNKNOWN_LEVEL
+    return run_participants(settings)
+
+
+def run_participants(settings: Settings) -> ExitCode:
+    """Segment every T1w image that the settings select."""
+    os.environ.setdefault("NO_ET", "1")
+    # Imported here: --help must not wait for torch, pybids and nipype.
+    from bids_varaug.inputs.scans import find_scans
+    from bids_varaug.inputs.validation import validate_input
+    from bids_varaug.models.ensemble import check_member, load_ensemble, select_members
+    from bids_varaug.segmentation.device import resolve_device
+
+    settings = replace(settings, device=resolve_device(settings.device))
+    ensemble = load_ensemble(settings.ensemble)
+    members = select_members(ensemble, settings.members, _members_per_family(settings))
+    for member in members:
+        check_member(ensemble, member)
+    if not settings.skip_bids_validation:
+        validate_input(settings.bids_dir, settings.participant_labels)
+    selection = find_scans(settings)
+    for _, error in selection.unavailable:
+        print(f"ERROR: {error}", file=sys.stderr)
+    for subject in selection.participants_without_t1w:
+        print(f"ERROR: sub-{subject}: no T1w image passes the filters.", file=sys.stderr)
+    if settings.dry_run:
+        _print_plan(selection.scans, members)
+        return ExitCode.DONE
+    from bids_varaug.derivatives.logs import write_logs
+    from bids_varaug.derivatives.sidecars import write_dataset_files
+
+    write_dataset_files(
+        settings.bids_dir, settings.output_dir, ensemble.labels, members, sloppy=settings.sloppy
+    )
+    write_logs(settings, ensemble, members)
+    step = _write_reports if settings.reports_only else _segment
+    complete = step(settings, selection.scans, ensemble, members)
+    if not complete or selection.unavailable or selection.participants_without_t1w:
+        return ExitCode.SUBJECT_FAILED
+    return ExitCode.DONE
+
+
+def _members_per_family(settings: Settings) -> int | None:
+    """``--sloppy`` runs two members: one of each perturbed family, beside the baseline."""
+    if settings.sloppy and settings.n_members is None and settings.members == ("all",):
+        return 1
+    return settings.n_members
+
+
+def _print_plan(scans, members) -> None:
+    print(f"{len(scans)} T1w image(s), members {', '.join(member.id for member in members)}:")
+    for scan in scans:
+        print(f"  {scan.relative}")
+
+
+def _segment(settings: Settings, scans, ensemble, members) -> bool:
+    """Run the workflow; return whether every scan succeeded."""
+    from bids_varaug.derivatives import names
+    from bids_varaug.workflows.participant import LARGEST_STEP_GB, init_participants_wf
+    from bids_varaug.workflows.plugins import ProgressLog, configure_nipype, run_workflow
+
+    if settings.mem_gb is not None and settings.mem_gb < LARGEST_STEP_GB:
+        raise UsageError(
+            f"--mem {settings.mem_gb:g}G: the largest step needs {LARGEST_STEP_GB} GB. Give it at "
+            "least that, or leave --mem out."
+        )
+    log_dir = names.logs(settings.output_dir)
+    configure_nipype(settings, log_dir)
+    progress = ProgressLog(len(scans), len(members))
+    workflow = init_participants_wf(settings, scans, ensemble, members)
+    print(
+        f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}",
+        file=sys.stderr,
+    )
+    complete = run_workflow(workflow, settings, progress)
+    if not complete:
+        failed = ", ".join(sorted(progress.failed)) or "see above"
+        print(
+            f"ERROR: not finished: {failed}. The other scans are done; details are in {log_dir}.",
+            file=sys.stderr,
+        )
+    elif settings.clean_workdir:
+        shutil.rmtree(settings.work_dir / workflow.name)
+    if complete:
+        subjects = sorted({scan.subject for scan in scans})
+        first = names.report(settings.output_dir, subjects[0])
+        more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
+        print(f"Done. Open {first}{more}.", file=sys.stderr)
+    return complete
+
+
+def _write_reports(settings: Settings, scans, ensemble, members) -> bool:
+    """Draw the reports again from derivatives that are there (``--reports-only``)."""
+    from bids_varaug.reports.subject import ReportRequest, write_subject_report
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    complete = True
+    for subject in dict.fromkeys(scan.subject for scan in scans):
+        theirs = tuple(scan for scan in scans if scan.subject == subject)
+        try:
+            path = write_subject_report(ReportRequest(settings, ensemble, tuple(members), theirs))
+            print(f"Wrote {path}.", file=sys.stderr)
+        except UserError as error:
+            print(f"ERROR: {error}", file=sys.stderr)
+            complete = False
+    return complete

@@ -1,0 +1,51 @@
+"""What one run was asked to do: made once from the command line, passed explicitly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The request of one run of ``bids_varaug``; nothing in it changes afterwards.
+
+    Paths are absolute. Labels carry no ``sub-``/``ses-`` prefix. An empty tuple means "all".
+    """
+
+    bids_dir: Path
+    output_dir: Path
+    level: str
+    work_dir: Path
+    participant_labels: tuple[str, ...] = ()
+    exclude_participant_labels: tuple[str, ...] = ()
+    session_labels: tuple[str, ...] = ()
+    bids_filters: Mapping[str, Mapping] = field(default_factory=dict)
+    bids_database_dir: Path | None = None
+    skip_bids_validation: bool = False
+    ensemble: str = "aseg31"
+    members: tuple[str, ...] = ("all",)
+    n_members: int | None = None
+    write_members: bool = False
+    device: str = "cpu"
+    nprocs: int = 1
+    omp_nthreads: int = 1
+    mem_gb: float | None = None
+    plugin: Mapping | None = None
+    clean_workdir: bool = False
+    random_seed: int = 0
+    sloppy: bool = False
+    dry_run: bool = False
+    reports_only: bool = False
+    stop_on_first_crash: bool = False
+    verbosity: int = 0
+    # Group level.
+    age_column: str = "age"
+    site_column: str = "site"
+    sex_column: str = "sex"
+    brainage_model: str = "auto"
+    augmentation: str = "all"
+    cv_folds: int = 5
+    features_table: Path | None = None
+    apply_model: Path | None = None

@@ -1,0 +1,159 @@
+"""Values of command line flags: text to checked Python values."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from bids_varaug.errors import UsageError
+from bids_varaug.inputs.layout import normalize_label
+
+_GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
+
+
+def participant_label(text: str) -> str:
+    """Participant label without ``sub-``."""
+    return normalize_label(text, "sub")
+
+
+def session_label(text: str) -> str:
+    """Session label without ``ses-``."""
+    return normalize_label(text, "ses")
+
+
+def member_names(text: str) -> tuple[str, ...]:
+    """Families or ids of members; commas separate several.
+
+    Examples
+    --------
+    >>> member_names("mca,seed01")
+    ('mca', 'seed01')
+    """
+    names = tuple(name for name in text.split(",") if name)
+    if not names or not all(re.fullmatch(r"[0-9a-zA-Z]+", name) for name in names):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01"
+        )
+    return names
+
+
+def positive_int(text: str) -> int:
+    """Whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def seed(text: str) -> int:
+    """Whole number from 0 that fits 32 bits."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and {2**32 - 1}")
+    return number
+
+
+def folds(text: str) -> int:
+    """Whole number from 2."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 2")
+    return number
+
+
+def memory_gb(text: str) -> float:
+    """Memory in GiB (what nipype calls GB), 1 GiB = 1024 MiB as Slurm counts.
+
+    Examples
+    --------
+    >>> memory_gb("8G"), memory_gb("512M"), memory_gb("8")
+    (8.0, 0.5, 8.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
+    return float(match[1]) * _GIB_PER_UNIT[match[2].upper() or "G"]
+
+
+def device(text: str) -> str:
+    """Name of a computing device; whether it exists is seen when it is used."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, ...")
+    return text
+
+
+def absolute_path(text: str) -> Path:
+    """Absolute path without ``.`` and ``..``."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def existing_file(text: str) -> Path:
+    """Absolute path of a file that is there."""
+    path = absolute_path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path}: no such file")
+    return path
+
+
+def ensemble(text: str) -> str:
+    """Name of a shipped ensemble, or the absolute path of an ensemble's folder."""
+    return str(absolute_path(text)) if os.sep in text else text
+
+
+def read_bids_filters(path: Path) -> dict[str, dict]:
+    """Filters of a ``--bids-filter-file`` as nipreps write them, values unchanged.
+
+    Raises
+    ------
+    UsageError
+        If it is not JSON, or not a mapping of queries to mappings.
+
+    Notes
+    -----
+    Queries other than ``t1w`` are kept and have no effect, so that one file serves several tools.
+    """
+    flag = f"--bids-filter-file {path}"
+    try:
+        filters = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{flag}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag}: cannot read it: {error}.") from error
+    if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
+        raise UsageError(f'{flag}: expected a form like {{"t1w": {{"session": "01"}}}}.')
+    for name in filters:
+        if name != "t1w" and difflib.get_close_matches(name.lower(), ["t1w"], cutoff=0.75):
+            raise UsageError(f"{flag}: unknown query {name!r}; T1w images are chosen under 't1w'.")
+    return filters
+
+
+def read_plugin(path: Path) -> Mapping:
+    """Nipype plugin settings of a ``--use-plugin`` YAML file.
+
+    Raises
+    ------
+    UsageError
+        If it is not YAML, or holds no ``plugin`` name.
+    """
+    import yaml
+
+    try:
+        plugin = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--use-plugin {path}: cannot read it as YAML: {error}") from error
+    if not isinstance(plugin, dict) or not isinstance(plugin.get("plugin"), str):
+        raise UsageError(
+            f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'."
+        )
+    if not isinstance(plugin.setdefault("plugin_args", {}), dict):
+        raise UsageError(f"--use-plugin {path}: plugin_args must be a mapping.")
+    return plugin

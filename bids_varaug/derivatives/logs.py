@@ -1,0 +1,61 @@
+"""What the logs folder holds: the settings of each run, and how to cite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.write import write_text
+from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.reports.citation import citation_markdown
+
+
+def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
+    """Write ``logs/CITATION.md`` and the settings as TOML, under a name made of their content.
+
+    Several runs may share one output directory; equal requests share one file.
+    """
+    folder = names.logs(settings.output_dir)
+    text = settings_toml(settings, ensemble, members)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    write_text(text, folder / f"settings-{digest}.toml")
+    write_text(citation_markdown(ensemble, members), folder / "CITATION.md")
+
+
+def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:
+    """Return the settings and the checksums of the members as TOML.
+
+    Examples
+    --------
+    >>> toml_value(("a", 1))
+    '["a", 1]'
+    """
+    lines = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value is not None:  # TOML has no null
+            lines.append(f"{field.name} = {toml_value(value)}")
+    lines += ["", "[ensemble]", f"name = {toml_value(ensemble.name)}"]
+    lines += [f"version = {toml_value(ensemble.version)}", "", "[ensemble.sha256]"]
+    lines += [f"{member.id} = {toml_value(member.sha256)}" for member in members]
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value) -> str:
+    """Write a string, number, boolean, list or mapping as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    # JSON strings are TOML strings, but for DEL, which no path of sense holds.
+    return json.dumps(str(value) if isinstance(value, str | Path) else repr(value))

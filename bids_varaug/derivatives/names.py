@@ -1,0 +1,241 @@
+"""The one table of outputs: names, schema status, units and meaning of each.
+
+Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new
+row of `OUTPUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from bids_varaug.inputs.scans import Scan
+
+SEGMENTATION = "varaug"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file that is written for each T1w image.
+
+    Attributes
+    ----------
+    key : str
+        Name in the code.
+    entities : mapping of str to str
+        Entities that follow those of the T1w, in BIDS order; ``{member}`` stands for a member's id.
+    suffix, extension : str
+    schema_valid : bool
+        False where BIDS has no such name yet and ``.bidsignore`` must list it.
+    description : str
+        For the sidecar and the README.
+    units : str or None
+        Of the voxels; None for labels and tables.
+    columns : mapping of str to (description, unit or None)
+        Of a table.
+    """
+
+    key: str
+    entities: Mapping[str, str]
+    suffix: str
+    extension: str
+    schema_valid: bool
+    description: str
+    units: str | None = None
+    columns: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+
+    @property
+    def per_member(self) -> bool:
+        """Whether there is one such file for each member."""
+        return any("{member}" in value for value in self.entities.values())
+
+    def name(self, prefix: str, member: str | None = None) -> str:
+        """File name after the prefix of a T1w image.
+
+        Raises
+        ------
+        ValueError
+            If `member` is missing, or given where the output is of no single member.
+
+        Examples
+        --------
+        >>> OUTPUTS["member_dseg"].name("sub-01", member="mca01")
+        'sub-01_seg-varaug_desc-mca01_dseg.nii.gz'
+        """
+        if self.per_member != (member is not None):
+            raise ValueError(f"{self.key}: member={member!r}, but per_member={self.per_member}")
+        middle = "".join(f"_{name}-{value}" for name, value in self.entities.items())
+        return f"{prefix}{middle.format(member=member)}_{self.suffix}{self.extension}"
+
+    def relative(self, scan: Scan, member: str | None = None) -> str:
+        """POSIX path relative to the output directory."""
+        folder = PurePosixPath(scan.relative).parent
+        return (folder / self.name(scan.prefix, member)).as_posix()
+
+    def path(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
+        """Absolute path of the output of one T1w image."""
+        return Path(output_dir) / self.relative(scan, member)
+
+    def sidecar(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
+        """JSON sidecar; an image and a table of the same name share it."""
+        path = self.path(output_dir, scan, member)
+        return path.with_name(path.name.removesuffix(self.extension) + ".json")
+
+
+_ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
+_REGIONS = {
+    **_ID,
+    "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
+    "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
+    "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
+    "sigbits": ("Significant bits of the volume over the perturbed members", "bit"),
+    "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
+    "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
+    "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
+    "dice_min_mca": ("As dice_min, over pairs of the mca family", None),
+    "dice_mean_mca": ("As dice_mean, over pairs of the mca family", None),
+    "dice_min_seed": ("As dice_min, over pairs of the seed family", None),
+    "dice_mean_seed": ("As dice_mean, over pairs of the seed family", None),
+}
+_MEMBERS = {
+    "member": ("Member of the ensemble, see descriptions.tsv", None),
+    "family": ("What was perturbed in training: ieee (nothing), mca, seed", None),
+    **_ID,
+    "volume": ("Volume in this member's segmentation", "mm^3"),
+}
+
+_SEG = {"seg": SEGMENTATION}
+OUTPUTS: dict[str, Output] = {
+    output.key: output
+    for output in (
+        Output(
+            "consensus_dseg",
+            {**_SEG, "desc": "consensus"},
+            "dseg",
+            ".nii.gz",
+            True,
+            "Consensus labels: largest mean posterior over the perturbed members.",
+        ),
+        Output(
+            "ieee_dseg",
+            {**_SEG, "desc": "ieee"},
+            "dseg",
+            ".nii.gz",
+            True,
+            "Labels of the unperturbed baseline member.",
+        ),
+        Output(
+            "member_dseg",
+            {**_SEG, "desc": "{member}"},
+            "dseg",
+            ".nii.gz",
+            True,
+            "Labels of one member (with --write-members).",
+        ),
+        Output(
+            "mean_probseg",
+            {**_SEG, "desc": "mean"},
+            "probseg",
+            ".nii.gz",
+            True,
+            "Mean posterior over the perturbed members, one volume per label of LabelMap.",
+        ),
+        Output(
+            "brain_mask",
+            {"desc": "brain"},
+            "mask",
+            ".nii.gz",
+            True,
+            "Voxels of any structure of the consensus.",
+        ),
+        Output(
+            "unreliable_mask",
+            {"label": "unreliable"},
+            "mask",
+            ".nii.gz",
+            True,
+            "Voxels whose label the perturbed members do not agree on.",
+        ),
+        Output(
+            "entropy",
+            {**_SEG, "stat": "entropy"},
+            "statmap",
+            ".nii.gz",
+            False,
+            "Shannon entropy of the perturbed members' votes.",
+            "bit",
+        ),
+        Output(
+            "sigbits",
+            {**_SEG, "stat": "sigbits"},
+            "statmap",
+            ".nii.gz",
+            False,
+            "Significant bits of the consensus label's posterior over the perturbed members.",
+            "bit",
+        ),
+        Output(
+            "std",
+            {**_SEG, "stat": "std"},
+            "statmap",
+            ".nii.gz",
+            False,
+            "Standard deviation of the consensus label's posterior over the perturbed members.",
+            "1",
+        ),
+        Output(
+            "regions_tsv",
+            {**_SEG, "desc": "consensus"},
+            "dseg",
+            ".tsv",
+            True,
+            "Volumes of each structure and how much the members disagree about it.",
+            columns=_REGIONS,
+        ),
+        Output(
+            "members_tsv",
+            {**_SEG, "desc": "members"},
+            "morph",
+            ".tsv",
+            False,
+            "Volume of each structure in each member.",
+            columns=_MEMBERS,
+        ),
+    )
+}
+
+# Label, description of the desc- entities that are no member's id.
+DESCRIPTIONS = {
+    "consensus": "Consensus of the perturbed members",
+    "mean": "Mean over the perturbed members",
+    "brain": "All structures of the consensus together",
+    "members": "One row per member and structure",
+}
+
+DATASET_DESCRIPTION = "dataset_description.json"
+DESCRIPTIONS_TABLE = "descriptions.tsv"
+LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
+
+
+def report(output_dir: Path, subject: str) -> Path:
+    """HTML report of one participant (label without ``sub-``)."""
+    return Path(output_dir) / f"sub-{subject}.html"
+
+
+def figure(output_dir: Path, scan: Scan, name: str, extension: str = ".svg") -> Path:
+    """Figure of one T1w image; `name` holds letters and digits only."""
+    folder = Path(output_dir) / f"sub-{scan.subject}" / "figures"
+    return folder / f"{scan.prefix}_desc-{name}_T1w{extension}"
+
+
+def logs(output_dir: Path) -> Path:
+    """Folder of run settings, citation text and crash files."""
+    return Path(output_dir) / "logs"
+
+
+def bidsignore_lines() -> list[str]:
+    """Patterns of what BIDS has no name for: some outputs, the reports and their figures."""
+    suffixes = {output.suffix for output in OUTPUTS.values() if not output.schema_valid}
+    # 'figures/' would match a folder's name only, and the validator still look inside.
+    return ["*.html", "figures", *(f"*_{suffix}.*" for suffix in sorted(suffixes))]

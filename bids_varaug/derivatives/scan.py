@@ -1,0 +1,220 @@
+"""The derivatives of one T1w image, on its own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numba
+import numpy as np
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.sidecars import sidecar
+from bids_varaug.derivatives.write import (
+    write_image,
+    write_image_series,
+    write_json,
+    write_table,
+)
+from bids_varaug.images.conform import to_native_scalar
+from bids_varaug.images.crop import insert
+from bids_varaug.images.geometry import Geometry
+from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.models.ensemble import BASELINE, Ensemble, Member
+from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
+from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
+from bids_varaug.variability.regions import RegionCounts, members_table, region_table
+
+# A brain-extracted image holds little beside the structures; a head holds two to three times more.
+_SKULL_STRIPPED_BELOW = 1.7
+# What a map is outside the head box, where every member says background with certainty.
+_OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """Whose derivatives to write, and from which members (in the order of the counts)."""
+
+    settings: Settings
+    scan: Scan
+    ensemble: Ensemble
+    members: tuple[Member, ...]
+
+    @property
+    def perturbed(self) -> tuple[Member, ...]:
+        """Members of consensus and spread; the baseline alone where there is no other."""
+        return tuple(m for m in self.members if not m.is_baseline) or self.members
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there are two perturbed members to disagree."""
+        return len(self.perturbed) > 1
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """Files of the work directory that the derivatives are made of."""
+
+    geometry: Path
+    mean: Path
+    maps: Path
+    counts: Path
+    posteriors: tuple[Path, ...]
+
+
+class ScanWriter:
+    """Writes one scan's outputs, each with its sidecar, and remembers them."""
+
+    def __init__(self, request: ScanRequest, geometry: Geometry, skull_stripped: bool):
+        self.request = request
+        self.geometry = geometry
+        self.skull_stripped = skull_stripped
+        self.header = nib.load(request.scan.path).header
+        self.written: list[Path] = []
+        self.ids = np.array([label.index for label in request.ensemble.labels], np.int32)
+
+    def labels(self, key: str, classes: np.ndarray, member: str | None = None) -> None:
+        """Write class indices (X, Y, Z) uint8 as label ids."""
+        dtype = np.int16 if self.ids.max() < 2**15 else np.int32
+        used = [member] if member else self._ids(key)
+        self._image(key, self.ids.astype(dtype)[classes], member, members=used)
+
+    def mask(self, key: str, mask: np.ndarray, **extra) -> None:
+        """Write a mask (X, Y, Z) bool."""
+        self._image(key, mask.astype(np.uint8), extra=extra)
+
+    def scalar_map(self, key: str, values: np.ndarray) -> None:
+        """Bring a map of the head box to the native grid and write it."""
+        g = self.geometry
+        whole = insert(values, g.box, g.conformed_shape, fill=_OUTSIDE[key])
+        native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
+        self._image(key, native)
+
+    def posterior(self, key: str, quantised: np.ndarray) -> None:
+        """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
+        output, request = OUTPUTS[key], self.request
+        names = [label.name for label in request.ensemble.labels]
+        path = output.path(request.settings.output_dir, request.scan)
+        write_image_series(
+            _volumes(quantised), quantised.shape, self.geometry.native_affine, path,
+            dtype=np.uint8, source_header=self.header, slope=POSTERIOR_SCALE, stored=True,
+        )  # fmt: skip
+        self._sidecar(key, None, label_names=names)
+        self.written.append(path)
+
+    def table(self, key: str, table) -> None:
+        """Write a TSV."""
+        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
+        write_table(table, path)
+        if key != "regions_tsv":  # shares the sidecar of the consensus labels
+            self._sidecar(key, None)
+        self.written.append(path)
+
+    def _ids(self, key: str) -> list[str]:
+        if key == "ieee_dseg":
+            return [BASELINE]
+        chosen = self.request.members if key == "members_tsv" else self.request.perturbed
+        return [member.id for member in chosen]
+
+    def _image(self, key, data, member=None, members=None, extra=None) -> None:
+        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan, member)
+        write_image(data, self.geometry.native_affine, path, source_header=self.header)
+        self._sidecar(key, member, members=members, extra=extra)
+        self.written.append(path)
+
+    def _sidecar(self, key, member, members=None, **content) -> None:
+        settings, scan = self.request.settings, self.request.scan
+        values = sidecar(
+            key, scan, members=self._ids(key) if members is None else members,
+            skull_stripped=self.skull_stripped, sloppy=settings.sloppy, **content,
+        )  # fmt: skip
+        write_json(values, OUTPUTS[key].sidecar(settings.output_dir, scan, member))
+
+
+def write_scan(
+    request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
+) -> list[Path]:
+    """Bring everything to the T1w's own grid and write it.
+
+    Parameters
+    ----------
+    folder : scratch space for the dense posterior, which may not fit in memory
+
+    Returns
+    -------
+    Files written, sidecars left out.
+    """
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    geometry = Geometry.load(files.geometry)
+    mean = load_posterior(files.mean)
+    dense_file = folder / "posterior.npy"
+    n_classes = mean.posterior.shape[1]
+    dense = np.lib.format.open_memmap(
+        dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes)
+    )
+    consensus = _to_native(mean, geometry, dense)
+    brain = consensus.labels > 0
+    brain_volume = float(brain.sum()) * abs(float(np.linalg.det(geometry.native_affine[:3, :3])))
+    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
+    writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
+    writer.labels("consensus_dseg", consensus.labels)
+    writer.mask("brain_mask", brain)
+    writer.posterior("mean_probseg", dense)
+    del dense, consensus, mean
+    dense_file.unlink()
+    _write_members(writer, request, files, geometry)
+    if request.has_spread:
+        _write_spread(writer, files, geometry)
+    _write_tables(writer, request, files, geometry.voxel_size**3)
+    return writer.written
+
+
+def _to_native(sparse: SparsePosterior, g: Geometry, out=None) -> NativePosterior:
+    return resample_posterior(
+        sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
+        g.conformed_affine, g.native_affine, g.native_shape,
+        with_posterior=out is not None, out=out,
+    )  # fmt: skip
+
+
+def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: Geometry) -> None:
+    for member, path in zip(request.members, files.posteriors, strict=True):
+        if member.is_baseline:
+            writer.labels("ieee_dseg", _to_native(load_posterior(path), geometry).labels)
+        elif request.settings.write_members:
+            labels = _to_native(load_posterior(path), geometry).labels
+            writer.labels("member_dseg", labels, member.id)
+
+
+def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
+    with np.load(files.maps) as maps:
+        for key in _OUTSIDE:
+            writer.scalar_map(key, maps[key])
+        whole = insert(maps["unreliable"], g.box, g.conformed_shape, fill=False)
+    native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape, order=0)
+    writer.mask("unreliable_mask", native, Threshold=UNRELIABLE_BELOW,
+                ThresholdDescription="Share of the perturbed members that vote for the consensus "
+                "label, below which a voxel counts as unreliable")  # fmt: skip
+
+
+def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel_volume: float) -> None:
+    with np.load(files.counts) as arrays:
+        counts = RegionCounts(arrays["volumes"], arrays["intersections"])
+        entropy_mean = arrays["entropy_mean"]
+    families = [member.family for member in request.members]
+    labels = request.ensemble.labels
+    writer.table("regions_tsv", region_table(counts, families, labels, voxel_volume, entropy_mean))
+    ids: Sequence[str] = [member.id for member in request.members]
+    writer.table("members_tsv", members_table(counts, ids, families, labels, voxel_volume))
+
+
+def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:
+    """One class at a time; blocks of classes are copied together, since K runs fastest."""
+    block = 8
+    for start in range(0, quantised.shape[3], block):
+        part = np.ascontiguousarray(np.moveaxis(quantised[..., start : start + block], 3, 0))
+        yield from part

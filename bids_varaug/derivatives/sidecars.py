@@ -1,0 +1,276 @@
+"""What stands beside the images: sidecars, tables of labels and members, dataset description."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.write import write_json, write_table, write_text
+from bids_varaug.inputs.scans import Scan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BIDS_VERSION = "1.10.0"
+TOOL = "bids_varaug"
+CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
+SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
+
+
+class LabelLike(Protocol):
+    """A structure: FreeSurfer id and name."""
+
+    index: int
+    name: str
+
+
+class MemberLike(Protocol):
+    """A member of an ensemble."""
+
+    id: str
+    family: str
+    seed: int
+    precision: Any
+    sha256: str
+
+
+def package_version() -> str:
+    """Version of the installed package, ``0+unknown`` where it is not installed."""
+    try:
+        return importlib.metadata.version(TOOL)
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+def raw_uri(scan: Scan) -> str:
+    """BIDS URI of the T1w image in the input dataset."""
+    return f"bids:raw:{scan.relative}"
+
+
+def raw_link(bids_dir: Path, output_dir: Path) -> str:
+    """Where the input dataset lies, as seen from the output: relative where they lie together.
+
+    Examples
+    --------
+    >>> raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug"))
+    '../..'
+    >>> raw_link(Path("/d/ds"), Path("/out"))
+    'file:///d/ds'
+    """
+    if bids_dir in output_dir.parents or bids_dir.parent == output_dir.parent != Path("/"):
+        return Path(os.path.relpath(bids_dir, output_dir)).as_posix()
+    return bids_dir.as_uri()
+
+
+def dataset_description(
+    bids_dir: Path,
+    output_dir: Path,
+    *,
+    sloppy: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Content of ``dataset_description.json`` of the derivatives.
+
+    Parameters
+    ----------
+    bids_dir, output_dir : Path
+        Absolute.
+    sloppy : bool
+        Whether to warn that the results are for tests only.
+    environ : mapping of str to str, optional
+        Where to look for the container's name; default ``os.environ``.
+    """
+    source = _source_description(bids_dir)
+    link = raw_link(bids_dir, output_dir)
+    generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
+    if sloppy:
+        generated["Description"] = SLOPPY_NOTE
+    container = _container(os.environ if environ is None else environ)
+    if container:
+        generated["Container"] = container
+    doi = source.get("DatasetDOI")
+    if isinstance(doi, str) and doi:
+        bare = doi.removeprefix("doi:").removeprefix("https://doi.org/")
+        origin = {"URL": f"https://doi.org/{bare}", "DOI": bare}
+    else:
+        origin = {"URL": link}
+    description = {
+        "Name": f"Numerical variability of T1w segmentation: {source.get('Name', bids_dir.name)}",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [generated],
+        "SourceDatasets": [origin],
+        "DatasetLinks": {"raw": link},
+        "HowToAcknowledge": "See logs/CITATION.md.",
+    }
+    if isinstance(source.get("License"), str):
+        description["License"] = source["License"]
+    return description
+
+
+def _source_description(bids_dir: Path) -> dict[str, Any]:
+    """Description of the input; empty where it is absent or damaged (the validator's business)."""
+    try:
+        source = json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return source if isinstance(source, dict) else {}
+
+
+def _container(environ: Mapping[str, str]) -> dict[str, str]:
+    """Container that this runs in, as far as the environment tells."""
+    tag = environ.get(CONTAINER_TAG)
+    # Apptainer and Singularity set these themselves, to the path of the image.
+    image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
+    if image:
+        return {"Type": "apptainer", "Tag": tag or Path(image).name}
+    return {"Type": "docker", "Tag": tag} if tag else {}
+
+
+def sidecar(
+    key: str,
+    scan: Scan,
+    *,
+    members: Iterable[str] = (),
+    label_names: Iterable[str] = (),
+    skull_stripped: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    sloppy: bool = False,
+) -> dict[str, Any]:
+    """JSON sidecar of one output (of the consensus labels: also of the table of that name).
+
+    Parameters
+    ----------
+    key : str
+        Of `names.OUTPUTS`.
+    scan : Scan
+    members : iterable of str
+        Ids of the members that the output was computed from.
+    label_names : iterable of str
+        Names of the volumes of ``mean_probseg``, in order.
+    skull_stripped : bool
+        Whether the T1w image has no skull.
+    extra : mapping, optional
+        Further keys, e.g. ``{"Threshold": 0.5, "ThresholdUnits": "bit"}``.
+    sloppy : bool
+
+    Raises
+    ------
+    KeyError
+        If there is no such output.
+    """
+    output = names.OUTPUTS[key]
+    content: dict[str, Any] = {"Description": output.description, "Sources": [raw_uri(scan)]}
+    if output.extension != ".tsv":
+        # The grid is the T1w's own and the name has no 'space', so the reference is named here.
+        content["SpatialReference"] = raw_uri(scan)
+        content["Resolution"] = "Grid of the T1w image"
+    if output.suffix == "statmap":
+        content["SkullStripped"] = skull_stripped
+    if output.suffix == "dseg":
+        content["Manual"] = False
+    if output.suffix == "mask":
+        content["Type"] = "Brain" if key == "brain_mask" else "ROI"
+    if output.units:
+        content["Units"] = output.units
+    for name, items in (("LabelMap", list(label_names)), ("Members", list(members))):
+        if items:
+            content[name] = items
+    content.update(extra or {})
+    if sloppy:
+        content["Warning"] = SLOPPY_NOTE
+    if key == "consensus_dseg":
+        content.update(_column_descriptions(names.OUTPUTS["regions_tsv"]))
+    content.update(_column_descriptions(output))
+    return content
+
+
+def _column_descriptions(output: names.Output) -> dict[str, Any]:
+    return {
+        name: {"Description": text} | ({"Units": unit} if unit else {})
+        for name, (text, unit) in output.columns.items()
+        if name not in ("index", "name")  # BIDS defines these itself
+    }
+
+
+def lookup_table(labels: Iterable[LabelLike]) -> pd.DataFrame:
+    """Table of label ids and names: columns ``index``, ``name``."""
+    import pandas as pd
+
+    return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
+
+
+def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
+    """Meaning of every ``desc-`` entity: one row per member, then the summaries.
+
+    Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
+    ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
+    """
+    import pandas as pd
+
+    what = {
+        "ieee": "Baseline member, trained without perturbation",
+        "mca": "Member trained under Monte Carlo arithmetic",
+        "seed": "Member trained from another random seed",
+    }
+    rows = [
+        {
+            "desc_id": f"desc-{member.id}",
+            "description": what.get(member.family, f"Member of the family {member.family}"),
+            "family": member.family,
+            "seed": str(member.seed),
+            "precision": None if member.precision is None else str(member.precision),
+            "sha256": member.sha256,
+        }
+        for member in members
+    ]
+    rows += [
+        {"desc_id": f"desc-{name}", "description": text}
+        for name, text in names.DESCRIPTIONS.items()
+    ]
+    columns = ["desc_id", "description", "family", "seed", "precision", "sha256"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_DESCRIPTIONS_SIDECAR = {
+    "Description": "What each desc- entity stands for; members with their checkpoints.",
+    "family": {"Description": "What was perturbed in training: ieee (nothing), mca, seed"},
+    "seed": {"Description": "Random seed of the training"},
+    "precision": {"Description": "Virtual precision of the perturbation", "Units": "bit"},
+    "sha256": {"Description": "SHA-256 of the checkpoint file"},
+}
+
+
+def write_dataset_files(
+    bids_dir: Path,
+    output_dir: Path,
+    labels: Iterable[LabelLike],
+    members: Iterable[MemberLike],
+    *,
+    sloppy: bool = False,
+) -> None:
+    """Write what stands at the root of the derivatives.
+
+    ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its
+    sidecar, ``seg-varaug_dseg.tsv``.
+
+    Raises
+    ------
+    OutputError, DiskError
+        As `bids_varaug.derivatives.write.replacing`.
+    """
+    output_dir = Path(output_dir)
+    write_json(
+        dataset_description(bids_dir, output_dir, sloppy=sloppy),
+        output_dir / names.DATASET_DESCRIPTION,
+    )
+    write_text("\n".join(names.bidsignore_lines()) + "\n", output_dir / ".bidsignore")
+    write_table(descriptions_table(members), output_dir / names.DESCRIPTIONS_TABLE)
+    write_json(_DESCRIPTIONS_SIDECAR, (output_dir / names.DESCRIPTIONS_TABLE).with_suffix(".json"))
+    # Without a sidecar: BIDS would let every segmentation inherit its Description.
+    write_table(lookup_table(labels), output_dir / names.LOOKUP_TABLE)

@@ -1,0 +1,303 @@
+"""Atomic, reproducible writing of outputs.
+
+Every file is written under a temporary name in its own folder and then renamed: a reader never sees
+half a file, a run killed at any moment leaves the old one whole, and an annexed output (a link to
+read-only content) is replaced as a link, its content untouched. The same data gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from bids_varaug.cli.exit_codes import ExitCode
+from bids_varaug.errors import OutputError
+
+if TYPE_CHECKING:
+    import nibabel as nib
+    import pandas as pd
+
+COMPRESSION = 2  # level 9 takes ten times as long for a tenth less
+SLAB = 16  # slices
+STALE_SECONDS = 600
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskError(OutputError):
+    """Writing began and could not be finished: the disk is full or failing."""
+
+    exit_code = ExitCode.CANNOT_WRITE
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Binary stream whose content becomes `path` when the block ends without an error.
+
+    Missing folders are made. On an error the temporary file is removed and `path` is as before.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be created (exit code 73).
+    DiskError
+        If the disk is full or fails (exit code 74).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        # Not tempfile: its files are readable by their owner only, whatever the umask says.
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        # Replaces a link or read-only file as such, and leaves no moment without an output.
+        os.replace(temporary, path)
+    except OSError as error:
+        _discard(temporary)
+        raise _explain(path, error) from error
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+def _explain(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    if error.errno in NO_SPACE:
+        return DiskError(
+            f"{path}: could not be written, the disk is full ({reason}). Nothing half-written is "
+            "left. Free some space and start again; finished steps are kept in the work directory."
+        )
+    if error.errno == errno.EIO:
+        return DiskError(f"{path}: could not be written, the disk fails ({reason}).")
+    return OutputError(
+        f"{path}: cannot be created ({reason}). Check the permissions of {path.parent}."
+    )
+
+
+def _discard(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:
+        return  # the folder itself is gone or read-only; the first error is the one to tell
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what a killed run left of the same output (a live one was modified just now)."""
+    for old in path.parent.glob(f".{path.name}.????????.part"):
+        try:
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                old.unlink()
+        except FileNotFoundError:
+            continue  # another job was faster
+
+
+def write_text(text: str, path: Path) -> Path:
+    """Write UTF-8 text with LF line ends; returns `path`."""
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8"))
+    return Path(path)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> Path:
+    """Write a JSON object, keys in the order given; returns `path`.
+
+    Raises
+    ------
+    ValueError
+        If a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(text + "\n", path)
+
+
+def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> Path:
+    """Write a BIDS table: tabs, LF, ``n/a`` for missing values, no row names; returns `path`."""
+    text = table.to_csv(
+        sep="\t", index=False, na_rep="n/a", float_format=float_format, lineterminator="\n"
+    )
+    return write_text(text, path)
+
+
+def write_image(
+    data: npt.ArrayLike,
+    affine: np.ndarray,
+    path: Path,
+    *,
+    dtype: npt.DTypeLike | None = None,
+    source_header: nib.Nifti1Header | None = None,
+    slope: float = 1.0,
+) -> Path:
+    """Write one NIfTI image, compressed where the name ends in ``.gz``.
+
+    Parameters
+    ----------
+    data : (X, Y, Z) or (X, Y, Z, N)
+        Values in their unit (before division by `slope`).
+    affine : (4, 4) float
+        Voxel indices to mm.
+    path : Path
+    dtype : dtype, optional
+        Of the file, default that of `data`; integers are rounded and clipped to its range.
+    source_header : Nifti1Header, optional
+        Of the image whose grid this is: its qform, sform and their codes are carried over.
+    slope : float
+        Stored value x `slope` = value; e.g. 1/255 keeps a probability in a byte.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    OutputError, DiskError
+        As `replacing`.
+    """
+    data = np.asanyarray(data)
+    stored = np.dtype(dtype or data.dtype)
+    volumes = np.moveaxis(data, 3, 0) if data.ndim == 4 else data[np.newaxis]
+    return _write_volumes(volumes, data.shape, stored, affine, path, source_header, slope)
+
+
+def write_image_series(
+    volumes: Iterable[np.ndarray],
+    shape: Sequence[int],
+    affine: np.ndarray,
+    path: Path,
+    *,
+    dtype: npt.DTypeLike,
+    source_header: nib.Nifti1Header | None = None,
+    slope: float = 1.0,
+    stored: bool = False,
+) -> Path:
+    """Write a 4D NIfTI image volume by volume, so that only one is in memory.
+
+    Parameters
+    ----------
+    volumes : iterable of (X, Y, Z)
+    shape : (X, Y, Z, N)
+    affine, path, dtype, source_header, slope
+        As `write_image`.
+    stored : bool
+        True if the volumes hold what the file shall hold, already divided by `slope`.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    ValueError
+        If the volumes are not N of shape (X, Y, Z).
+    OutputError, DiskError
+        As `replacing`.
+    """
+    return _write_volumes(
+        volumes, shape, np.dtype(dtype), affine, path, source_header, slope, divide=not stored
+    )
+
+
+def _write_volumes(
+    volumes: Iterable[np.ndarray],
+    shape: Sequence[int],
+    stored: np.dtype,
+    affine: np.ndarray,
+    path: Path,
+    source_header: nib.Nifti1Header | None,
+    slope: float,
+    divide: bool = True,
+) -> Path:
+    stored = np.dtype("uint8") if stored.kind == "b" else stored
+    header = image_header(shape, stored, affine, source_header, slope)
+    n_volumes = shape[3] if len(shape) == 4 else 1
+    written = 0
+    with replacing(path) as raw, _maybe_gzip(raw, path) as stream:
+        stream.write(header.binaryblock + b"\0\0\0\0")  # no extensions follow
+        for volume in volumes:
+            if volume.shape != tuple(shape[:3]):
+                raise ValueError(f"{path}: volume of shape {volume.shape}, not {tuple(shape[:3])}")
+            # NIfTI runs over x fastest; a slab at a time keeps the reordered copy small.
+            for z in range(0, shape[2], SLAB):
+                slab = _to_stored(volume[..., z : z + SLAB], stored, slope)
+                stream.write(slab.tobytes(order="F"))
+            written += 1
+        if written != n_volumes:
+            raise ValueError(f"{path}: {written} volumes instead of {n_volumes}")
+    return Path(path)
+
+
+@contextmanager
+def _maybe_gzip(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """Compress where the name says so; no name and no time in the header, for equal bytes."""
+    if not str(path).endswith(".gz"):
+        yield raw
+        return
+    with gzip.GzipFile("", "wb", compresslevel=COMPRESSION, fileobj=raw, mtime=0) as stream:
+        yield stream
+
+
+def _to_stored(values: np.ndarray, stored: np.dtype, slope: float) -> np.ndarray:
+    """Values as they are in the file, little-endian."""
+    little = stored.newbyteorder("<")
+    if slope != 1.0:
+        values = values / slope
+    if stored.kind in "iu" and values.dtype.kind == "f":
+        info = np.iinfo(stored)
+        values = np.clip(np.rint(values), info.min, info.max)
+    return values.astype(little)
+
+
+def image_header(
+    shape: Sequence[int],
+    dtype: np.dtype,
+    affine: np.ndarray,
+    source_header: nib.Nifti1Header | None = None,
+    slope: float = 1.0,
+) -> nib.Nifti1Header:
+    """NIfTI-1 header of a single-file image in mm.
+
+    Where `source_header` has the same grid, its qform and sform are copied exactly, so that any
+    tool sees output and T1w aligned whichever of the two it reads. Otherwise `affine` is set as
+    both, with the source's codes (1, scanner, where there are none).
+    """
+    import nibabel as nib
+
+    header = nib.Nifti1Header(endianness="<")
+    header.set_data_shape(tuple(int(n) for n in shape))
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(slope, 0)
+    is_nifti = isinstance(source_header, nib.Nifti1Header)
+    codes = (int(source_header["qform_code"]), int(source_header["sform_code"])) if is_nifti else ()
+    same_grid = (
+        is_nifti
+        and any(codes)
+        and np.allclose(source_header.get_best_affine(), affine, atol=1e-4)
+        and source_header.get_data_shape()[:3] == tuple(shape[:3])
+    )
+    if same_grid:
+        for name in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z"):
+            header[name] = source_header[name]
+        for name in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
+            header[name] = source_header[name]
+        header["pixdim"][:4] = source_header["pixdim"][:4]
+    else:
+        code = max(codes, default=0) or 1
+        header.set_sform(affine, code)
+        header.set_qform(affine, code, strip_shears=True)
+    header.set_xyzt_units("mm")
+    header["vox_offset"] = 352
+    return header

@@ -1,0 +1,54 @@
+"""Errors that a user can act on: each names the file and says what to do."""
+
+from __future__ import annotations
+
+from bids_varaug.cli.exit_codes import ExitCode
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says what and how.
+
+    The command line prints the message without a traceback and leaves with `exit_code`.
+    """
+
+    exit_code: ExitCode = ExitCode.DATA_ERROR
+
+
+class UsageError(UserError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InvalidBidsError(UserError):
+    """The input does not pass the BIDS validator."""
+
+    exit_code = ExitCode.INVALID_BIDS
+
+
+class FiltersError(UserError):
+    """Labels or filters left nothing to do."""
+
+    exit_code = ExitCode.FILTERS_LEFT_NOTHING
+
+
+class NoInputError(UserError):
+    """No T1w image, or only links whose content is absent."""
+
+    exit_code = ExitCode.NO_INPUT
+
+
+class OutputError(UserError):
+    """The output or work directory cannot be written."""
+
+    exit_code = ExitCode.CANNOT_CREATE
+
+
+class EnsembleError(UserError):
+    """The ensemble is unknown, damaged or does not fit the request."""
+
+
+class ScanError(UserError):
+    """One image cannot be used; the other subjects go on."""
+
+    exit_code = ExitCode.SUBJECT_FAILED

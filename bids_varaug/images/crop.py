@@ -1,0 +1,215 @@
+"""The part of the image that holds the head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+HEAD_HEIGHT_MM = 200.0
+"""From the vertex down: brain, cerebellum and the top of the cord of every adult lie within it."""
+_COARSE_MM = 3.0
+_TOUCH_CM2 = {"top": 12.0, "left": 30.0, "right": 30.0, "front": 30.0, "back": 30.0}
+_MIN_EXTENT_MM = (90.0, 110.0, 80.0)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of voxels; it may reach beyond the array, where values count as `fill`.
+
+    Attributes
+    ----------
+    start : first voxel per axis, may be negative
+    shape : voxels per axis
+    """
+
+    start: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    @property
+    def stop(self) -> tuple[int, int, int]:
+        """Voxel after the last, per axis."""
+        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+
+
+def head_box(
+    data: np.ndarray, voxel_size: float, multiple: int = 32, margin_mm: float = 0.0
+) -> Box:
+    """Find the box around the head, or around the brain of a brain-extracted image.
+
+    The foreground (see `head_mask`) with `margin_mm` around it; of a long neck, what lies more
+    than `HEAD_HEIGHT_MM` below the top of the head is left out. The sides are then enlarged to
+    multiples of `multiple`, into the image where it has room.
+
+    Parameters
+    ----------
+    data : (X, Y, Z) float32, conformed grid, RAS+
+    voxel_size : float, mm
+    multiple : the network halves its input this many times over
+    margin_mm : float, mm, beyond the up to 3 mm that `head_mask` is too large on each side
+
+    Returns
+    -------
+    Box
+    """
+    low, high = _extent(head_mask(data, voxel_size))
+    margin = round(margin_mm / voxel_size)
+    low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
+    low = np.maximum(low - margin, 0)
+    high = np.minimum(high + margin, data.shape)
+    start, shape = [], []
+    for a, b, size in zip(low.tolist(), high.tolist(), data.shape, strict=True):
+        side = multiple * math.ceil((b - a) / multiple)
+        first = a - (side - (b - a)) // 2
+        if side <= size:
+            first = min(max(first, 0), size - side)
+        start.append(first)
+        shape.append(side)
+    return Box(start=tuple(start), shape=tuple(shape))
+
+
+def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
+    """Foreground of a whole-head or brain-extracted image, on the image's grid.
+
+    Means over cubes of about 3 mm (they quiet the noise of air) above half of Otsu's threshold
+    (whole heads: tissue against air, half because a weak coil makes dark tissue), opened by one
+    cube, largest connected part. Coarse by design: it finds a box, it is not a mask for analysis.
+
+    Parameters
+    ----------
+    data : (X, Y, Z) float32, conformed grid
+    voxel_size : float, mm
+
+    Returns
+    -------
+    (X, Y, Z) bool; all True where nothing stands out
+    """
+    step = max(1, round(_COARSE_MM / voxel_size))
+    coarse = _block_means(data, step)
+    floor, top = np.quantile(coarse, [0.005, 0.995])
+    if not top > floor:
+        return np.ones(data.shape, bool)
+    threshold = floor + 0.5 * (_otsu(np.clip(coarse, floor, top)) - floor)
+    bright = np.pad(coarse > threshold, 1, mode="edge")
+    opened = ndimage.binary_opening(bright)
+    parts, count = ndimage.label(opened[1:-1, 1:-1, 1:-1])
+    if count == 0:
+        return np.ones(data.shape, bool)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    # Give back what opening took from the head's own tips (a gyrus, the nose), not other specks.
+    mask = ndimage.binary_dilation(parts == sizes.argmax(), mask=bright[1:-1, 1:-1, 1:-1])
+    for axis, size in enumerate(data.shape):
+        mask = np.take(mask, np.arange(size) // step, axis=axis)
+    return mask
+
+
+def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
+    """Say why the image may not show the whole brain.
+
+    Either the foreground is cut by the top, a side, the front or the back of the image over more
+    than a few square centimetres (a nose or an ear cuts less), or it is smaller than any brain.
+
+    Parameters
+    ----------
+    data : (X, Y, Z) float32, conformed grid, RAS+
+    voxel_size : float, mm
+
+    Returns
+    -------
+    str or None
+        A sentence for the report, None where nothing is suspicious.
+    """
+    mask = head_mask(data, voxel_size)
+    faces = {"top": mask[:, :, -1], "left": mask[0], "right": mask[-1],
+             "front": mask[:, -1], "back": mask[:, 0]}  # fmt: skip
+    per_cm2 = voxel_size**2 / 100
+    cut = [f for f, plane in faces.items() if plane.sum() * per_cm2 > _TOUCH_CM2[f]]
+    if cut:
+        return (
+            f"The head is cut by the edge of the image ({', '.join(cut)}): the brain may be "
+            "incomplete, and volumes too small."
+        )
+    low, high = _extent(mask)
+    extent = (high - low) * voxel_size
+    if (extent < _MIN_EXTENT_MM).any():
+        return (
+            f"The head or brain measures only {' x '.join(f'{e:.0f}' for e in extent)} mm "
+            "(left-right, back-front, bottom-top): it may be incomplete."
+        )
+    return None
+
+
+def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
+    """Copy the voxels of the box; `fill` where it reaches beyond the array.
+
+    Examples
+    --------
+    >>> extract(np.ones((2, 2, 2)), Box((-1, 0, 0), (2, 1, 1))).ravel().tolist()
+    [0.0, 1.0]
+    """
+    result = np.full(box.shape, fill, dtype=data.dtype)
+    inside, place = _overlap(box, data.shape)
+    result[place] = data[inside]
+    return result
+
+
+def insert(data: np.ndarray, box: Box, shape: tuple[int, int, int], fill: float = 0) -> np.ndarray:
+    """Place the box's voxels in an array of `shape`: the inverse of `extract`.
+
+    Raises
+    ------
+    ValueError
+        If `data` has not the shape of the box.
+    """
+    if data.shape != tuple(box.shape):
+        raise ValueError(f"data of shape {data.shape} do not fill a box of {box.shape}")
+    result = np.full(shape, fill, dtype=data.dtype)
+    inside, place = _overlap(box, shape)
+    result[inside] = data[place]
+    return result
+
+
+def _overlap(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    inside, place = [], []
+    for a, b, size in zip(box.start, box.stop, shape, strict=True):
+        first, last = min(max(a, 0), size), max(min(b, size), 0)
+        last = max(first, last)
+        inside.append(slice(first, last))
+        place.append(slice(first - a, last - a) if last > first else slice(0, 0))
+    return tuple(inside), tuple(place)
+
+
+def _extent(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, high = [], []
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        low.append(used[0])
+        high.append(used[-1] + 1)
+    return np.array(low), np.array(high)
+
+
+def _block_means(data: np.ndarray, step: int) -> np.ndarray:
+    for axis, size in enumerate(data.shape):
+        edges = np.arange(0, size, step)
+        sums = np.add.reduceat(data, edges, axis=axis, dtype=np.float32)
+        counts = np.diff(np.append(edges, size)).astype(np.float32)
+        along = [1, 1, 1]
+        along[axis] = -1
+        data = sums / counts.reshape(along)
+    return data
+
+
+def _otsu(values: np.ndarray) -> float:
+    """Return the threshold of Otsu (1979): the largest variance between the two classes."""
+    counts, edges = np.histogram(values, bins=256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1].astype(float)
+    above = values.size - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(all="ignore"):
+        gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+        between = np.nan_to_num(below * above * gap**2)
+    return float(edges[1:-1][between.argmax()])

@@ -1,0 +1,157 @@
+"""The posterior of a head box on the T1w's own grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from bids_varaug.compiled import compiled
+from bids_varaug.images.conform import axis_maps, axis_taps, samples_per_voxel
+from bids_varaug.images.crop import Box
+
+POSTERIOR_SCALE = 1 / 255
+"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
+
+
+@dataclass(frozen=True)
+class NativePosterior:
+    """A segmentation on the image's own grid.
+
+    Attributes
+    ----------
+    labels : (X, Y, Z) uint8, class index k of the most probable class, ties to the lower index
+    posterior : (X, Y, Z, K) uint8 or None, probability * 255, rounded; good to 1/510
+    """
+
+    labels: np.ndarray
+    posterior: np.ndarray | None
+
+
+def resample_posterior(
+    offsets: np.ndarray,
+    voxels: np.ndarray,
+    posterior: np.ndarray,
+    box: Box,
+    conformed_shape: tuple[int, int, int],
+    conformed_affine: np.ndarray,
+    native_affine: np.ndarray,
+    native_shape: tuple[int, int, int],
+    with_posterior: bool = True,
+    out: np.ndarray | None = None,
+) -> NativePosterior:
+    """Bring a sparse posterior from the head box to the image's own grid.
+
+    A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
+    native voxel larger than the network's is the mean of ``ceil(native size / network size)``
+    such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
+    background. Where the grids differ by flips and permutations only, rows are copied. The same
+    bits for any number of threads.
+
+    Parameters
+    ----------
+    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
+    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
+    posterior : (N, K) float32, sums to 1 over K
+    box : the head box in the conformed grid; ``box.shape`` is (X, Y, Z)
+    conformed_shape, conformed_affine : the network's grid
+    native_affine, native_shape : the image's own grid
+    with_posterior : if False, only labels are made
+    out : (*native_shape, K) uint8, optional
+        Where to write the posterior, for example a `numpy.memmap` where it would not fit in
+        memory (32 classes at 512^3 voxels are 4.3 GB). It must hold zeros.
+
+    Returns
+    -------
+    NativePosterior
+
+    Raises
+    ------
+    ValueError
+        If the grids do not share their axes, or the arrays' sizes do not fit together.
+    """
+    n_classes = posterior.shape[1]
+    native_shape = tuple(int(n) for n in native_shape)
+    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
+        raise ValueError("offsets, voxels, posterior and box do not belong together")
+    axes, scales, shifts = axis_maps(conformed_affine, native_affine)
+    row_of = _rows_of_voxels(
+        np.asarray(offsets, np.int64), np.asarray(voxels, np.int32), tuple(box.shape)
+    )
+    row_of = np.ascontiguousarray(row_of.transpose(axes))
+    places, weights = [], []
+    for axis in range(3):
+        along = int(axes[axis])
+        scale = float(scales[axis])
+        taps = axis_taps(
+            native_shape[axis],
+            conformed_shape[along],
+            scale,
+            float(shifts[axis]),
+            samples=samples_per_voxel(scale),
+        )
+        place = taps.indices - box.start[along]
+        place[(place < 0) | (place >= box.shape[along])] = -1
+        places.append(place.astype(np.int32))
+        weights.append(taps.weights)
+    labels = np.zeros(native_shape, np.uint8)
+    if not with_posterior:
+        out = np.zeros((1, 1, 1, n_classes), np.uint8)
+    elif out is None:
+        out = np.zeros((*native_shape, n_classes), np.uint8)
+    elif out.shape != (*native_shape, n_classes) or out.dtype != np.uint8:
+        raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
+    posterior = np.ascontiguousarray(posterior, np.float32)
+    _mix(row_of, posterior, *places, *weights, labels, out, with_posterior)
+    return NativePosterior(labels=labels, posterior=out if with_posterior else None)
+
+
+@compiled()
+def _rows_of_voxels(offsets, voxels, shape):
+    """Return (X, Y, Z) int32: the row of each voxel of the box, -1 where none is stored."""
+    rows = np.full((shape[0], shape[1] * shape[2]), -1, dtype=np.int32)
+    for x in range(shape[0]):
+        for row in range(offsets[x], offsets[x + 1]):
+            rows[x, voxels[row]] = row
+    return rows.reshape(shape)
+
+
+@compiled(parallel=True)
+def _mix(row_of, posterior, ix, iy, iz, wx, wy, wz, labels, out, with_posterior):
+    n_classes = posterior.shape[1]
+    for i in numba.prange(labels.shape[0]):
+        mix = np.empty(n_classes, dtype=np.float32)
+        for j in range(labels.shape[1]):
+            for k in range(labels.shape[2]):
+                stored = False
+                mix[:] = np.float32(0)
+                for a in range(ix.shape[1]):
+                    for b in range(iy.shape[1]):
+                        wxy = wx[i, a] * wy[j, b]
+                        if wxy == 0:
+                            continue
+                        inside = ix[i, a] >= 0 and iy[j, b] >= 0
+                        for c in range(iz.shape[1]):
+                            weight = wxy * wz[k, c]
+                            row = np.int32(-1)
+                            if inside and iz[k, c] >= 0:
+                                row = row_of[ix[i, a], iy[j, b], iz[k, c]]
+                            if row < 0:
+                                mix[0] += weight
+                            elif weight > 0:
+                                stored = True
+                                for n in range(n_classes):
+                                    mix[n] += weight * posterior[row, n]
+                if stored:
+                    best = 0
+                    for n in range(1, n_classes):
+                        if mix[n] > mix[best]:
+                            best = n
+                    labels[i, j, k] = best
+                    if with_posterior:
+                        for n in range(n_classes):
+                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
+                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                elif with_posterior:
+                    out[i, j, k, 0] = 255

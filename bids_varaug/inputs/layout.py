@@ -1,0 +1,187 @@
+"""Where pybids meets the dataset: only the ``anat`` folders of the requested participants.
+
+pybids takes minutes to index a large dataset, so the participants are read from the directory
+listing and nothing but their ``anat`` folders is handed to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bids_varaug.errors import NoInputError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from bids.layout import BIDSLayout
+
+DATABASE_FILE = "layout_index.sqlite"
+
+_LABEL = re.compile(r"[0-9a-zA-Z+]+")
+_QUERY_WORD = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
+
+
+def normalize_label(label: str, entity: str = "sub") -> str:
+    """Strip the ``sub-``/``ses-`` prefix of a label and refuse what no BIDS label can be.
+
+    Raises
+    ------
+    UsageError
+        If the label is empty or holds other characters than letters, digits and ``+``.
+
+    Examples
+    --------
+    >>> normalize_label("sub-01")
+    '01'
+    """
+    bare = label.removeprefix(f"{entity}-")
+    if not _LABEL.fullmatch(bare):
+        raise UsageError(
+            f"{label!r} is not a BIDS label: only letters and digits may follow '{entity}-'. "
+            "Give labels, not paths, separated by spaces."
+        )
+    return bare
+
+
+def natural_key(text: str) -> list[tuple[int, int | str]]:
+    """Key that sorts ``run-2`` before ``run-10``."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+
+
+def list_participants(bids_dir: Path) -> list[str]:
+    """Labels of the ``sub-*`` folders, without ``sub-``, in natural order.
+
+    Raises
+    ------
+    NoInputError
+        If the directory cannot be listed.
+    """
+    try:
+        with os.scandir(bids_dir) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except OSError as error:
+        raise NoInputError(f"{bids_dir}: cannot list this directory: {error.strerror}.") from error
+    labels = (name[4:] for name in names if name.startswith("sub-"))
+    return sorted((label for label in labels if _LABEL.fullmatch(label)), key=natural_key)
+
+
+def _ignore_patterns(participants: Iterable[str], existing: Iterable[str]) -> list[re.Pattern]:
+    """Patterns that keep pybids out of everything but the participants' ``anat`` folders."""
+    chosen = set(participants)
+    # One short pattern where nobody is left out: it is matched against every path.
+    labels = "[^/]+" if chosen.issuperset(existing) else "|".join(map(re.escape, sorted(chosen)))
+    return [
+        re.compile(rf"^/(?!sub-(?:{labels})(?:/|$))"),
+        re.compile(r"^/sub-[^/]+/(?!ses-[^/]+(?:/|$)|anat(?:/|$))"),
+        re.compile(r"^/sub-[^/]+/ses-[^/]+/(?!anat(?:/|$))"),
+    ]
+
+
+def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -> BIDSLayout:
+    """Index with pybids the participants' ``anat`` folders, in memory or in `database`."""
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    indexer = BIDSLayoutIndexer(
+        validate=False,
+        index_metadata=False,
+        ignore=_ignore_patterns(participants, list_participants(bids_dir)),
+    )
+    return BIDSLayout(
+        bids_dir, validate=False, derivatives=False, indexer=indexer, database_path=database
+    )
+
+
+def open_layouts(
+    bids_dir: Path, participants: list[str], database: Path | None
+) -> tuple[BIDSLayout, list[BIDSLayout]]:
+    """The layout, and one more for participants that an existing database does not hold.
+
+    A database is made once and then only read: jobs that share it cannot disturb each other, and
+    one made for other participants still gives the right answer.
+
+    Raises
+    ------
+    UsageError
+        If the database is damaged or of another dataset.
+    OutputError
+        If it cannot be written.
+    """
+    if database is None:
+        return _index(bids_dir, participants, None), []
+    if not (database / DATABASE_FILE).exists():
+        _make_database(bids_dir, participants, database)
+    from bids.layout import BIDSLayout
+
+    try:
+        layout = BIDSLayout(bids_dir, validate=False, database_path=database)
+        held = set(layout.get_subjects(scope="self"))
+        root = Path(str(layout.root))
+    except Exception as error:  # sqlite, sqlalchemy and pybids raise their own kinds here
+        raise UsageError(
+            f"{database}: pybids cannot read this database ({error}). Delete it to have it rebuilt."
+        ) from error
+    if root != bids_dir:
+        raise UsageError(
+            f"{database}: the database is of {root}, not of {bids_dir}. "
+            "Give another --bids-database-dir, or delete this one."
+        )
+    missing = [p for p in participants if p not in held]
+    return layout, [_index(bids_dir, missing, None)] if missing else []
+
+
+def _make_database(bids_dir: Path, participants: list[str], database: Path) -> None:
+    """Index into a temporary folder and move it, so that no job ever reads half a database."""
+    try:
+        database.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=database, prefix=".new-") as fresh:
+            _index(bids_dir, participants, Path(fresh)).connection_manager.session.close()
+            os.replace(Path(fresh) / DATABASE_FILE, database / DATABASE_FILE)
+    except OSError as error:
+        raise OutputError(
+            f"{database}: cannot write the pybids database: {error.strerror}. "
+            "Give a writable --bids-database-dir, or leave it out."
+        ) from error
+
+
+def filter_value(name: str, value: Any, known: list[str]) -> Any:
+    """A value of the JSON filter file as pybids wants it.
+
+    As in nipreps, null and ``"Query.NONE"`` mean "has no such entity", ``"*"`` "has one".
+
+    Raises
+    ------
+    UsageError
+        If `name` is not one of the entities `known` to pybids, or the value is of another type.
+    """
+    from bids.layout import Query
+
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        # "acq" and "run" style short names are closer to a prefix than to the whole word.
+        close = [word for word in known if word.startswith(name)] or close
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"--bids-filter-file: t1w: {name!r} is not a pybids entity.{hint}")
+    if isinstance(value, list):
+        return [filter_value(name, item, known) for item in value]
+    if value is None:
+        return Query.NONE
+    if value == "*":
+        return Query.REQUIRED
+    if isinstance(value, str):
+        word = _QUERY_WORD.fullmatch(value)
+        if word:
+            return Query["REQUIRED" if word[1] == "ANY" else word[1]]
+        if name in ("subject", "session"):
+            return value.removeprefix({"subject": "sub-", "session": "ses-"}[name])
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise UsageError(
+        f"--bids-filter-file: t1w: {name}: {value!r} is neither text, a whole number, null, "
+        "nor a list of these."
+    )

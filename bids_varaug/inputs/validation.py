@@ -1,0 +1,138 @@
+"""Check of the input dataset with the BIDS schema validator, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import shorten
+
+from bids_varaug.errors import InvalidBidsError
+
+EXECUTABLE = "bids-validator-deno"
+SKIP_HINT = "Mend the dataset, or give --skip-bids-validation to go on regardless."
+SHOWN_CODES = 8
+SHOWN_FILES = 3
+
+# One unreadable image must not stop the other subjects, and content that git-annex has not fetched
+# is no fault of the dataset: these are found per image later, with a message of their own.
+CONTENT_CODES = {"EMPTY_FILE", "NIFTI_HEADER_UNREADABLE", "SYMLINK_BROKEN"}
+
+
+def find_validator() -> Path | None:
+    """The validator's executable: beside this Python, else on the PATH."""
+    # The environment's folder comes first: it may be in use without having been activated.
+    beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
+    found = beside or shutil.which(EXECUTABLE)
+    return Path(found) if found else None
+
+
+def run_validator(bids_dir: Path, *options: str) -> list[dict]:
+    """Errors (not warnings) that the schema validator finds in a dataset, with its own schema.
+
+    Parameters
+    ----------
+    bids_dir : Path
+    *options : str
+        Further options of ``bids-validator-deno``.
+
+    Returns
+    -------
+    list of dict
+        Keys ``code``, ``location``, ``message``, where given ``subCode`` and ``issueMessage``.
+
+    Raises
+    ------
+    InvalidBidsError
+        If the validator is not installed or gives no answer.
+    """
+    executable = find_validator()
+    if executable is None:
+        raise InvalidBidsError(
+            f"{EXECUTABLE} is not installed, so {bids_dir} cannot be checked. "
+            "pip install bids-validator-deno, or give --skip-bids-validation."
+        )
+    # BIDS_SCHEMA would make it fetch a schema from the network; compute nodes have none.
+    environment = {key: value for key, value in os.environ.items() if key != "BIDS_SCHEMA"}
+    environment |= {"DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+    command = [str(executable), "--format", "json", "--ignoreWarnings", *options, str(bids_dir)]
+    answer = "it could not be started"
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        answer = done.stderr.decode(errors="replace").strip()[-500:]
+        report = json.loads(done.stdout)["issues"]
+        issues, messages = report["issues"], report.get("codeMessages", {})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidBidsError(
+            f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error}). "
+            "Give --skip-bids-validation to go on without it."
+        ) from error
+    return [
+        {**issue, "message": messages.get(issue["code"], "").strip()}
+        for issue in issues
+        if issue.get("severity") == "error"
+    ]
+
+
+def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> None:
+    """Refuse a dataset that is not valid BIDS.
+
+    Parameters
+    ----------
+    bids_dir : Path
+    participant_labels : iterable of str
+        Where given, errors in the folders of other participants do not count.
+
+    Raises
+    ------
+    InvalidBidsError
+        With the first errors by code and file.
+    """
+    errors = [
+        issue
+        for issue in run_validator(bids_dir, "--ignoreNiftiHeaders")
+        if issue["code"] not in CONTENT_CODES
+    ]
+    labels = set(participant_labels)
+    if labels:
+        errors = [issue for issue in errors if _subject(issue) in labels | {None}]
+    if errors:
+        raise InvalidBidsError(
+            f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n"
+            f"{summarize_errors(errors)}\n{SKIP_HINT}"
+        )
+
+
+def _subject(issue: dict) -> str | None:
+    """Participant in whose folder an error lies, None for the dataset's own files."""
+    match = re.match(r"/sub-([0-9a-zA-Z+]+)/", issue.get("location", ""))
+    return match[1] if match else None
+
+
+def summarize_errors(errors: Iterable[dict]) -> str:
+    """One line per code (and key) with its first files.
+
+    Examples
+    --------
+    >>> print(summarize_errors([{"code": "A", "location": "/x"}, {"code": "A", "location": "/y"}]))
+      A: /x, /y
+    """
+    by_code: dict[str, list[dict]] = {}
+    for issue in errors:
+        code = ".".join(filter(None, (issue["code"], issue.get("subCode"))))
+        by_code.setdefault(code, []).append(issue)
+    lines = []
+    for code, issues in list(by_code.items())[:SHOWN_CODES]:
+        files = sorted(issue.get("location", "(dataset)") for issue in issues)
+        more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+        text = issues[0].get("issueMessage") or issues[0].get("message") or ""
+        reason = f" ({shorten(text, 120, placeholder=' ...')})" if text else ""
+        lines.append(f"  {code}: {', '.join(files[:SHOWN_FILES])}{more}{reason}")
+    if len(by_code) > SHOWN_CODES:
+        lines.append(f"  and {len(by_code) - SHOWN_CODES} other kinds of error")
+    return "\n".join(lines)

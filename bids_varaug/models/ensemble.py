@@ -1,0 +1,227 @@
+"""An ensemble on disk: a manifest, and one safetensors file of weights per member."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bids_varaug.errors import EnsembleError
+from bids_varaug.models.unet import NetworkShape, UNet, build_network
+
+BASELINE = "ieee"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class of the network: the id written to label maps, its name, its display colour."""
+
+    index: int
+    name: str
+    color: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained network.
+
+    `family` is "ieee" (the unperturbed baseline), "mca" or "seed"; `precision` the virtual
+    precision in bits of a Monte Carlo member's training, None for the others; `sha256` that of
+    the weights file.
+    """
+
+    id: str
+    family: str
+    seed: int
+    precision: int | None
+    file: str
+    sha256: str
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the unperturbed network, which stays out of consensus and spread."""
+        return self.family == BASELINE
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Members of one architecture, what they segment, and how they were trained.
+
+    `labels[k]` describes class k; `voxel_size` in mm.
+    """
+
+    name: str
+    version: str
+    directory: Path
+    voxel_size: float
+    labels: tuple[Label, ...]
+    network: NetworkShape
+    members: tuple[Member, ...]
+    training: dict
+
+
+def find_ensemble(name: str) -> Path:
+    """Return the folder of a shipped ensemble's name, or of a path.
+
+    Raises
+    ------
+    EnsembleError
+        If there is neither; the shipped names are listed.
+    """
+    shipped = Path(str(files("bids_varaug.data"))) / "ensembles"
+    for folder in (shipped / name if "/" not in name else None, Path(name)):
+        if folder is not None and (folder / MANIFEST).is_file():
+            return folder
+    known = sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))
+    raise EnsembleError(
+        f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a "
+        f"folder with a {MANIFEST}. Train one with bids_varaug-train, or give another path."
+    )
+
+
+def load_ensemble(name: str) -> Ensemble:
+    """Read an ensemble's manifest, by shipped name or folder.
+
+    Raises
+    ------
+    EnsembleError
+        If it is unknown or its manifest is damaged.
+    """
+    folder = find_ensemble(name)
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise EnsembleError(
+                f"{path}: format {values['format']}; this version reads {FORMAT}. Use the version "
+                "of bids_varaug that trained it."
+            )
+        return Ensemble(
+            name=values["name"],
+            version=values["version"],
+            directory=folder,
+            voxel_size=float(values["voxel_size"]),
+            labels=tuple(Label(**label) for label in values["labels"]),
+            network=NetworkShape.from_json(values["network"]),
+            members=tuple(Member(**member) for member in values["members"]),
+            training=values["training"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
+
+
+def write_manifest(ensemble: Ensemble) -> None:
+    """Write `ensemble.directory`/manifest.json, aside first and renamed."""
+    values = {
+        "format": FORMAT,
+        "name": ensemble.name,
+        "version": ensemble.version,
+        "voxel_size": ensemble.voxel_size,
+        "labels": [asdict(label) for label in ensemble.labels],
+        "network": ensemble.network.to_json(),
+        "members": [asdict(member) for member in ensemble.members],
+        "training": ensemble.training,
+    }
+    path = ensemble.directory / MANIFEST
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def select_members(
+    ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None
+) -> tuple[Member, ...]:
+    """Return the members asked for, in the manifest's order.
+
+    Parameters
+    ----------
+    wanted : "all", families or ids
+    n_members : keep the first n of each family; None keeps all
+
+    Raises
+    ------
+    EnsembleError
+        If a name is neither family nor id.
+    """
+    wanted = set(wanted)
+    known = {"all"} | {m.id for m in ensemble.members} | {m.family for m in ensemble.members}
+    if wanted - known:
+        raise EnsembleError(
+            f"--members {' '.join(sorted(wanted - known))}: not in ensemble {ensemble.name}. "
+            f"It has {', '.join(m.id for m in ensemble.members)}."
+        )
+    chosen, per_family = [], {}
+    for member in ensemble.members:
+        if not wanted & {"all", member.id, member.family}:
+            continue
+        per_family[member.family] = per_family.get(member.family, 0) + 1
+        if n_members is None or per_family[member.family] <= n_members:
+            chosen.append(member)
+    return tuple(chosen)
+
+
+def save_weights(network: UNet, path: Path) -> str:
+    """Write weights as float16 safetensors and return the file's SHA-256.
+
+    Rounding to 11 bits is far below what separates two members (docs/model-card.md).
+    """
+    tensors = {name: p.detach().cpu().half().contiguous() for name, p in network.named_parameters()}
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial)
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return sha256_of(path)
+
+
+def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
+    """Build a member's network in float32, in evaluation mode.
+
+    Raises
+    ------
+    EnsembleError
+        If its weights are missing, do not match the manifest's checksum, or do not fit.
+    """
+    path = ensemble.directory / member.file
+    check_member(ensemble, member)
+    network = build_network(ensemble.network)
+    try:
+        tensors = {name: t.float() for name, t in load_file(path).items()}
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError) as error:
+        raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
+    return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+
+
+def check_member(ensemble: Ensemble, member: Member) -> None:
+    """Compare a member's weights with the manifest.
+
+    Raises
+    ------
+    EnsembleError
+        If the file is missing or its SHA-256 differs.
+    """
+    path = ensemble.directory / member.file
+    if path.name != member.file or not path.is_file():
+        raise EnsembleError(f"{path}: weights of {member.id} are missing. Install the ensemble again.")
+    if sha256_of(path) != member.sha256:
+        raise EnsembleError(
+            f"{path}: checksum differs from the manifest: the file is damaged or was replaced. "
+            "Install the ensemble again."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 as hexadecimal text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

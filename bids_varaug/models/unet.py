@@ -1,0 +1,135 @@
+"""The segmentation network: a 3D U-Net whose body works at half the resolution of its output."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """What has to be known to build the network again (kept in the manifest)."""
+
+    n_classes: int
+    channels: tuple[int, ...] = (32, 64, 96, 96, 96)
+    rim_channels: int = 16
+
+    def to_json(self) -> dict:
+        """Return plain types for the manifest."""
+        return asdict(self) | {"channels": list(self.channels)}
+
+    @classmethod
+    def from_json(cls, values: dict) -> NetworkShape:
+        """Rebuild from the manifest's dictionary."""
+        return cls(**(values | {"channels": tuple(values["channels"])}))
+
+    @property
+    def multiple(self) -> int:
+        """Input sides must be multiples of this many voxels."""
+        return 2 ** len(self.channels)
+
+
+class InstanceNorm(nn.Module):
+    """Normalise each channel of each image over space, then scale and shift.
+
+    For a single image this is batch normalisation with the batch's own statistics, whose CPU
+    kernels are up to 40 times faster in channels-last memory (backward, bfloat16) than those of
+    group or instance normalisation.
+    """
+
+    def __init__(self, n_channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x normalised, same shape (B, C, X, Y, Z)."""
+        if x.shape[0] == 1:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+        return F.group_norm(x, x.shape[1], self.weight, self.bias)
+
+
+class ConvBlock(nn.Sequential):
+    """3x3x3 convolution, instance normalisation, ReLU."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(
+            nn.Conv3d(n_in, n_out, 3, padding=1, bias=False),
+            InstanceNorm(n_out),
+            nn.ReLU(inplace=True),
+        )
+
+
+class UNet(nn.Module):
+    """Image (B, 1, X, Y, Z) float32 -> logits (B, K, X, Y, Z).
+
+    The image is folded 2x2x2 into 8 channels, so that the costly body runs at 2 mm for a 1 mm
+    image and its field of view covers the head; a thin rim of full-resolution convolutions then
+    sharpens the borders with the image itself. X, Y, Z must be multiples of `shape.multiple`.
+    """
+
+    def __init__(self, shape: NetworkShape):
+        super().__init__()
+        self.shape = shape
+        widths = shape.channels
+        self.encoder = nn.ModuleList()
+        n_in = 8
+        for width in widths:
+            self.encoder.append(nn.Sequential(ConvBlock(n_in, width), ConvBlock(width, width)))
+            n_in = width
+        self.laterals = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        for deep, shallow in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.laterals.append(nn.Conv3d(deep, shallow, 1))
+            self.decoder.append(ConvBlock(shallow, shallow))
+        rim = shape.rim_channels
+        self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
+        self.rim = ConvBlock(rim + 1, rim)
+        self.head = nn.Conv3d(rim, shape.n_classes, 1)
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the full-resolution features (B, rim_channels, X, Y, Z) before the last layer."""
+        x = _to_channels_last(fold(image))
+        skips = []
+        for level, block in enumerate(self.encoder):
+            x = block(x if level == 0 else F.max_pool3d(x, 2))
+            skips.append(x)
+        skips.pop()
+        for lateral, block in zip(self.laterals, self.decoder, strict=True):
+            x = F.interpolate(lateral(x), scale_factor=2, mode="nearest")
+            x = block(x + skips.pop())
+        x = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
+        return self.rim(_to_channels_last(x))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, K, X, Y, Z)."""
+        return self.head(self.features(image))
+
+
+def fold(image: torch.Tensor) -> torch.Tensor:
+    """(B, 1, X, Y, Z) -> (B, 8, X/2, Y/2, Z/2): each 2x2x2 cube becomes 8 channels."""
+    b, _, x, y, z = image.shape
+    cubes = image.reshape(b, x // 2, 2, y // 2, 2, z // 2, 2)
+    return cubes.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, 8, x // 2, y // 2, z // 2)
+
+
+def unfold(channels: torch.Tensor) -> torch.Tensor:
+    """(B, 8 C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z): the inverse arrangement of `fold`."""
+    b, c, x, y, z = channels.shape
+    cubes = channels.reshape(b, 2, 2, 2, c // 8, x, y, z)
+    return cubes.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, c // 8, 2 * x, 2 * y, 2 * z)
+
+
+def build_network(shape: NetworkShape, seed: int = 0) -> UNet:
+    """Return a freshly initialised network; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet(shape)
+    return network.to(memory_format=torch.channels_last_3d)
+
+
+def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,624 @@
+"""Figures of the participant report: arrays in, PNG bytes out, the same bytes every time.
+
+Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in
+neurological convention: the subject's left is on the left of axial and coronal slices, and the
+nose points to the right in sagittal ones.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import matplotlib
+import matplotlib.style
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+DPI = 100
+PLANES = ("sagittal", "coronal", "axial")  # the axis of RAS that each one cuts
+ROWS = (2, 1, 0)  # order in a mosaic, top to bottom
+MARGIN_MM = 4.0
+GAP = 6  # px between tiles
+LEGEND_ROW = 20  # px
+LEGEND_COLUMNS = 9
+BAR_HEIGHT = 66  # px below a mosaic, for its colour bar
+INK = "#e8e8e8"
+PAPER = "#000000"
+FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00", "rr": "#009e73"}  # Okabe-Ito
+OTHER_COLOR = "#cc79a7"
+BASELINE = "ieee"
+UNRELIABLE_RGB = (255, 77, 166)
+OUTLINE_RGB = (86, 180, 233)
+WHITE_MATTER = (2, 41)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a head is cut and at which size it is drawn; shared by all figures of a scan.
+
+    Attributes
+    ----------
+    shape : (3,) int, of the native grid
+    orientation : (3, 2) float, nibabel's orientation of the native grid
+    affine : (4, 4) float, RAS+ voxel to world [mm]
+    zooms : voxel size along the RAS axes [mm]
+    box : first and past-the-last voxel shown along the RAS axes
+    cuts : for each RAS axis, the voxel indices of its slices
+    scale : px per mm
+    """
+
+    shape: tuple[int, int, int]
+    orientation: np.ndarray
+    affine: np.ndarray
+    zooms: tuple[float, float, float]
+    box: tuple[tuple[int, int], ...]
+    cuts: tuple[tuple[int, ...], ...]
+    scale: float
+
+
+@dataclass(frozen=True)
+class MapStyle:
+    """How a scalar map is coloured.
+
+    Attributes
+    ----------
+    title, unit : text of the colour bar
+    low, high : ends of the colour bar, in the map's unit
+    negligible : value at which the map is fully transparent
+    solid : value from which on it is opaque; below `negligible` where small values matter
+    colormap : perceptually uniform colormap of matplotlib
+    """
+
+    title: str
+    unit: str
+    low: float
+    high: float
+    negligible: float
+    solid: float
+    colormap: str
+
+
+MAP_STYLES: dict[str, MapStyle] = {
+    "entropy": MapStyle("Vote entropy", "bit", 0.0, 2.0, 0.0, 0.3, "plasma"),
+    "sigbits": MapStyle(
+        "Significant bits of the consensus label's posterior", "bit", 0.0, 8.0, 8.0, 6.0, "plasma_r"
+    ),
+    "std": MapStyle(
+        "Standard deviation of the consensus label's posterior", "1", 0.0, 0.4, 0.02, 0.06, "plasma"
+    ),
+}
+
+
+def parse_colors(labels: Mapping[int, str]) -> dict[int, tuple[int, int, int]]:
+    """Turn ``{index: "#rrggbb"}`` into ``{index: (r, g, b)}``, each 0-255.
+
+    Examples
+    --------
+    >>> parse_colors({17: "#dcd814"})
+    {17: (220, 216, 20)}
+    """
+    return {
+        index: tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+        for index, color in labels.items()
+    }
+
+
+def plan_view(
+    labels: np.ndarray, affine: np.ndarray, n_slices: int = 7, max_width: int = 1900
+) -> View:
+    """Choose slices through the brain and the scale of a mosaic.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) integer, 0 = background, native grid; the whole image is shown if all 0
+    affine : (4, 4) float, voxel to world [mm]
+    n_slices : slices per plane
+    max_width : width of the mosaics [px]
+
+    Raises
+    ------
+    ValueError
+        If the labels are not three-dimensional.
+    """
+    if labels.ndim != 3:
+        raise ValueError(f"labels have {labels.ndim} dimensions, not 3")
+    orientation = io_orientation(affine)
+    ras = apply_orientation(labels, orientation)
+    ras_affine = affine @ inv_ornt_aff(orientation, labels.shape)
+    zooms = tuple(float(z) for z in nib.affines.voxel_sizes(ras_affine))
+    box, cuts = [], []
+    for axis, (size, zoom) in enumerate(zip(ras.shape, zooms, strict=True)):
+        others = tuple(a for a in range(3) if a != axis)
+        inside = np.flatnonzero((ras > 0).any(axis=others))
+        first, last = (inside[0], inside[-1]) if inside.size else (0, size - 1)
+        pad = int(np.ceil(MARGIN_MM / zoom))
+        box.append((int(max(0, first - pad)), int(min(size, last + 1 + pad))))
+        steps = (np.arange(n_slices) + 0.75) / (n_slices + 0.5)
+        cuts.append(tuple(int(round(c)) for c in first + steps * (last - first)))
+    extent = [(stop - start) * zoom for (start, stop), zoom in zip(box, zooms, strict=True)]
+    scale = (max_width - (n_slices + 1) * GAP) / (n_slices * max(extent[0], extent[1]))
+    return View(labels.shape, orientation, ras_affine, zooms, tuple(box), tuple(cuts), scale)
+
+
+def draw_labels(
+    t1w: np.ndarray,
+    labels: np.ndarray,
+    view: View,
+    colors: Mapping[int, tuple[int, int, int]],
+    names: Mapping[int, str] | None = None,
+) -> bytes:
+    """Mosaic of the T1w with each structure's contour in its colour.
+
+    Parameters
+    ----------
+    t1w : (X, Y, Z) number, native grid
+    labels : (X, Y, Z) integer, native grid
+    view : from `plan_view` of the same grid
+    colors : label index to (r, g, b), 0-255; labels without a colour are not drawn
+    names : label index to name, for the legend; no legend if None
+
+    Returns
+    -------
+    PNG file
+    """
+    window = _window(t1w, labels)
+
+    def tile(axis: int, index: int) -> np.ndarray:
+        rgb = _gray_tile(t1w, view, axis, index, window)
+        cut = _sample(labels, view, axis, index, order=0)
+        _draw_contours(rgb, cut, colors)
+        return rgb
+
+    present = set(pd.unique(labels.ravel(order="K")).tolist()) - {0}
+    entries = _legend_entries({i: n for i, n in (names or {}).items() if i in present}, colors)
+    canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
+    _add_legend(canvas, mosaic_height, entries)
+    return _to_png(canvas)
+
+
+def draw_map(
+    t1w: np.ndarray, values: np.ndarray, labels: np.ndarray, view: View, style: MapStyle
+) -> bytes:
+    """Mosaic of a scalar map over the T1w, with a colour bar.
+
+    Parameters
+    ----------
+    t1w, values : (X, Y, Z) number, native grid; NaN in `values` is transparent
+    labels : (X, Y, Z) integer, native grid, for the grey window of the T1w
+    view : from `plan_view` of the same grid
+    style : e.g. ``MAP_STYLES["entropy"]``
+
+    Returns
+    -------
+    PNG file
+    """
+    window = _window(t1w, labels)
+    norm = Normalize(style.low, style.high, clip=True)
+    colormap = matplotlib.colormaps[style.colormap]
+
+    def tile(axis: int, index: int) -> np.ndarray:
+        rgb = _gray_tile(t1w, view, axis, index, window)
+        cut = _sample(values, view, axis, index, order=0).astype(np.float32)
+        # Holds for maps whose small values matter too: there solid < negligible.
+        alpha = (cut - style.negligible) / (style.solid - style.negligible)
+        alpha = 0.92 * np.clip(np.nan_to_num(alpha, nan=0.0), 0, 1)[..., None]
+        color = colormap(norm(np.nan_to_num(cut)))[..., :3] * 255
+        return np.rint(alpha * color + (1 - alpha) * rgb).astype(np.uint8)
+
+    canvas, mosaic_height = _compose(view, tile, BAR_HEIGHT)
+    _add_colorbar(canvas, mosaic_height, style, ScalarMappable(norm, colormap))
+    return _to_png(canvas)
+
+
+def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View) -> bytes:
+    """Mosaic of the unreliable voxels over the T1w, with the outline of the brain.
+
+    Parameters
+    ----------
+    t1w : (X, Y, Z) number, native grid
+    mask : (X, Y, Z) bool or 0/1, native grid
+    labels : (X, Y, Z) integer, native grid; its non-zero part is outlined
+    view : from `plan_view` of the same grid
+
+    Returns
+    -------
+    PNG file
+    """
+    window = _window(t1w, labels)
+
+    def tile(axis: int, index: int) -> np.ndarray:
+        rgb = _gray_tile(t1w, view, axis, index, window)
+        brain = (_sample(labels, view, axis, index, order=0) > 0).astype(np.uint8)
+        _draw_contours(rgb, brain, {1: OUTLINE_RGB})
+        rgb[_sample(mask, view, axis, index, order=0) > 0] = UNRELIABLE_RGB
+        return rgb
+
+    entries = {"unreliable voxel": UNRELIABLE_RGB, "outline of the labelled brain": OUTLINE_RGB}
+    canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
+    _add_legend(canvas, mosaic_height, entries)
+    return _to_png(canvas)
+
+
+def draw_volumes(
+    members: pd.DataFrame, consensus: Mapping[int, float] | None = None, max_rows: int = 80
+) -> bytes:
+    """Volumes of every structure, one dot per member, relative to the mean of the members.
+
+    The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond,
+    so that structures of 0.3 % and of 30 % spread both show it. With a single member volumes
+    are drawn in mm3 on a logarithmic axis.
+
+    Parameters
+    ----------
+    members : table with columns member, family, index, name, volume [mm3]
+    consensus : label index to volume of the consensus labels [mm3]; drawn as a bar if given
+    max_rows : structures shown, the first ones of the table
+
+    Returns
+    -------
+    PNG file
+    """
+    order = _pair_sides(members.drop_duplicates("index"))[:max_rows]
+    names = dict(zip(members["index"], members["name"], strict=True))
+    relative = members["member"].nunique() > 1
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(10.5, 1.05 + 0.235 * len(order)), dpi=DPI * 1.3, facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        height = figure.get_figheight()
+        axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
+        for row, index in enumerate(order):
+            _draw_row(
+                axes,
+                row,
+                members[members["index"] == index],
+                relative,
+                (consensus or {}).get(index),
+            )
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_yticks(range(len(order)))
+        axes.set_yticklabels(
+            [_short_name(str(names[i])) for i in order], fontsize=8, parse_math=False
+        )
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _scale_volume_axis(axes, relative)
+        _add_volume_legend(figure, axes, members, consensus is not None, relative)
+        return _to_png(canvas)
+
+
+def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool, consensus: float | None) -> None:
+    """One structure: dots, consensus bar and the numbers at the right."""
+    table = table.sort_values("member", kind="stable")
+    perturbed = table[table["family"] != BASELINE]
+    base = perturbed if len(perturbed) else table
+    mean = float(base["volume"].mean())
+    if row % 2:
+        axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
+    right = f"{mean:,.0f} mm³"
+    if relative and mean > 0 and len(base) > 1:
+        right += f"   ± {100 * base['volume'].std(ddof=1) / mean:.1f} %"
+    axes.text(
+        1.01,
+        row,
+        right,
+        transform=axes.get_yaxis_transform(),
+        fontsize=7.5,
+        va="center",
+        parse_math=False,
+    )
+    if relative and not mean > 0:
+        return  # absent in all perturbed members: nothing to be relative to
+
+    def place(volume):
+        return 100 * (volume / mean - 1) if relative else volume
+
+    families = sorted(set(perturbed["family"]))
+    for number, family in enumerate(families):
+        # Families a little apart, so that equal volumes do not hide each other.
+        shift = 0.16 * (2 * number - (len(families) - 1)) / max(1, len(families) - 1)
+        values = place(perturbed.loc[perturbed["family"] == family, "volume"].to_numpy(float))
+        axes.plot(
+            values,
+            np.full(len(values), row + shift),
+            "o",
+            markersize=4.2,
+            alpha=0.8,
+            color=FAMILY_COLORS.get(family, OTHER_COLOR),
+            markeredgewidth=0,
+        )
+    baseline = place(table.loc[table["family"] == BASELINE, "volume"].to_numpy(float))
+    axes.plot(
+        baseline,
+        np.full(len(baseline), row),
+        "D",
+        markersize=4.6,
+        markerfacecolor="white",
+        markeredgecolor="black",
+        markeredgewidth=1.0,
+        zorder=4,
+    )
+    if consensus is not None:
+        x = place(float(consensus))
+        axes.plot([x, x], [row - 0.38, row + 0.38], color="black", linewidth=1.6, zorder=3)
+
+
+def _scale_volume_axis(axes, relative: bool) -> None:
+    if not relative:
+        axes.set_xscale("log")
+        axes.set_xlabel("volume [mm³]", fontsize=8.5)
+        return
+    low, high = axes.dataLim.intervalx if np.isfinite(axes.dataLim.intervalx).all() else (-1, 1)
+    reach = max(1.0, abs(low), abs(high)) * 1.15
+    axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
+    axes.set_xlim(-reach, reach)
+    half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
+    ticks = [-t for t in reversed(half)] + [0] + half
+    axes.set_xticks(ticks)
+    axes.set_xticks([], minor=True)
+    axes.set_xticklabels([f"{t:+g}".replace("-", "−") if t else "0" for t in ticks], fontsize=8)
+    axes.axvline(0, color="#777777", linewidth=0.8, zorder=1)
+    axes.set_xlabel(
+        "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)",
+        fontsize=8.5,
+    )
+
+
+def _add_volume_legend(
+    figure: Figure, axes, members: pd.DataFrame, consensus: bool, relative: bool
+) -> None:
+    families = sorted(set(members["family"]) - {BASELINE})
+    handles = [
+        axes.plot([], [], "o", color=FAMILY_COLORS.get(f, OTHER_COLOR), label=f"{f} members")[0]
+        for f in families
+    ]
+    if (members["family"] == BASELINE).any():
+        handles += axes.plot(
+            [],
+            [],
+            "D",
+            markerfacecolor="white",
+            markeredgecolor="black",
+            label="ieee (unperturbed)",
+        )
+    if consensus:
+        handles += axes.plot(
+            [], [], "|", color="black", markersize=11, markeredgewidth=1.6, label="consensus"
+        )
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.21, 1.0),
+        fontsize=8.5,
+        ncols=len(handles),
+        frameon=False,
+    )
+    figure.text(
+        0.826,
+        1 - 0.21 / figure.get_figheight(),
+        "mean   ± SD" if relative else "volume",
+        fontsize=8.5,
+        va="center",
+    )
+
+
+def _short_name(name: str) -> str:
+    """FreeSurfer name with its side behind.
+
+    Examples
+    --------
+    >>> _short_name("Left-Cerebral-White-Matter"), _short_name("Brain-Stem")
+    ('Cerebral White Matter  L', 'Brain Stem')
+    """
+    for side, mark in (("Left-", "  L"), ("Right-", "  R")):
+        if name.startswith(side):
+            return name[len(side) :].replace("-", " ") + mark
+    return name.replace("-", " ")
+
+
+def _pair_sides(structures: pd.DataFrame) -> list[int]:
+    """Indices in the table's order, each right structure just after its left one."""
+    first: dict[str, int] = {}
+    ranks = []
+    for position, (index, name) in enumerate(
+        zip(structures["index"], structures["name"], strict=True)
+    ):
+        bare = str(name).removeprefix("Left-").removeprefix("Right-")
+        ranks.append((first.setdefault(bare, position), position, int(index)))
+    return [index for _, _, index in sorted(ranks) if index != 0]
+
+
+def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Intensities drawn black and white."""
+    step = tuple(slice(None, None, max(1, size // 96)) for size in t1w.shape)
+    sample = np.nan_to_num(np.asarray(t1w[step], np.float32), posinf=0, neginf=0)
+    brain = sample[np.asarray(labels[step]) > 0]
+    bright = brain if brain.size > 50 else sample
+    low, high = float(np.percentile(sample, 1)), float(np.percentile(bright, 99.5))
+    return (low, high * 1.05 - low * 0.05) if high > low else (low, low + 1.0)
+
+
+def _sample(array: np.ndarray, view: View, axis: int, index: int, order: int) -> np.ndarray:
+    """One slice at display resolution: (height, width), first row at the top."""
+    if array.shape != view.shape:
+        raise ValueError(f"array of shape {array.shape}, but the view is of {view.shape}")
+    ras = apply_orientation(array, view.orientation)
+    across, up = (a for a in range(3) if a != axis)
+    cut = ras[(slice(None),) * axis + (index,)]  # a view; np.take would copy the whole image
+    grid = []
+    for a in (across, up):
+        start, stop = view.box[a]
+        size = max(1, round((stop - start) * view.zooms[a] * view.scale))
+        grid.append(start + (np.arange(size) + 0.5) / size * (stop - start) - 0.5)
+    if order == 0:
+        at = [
+            np.clip(np.rint(g).astype(int), 0, n - 1) for g, n in zip(grid, cut.shape, strict=True)
+        ]
+        drawn = cut[np.ix_(*at)]
+    else:
+        points = np.meshgrid(*grid, indexing="ij")
+        filled = np.nan_to_num(np.asarray(cut, np.float32), posinf=0, neginf=0)
+        drawn = map_coordinates(filled, points, order=order, mode="nearest")
+    return drawn.T[::-1]
+
+
+def _gray_tile(
+    t1w: np.ndarray, view: View, axis: int, index: int, window: tuple[float, float]
+) -> np.ndarray:
+    low, high = window
+    gray = (_sample(t1w, view, axis, index, order=1) - low) / (high - low)
+    # 128 grey levels cannot be told from 256 by eye and shrink the file.
+    gray = np.rint(np.clip(gray, 0, 1) * 127).astype(np.uint8) * 2
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def _draw_contours(
+    rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, tuple[int, int, int]]
+) -> None:
+    """Colour the pixels of each structure that touch another one, in place.
+
+    White matter touches nearly everything and gives way, so that lines stay one pixel wide.
+    """
+    edge = np.zeros(labels.shape, bool)
+    for axis in (0, 1):
+        for step in (1, -1):
+            neighbour = np.roll(labels, step, axis=axis)
+            yields = np.isin(labels, WHITE_MATTER) & (neighbour != 0)
+            edge |= (neighbour != labels) & ~yields
+    edge[[0, -1], :] = edge[:, [0, -1]] = False
+    for index in np.unique(labels[edge]).tolist():
+        if index != 0 and index in colors:
+            rgb[edge & (labels == index)] = colors[index]
+
+
+def _compose(view: View, tile, footer: int) -> tuple[FigureCanvasAgg, int]:
+    """Canvas with a row of tiles per plane above a footer, and the height of the mosaic [px]."""
+    rows = [[tile(axis, index) for index in view.cuts[axis]] for axis in ROWS]
+    cell = max(t.shape[1] for row in rows for t in row)
+    heights = [row[0].shape[0] for row in rows]
+    width = len(rows[0]) * (cell + GAP) + GAP
+    height = sum(heights) + GAP * (len(rows) + 1)
+    mosaic = np.zeros((height, width, 3), np.uint8)
+    with matplotlib.style.context("default"):
+        total = height + footer
+        figure = Figure(figsize=(width / DPI, total / DPI), dpi=DPI, facecolor=PAPER)
+        canvas = FigureCanvasAgg(figure)
+        top = GAP
+        for axis, row in zip(ROWS, rows, strict=True):
+            for column, (index, part) in enumerate(zip(view.cuts[axis], row, strict=True)):
+                left = GAP + column * (cell + GAP)
+                inset = left + (cell - part.shape[1]) // 2
+                mosaic[top : top + part.shape[0], inset : inset + part.shape[1]] = part
+                _mark_tile(figure, view, axis, index, (left, total - top, cell, part.shape[0]))
+            top += row[0].shape[0] + GAP
+        figure.figimage(mosaic, 0, footer, origin="upper", zorder=-1)
+    return canvas, height
+
+
+def _mark_tile(
+    figure: Figure, view: View, axis: int, index: int, place: tuple[int, int, int, int]
+) -> None:
+    """Write the slice's position and the sides; `place` is left, top, width, height [px]."""
+    left, top, width, height = place
+    middle = [
+        (n - 1) / 2 for n in apply_orientation(np.empty(view.shape, bool), view.orientation).shape
+    ]
+    middle[axis] = index
+    world = float((view.affine @ [*middle, 1.0])[axis])
+    total_w, total_h = (figure.get_size_inches() * DPI).tolist()
+    style = {"color": INK, "fontsize": 8.5, "family": "DejaVu Sans"}
+
+    def write(x: float, y: float, text: str, **more) -> None:
+        figure.text(x / total_w, y / total_h, text, **{**style, **more})
+
+    write(left + 3, top - 3, f"{'xyz'[axis]} = {world:+.0f} mm", va="top")
+    sides = ("P", "A") if axis == 0 else ("L", "R")
+    bold = {"fontweight": "bold", "va": "bottom", "fontsize": 9.5, "color": "#ffd24d"}
+    write(left + 3, top - height + 2, sides[0], **bold)
+    write(left + width - 3, top - height + 2, sides[1], ha="right", **bold)
+
+
+def _legend_entries(
+    names: Mapping[int, str], colors: Mapping[int, tuple[int, int, int]]
+) -> dict[str, tuple[int, int, int]]:
+    """Name to colour; the two sides of a structure share an entry."""
+    entries: dict[str, tuple[int, int, int]] = {}
+    for index, name in names.items():
+        if index in colors:
+            bare = name.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
+            entries.setdefault(bare, colors[index])
+    return entries
+
+
+def _legend_height(entries: Mapping[str, object]) -> int:
+    return LEGEND_ROW * -(-len(entries) // LEGEND_COLUMNS) + 12 if entries else 0
+
+
+def _add_legend(
+    canvas: FigureCanvasAgg, mosaic_height: int, entries: Mapping[str, tuple[int, int, int]]
+) -> None:
+    figure = canvas.figure
+    total_w, total_h = (figure.get_size_inches() * DPI).tolist()
+    with matplotlib.style.context("default"):
+        for number, (name, color) in enumerate(entries.items()):
+            row, column = divmod(number, LEGEND_COLUMNS)
+            x = 10 + column * total_w / LEGEND_COLUMNS
+            y = total_h - mosaic_height - 14 - LEGEND_ROW * row
+            rgb = tuple(c / 255 for c in color)
+            figure.patches.append(
+                Rectangle((x, y - 6), 12, 12, color=rgb, transform=None, figure=figure)
+            )
+            figure.text(
+                (x + 18) / total_w,
+                y / total_h,
+                name,
+                color=INK,
+                fontsize=10,
+                va="center_baseline",
+                parse_math=False,
+            )
+
+
+def _add_colorbar(
+    canvas: FigureCanvasAgg, mosaic_height: int, style: MapStyle, mappable: ScalarMappable
+) -> None:
+    figure = canvas.figure
+    _, total_h = (figure.get_size_inches() * DPI).tolist()
+    below = total_h - mosaic_height
+    with matplotlib.style.context("default"):
+        axes = figure.add_axes((0.3, (below - 40) / total_h, 0.4, 14 / total_h))
+        rising = style.solid > style.negligible
+        bar = figure.colorbar(mappable, cax=axes, orientation="horizontal", extend="max")
+        bar.outline.set_edgecolor(INK)
+        axes.tick_params(colors=INK, labelsize=10)
+        axes.set_title(f"{style.title} [{style.unit}]", color=INK, fontsize=11, pad=5)
+        hidden = f"{'≤' if rising else '≥'} {style.negligible:g} {style.unit}: transparent"
+        figure.text(
+            0.72,
+            (below - 33) / total_h,
+            hidden.replace(" 1:", ":"),
+            color=INK,
+            fontsize=9.5,
+            va="center",
+        )
+
+
+def _to_png(canvas: FigureCanvasAgg) -> bytes:
+    """Render without metadata, so that the same pixels give the same file."""
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()

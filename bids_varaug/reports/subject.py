@@ -1,0 +1,161 @@
+"""Gather what a participant's report shows, from the derivatives alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.sidecars import package_version
+from bids_varaug.derivatives.write import replacing
+from bids_varaug.errors import ScanError
+from bids_varaug.images.conform import conform
+from bids_varaug.images.crop import is_probably_cropped
+from bids_varaug.images.load import load_t1w
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.reports import figures
+from bids_varaug.reports.citation import citation_markdown
+
+PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
+# Where and how fast it ran; what the report shows must not depend on them.
+_NOT_SHOWN = {"work_dir", "device", "nprocs", "omp_nthreads", "mem_gb", "plugin", "verbosity",
+              "dry_run", "reports_only", "clean_workdir", "stop_on_first_crash"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """Whose report to draw: all scans of one participant."""
+
+    settings: Settings
+    ensemble: Ensemble
+    members: tuple[Member, ...]
+    scans: tuple[Scan, ...]
+
+
+def write_subject_report(request: ReportRequest) -> Path:
+    """Write ``sub-<label>.html`` and its figures.
+
+    Raises
+    ------
+    ScanError
+        If a derivative that the report needs is not there.
+    OutputError
+        If it cannot be written.
+    """
+    from bids_varaug.reports.participant import ReportContent, write_participant_report
+
+    settings, ensemble = request.settings, request.ensemble
+    content = ReportContent(
+        subject=request.scans[0].subject,
+        scans=tuple(scan_report(request, scan) for scan in request.scans),
+        settings=_shown_settings(settings),
+        ensemble={
+            "name": ensemble.name,
+            "version": ensemble.version,
+            "members": [_member_row(member) for member in request.members],
+        },
+        versions={"bids_varaug": package_version()} | _versions(),
+        citation=citation_markdown(ensemble, request.members),
+    )
+    path = names.report(settings.output_dir, content.subject)
+    write_participant_report(path, content)
+    return path
+
+
+def scan_report(request: ReportRequest, scan: Scan):
+    """Draw one scan's figures and collect its tables and warnings."""
+    from bids_varaug.reports.participant import ScanReport
+    from bids_varaug.reports.plausibility import find_warnings
+
+    output_dir = request.settings.output_dir
+    regions = _read_table(output_dir, scan, "regions_tsv")
+    members = _read_table(output_dir, scan, "members_tsv")
+    drawn = dict(_draw(request, scan, members))
+    for name, png in drawn.items():
+        with replacing(names.figure(output_dir, scan, name, ".png")) as stream:
+            stream.write(png)
+    volume = load_t1w(scan.path)
+    zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    doubt = is_probably_cropped(conform(volume, 2.0).data, 2.0)
+    warnings = ([] if doubt is None else [doubt]) + find_warnings(regions, zooms)
+    return ScanReport(
+        prefix=scan.prefix,
+        figures=drawn,
+        regions=regions,
+        members=members,
+        warnings=warnings,
+        provenance={
+            "T1w": scan.relative,
+            "Grid": f"{' x '.join(str(n) for n in volume.data.shape)} voxels of "
+            f"{' x '.join(f'{zoom:.2f}' for zoom in zooms)} mm",
+        },
+    )
+
+
+def _draw(
+    request: ReportRequest, scan: Scan, members: pd.DataFrame
+) -> Iterator[tuple[str, bytes]]:
+    output_dir = request.settings.output_dir
+    t1w = nib.load(scan.path)
+    image = np.asarray(t1w.dataobj, dtype=np.float32).reshape(t1w.shape[:3])
+    labels, affine = _read_image(output_dir, scan, "consensus_dseg")
+    colors = figures.parse_colors({la.index: la.color for la in request.ensemble.labels[1:]})
+    label_names = {la.index: la.name for la in request.ensemble.labels[1:]}
+    view = figures.plan_view(labels, affine)
+    yield "consensus", figures.draw_labels(image, labels, view, colors, label_names)
+    for key, style in figures.MAP_STYLES.items():
+        if names.OUTPUTS[key].path(output_dir, scan).exists():
+            values, _ = _read_image(output_dir, scan, key)
+            yield key, figures.draw_map(image, values, labels, view, style)
+    if names.OUTPUTS["unreliable_mask"].path(output_dir, scan).exists():
+        mask, _ = _read_image(output_dir, scan, "unreliable_mask")
+        yield "unreliable", figures.draw_mask(image, mask, labels, view)
+    yield "volumes", figures.draw_volumes(members)
+
+
+def _read_image(output_dir: Path, scan: Scan, key: str) -> tuple[np.ndarray, np.ndarray]:
+    image = nib.load(_existing(names.OUTPUTS[key].path(output_dir, scan), scan))
+    return np.asanyarray(image.dataobj), image.affine
+
+
+def _read_table(output_dir: Path, scan: Scan, key: str) -> pd.DataFrame:
+    path = _existing(names.OUTPUTS[key].path(output_dir, scan), scan)
+    return pd.read_csv(path, sep="\t", na_values=["n/a"])
+
+
+def _existing(path: Path, scan: Scan) -> Path:
+    if not path.exists():
+        raise ScanError(
+            f"{path}: not there, so that {scan.relative} has no report. Run without --reports-only."
+        )
+    return path
+
+
+def _shown_settings(settings: Settings) -> dict[str, str]:
+    return {
+        field.name: str(getattr(settings, field.name))
+        for field in fields(settings)
+        if field.name not in _NOT_SHOWN
+    }
+
+
+def _member_row(member: Member) -> dict:
+    return {
+        "id": member.id,
+        "family": member.family,
+        "seed": member.seed,
+        "precision": member.precision,
+        "sha256": member.sha256,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -1,0 +1,188 @@
+"""Which members to train, and from one description of an ensemble train them all."""
+
+from __future__ import annotations
+
+import colorsys
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from bids_varaug import __version__
+from bids_varaug.errors import UsageError
+from bids_varaug.models.ensemble import BASELINE, Ensemble, Label, Member, save_weights
+from bids_varaug.models.ensemble import load_ensemble, write_manifest
+from bids_varaug.models.ensemble import MANIFEST
+from bids_varaug.models.unet import UNet, build_network
+from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.training.labels import LabelScheme
+from bids_varaug.training.recipe import Recipe, Stage
+from bids_varaug.training.synthesis import Randomiser
+from bids_varaug.training.train import StepReport, train
+
+_ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
+FLOAT32_PRECISION = 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One member to train.
+
+    `seed` decides initialisation and data order; `rounding_seed` the random rounding of a Monte
+    Carlo member, None for deterministic arithmetic.
+    """
+
+    id: str
+    family: str
+    seed: int
+    rounding_seed: int | None
+
+    def arithmetic(self, step: int):
+        """Return the context under which step number `step` runs."""
+        if self.rounding_seed is None:
+            return nullcontext()
+        # One stream a step, so that a resumed run rounds as an unbroken one.
+        return MonteCarloArithmetic(seed=self.rounding_seed * 1_000_003 + step)
+
+
+def parse_members(text: str) -> tuple[str, ...]:
+    """Expand "ieee,mca01..mca04" into ids, in the order given.
+
+    Raises
+    ------
+    UsageError
+        If a part is no member id or range of one family.
+
+    Examples
+    --------
+    >>> parse_members("ieee,seed01..seed03")
+    ('ieee', 'seed01', 'seed02', 'seed03')
+    """
+    ids: list[str] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("..")
+        if not _ID.fullmatch(first) or (last and not _ID.fullmatch(last)):
+            raise UsageError(f"--members {part}: use ieee, mcaNN, seedNN or ranges (mca01..mca10).")
+        if not last:
+            ids.append(first)
+            continue
+        if first[:-2] != last[:-2] or first == BASELINE or int(first[-2:]) > int(last[-2:]):
+            raise UsageError(f"--members {part}: a range runs upwards within one family.")
+        ids += [f"{first[:-2]}{n:02d}" for n in range(int(first[-2:]), int(last[-2:]) + 1)]
+    return tuple(dict.fromkeys(ids))
+
+
+def plan_member(member_id: str) -> Plan:
+    """Return the seeds of a member: Monte Carlo members share the baseline's seed, 0."""
+    if member_id == BASELINE:
+        return Plan(member_id, BASELINE, 0, None)
+    number = int(member_id[-2:])
+    if member_id.startswith("mca"):
+        return Plan(member_id, "mca", 0, number)
+    return Plan(member_id, "seed", number, None)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that training members needs besides the member."""
+
+    directory: Path
+    recipe: Recipe
+    scheme: LabelScheme
+    heads: Sequence[torch.Tensor]
+    randomiser: Randomiser
+    device: str
+    on_step: Callable[[str, StepReport, UNet], None]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training states."""
+        return self.directory / "checkpoints"
+
+    def run(self, name: str, network: UNet, stages: tuple[Stage, ...], seed: int, arithmetic):
+        """Train `network` through `stages`, under the checkpoint `name`."""
+        return train(
+            network, self.heads, self.randomiser, self.recipe, stages, seed,
+            self.checkpoints / f"{name}.safetensors", arithmetic,
+            lambda report: self.on_step(name, report, network),
+        )  # fmt: skip
+
+    def train_trunk(self) -> UNet:
+        """Train (or finish, or load) what all members share."""
+        seed = self.recipe.trunk_seed
+        network = build_network(self.recipe.network, seed).to(self.device)
+        return self.run("trunk", network, self.recipe.trunk, seed, lambda step: nullcontext())
+
+    def train_member(self, plan: Plan, trunk: UNet | None) -> Member:
+        """Train one member and write its weights."""
+        network = build_network(self.recipe.network, plan.seed).to(self.device)
+        if trunk is not None:
+            network.load_state_dict(trunk.state_dict())
+        self.run(plan.id, network, self.recipe.member, plan.seed, plan.arithmetic)
+        name = f"{plan.id}.safetensors"
+        checksum = save_weights(network, self.directory / name)
+        precision = None if plan.rounding_seed is None else FLOAT32_PRECISION
+        return Member(plan.id, plan.family, plan.seed, precision, name, checksum)
+
+
+def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensemble:
+    """Train the trunk, then each member; the manifest grows with every finished member."""
+    workshop.directory.mkdir(parents=True, exist_ok=True)
+    trunk = workshop.train_trunk() if workshop.recipe.trunk else None
+    ensemble = _empty_ensemble(workshop, name)
+    if (workshop.directory / MANIFEST).exists():
+        ensemble = replace(ensemble, members=load_ensemble(str(workshop.directory)).members)
+    for member_id in ids:
+        member = workshop.train_member(plan_member(member_id), trunk)
+        others = tuple(m for m in ensemble.members if m.id != member_id)
+        ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
+        write_manifest(ensemble)
+    return ensemble
+
+
+def _order(member: Member):
+    return (["ieee", "mca", "seed"].index(member.family), member.id)
+
+
+def _empty_ensemble(workshop: Workshop, name: str) -> Ensemble:
+    recipe, scheme = workshop.recipe, workshop.scheme
+    finest = recipe.member[-1].windows[0].voxel_size
+    return Ensemble(
+        name=name,
+        version=__version__,
+        directory=workshop.directory,
+        voxel_size=finest,
+        labels=_labels(scheme),
+        network=recipe.network,
+        members=(),
+        training={
+            "recipe": recipe.to_json(),
+            "forked_at_step": recipe.trunk_steps,
+            "member_steps": sum(stage.steps for stage in recipe.member),
+            "n_label_maps": len(workshop.heads),
+            "torch": torch.__version__,
+            "processor": platform.processor() or platform.machine(),
+            "device": workshop.device,
+        },
+    )
+
+
+def _labels(scheme: LabelScheme) -> tuple[Label, ...]:
+    with (files("bids_varaug.data") / "aseg31.tsv").open() as stream:
+        known = pd.read_csv(stream, sep="\t").set_index("index")["color"].to_dict()
+    pairs = zip(scheme.target_ids, scheme.target_names, strict=True)
+    return tuple(
+        Label(index, label, known.get(index) or _color(index)) for index, label in pairs
+    )
+
+
+def _color(index: int) -> str:
+    """A colour of its own for a structure without a customary one (golden-angle hues)."""
+    rgb = colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.9)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)

@@ -1,0 +1,76 @@
+"""Real images watched during training: synthetic loss alone says little about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from bids_varaug.errors import UserError
+from bids_varaug.images.conform import conform
+from bids_varaug.images.crop import extract, head_box
+from bids_varaug.images.load import load_t1w
+from bids_varaug.images.native import resample_posterior
+from bids_varaug.models.unet import UNet
+from bids_varaug.segmentation.predict import segment_volume
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A T1w image and its label map on the same grid."""
+
+    t1w: Path
+    labels: Path
+
+
+def find_labelled_images(directory: Path) -> list[LabelledImage]:
+    """Pair ``<name>_T1w.nii.gz`` with the ``*_dseg.nii.gz`` beside it (``desc-aseg`` first).
+
+    Raises
+    ------
+    UserError
+        If no T1w image of the folder has a label map.
+    """
+    found = []
+    for t1w in sorted(directory.rglob("*_T1w.nii*")):
+        stem = t1w.name.split("_T1w")[0].split("_desc-")[0]
+        maps = sorted(t1w.parent.glob(f"{stem}*_dseg.nii*"), key=lambda p: "aseg" not in p.name)
+        if maps:
+            found.append(LabelledImage(t1w, maps[0]))
+    if not found:
+        raise UserError(f"{directory}: no *_T1w.nii.gz with a *_dseg.nii.gz beside it.")
+    return found
+
+
+def segment_file(network: UNet, path: Path, voxel_size: float) -> np.ndarray:
+    """Return class indices (X, Y, Z) uint8 on the image's own grid."""
+    native = load_t1w(path)
+    conformed = conform(native, voxel_size)
+    box = head_box(conformed.data, voxel_size, multiple=network.shape.multiple)
+    sparse = segment_volume(network, extract(conformed.data, box))
+    return resample_posterior(
+        sparse.offsets, sparse.voxels, sparse.posterior, box, conformed.data.shape,
+        conformed.affine, native.affine, native.data.shape, with_posterior=False,
+    ).labels  # fmt: skip
+
+
+def real_image_dice(
+    network: UNet, image: LabelledImage, class_ids: Sequence[int], voxel_size: float
+) -> np.ndarray:
+    """Dice of each structure against the image's label map; NaN where the map lacks it.
+
+    Returns
+    -------
+    (K - 1,) float64, classes 1..K-1
+    """
+    predicted = np.asarray(class_ids)[segment_file(network, image.t1w, voxel_size)]
+    truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
+    scores = []
+    for i in class_ids[1:]:
+        ours, theirs = predicted == i, truth == i
+        total = ours.sum() + theirs.sum()
+        scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
+    return np.array(scores)

@@ -1,0 +1,78 @@
+"""How an ensemble is trained: the stages, in plain numbers that the manifest records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+from bids_varaug.models.unet import NetworkShape
+from bids_varaug.training.synthesis import SynthesisSettings
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a step looks at: a box of `shape` voxels of `voxel_size` mm, in `share` of the steps."""
+
+    share: float
+    voxel_size: float
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of steps; the learning rate falls linearly from `lr` to `lr_end`.
+
+    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast.
+    """
+
+    name: str
+    steps: int
+    windows: tuple[Window, ...]
+    lr: float
+    lr_end: float
+    bf16: bool
+
+
+WHOLE_AT_2MM = (96, 128, 128)
+# Mostly the brain at 1 mm; sometimes a whole head, which is what the network will be given, and
+# sometimes a whole head at 2 mm, which is what --sloppy gives it.
+MIXED = (
+    Window(0.8, 1.0, (128, 160, 128)),
+    Window(0.08, 1.0, (160, 224, 224)),
+    Window(0.12, 2.0, WHOLE_AT_2MM),
+)
+COARSE = Stage("coarse", 1000, (Window(1.0, 2.0, WHOLE_AT_2MM),), 1.5e-3, 1.5e-3, bf16=True)
+FINE = Stage("fine", 1000, MIXED, 1.2e-3, 7e-4, bf16=True)
+MEMBER = Stage("member", 120, MIXED, 7e-4, 2e-5, bf16=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The trunk's stages, then the stage that every member runs on its own.
+
+    With no trunk stages each member is trained from its own initialisation.
+    """
+
+    network: NetworkShape
+    trunk: tuple[Stage, ...] = (COARSE, FINE)
+    member: tuple[Stage, ...] = (MEMBER,)
+    trunk_seed: int = 1000
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    warmup: int = 40
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+    @property
+    def trunk_steps(self) -> int:
+        """Steps shared by all members before they fork."""
+        return sum(stage.steps for stage in self.trunk)
+
+    def to_json(self) -> dict:
+        """Return plain types for the manifest."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint(self, stages: tuple[Stage, ...]) -> str:
+        """Name the part of the recipe that decides the bits of `stages`."""
+        relevant = self.to_json() | {"trunk": [asdict(s) for s in stages], "member": []}
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""The training loop: stages of steps, resumable to the bit after any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bids_varaug.errors import UserError
+from bids_varaug.models.unet import UNet
+from bids_varaug.training.checkpoint import load_checkpoint, save_checkpoint
+from bids_varaug.training.loss import sampled_loss
+from bids_varaug.training.recipe import Recipe, Stage, Window
+from bids_varaug.training.synthesis import Randomiser
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, for logs and progress bars."""
+
+    stage: str
+    step: int
+    total: int
+    loss: float
+    lr: float
+    seconds: float
+
+
+def train(
+    network: UNet,
+    heads: Sequence[torch.Tensor],
+    randomiser: Randomiser,
+    recipe: Recipe,
+    stages: tuple[Stage, ...],
+    data_seed: int,
+    checkpoint: Path,
+    arithmetic: Callable[[int], object] = lambda step: nullcontext(),
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    save_every: int = 50,
+) -> UNet:
+    """Run `stages` from where `checkpoint` left off, or from the start.
+
+    Each step's data are a function of (`data_seed`, step) alone, so that an interrupted run gives
+    the bits of an unbroken one.
+
+    Parameters
+    ----------
+    network : changed in place and returned
+    heads : label maps, (X, Y, Z) uint8 generation classes each, on the network's device
+    arithmetic : step -> context manager under which forward, backward and update run
+    checkpoint : where the state is kept; resumed when the same recipe wrote it
+
+    Raises
+    ------
+    UserError
+        If the loss is not finite; the last good checkpoint is kept.
+    """
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+    )
+    fingerprint = f"{recipe.fingerprint(stages)}-{data_seed}"
+    done = 0
+    if checkpoint.exists():
+        done = load_checkpoint(checkpoint, network, optimiser, fingerprint) or 0
+    total = sum(stage.steps for stage in stages)
+    first = 0
+    for stage in stages:
+        for step in range(max(first, done), first + stage.steps):
+            started = time.perf_counter()
+            lr = learning_rate(recipe, stage, step - first, step)
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            with arithmetic(step):
+                loss = _one_step(network, optimiser, heads, randomiser, recipe, stage,
+                                 (data_seed, step))  # fmt: skip
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"Loss became {loss} at step {step} of stage {stage.name}; the last good "
+                    f"state is in {checkpoint}. Lower the learning rate and resume."
+                )
+            on_step(StepReport(stage.name, step, total, loss, lr, time.perf_counter() - started))
+            if (step + 1) % save_every == 0 or step + 1 == total:
+                save_checkpoint(checkpoint, network, optimiser, step + 1, fingerprint)
+        first += stage.steps
+    return network
+
+
+def learning_rate(recipe: Recipe, stage: Stage, step_in_stage: int, step: int) -> float:
+    """Linear from `stage.lr` to `stage.lr_end`, after `recipe.warmup` steps of linear rise."""
+    share = step_in_stage / max(1, stage.steps - 1)
+    rate = stage.lr + share * (stage.lr_end - stage.lr)
+    return rate * min(1.0, (step + 1) / max(1, recipe.warmup))
+
+
+def choose_window(stage: Stage, draw: float) -> Window:
+    """Return the window whose interval of cumulated shares holds `draw` (in [0, 1))."""
+    for window in stage.windows:
+        draw -= window.share
+        if draw < 0:
+            return window
+    return stage.windows[-1]
+
+
+def _one_step(network, optimiser, heads, randomiser, recipe, stage: Stage, key) -> float:
+    head_draw, shape_draw, image_seed, phase = np.random.SeedSequence(key).generate_state(4)
+    head = heads[int(head_draw) % len(heads)]
+    window = choose_window(stage, int(shape_draw) / 2**32)
+    image, target = randomiser.draw(head, window.shape, window.voxel_size, int(image_seed))
+    optimiser.zero_grad(set_to_none=True)
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=stage.bf16):
+        loss = sampled_loss(network, image, target, int(phase))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+    value = float(loss.detach())
+    if math.isfinite(value):
+        optimiser.step()
+    return value

@@ -1,0 +1,169 @@
+"""Thin shells that let nipype call the pure functions: load, call, save."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    InputMultiPath,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from bids_varaug.errors import UserError
+
+
+class _Step(SimpleInterface):
+    """A step whose `UserError` is shown at once, with the file's name, and whose node then fails."""
+
+    def _run_interface(self, runtime):
+        try:
+            self._results |= self._step(Path(runtime.cwd))
+        except UserError as error:
+            print(f"ERROR: {error}", file=sys.stderr, flush=True)
+            raise
+        return runtime
+
+
+class _ConformInput(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="T1w image")
+    voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
+    multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
+
+
+class _ConformOutput(TraitedSpec):
+    head_file = File(exists=True, desc="head box, .npy float32, network grid")
+    geometry_file = File(exists=True, desc="grids and box, JSON")
+
+
+class Conform(_Step):
+    """Bring a T1w image to the network grid and cut out the head."""
+
+    input_spec, output_spec = _ConformInput, _ConformOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.images.prepare import prepare_head
+
+        head, geometry = prepare_head(
+            Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple
+        )
+        np.save(folder / "head.npy", head)
+        geometry.save(folder / "geometry.json")
+        return {"head_file": str(folder / "head.npy"), "geometry_file": str(folder / "geometry.json")}
+
+
+class _SegmentInput(BaseInterfaceInputSpec):
+    head_file = File(exists=True, mandatory=True, desc="head box")
+    member = traits.Str(mandatory=True, desc="member id")
+    checksum = traits.Str(mandatory=True, desc="SHA-256 of its weights")
+    # Where and how it runs does not change what comes out.
+    ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
+    device = traits.Str("cpu", usedefault=True, nohash=True)
+    num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _SegmentOutput(TraitedSpec):
+    posterior_file = File(exists=True, desc="sparse posterior, safetensors")
+
+
+class SegmentMember(_Step):
+    """Segment a head with one member."""
+
+    input_spec, output_spec = _SegmentInput, _SegmentOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.segmentation.member import segment_with_member
+
+        path = folder / f"{self.inputs.member}.safetensors"
+        segment_with_member(
+            np.load(self.inputs.head_file), self.inputs.ensemble, self.inputs.member, path,
+            self.inputs.device, self.inputs.num_threads,
+        )  # fmt: skip
+        return {"posterior_file": str(path)}
+
+
+class _FuseInput(BaseInterfaceInputSpec):
+    posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+    families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+
+
+class _FuseOutput(TraitedSpec):
+    mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
+    maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
+    counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
+
+
+class FuseMembers(_Step):
+    """Make the consensus of the perturbed members, and the maps and counts of their spread."""
+
+    input_spec, output_spec = _FuseInput, _FuseOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.segmentation.summary import summarise_members
+
+        files = {name: folder / f"{name}.npz" for name in ("maps", "counts")}
+        mean = folder / "mean.safetensors"
+        summary = summarise_members(
+            [Path(f) for f in self.inputs.posterior_files], self.inputs.families, mean
+        )
+        np.savez(files["maps"], **summary.maps)
+        np.savez(files["counts"], **summary.counts)
+        return {"mean_file": str(mean)} | {f"{k}_file": str(v) for k, v in files.items()}
+
+
+class _WriteInput(BaseInterfaceInputSpec):
+    request = traits.Any(mandatory=True, desc="derivatives.scan.ScanRequest")
+    geometry_file = File(exists=True, mandatory=True)
+    mean_file = File(exists=True, mandatory=True)
+    maps_file = File(exists=True, mandatory=True)
+    counts_file = File(exists=True, mandatory=True)
+    posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+    num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _WriteOutput(TraitedSpec):
+    out_files = traits.List(File(exists=True), desc="derivatives of the scan")
+
+
+class WriteScan(_Step):
+    """Bring labels and maps to the T1w's own grid and write the derivatives."""
+
+    input_spec, output_spec = _WriteInput, _WriteOutput
+    always_run = True  # the output folder may have been emptied since
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.derivatives.scan import Intermediate, write_scan
+
+        inputs = self.inputs
+        intermediate = Intermediate(
+            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
+            Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
+        )  # fmt: skip
+        written = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        return {"out_files": [str(path) for path in written]}
+
+
+class _ReportInput(BaseInterfaceInputSpec):
+    request = traits.Any(mandatory=True, desc="reports.subject.ReportRequest")
+    derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
+
+
+class _ReportOutput(TraitedSpec):
+    out_file = File(exists=True, desc="sub-<label>.html")
+
+
+class WriteReport(_Step):
+    """Draw a participant's report from the derivatives."""
+
+    input_spec, output_spec = _ReportInput, _ReportOutput
+    always_run = True
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.reports.subject import write_subject_report
+
+        return {"out_file": str(write_subject_report(self.inputs.request))}

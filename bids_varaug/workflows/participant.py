@@ -1,0 +1,119 @@
+"""The participant level as a graph: scans side by side, members one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nipype import MapNode, Node, Workflow
+from nipype.interfaces.utility import IdentityInterface, Merge
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.derivatives.scan import ScanRequest
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.reports.subject import ReportRequest
+from bids_varaug.workflows.interfaces import (
+    Conform,
+    FuseMembers,
+    SegmentMember,
+    WriteReport,
+    WriteScan,
+)
+
+# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
+CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 2.6, 1.2, 1.6, 1.0
+LARGEST_STEP_GB = SEGMENT_GB
+
+
+def init_participants_wf(
+    settings: Settings,
+    scans: Sequence[Scan],
+    ensemble: Ensemble,
+    members: Sequence[Member],
+    name: str = "bids_varaug",
+) -> Workflow:
+    """Segment every scan and write one report for each participant.
+
+    Parameters
+    ----------
+    scans : images whose content is there
+    members : which members to run, baseline included
+    """
+    workflow = Workflow(name, base_dir=str(settings.work_dir))
+    subjects: dict[str, list[Scan]] = {}
+    for scan in scans:
+        subjects.setdefault(scan.subject, []).append(scan)
+    for subject, theirs in subjects.items():
+        gather = Node(Merge(len(theirs)), f"gather_{_node_name('sub-' + subject)}")
+        report = _node(
+            WriteReport(request=ReportRequest(settings, ensemble, tuple(members), tuple(theirs))),
+            f"report_{_node_name('sub-' + subject)}", 1, REPORT_GB,
+        )  # fmt: skip
+        for number, scan in enumerate(theirs, start=1):
+            scan_wf = init_scan_wf(settings, scan, ensemble, members, _node_name(scan.prefix))
+            workflow.connect(scan_wf, "outputnode.derivatives", gather, f"in{number}")
+        workflow.connect(gather, "out", report, "derivatives")
+    return workflow
+
+
+def init_scan_wf(
+    settings: Settings, scan: Scan, ensemble: Ensemble, members: Sequence[Member], name: str
+) -> Workflow:
+    """Segment one T1w image with every member and write its derivatives.
+
+    Inputs
+    ------
+    none: the scan is in the signature
+
+    Outputs
+    -------
+    derivatives : files written for this scan
+    """
+    threads = settings.omp_nthreads
+    voxel_size = ensemble.voxel_size * (2 if settings.sloppy else 1)
+    conform = _node(
+        Conform(in_file=str(scan.path), voxel_size=voxel_size, multiple=ensemble.network.multiple),
+        "conform", 1, CONFORM_GB,
+    )  # fmt: skip
+    segment = MapNode(
+        SegmentMember(
+            ensemble=str(ensemble.directory), device=settings.device, num_threads=threads
+        ),
+        iterfield=["member", "checksum"],
+        name="segment",
+        n_procs=threads,
+        mem_gb=SEGMENT_GB,
+    )
+    segment.inputs.member = [member.id for member in members]
+    segment.inputs.checksum = [member.sha256 for member in members]
+    fuse = _node(
+        FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB
+    )
+    write = _node(
+        WriteScan(
+            request=ScanRequest(settings, scan, ensemble, tuple(members)), num_threads=threads
+        ),
+        "write", threads, WRITE_GB,
+    )  # fmt: skip
+    outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
+
+    workflow = Workflow(name)
+    workflow.connect([
+        (conform, segment, [("head_file", "head_file")]),
+        (segment, fuse, [("posterior_file", "posterior_files")]),
+        (conform, write, [("geometry_file", "geometry_file")]),
+        (segment, write, [("posterior_file", "posterior_files")]),
+        (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"),
+                       ("counts_file", "counts_file")]),
+        (write, outputnode, [("out_files", "derivatives")]),
+    ])  # fmt: skip
+    return workflow
+
+
+def _node(interface, name: str, n_procs: int, mem_gb: float) -> Node:
+    return Node(interface, name, n_procs=n_procs, mem_gb=mem_gb)
+
+
+def _node_name(prefix: str) -> str:
+    """A scan's prefix as nipype wants it: letters, digits and underscores, still unique."""
+    return prefix.replace("-", "_")

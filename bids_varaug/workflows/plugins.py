@@ -1,0 +1,127 @@
+"""How the graph runs: nipype's plugin, its resources, and what the user sees meanwhile."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nipype import Workflow, config, logging
+
+from bids_varaug.cli.settings import Settings
+
+
+def configure_nipype(settings: Settings, log_dir: Path) -> None:
+    """Set nipype's global configuration; it has no other kind."""
+    config.update_config({
+        "logging": {
+            "log_to_file": False,
+            "workflow_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
+            "interface_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
+            "utils_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
+        },
+        "execution": {
+            "crashdump_dir": str(log_dir),
+            "crashfile_format": "txt",
+            "stop_on_first_crash": settings.stop_on_first_crash,
+            "check_version": False,
+            "remove_unnecessary_outputs": False,
+            "poll_sleep_duration": 0.1,
+        },
+    })  # fmt: skip
+    logging.update_logging(config)
+
+
+def plugin_of(settings: Settings, status_callback: Callable) -> dict:
+    """Return the arguments of ``Workflow.run``: MultiProc, or what --use-plugin says."""
+    if settings.plugin is not None:
+        arguments = dict(settings.plugin.get("plugin_args", {}))
+        return {
+            "plugin": settings.plugin.get("plugin", "MultiProc"),
+            "plugin_args": {"status_callback": status_callback} | arguments,
+        }
+    arguments = {
+        "n_procs": settings.nprocs,
+        "raise_insufficient": False,
+        "status_callback": status_callback,
+        # A fresh process a task would import torch each time; memory is what tasks hold on to.
+        "maxtasksperchild": None,
+    }
+    if settings.mem_gb is not None:
+        arguments["memory_gb"] = settings.mem_gb
+    return {"plugin": "MultiProc", "plugin_args": arguments}
+
+
+@dataclass
+class ProgressLog:
+    """Prints a line when a step ends: what is done, what is left, how long it may take.
+
+    Called by nipype in the main process with (node, status).
+    """
+
+    n_scans: int
+    n_members: int
+    started: float = field(default_factory=time.monotonic)
+    members_done: int = 0
+    scans_done: int = 0
+    failed: set[str] = field(default_factory=set)
+
+    def __call__(self, node, status: str) -> None:
+        """Take note of one node's change of status."""
+        if status not in ("end", "exception"):
+            return
+        where, step = _place(node)
+        if status == "exception":
+            self.failed.add(where)
+            self._say(f"{where}: {step} failed")
+            return
+        if step == "segment":
+            done = getattr(node.inputs, "member", "")
+            # Plugins that do not take a MapNode apart report all its members at once.
+            done = [done] if isinstance(done, str) else list(done)
+            self.members_done += len(done)
+        elif step == "write":
+            self.scans_done += 1
+            self._say(f"{where}: written ({self.scans_done} of {self.n_scans} scans)")
+            return
+        else:
+            return
+        total = self.n_scans * self.n_members
+        left = (time.monotonic() - self.started) / self.members_done * (total - self.members_done)
+        self._say(
+            f"{where}: member {', '.join(done)} done ({self.members_done} of {total} segmentations, "
+            f"about {_duration(left)} left)"
+        )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _place(node) -> tuple[str, str]:
+    """Scan and step of a node, from its place in the graph (sub-nodes start with _)."""
+    parts = [part for part in node.fullname.split(".") if part]
+    step = parts[-1].lstrip("_").rstrip("0123456789") or parts[-1]
+    scan = parts[-2] if len(parts) > 2 else parts[-1]
+    return scan, step
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
+    """Run the graph; return whether every node succeeded.
+
+    A failed node takes only those that depend on it along.
+    """
+    try:
+        workflow.run(**plugin_of(settings, progress))
+    except RuntimeError as error:
+        # nipype's way of saying that some nodes failed, after the others are done.
+        if settings.verbosity > 1:
+            print(error, file=sys.stderr)
+        return False
+    return True

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from bids_varaug.derivatives import names
+
+OUT = Path("/out")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("consensus_dseg", "seg-varaug_desc-consensus_dseg.nii.gz"),
+        ("ieee_dseg", "seg-varaug_desc-ieee_dseg.nii.gz"),
+        ("mean_probseg", "seg-varaug_desc-mean_probseg.nii.gz"),
+        ("brain_mask", "desc-brain_mask.nii.gz"),
+        ("unreliable_mask", "label-unreliable_mask.nii.gz"),
+        ("entropy", "seg-varaug_stat-entropy_statmap.nii.gz"),
+        ("sigbits", "seg-varaug_stat-sigbits_statmap.nii.gz"),
+        ("std", "seg-varaug_stat-std_statmap.nii.gz"),
+        ("regions_tsv", "seg-varaug_desc-consensus_dseg.tsv"),
+        ("members_tsv", "seg-varaug_desc-members_morph.tsv"),
+    ],
+)
+def test_name_carries_the_entities_of_the_t1w(scan, key, expected):
+    path = names.OUTPUTS[key].path(OUT, scan)
+    assert path == OUT / "sub-01/ses-a/anat" / f"sub-01_ses-a_acq-x_run-02_{expected}"
+
+
+def test_every_output_is_in_the_table_of_expected_names():
+    assert len(names.OUTPUTS) == 11
+
+
+def test_member_output_is_named_for_the_member(scan):
+    path = names.OUTPUTS["member_dseg"].path(OUT, scan, member="mca01")
+    assert path.name == "sub-01_ses-a_acq-x_run-02_seg-varaug_desc-mca01_dseg.nii.gz"
+
+
+def test_member_output_without_a_member_is_refused(scan):
+    with pytest.raises(ValueError, match="member_dseg"):
+        names.OUTPUTS["member_dseg"].path(OUT, scan)
+
+
+def test_no_two_outputs_share_a_name(scan):
+    paths = [
+        output.path(OUT, scan, member="x9" if output.per_member else None)
+        for output in names.OUTPUTS.values()
+    ]
+    assert len(set(paths)) == len(paths)
+
+
+def test_image_and_table_of_one_name_share_the_sidecar(scan):
+    image, table = names.OUTPUTS["consensus_dseg"], names.OUTPUTS["regions_tsv"]
+    assert image.sidecar(OUT, scan) == table.sidecar(OUT, scan)
+
+
+def test_bidsignore_lists_figures_without_slash():
+    assert names.bidsignore_lines() == ["*.html", "figures", "*_morph.*", "*_statmap.*"]
+
+
+def test_report_and_figures_lie_where_browsers_find_them(scan):
+    assert names.report(OUT, "01") == OUT / "sub-01.html"
+    assert names.figure(OUT, scan, "entropy").parent == OUT / "sub-01" / "figures"

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bids_varaug.derivatives import names, sidecars
+
+MEMBERS = [
+    SimpleNamespace(id="ieee", family="ieee", seed=1, precision=None, sha256="a" * 64),
+    SimpleNamespace(id="mca01", family="mca", seed=1, precision=24, sha256="b" * 64),
+]
+
+
+@pytest.fixture
+def bids_dir(tmp_path):
+    folder = tmp_path / "ds"
+    folder.mkdir()
+    description = {"Name": "Heads", "BIDSVersion": "1.8.0", "License": "CC0"}
+    (folder / "dataset_description.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.mark.parametrize("key", [k for k, o in names.OUTPUTS.items() if o.extension != ".tsv"])
+def test_images_say_which_t1w_they_lie_on(scan, key):
+    content = sidecars.sidecar(key, scan)
+    uri = "bids:raw:sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-02_T1w.nii.gz"
+    assert content["SpatialReference"] == uri
+    assert content["Sources"] == [uri]
+
+
+@pytest.mark.parametrize("key", ["entropy", "sigbits", "std"])
+def test_maps_state_unit_and_skull(scan, key):
+    content = sidecars.sidecar(key, scan, skull_stripped=True)
+    assert content["Units"] == names.OUTPUTS[key].units
+    assert content["SkullStripped"] is True
+
+
+def test_probseg_names_its_volumes(scan):
+    content = sidecars.sidecar("mean_probseg", scan, label_names=["Background", "Left-Caudate"])
+    assert content["LabelMap"] == ["Background", "Left-Caudate"]
+
+
+def test_consensus_sidecar_explains_the_columns_of_its_table(scan):
+    content = sidecars.sidecar("consensus_dseg", scan)
+    assert content["volume_mean"]["Units"] == "mm^3"
+
+
+def test_sloppy_results_say_so(scan):
+    assert "--sloppy" in sidecars.sidecar("entropy", scan, sloppy=True)["Warning"]
+
+
+def test_thresholds_are_added(scan):
+    assert sidecars.sidecar("unreliable_mask", scan, extra={"Threshold": 0.5})["Threshold"] == 0.5
+
+
+def test_description_names_tool_source_and_licence(bids_dir, tmp_path):
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ={})
+    assert content["GeneratedBy"] == [
+        {"Name": "bids_varaug", "Version": sidecars.package_version()}
+    ]
+    assert content["DatasetLinks"] == {"raw": "../ds"}
+    assert content["License"] == "CC0"
+    assert content["Name"].endswith("Heads")
+
+
+def test_description_survives_an_input_without_one(tmp_path):
+    content = sidecars.dataset_description(tmp_path / "none", tmp_path / "out", environ={})
+    assert content["Name"].endswith("none")
+
+
+@pytest.mark.parametrize("doi", ["10.18112/x", "doi:10.18112/x", "https://doi.org/10.18112/x"])
+def test_source_doi_becomes_an_address(bids_dir, tmp_path, doi):
+    (bids_dir / "dataset_description.json").write_text(json.dumps({"DatasetDOI": doi}))
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ={})
+    assert content["SourceDatasets"] == [{"URL": "https://doi.org/10.18112/x", "DOI": "10.18112/x"}]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"BIDS_VARAUG_DOCKER_TAG": "a:1"}, {"Type": "docker", "Tag": "a:1"}),
+        ({"APPTAINER_CONTAINER": "/x/a.sif"}, {"Type": "apptainer", "Tag": "a.sif"}),
+    ],
+)
+def test_container_is_recorded(bids_dir, tmp_path, environ, expected):
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ=environ)
+    assert content["GeneratedBy"][0].get("Container") == expected
+
+
+def test_separate_places_are_linked_by_file_address():
+    assert sidecars.raw_link(Path("/data"), Path("/out")) == "file:///data"
+
+
+def test_each_member_has_a_row_with_its_checksum():
+    table = sidecars.descriptions_table(MEMBERS).set_index("desc_id")
+    assert table.loc["desc-mca01", "sha256"] == "b" * 64
+    assert table.loc["desc-mca01", "precision"] == "24"
+
+
+def test_each_fixed_desc_has_a_row():
+    ids = set(sidecars.descriptions_table(MEMBERS)["desc_id"])
+    used = {o.entities["desc"] for o in names.OUTPUTS.values() if "desc" in o.entities}
+    assert {f"desc-{name}" for name in used - {"{member}"}} <= ids
+
+
+def test_lookup_table_has_the_columns_of_bids():
+    labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
+    assert list(sidecars.lookup_table(labels).columns) == ["index", "name"]

@@ -1,0 +1,93 @@
+"""Every output name, tried with the schema validator."""
+
+import json
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_varaug.derivatives import names, sidecars, write
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.inputs.validation import find_validator, run_validator
+
+pytestmark = pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
+
+PREFIXES = {
+    "sub-01/anat": ["sub-01", "sub-01_run-2"],
+    "sub-02/ses-a/anat": [
+        "sub-02_ses-a_acq-x_run-01",
+        "sub-02_ses-a_task-t_acq-x_ce-c_rec-r_run-1_echo-1_part-mag_chunk-1",
+    ],
+}
+LABELS = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L-Hip")]
+MEMBERS = [
+    SimpleNamespace(id="ieee", family="ieee", seed=1, precision=None, sha256="a" * 64),
+    SimpleNamespace(id="mca01", family="mca", seed=1, precision=24, sha256="b" * 64),
+]
+
+
+def _write_outputs(output_dir, scan):
+    affine = np.diag([2.0, 2, 2, 1])
+    for key, output in names.OUTPUTS.items():
+        member = "mca01" if output.per_member else None
+        path = output.path(output_dir, scan, member)
+        if output.extension == ".tsv":
+            row = {column: 1 for column in output.columns} | {"name": "L-Hip", "index": 17}
+            if "member" in row:
+                row |= {"member": "mca01", "family": "mca"}
+            write.write_table(pd.DataFrame([row]), path)
+        else:
+            shape = (8, 8, 8, 2) if key == "mean_probseg" else (8, 8, 8)
+            dtype = "uint8" if output.suffix in ("mask", "dseg") else "float32"
+            write.write_image(np.ones(shape), affine, path, dtype=dtype)
+        label_names = [label.name for label in LABELS] if key == "mean_probseg" else []
+        # The table shares the sidecar of the consensus labels, which describes both.
+        if key != "regions_tsv":
+            content = sidecars.sidecar(
+                key, scan, members=["mca01"], label_names=label_names, extra={"Threshold": 0.5}
+            )
+            write.write_json(content, output.sidecar(output_dir, scan, member))
+    write.write_text("<svg/>", names.figure(output_dir, scan, "entropy"))
+    write.write_text("<html></html>", names.report(output_dir, scan.subject))
+
+
+@pytest.fixture(scope="module", params=["beside", "inside", "elsewhere"])
+def errors(tmp_path_factory, request):
+    """Validator's errors on a dataset with every output, for three places of the input."""
+    root = tmp_path_factory.mktemp("deriv")
+    raw = root / "raw"
+    out = {
+        "beside": root / "out",
+        "inside": raw / "derivatives" / "bids_varaug",
+        "elsewhere": root / "a" / "b" / "out",
+    }[request.param]
+    raw.mkdir()
+    (raw / "dataset_description.json").write_text(json.dumps({"Name": "x", "BIDSVersion": "1.8.0"}))
+    for folder, prefixes in PREFIXES.items():
+        for prefix in prefixes:
+            relative = f"{folder}/{prefix}_T1w.nii.gz"
+            subject = prefix.split("_")[0].removeprefix("sub-")
+            _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
+    sidecars.write_dataset_files(raw, out, LABELS, MEMBERS)
+    write.write_text("a = 1\n", names.logs(out) / "run.toml")
+    write.write_text("# How to cite\n", names.logs(out) / "CITATION.md")
+    write.write_text("crash\n", names.logs(out) / "crash-1.txt")
+    return run_validator(out)
+
+
+def test_all_outputs_pass_the_schema_validator(errors):
+    assert errors == []
+
+
+def test_validator_would_see_a_wrong_name(tmp_path):
+    sidecars.write_dataset_files(tmp_path, tmp_path, LABELS, MEMBERS)
+    path = tmp_path / "sub-01" / "anat" / "sub-01_varaug-1_dseg.nii.gz"
+    write.write_image(np.ones((8, 8, 8), "uint8"), np.eye(4), path)
+    assert run_validator(tmp_path) != []
+
+
+def test_written_image_is_what_nibabel_expects_of_4d(tmp_path):
+    path = write.write_image(np.zeros((3, 3, 3, 2), "float32"), np.eye(4), tmp_path / "p.nii.gz")
+    assert nib.load(path).shape == (3, 3, 3, 2)

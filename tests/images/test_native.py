@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+
+from bids_varaug.images.crop import Box
+from bids_varaug.images.native import resample_posterior
+
+K = 4
+BOX = Box(start=(2, -1, 3), shape=(8, 6, 7))
+CONFORMED = (12, 10, 11)
+
+
+@pytest.fixture
+def sparse():
+    """A random posterior on the box, about half of its voxels stored."""
+    rng = np.random.default_rng(0)
+    stored = rng.random(BOX.shape).reshape(BOX.shape[0], -1) < 0.5
+    offsets = np.concatenate([[0], np.cumsum(stored.sum(1))])
+    voxels = np.nonzero(stored)[1].astype(np.int32)
+    posterior = rng.dirichlet([0.3] * K, len(voxels)).astype(np.float32)
+    return offsets, voxels, posterior
+
+
+@pytest.fixture
+def dense(sparse):
+    """The same on the whole conformed grid, (X, Y, Z, K)."""
+    offsets, voxels, posterior = sparse
+    full = np.zeros((*CONFORMED, K), np.float32)
+    full[..., 0] = 1
+    for x in range(BOX.shape[0]):
+        rows = slice(offsets[x], offsets[x + 1])
+        y, z = np.divmod(voxels[rows], BOX.shape[2])
+        y, z = y + BOX.start[1], z + BOX.start[2]
+        inside = (y >= 0) & (y < CONFORMED[1]) & (z < CONFORMED[2])
+        full[x + BOX.start[0], y[inside], z[inside]] = posterior[rows][inside]
+    return full
+
+
+def resample(sparse, affine, shape, **options):
+    return resample_posterior(*sparse, BOX, CONFORMED, np.eye(4), affine, shape, **options)
+
+
+def test_same_grid_gives_the_quantised_rows(sparse, dense):
+    native = resample(sparse, np.eye(4), CONFORMED)
+    assert np.array_equal(native.posterior, np.floor(dense * np.float32(255) + np.float32(0.5)))
+
+
+def test_same_grid_gives_the_most_probable_class(sparse, dense):
+    assert np.array_equal(resample(sparse, np.eye(4), CONFORMED).labels, dense.argmax(-1))
+
+
+def test_flipped_and_permuted_grid_is_a_copy(sparse, dense):
+    affine = np.array([[0, 0, -1.0, 11], [1, 0, 0, 0], [0, -1, 0, 10], [0, 0, 0, 1]])
+    native = resample(sparse, affine, (10, 11, 12))
+    expected = dense.transpose(1, 2, 0, 3)[:, ::-1, ::-1]
+    assert np.array_equal(native.labels, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("size", [0.5, 0.7, 1.5, 3.0])
+def test_other_voxel_sizes_give_the_mix_of_the_dense_posterior(sparse, dense, size):
+    from bids_varaug.images.conform import to_native_scalar
+
+    shape = tuple(int(n / size) for n in CONFORMED)
+    affine = np.diag([size, size, size, 1])
+    native = resample(sparse, affine, shape)
+    for k in range(K):
+        expected = to_native_scalar(dense[..., k], np.eye(4), affine, shape)
+        np.testing.assert_allclose(native.posterior[..., k] / 255, expected, atol=0.5 / 255 + 1e-6)
+
+
+def test_labels_alone_are_the_same_labels(sparse):
+    affine, shape = np.diag([0.8, 0.8, 0.8, 1]), (15, 12, 13)
+    alone = resample(sparse, affine, shape, with_posterior=False)
+    assert alone.posterior is None
+    assert np.array_equal(alone.labels, resample(sparse, affine, shape).labels)
+
+
+def test_posterior_can_be_written_into_a_file(sparse, tmp_path):
+    out = np.memmap(tmp_path / "posterior", np.uint8, "w+", shape=(*CONFORMED, K))
+    native = resample(sparse, np.eye(4), CONFORMED, out=out)
+    assert np.array_equal(native.posterior, resample(sparse, np.eye(4), CONFORMED).posterior)
+
+
+def test_sizes_that_do_not_fit_are_refused(sparse):
+    offsets, voxels, posterior = sparse
+    with pytest.raises(ValueError, match="belong together"):
+        resample((offsets, voxels[1:], posterior), np.eye(4), CONFORMED)
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
+def test_same_bits_with_one_and_two_threads(sparse):
+    before = numba.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        numba.set_num_threads(threads)
+        results.append(resample(sparse, np.diag([0.7, 0.7, 0.7, 1]), (17, 14, 15)))
+    numba.set_num_threads(before)
+    assert np.array_equal(results[0].posterior, results[1].posterior)
+    assert np.array_equal(results[0].labels, results[1].labels)

@@ -1,0 +1,267 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.errors import FiltersError, NoInputError, OutputError, UsageError
+from bids_varaug.inputs import layout
+from bids_varaug.inputs.layout import list_participants
+from bids_varaug.inputs.scans import datalad_command, find_scans
+
+FILES = [
+    "sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-01_T1w.nii.gz",
+    "sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-02_T1w.nii.gz",
+    "sub-01/ses-b/anat/sub-01_ses-b_T1w.nii",
+    "sub-01/ses-b/func/sub-01_ses-b_task-r_bold.nii.gz",
+    "sub-02/anat/sub-02_T1w.nii.gz",
+    "sub-02/anat/sub-02_part-phase_T1w.nii.gz",
+    "sub-02/anat/sub-02_T2w.nii.gz",
+    "sub-03/func/sub-03_task-r_bold.nii.gz",
+    "sub-10/anat/sub-10_T1w.nii.gz",
+    "derivatives/x/sub-02/anat/sub-02_desc-x_T1w.nii.gz",
+    "sourcedata/sub-02/anat/sub-02_T1w.nii.gz",
+    "derivatives/sub-77/anat/sub-77_T1w.nii.gz",
+]
+
+
+def _touch(path: Path, content: bytes = b"x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def _dangle(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("../../.git/annex/objects/xx/MD5E-s1--0.nii.gz")
+    return path
+
+
+@pytest.fixture
+def bids_dir(tmp_path) -> Path:
+    root = tmp_path / "my data"
+    for name in FILES:
+        _touch(root / name)
+    (root / "dataset_description.json").write_text(json.dumps({"Name": "x"}))
+    return root
+
+
+@pytest.fixture
+def request_for(bids_dir, tmp_path):
+    """Make settings on the dataset."""
+
+    def make(**given) -> Settings:
+        return Settings(bids_dir, tmp_path / "out", "participant", tmp_path / "work", **given)
+
+    return make
+
+
+def _found(settings: Settings) -> list[str]:
+    return [scan.relative for scan in find_scans(settings).scans]
+
+
+def test_every_t1w_of_every_session_acquisition_and_run_is_found(request_for):
+    assert _found(request_for()) == [FILES[0], FILES[1], FILES[2], FILES[4], FILES[8]]
+
+
+def test_participants_are_in_natural_order(bids_dir):
+    _touch(bids_dir / "sub-9" / "anat" / "sub-9_T1w.nii")
+    assert list_participants(bids_dir) == ["01", "02", "03", "9", "10"]
+
+
+def test_entities_and_prefix_keep_their_spelling(request_for):
+    scan = find_scans(request_for(participant_labels=("01",))).scans[0]
+    assert scan.prefix == "sub-01_ses-a_acq-x_run-01"
+    assert scan.entities == {"subject": "01", "session": "a", "acquisition": "x", "run": "01"}
+    assert (scan.subject, scan.session) == ("01", "a")
+
+
+def test_scan_without_session_has_none(request_for):
+    assert find_scans(request_for(participant_labels=("02",))).scans[0].session is None
+
+
+def test_requested_participant_may_be_written_with_prefix(request_for):
+    assert _found(request_for(participant_labels=("sub-02",))) == [FILES[4]]
+
+
+def test_only_requested_participants_are_indexed(request_for, bids_dir):
+    made = layout._index(bids_dir, ["02"], None)
+    assert made.get_subjects() == ["02"]
+    assert {Path(f.path).parent.name for f in made.get()} == {"anat"}
+
+
+def test_excluded_participant_is_left_out(request_for):
+    assert _found(request_for(exclude_participant_labels=("01", "10"))) == [FILES[4]]
+
+
+def test_excluding_everyone_is_a_filter_error(request_for):
+    with pytest.raises(FiltersError, match="--exclude-participant-label leaves"):
+        find_scans(request_for(exclude_participant_labels=("01", "02", "03", "10")))
+
+
+def test_session_is_respected(request_for):
+    assert _found(request_for(session_labels=("b",))) == [FILES[2]]
+
+
+def test_missing_participant_is_named_with_those_that_exist(request_for):
+    with pytest.raises(FiltersError, match="not in the dataset: 99. There are: 01, 02, 03, 10"):
+        find_scans(request_for(participant_labels=("01", "99")))
+
+
+def test_missing_session_is_named_with_those_that_exist(request_for):
+    with pytest.raises(FiltersError, match="session z of .* There are: a, b"):
+        find_scans(request_for(session_labels=("z",)))
+
+
+@pytest.mark.parametrize("label", ["../01", "01/anat", "", ".", "0*", "sub-"])
+def test_label_that_is_a_path_is_refused(request_for, label):
+    with pytest.raises(UsageError, match="not a BIDS label"):
+        find_scans(request_for(participant_labels=(label,)))
+
+
+def test_participant_without_t1w_is_told_and_the_others_go_on(request_for):
+    selection = find_scans(request_for())
+    assert selection.participants_without_t1w == ("03",)
+    assert len(selection.scans) == 5
+
+
+def test_named_participant_that_filters_remove_is_told(request_for):
+    selection = find_scans(request_for(participant_labels=("01", "02"), session_labels=("a",)))
+    assert selection.participants_without_t1w == ("02",)
+
+
+def test_unnamed_participant_that_filters_remove_is_not_a_failure(request_for):
+    assert find_scans(request_for(session_labels=("a",))).participants_without_t1w == ("03",)
+
+
+def test_only_a_participant_without_t1w_is_no_input(request_for):
+    with pytest.raises(NoInputError, match="no T1w image of participant 03"):
+        find_scans(request_for(participant_labels=("03",)))
+
+
+def test_empty_dataset_is_no_input(request_for, bids_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NoInputError, match="no sub-"):
+        find_scans(Settings(tmp_path / "empty", tmp_path, "participant", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"acquisition": "x"}, FILES[:2]),
+        ({"acquisition": None}, [FILES[2], FILES[4], FILES[8]]),
+        ({"acquisition": "Query.NONE"}, [FILES[2], FILES[4], FILES[8]]),
+        ({"acquisition": "<Query.NONE: 1>"}, [FILES[2], FILES[4], FILES[8]]),
+        ({"acquisition": "*"}, FILES[:2]),
+        ({"run": 2}, [FILES[1]]),
+        ({"run": "01"}, [FILES[0]]),
+        ({"run": [1, 2]}, FILES[:2]),
+        ({"session": ["b", None]}, [FILES[2], FILES[4], FILES[8]]),
+        ({"session": "ses-b"}, [FILES[2]]),
+        ({"extension": ".nii"}, [FILES[2]]),
+        ({"subject": ["02", "10"]}, [FILES[4], FILES[8]]),
+        ({"part": "phase"}, [FILES[5]]),
+    ],
+)
+def test_filters_select_as_in_nipreps(request_for, filters, expected):
+    assert _found(request_for(bids_filters={"t1w": filters})) == expected
+
+
+def test_filters_of_other_queries_have_no_effect(request_for):
+    assert len(_found(request_for(bids_filters={"bold": {"task": "r"}}))) == 5
+
+
+def test_filters_that_leave_nothing_are_told(request_for):
+    with pytest.raises(FiltersError, match="none of the 5 T1w"):
+        find_scans(request_for(bids_filters={"t1w": {"acquisition": "none"}}))
+
+
+def test_unknown_entity_in_filters_is_told_with_a_suggestion(request_for):
+    with pytest.raises(UsageError, match="'acq' is not a pybids entity. Did you mean 'acquis"):
+        find_scans(request_for(bids_filters={"t1w": {"acq": "x"}}))
+
+
+def test_filter_value_of_a_wrong_type_is_told(request_for):
+    with pytest.raises(UsageError, match="acquisition: True"):
+        find_scans(request_for(bids_filters={"t1w": {"acquisition": True}}))
+
+
+def test_dangling_link_is_reported_and_the_others_go_on(request_for, bids_dir):
+    _dangle(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz")
+    selection = find_scans(request_for())
+    ((scan, error),) = selection.unavailable
+    assert scan.subject == "04"
+    assert "datalad get sub-04/anat/sub-04_T1w.nii.gz" in str(error)
+    assert len(selection.scans) == 5
+
+
+def test_unlocked_annex_pointer_counts_as_absent(request_for, bids_dir):
+    _touch(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz", b"/annex/objects/MD5E-s1--0.nii.gz\n")
+    assert [scan.subject for scan, _ in find_scans(request_for()).unavailable] == ["04"]
+
+
+def test_only_dangling_links_print_the_exact_command(request_for, bids_dir):
+    _dangle(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz")
+    with pytest.raises(NoInputError) as caught:
+        find_scans(request_for(participant_labels=("04",)))
+    command = f"cd '{bids_dir}' && datalad get sub-04/anat/sub-04_T1w.nii.gz"
+    assert str(caught.value).endswith(command)
+
+
+def test_many_files_of_the_whole_dataset_become_patterns(tmp_path):
+    paths = [f"sub-{i}/anat/sub-{i}_T1w.nii.gz" for i in range(30)]
+    command = datalad_command(tmp_path, [*paths, "sub-1/ses-1/anat/x_T1w.nii"], whole_dataset=True)
+    assert command.endswith("datalad get sub-*/*/*/*_T1w.nii* sub-*/*/*_T1w.nii*")
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(request_for, bids_dir):
+    _touch(bids_dir / "sub-10/anat/sub-10_T1w.nii")
+    selection = find_scans(request_for(participant_labels=("10",)))
+    assert len(selection.scans) == 1
+    assert "outputs of the same names" in str(selection.unavailable[0][1])
+
+
+def test_linked_participant_folder_is_followed(request_for, bids_dir, tmp_path):
+    _touch(tmp_path / "elsewhere/anat/sub-20_T1w.nii.gz")
+    os.symlink(tmp_path / "elsewhere", bids_dir / "sub-20")
+    assert _found(request_for(participant_labels=("20",))) == ["sub-20/anat/sub-20_T1w.nii.gz"]
+
+
+def test_database_is_made_and_read(request_for, tmp_path, monkeypatch):
+    settings = request_for(bids_database_dir=tmp_path / "db")
+    first = _found(settings)
+    monkeypatch.setattr(layout, "_index", None)  # a second index would fail
+    assert _found(request_for(bids_database_dir=tmp_path / "db", participant_labels=("02",))) == [
+        FILES[4]
+    ]
+    assert len(first) == 5
+
+
+def test_database_of_other_participants_gives_the_right_answer(request_for, tmp_path):
+    database = tmp_path / "db"
+    _found(request_for(bids_database_dir=database, participant_labels=("02",)))
+    assert len(_found(request_for(bids_database_dir=database))) == 5
+
+
+def test_database_of_another_dataset_is_refused(request_for, tmp_path):
+    database = tmp_path / "db"
+    _found(request_for(bids_database_dir=database))
+    _touch(tmp_path / "other/sub-01/anat/sub-01_T1w.nii")
+    other = Settings(
+        tmp_path / "other", tmp_path, "participant", tmp_path, bids_database_dir=database
+    )
+    with pytest.raises(UsageError, match="the database is of"):
+        find_scans(other)
+
+
+def test_damaged_database_is_refused(request_for, tmp_path):
+    _touch(tmp_path / "db" / layout.DATABASE_FILE, b"not a database at all")
+    with pytest.raises(UsageError, match="cannot read this database"):
+        find_scans(request_for(bids_database_dir=tmp_path / "db"))
+
+
+def test_database_that_cannot_be_written_is_an_output_error(request_for, tmp_path):
+    _touch(tmp_path / "file")
+    with pytest.raises(OutputError, match="pybids database"):
+        find_scans(request_for(bids_database_dir=tmp_path / "file" / "db"))

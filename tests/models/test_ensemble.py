@@ -1,0 +1,109 @@
+"""Ensembles on disk: what is written is read; what is damaged is refused with a reason."""
+
+import json
+
+import pytest
+import torch
+
+from bids_varaug.errors import EnsembleError
+from bids_varaug.models.ensemble import (
+    Ensemble,
+    Label,
+    Member,
+    load_ensemble,
+    load_member,
+    save_weights,
+    select_members,
+    write_manifest,
+)
+from bids_varaug.models.unet import NetworkShape, build_network
+
+SHAPE = NetworkShape(3, (2, 2), 2)
+IDS = ("ieee", "mca01", "mca02", "seed01", "seed02")
+
+
+@pytest.fixture
+def ensemble(tmp_path):
+    members = []
+    for number, name in enumerate(IDS):
+        checksum = save_weights(build_network(SHAPE, number), tmp_path / f"{name}.safetensors")
+        family = name.rstrip("0123456789")
+        members.append(Member(name, family, number, None, f"{name}.safetensors", checksum))
+    labels = (Label(0, "Background", "#000000"), Label(2, "A", "#ff0000"), Label(41, "B", "#00ff00"))
+    made = Ensemble("tiny", "1", tmp_path, 1.0, labels, SHAPE, tuple(members), {"steps": 0})
+    write_manifest(made)
+    return made
+
+
+def test_what_is_written_is_read(ensemble):
+    assert load_ensemble(str(ensemble.directory)) == ensemble
+
+
+def test_weights_come_back_as_half_precision_rounded_them(ensemble):
+    network = load_member(ensemble, ensemble.members[1])
+    expected = build_network(SHAPE, 1).head.weight.half().float()
+    assert torch.equal(network.head.weight, expected)
+    assert not network.training
+
+
+def test_weights_are_readable_by_others(ensemble):
+    assert (ensemble.directory / "ieee.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def ids(members):
+    return [member.id for member in members]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "n", "expected"),
+    [
+        (["all"], None, list(IDS)),
+        (["mca"], None, ["mca01", "mca02"]),
+        (["ieee", "seed02"], None, ["ieee", "seed02"]),
+        (["all"], 1, ["ieee", "mca01", "seed01"]),
+    ],
+)
+def test_members_are_chosen_by_family_id_and_number(ensemble, wanted, n, expected):
+    assert ids(select_members(ensemble, wanted, n)) == expected
+
+
+def test_unknown_member_is_refused_with_the_known_ones(ensemble):
+    with pytest.raises(EnsembleError, match=r"mca09.*It has ieee, mca01"):
+        select_members(ensemble, ["mca09"])
+
+
+def test_unknown_ensemble_is_refused():
+    with pytest.raises(EnsembleError, match="nosuch: neither a shipped ensemble"):
+        load_ensemble("nosuch")
+
+
+def test_changed_weights_are_refused(ensemble):
+    path = ensemble.directory / "ieee.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EnsembleError, match=r"ieee\.safetensors: checksum differs"):
+        load_member(ensemble, ensemble.members[0])
+
+
+def test_missing_weights_are_refused(ensemble):
+    (ensemble.directory / "ieee.safetensors").unlink()
+    with pytest.raises(EnsembleError, match="weights of ieee are missing"):
+        load_member(ensemble, ensemble.members[0])
+
+
+def test_weights_of_another_network_are_refused(ensemble):
+    manifest = ensemble.directory / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["network"]["rim_channels"] = 4
+    manifest.write_text(json.dumps(values))
+    other = load_ensemble(str(ensemble.directory))
+    with pytest.raises(EnsembleError, match="do not fit the manifest's network"):
+        load_member(other, other.members[0])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 99}'])
+def test_damaged_manifest_is_refused(ensemble, text):
+    (ensemble.directory / "manifest.json").write_text(text)
+    with pytest.raises(EnsembleError, match=r"manifest\.json"):
+        load_ensemble(str(ensemble.directory))

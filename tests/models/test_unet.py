@@ -1,0 +1,45 @@
+"""The network: shapes, arrangement of voxels, reproducible initialisation."""
+
+import torch
+
+from bids_varaug.models.unet import NetworkShape, build_network, fold, unfold
+
+SMALL = NetworkShape(5, (4, 4, 4), 4)
+
+
+def test_fold_and_unfold_are_inverse():
+    image = torch.arange(4 * 6 * 8.0).reshape(1, 1, 4, 6, 8)
+    assert torch.equal(unfold(fold(image)), image)
+
+
+def test_fold_puts_neighbours_into_channels():
+    image = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
+    assert fold(image).flatten().tolist() == list(range(8))
+
+
+def test_logits_have_the_shape_of_the_image():
+    network = build_network(SMALL)
+    assert network(torch.rand(1, 1, 16, 24, 8)).shape == (1, 5, 16, 24, 8)
+    assert SMALL.multiple == 8
+
+
+def test_batches_are_normalised_image_by_image():
+    network = build_network(SMALL).eval()
+    images = torch.rand(2, 1, 8, 8, 16, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(network(images), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_same_seed_same_weights_without_touching_the_global_generator():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, second, other = (build_network(SMALL, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_shape_survives_the_manifest():
+    assert NetworkShape.from_json(SMALL.to_json()) == SMALL

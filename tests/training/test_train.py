@@ -1,0 +1,150 @@
+"""The loop: an interrupted run gives the bits of an unbroken one; members differ as they should."""
+
+import json
+
+import pytest
+import torch
+
+from bids_varaug.errors import UsageError, UserError
+from bids_varaug.models.ensemble import load_ensemble
+from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.training.loss import sampled_loss, segmentation_loss
+from bids_varaug.training.members import Workshop, parse_members, plan_member, train_ensemble
+from bids_varaug.training.recipe import Recipe, Stage, Window
+from bids_varaug.training.synthesis import Randomiser
+from bids_varaug.training.train import choose_window, learning_rate, train
+
+TINY = (Window(0.5, 2.0, (16, 16, 16)), Window(0.5, 4.0, (16, 16, 16)))
+
+
+@pytest.fixture
+def recipe(scheme):
+    trunk = (Stage("trunk", 2, TINY, 1e-2, 1e-3, bf16=True),)
+    member = (Stage("member", 3, TINY, 1e-2, 0.0, bf16=False),)
+    return Recipe(NetworkShape(len(scheme.target_ids), (4, 4), 4), trunk, member)
+
+
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("member", ["ieee", "mca01", "seed02"])
+def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
+    tmp_path, scheme, head, recipe, member
+):
+    plan = plan_member(member)
+    randomiser = Randomiser(scheme, recipe.synthesis)
+
+    def run(name, on_step=lambda report: None):
+        return train(build_network(recipe.network, 0), [head], randomiser, recipe, recipe.member,
+                     plan.seed, tmp_path / name, plan.arithmetic, on_step, save_every=1)  # fmt: skip
+
+    def kill(report):
+        if report.step == 1:
+            raise Killed
+
+    unbroken = run("a.safetensors")
+    with pytest.raises(Killed):
+        run("b.safetensors", kill)
+    assert same_weights(run("b.safetensors"), unbroken)
+
+
+def test_ensemble_is_written_and_its_members_differ(tmp_path, scheme, head, recipe):
+    seen = []
+    workshop = Workshop(
+        tmp_path / "e", recipe, scheme, [head], Randomiser(scheme, recipe.synthesis), "cpu",
+        lambda name, report, network: seen.append((name, report.step)),
+    )  # fmt: skip
+    train_ensemble(workshop, "tiny", ["ieee", "mca01", "seed01"])
+    ensemble = load_ensemble(str(tmp_path / "e"))
+    assert [m.id for m in ensemble.members] == ["ieee", "mca01", "seed01"]
+    assert [m.precision for m in ensemble.members] == [None, 24, None]
+    assert len({m.sha256 for m in ensemble.members}) == 3
+    assert ensemble.training["forked_at_step"] == 2
+    assert len(seen) == 2 + 3 * 3
+    json.dumps(ensemble.training)
+
+
+def test_training_again_finds_everything_done(tmp_path, scheme, head, recipe):
+    def train_it(seen):
+        workshop = Workshop(
+            tmp_path / "e", recipe, scheme, [head], Randomiser(scheme, recipe.synthesis), "cpu",
+            lambda name, report, network: seen.append(name),
+        )  # fmt: skip
+        return train_ensemble(workshop, "tiny", ["ieee"])
+
+    first, again = [], []
+    assert train_it(first).members == train_it(again).members
+    assert again == []
+
+
+def test_loss_falls(scheme, head, recipe):
+    network = build_network(recipe.network, 0)
+    randomiser = Randomiser(scheme, recipe.synthesis)
+    image, target = randomiser.draw(head, (32, 32, 32), 2.0, 0)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = sampled_loss(network, image, target, 0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_loss_is_that_of_the_whole_volume_on_average(scheme, head, recipe):
+    network = build_network(recipe.network, 0)
+    randomiser = Randomiser(scheme, recipe.synthesis)
+    image, target = randomiser.draw(head, (32, 32, 32), 2.0, 0)
+    with torch.no_grad():
+        logits = network(image[None, None])[0].flatten(1).T
+        whole = float(segmentation_loss(logits, target.reshape(-1).long()))
+        sampled = [float(sampled_loss(network, image, target, phase)) for phase in range(4)]
+    assert sum(sampled) / 4 == pytest.approx(whole, rel=0.01)
+    assert len(set(sampled)) == 4
+
+
+def test_perfect_logits_have_hardly_any_loss():
+    target = torch.arange(4).repeat(50)
+    assert float(segmentation_loss(40.0 * torch.eye(4)[target], target)) < 1e-4
+
+
+def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(
+    tmp_path, scheme, head, recipe
+):
+    network = build_network(recipe.network, 0)
+    with torch.no_grad():
+        network.head.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="at step 0 of stage member"):
+        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
+              tmp_path / "c.safetensors")  # fmt: skip
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_learning_rate_falls_linearly_after_the_warm_up(recipe):
+    stage = Stage("s", 101, TINY, 1.0, 0.0, bf16=False)
+    assert learning_rate(recipe, stage, 50, 1000) == pytest.approx(0.5)
+    assert learning_rate(recipe, stage, 0, 0) == pytest.approx(1 / recipe.warmup)
+
+
+def test_windows_are_drawn_by_their_shares():
+    stage = Stage("s", 1, TINY, 1.0, 0.0, bf16=False)
+    assert choose_window(stage, 0.49) == TINY[0]
+    assert choose_window(stage, 0.5) == TINY[1]
+
+
+def test_monte_carlo_members_share_the_seed_of_the_baseline():
+    assert plan_member("mca03").seed == plan_member("ieee").seed
+    assert plan_member("mca03").rounding_seed != plan_member("mca04").rounding_seed
+    assert plan_member("seed03").seed != plan_member("ieee").seed
+
+
+@pytest.mark.parametrize("text", ["mca", "mca01..seed02", "mca05..mca01", "ieee..ieee", "x01"])
+def test_impossible_member_lists_are_refused(text):
+    with pytest.raises(UsageError, match="--members"):
+        parse_members(text)

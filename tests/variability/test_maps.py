@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bids_varaug.variability.maps import (
+    sample_std,
+    significant_bits,
+    unreliable,
+    vote_entropy,
+)
+
+
+def count(labels, n_classes):
+    return (np.asarray(labels)[None] == np.arange(n_classes)[:, None, None]).sum(1)
+
+
+member_labels = st.integers(2, 9).flatmap(
+    lambda m: st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=m, max_size=m)
+)
+
+
+@settings(deadline=None)
+@given(member_labels)
+def test_entropy_is_scipys_and_within_its_bounds(labels):
+    entropy = vote_entropy(count(labels, 5), len(labels))
+    expected = scipy.stats.entropy(count(labels, 5), base=2)
+    np.testing.assert_allclose(entropy, expected, atol=1e-6)
+    assert (entropy >= 0).all() and (entropy <= np.log2(min(len(labels), 5)) + 1e-6).all()
+
+
+@settings(deadline=None)
+@given(member_labels, st.randoms())
+def test_entropy_does_not_depend_on_the_order_of_members(labels, random):
+    shuffled = random.sample(labels, len(labels))
+    assert np.array_equal(
+        vote_entropy(count(labels, 5), len(labels)), vote_entropy(count(shuffled, 5), len(labels))
+    )
+
+
+def test_entropy_is_zero_where_all_agree():
+    assert vote_entropy(np.array([[0], [9]], np.uint8), 9) == 0
+
+
+def test_votes_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="do not sum to 3"):
+        vote_entropy(np.array([[1], [1]], np.uint8), 3)
+
+
+@given(st.floats(1e-6, 1e6), st.integers(0, 23))
+def test_sd_of_a_power_of_two_gives_that_many_bits(mean, bits):
+    assert significant_bits(np.array(mean), np.array(mean * 2.0**-bits)) == pytest.approx(bits)
+
+
+def test_bits_are_limited_to_those_of_float32():
+    assert significant_bits(np.ones(2), np.array([1e-12, 1e3])).tolist() == [24, 0]
+
+
+def test_zero_that_varies_has_no_bits():
+    assert significant_bits(np.zeros(1), np.ones(1)).tolist() == [0]
+
+
+def test_zero_that_does_not_vary_has_all_bits():
+    assert significant_bits(np.zeros(1), np.zeros(1)).tolist() == [24]
+
+
+def test_std_is_numpys_with_one_degree_of_freedom_less():
+    values = np.random.default_rng(0).normal(size=(7, 50))
+    squares = ((values - values.mean(0)) ** 2).sum(0)
+    np.testing.assert_allclose(sample_std(squares, 7), values.std(0, ddof=1))
+
+
+def test_one_member_has_no_std():
+    assert sample_std(np.array([0.0]), 1).tolist() == [0]
+
+
+def test_a_quarter_of_dissent_is_still_reliable():
+    assert unreliable(np.array([6 / 8, 5 / 8])).tolist() == [False, True]
