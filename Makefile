@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/make_demo_dataset.py demo/bids
 	$(BIN)/bids_varaug demo/bids demo/derivatives participant -w demo/work $(DEMO_ARGS)
 	@test -s demo/derivatives/sub-mni152.html
-	@echo "The report: $(CURDIR)/demo/derivatives/sub-mni152.html"
+	@echo "Open the report: $(CURDIR)/demo/derivatives/sub-mni152.html"
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -43,6 +43,7 @@ $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 
 # torch alone first: should its own index not answer, PyPI has it too.
 $(VENV)/.torch: constraints.txt | $(VENV)/.python
+	@echo "Installing into $(VENV), two minutes or so"
 	$(PIP) install --quiet --no-deps --retries 0 -c constraints.txt \
 		--extra-index-url $(TORCH_INDEX) torch \
 	|| $(PIP) install --quiet --no-deps -c constraints.txt torch

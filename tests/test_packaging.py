@@ -92,8 +92,7 @@ def test_every_installed_dependency_is_pinned():
         if name not in pins():
             missing.append(name)
         queue += [requirement_name(r) for r in below if "extra ==" not in r]
-    # torch demands NVIDIA's libraries with exact versions of its own.
-    assert [n for n in missing if not n.startswith(("nvidia-", "cuda-toolkit", "triton"))] == []
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", ["aseg31.tsv", "training_labels.tsv"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,16 @@ class NetworkShape:
     def multiple(self) -> int:
         """Input sides must be multiples of this many voxels."""
         return 2 ** len(self.channels)
+
+
+class Features(NamedTuple):
+    """What the last layers classify.
+
+    `body` is (B, C, X/2, Y/2, Z/2), at half resolution; `rim` is (B, R, X, Y, Z).
+    """
+
+    body: torch.Tensor
+    rim: torch.Tensor
 
 
 class InstanceNorm(nn.Module):
@@ -67,8 +78,9 @@ class UNet(nn.Module):
     """Image (B, 1, X, Y, Z) float32 -> logits (B, K, X, Y, Z).
 
     The image is folded 2x2x2 into 8 channels, so that the costly body runs at 2 mm for a 1 mm
-    image and its field of view covers the head; a thin rim of full-resolution convolutions then
-    sharpens the borders with the image itself. X, Y, Z must be multiples of `shape.multiple`.
+    image and its field of view covers the head. Each body voxel says for each of its 8 subvoxels
+    what it is; a thin rim of full-resolution features, which see the image itself, corrects the
+    borders. X, Y, Z must be multiples of `shape.multiple`.
     """
 
     def __init__(self, shape: NetworkShape):
@@ -88,10 +100,12 @@ class UNet(nn.Module):
         rim = shape.rim_channels
         self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
         self.rim = ConvBlock(rim + 1, rim)
-        self.head = nn.Conv3d(rim, shape.n_classes, 1)
+        # Rows are ordered as `unfold` wants them: (x, y, z) of the subvoxel, then the class.
+        self.body_head = nn.Conv3d(widths[0], 8 * shape.n_classes, 1)
+        self.rim_head = nn.Conv3d(rim, shape.n_classes, 1, bias=False)
 
-    def features(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the full-resolution features (B, rim_channels, X, Y, Z) before the last layer."""
+    def features(self, image: torch.Tensor) -> Features:
+        """Return what `classify` takes, for an image (B, 1, X, Y, Z) float32."""
         x = _to_channels_last(fold(image))
         skips = []
         for level, block in enumerate(self.encoder):
@@ -101,12 +115,32 @@ class UNet(nn.Module):
         for lateral, block in zip(self.laterals, self.decoder, strict=True):
             x = F.interpolate(lateral(x), scale_factor=2, mode="nearest")
             x = block(x + skips.pop())
-        x = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
-        return self.rim(_to_channels_last(x))
+        fine = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
+        return Features(x, self.rim(_to_channels_last(fine)))
+
+    def classify(self, features: Features) -> torch.Tensor:
+        """Return logits (B, K, X, Y, Z); works on any slabs of the features that fit together."""
+        return unfold(self.body_head(features.body)) + self.rim_head(features.rim)
+
+    def classify_rows(self, features: Features, a: int, b: int) -> torch.Tensor:
+        """Return the logits of every second voxel along x and z, at phases a and b (0 or 1).
+
+        Returns
+        -------
+        (B, X/2, Y, Z/2, K), equal to ``classify(features)[:, :, a::2, :, b::2]`` with K last
+        """
+        n, k = features.body.shape[1], self.shape.n_classes
+        weight = self.body_head.weight.reshape(2, 2, 2, k, n)[a, :, b].reshape(2 * k, n)
+        bias = self.body_head.bias.reshape(2, 2, 2, k)[a, :, b].reshape(2 * k)
+        coarse = F.linear(features.body.movedim(1, -1), weight, bias)
+        batch, x, y, z, _ = coarse.shape
+        coarse = coarse.reshape(batch, x, y, z, 2, k).transpose(3, 4).reshape(batch, x, 2 * y, z, k)
+        rim = features.rim[:, :, a::2, :, b::2].movedim(1, -1)
+        return coarse + F.linear(rim, self.rim_head.weight.reshape(k, -1))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z)."""
-        return self.head(self.features(image))
+        return self.classify(self.features(image))
 
 
 def fold(image: torch.Tensor) -> torch.Tensor:

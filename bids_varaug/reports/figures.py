@@ -1,4 +1,4 @@
-"""Figures of the participant report: arrays in, PNG bytes out, the same bytes every time.
+"""Mosaics of the participant report: arrays in, PNG bytes out, the same bytes every time.
 
 Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in
 neurological convention: the subject's left is on the left of axial and coronal slices, and the
@@ -35,9 +35,6 @@ LEGEND_COLUMNS = 9
 BAR_HEIGHT = 66  # px below a mosaic, for its colour bar
 INK = "#e8e8e8"
 PAPER = "#000000"
-FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00", "rr": "#009e73"}  # Okabe-Ito
-OTHER_COLOR = "#cc79a7"
-BASELINE = "ieee"
 UNRELIABLE_RGB = (255, 77, 166)
 OUTLINE_RGB = (86, 180, 233)
 WHITE_MATTER = (2, 41)
@@ -184,7 +181,7 @@ def draw_labels(
     entries = _legend_entries({i: n for i, n in (names or {}).items() if i in present}, colors)
     canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
     _add_legend(canvas, mosaic_height, entries)
-    return _to_png(canvas)
+    return to_png(canvas)
 
 
 def draw_map(
@@ -218,7 +215,7 @@ def draw_map(
 
     canvas, mosaic_height = _compose(view, tile, BAR_HEIGHT)
     _add_colorbar(canvas, mosaic_height, style, ScalarMappable(norm, colormap))
-    return _to_png(canvas)
+    return to_png(canvas)
 
 
 def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View) -> bytes:
@@ -247,197 +244,7 @@ def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View)
     entries = {"unreliable voxel": UNRELIABLE_RGB, "outline of the labelled brain": OUTLINE_RGB}
     canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
     _add_legend(canvas, mosaic_height, entries)
-    return _to_png(canvas)
-
-
-def draw_volumes(
-    members: pd.DataFrame, consensus: Mapping[int, float] | None = None, max_rows: int = 80
-) -> bytes:
-    """Volumes of every structure, one dot per member, relative to the mean of the members.
-
-    The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond,
-    so that structures of 0.3 % and of 30 % spread both show it. With a single member volumes
-    are drawn in mm3 on a logarithmic axis.
-
-    Parameters
-    ----------
-    members : table with columns member, family, index, name, volume [mm3]
-    consensus : label index to volume of the consensus labels [mm3]; drawn as a bar if given
-    max_rows : structures shown, the first ones of the table
-
-    Returns
-    -------
-    PNG file
-    """
-    order = _pair_sides(members.drop_duplicates("index"))[:max_rows]
-    names = dict(zip(members["index"], members["name"], strict=True))
-    relative = members["member"].nunique() > 1
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=(10.5, 1.05 + 0.235 * len(order)), dpi=DPI * 1.3, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
-        height = figure.get_figheight()
-        axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
-        for row, index in enumerate(order):
-            _draw_row(
-                axes,
-                row,
-                members[members["index"] == index],
-                relative,
-                (consensus or {}).get(index),
-            )
-        axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.set_yticks(range(len(order)))
-        axes.set_yticklabels(
-            [_short_name(str(names[i])) for i in order], fontsize=8, parse_math=False
-        )
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        _scale_volume_axis(axes, relative)
-        _add_volume_legend(figure, axes, members, consensus is not None, relative)
-        return _to_png(canvas)
-
-
-def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool, consensus: float | None) -> None:
-    """One structure: dots, consensus bar and the numbers at the right."""
-    table = table.sort_values("member", kind="stable")
-    perturbed = table[table["family"] != BASELINE]
-    base = perturbed if len(perturbed) else table
-    mean = float(base["volume"].mean())
-    if row % 2:
-        axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
-    right = f"{mean:,.0f} mm³"
-    if relative and mean > 0 and len(base) > 1:
-        right += f"   ± {100 * base['volume'].std(ddof=1) / mean:.1f} %"
-    axes.text(
-        1.01,
-        row,
-        right,
-        transform=axes.get_yaxis_transform(),
-        fontsize=7.5,
-        va="center",
-        parse_math=False,
-    )
-    if relative and not mean > 0:
-        return  # absent in all perturbed members: nothing to be relative to
-
-    def place(volume):
-        return 100 * (volume / mean - 1) if relative else volume
-
-    families = sorted(set(perturbed["family"]))
-    for number, family in enumerate(families):
-        # Families a little apart, so that equal volumes do not hide each other.
-        shift = 0.16 * (2 * number - (len(families) - 1)) / max(1, len(families) - 1)
-        values = place(perturbed.loc[perturbed["family"] == family, "volume"].to_numpy(float))
-        axes.plot(
-            values,
-            np.full(len(values), row + shift),
-            "o",
-            markersize=4.2,
-            alpha=0.8,
-            color=FAMILY_COLORS.get(family, OTHER_COLOR),
-            markeredgewidth=0,
-        )
-    baseline = place(table.loc[table["family"] == BASELINE, "volume"].to_numpy(float))
-    axes.plot(
-        baseline,
-        np.full(len(baseline), row),
-        "D",
-        markersize=4.6,
-        markerfacecolor="white",
-        markeredgecolor="black",
-        markeredgewidth=1.0,
-        zorder=4,
-    )
-    if consensus is not None:
-        x = place(float(consensus))
-        axes.plot([x, x], [row - 0.38, row + 0.38], color="black", linewidth=1.6, zorder=3)
-
-
-def _scale_volume_axis(axes, relative: bool) -> None:
-    if not relative:
-        axes.set_xscale("log")
-        axes.set_xlabel("volume [mm³]", fontsize=8.5)
-        return
-    low, high = axes.dataLim.intervalx if np.isfinite(axes.dataLim.intervalx).all() else (-1, 1)
-    reach = max(1.0, abs(low), abs(high)) * 1.15
-    axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
-    axes.set_xlim(-reach, reach)
-    half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
-    ticks = [-t for t in reversed(half)] + [0] + half
-    axes.set_xticks(ticks)
-    axes.set_xticks([], minor=True)
-    axes.set_xticklabels([f"{t:+g}".replace("-", "−") if t else "0" for t in ticks], fontsize=8)
-    axes.axvline(0, color="#777777", linewidth=0.8, zorder=1)
-    axes.set_xlabel(
-        "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)",
-        fontsize=8.5,
-    )
-
-
-def _add_volume_legend(
-    figure: Figure, axes, members: pd.DataFrame, consensus: bool, relative: bool
-) -> None:
-    families = sorted(set(members["family"]) - {BASELINE})
-    handles = [
-        axes.plot([], [], "o", color=FAMILY_COLORS.get(f, OTHER_COLOR), label=f"{f} members")[0]
-        for f in families
-    ]
-    if (members["family"] == BASELINE).any():
-        handles += axes.plot(
-            [],
-            [],
-            "D",
-            markerfacecolor="white",
-            markeredgecolor="black",
-            label="ieee (unperturbed)",
-        )
-    if consensus:
-        handles += axes.plot(
-            [], [], "|", color="black", markersize=11, markeredgewidth=1.6, label="consensus"
-        )
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.21, 1.0),
-        fontsize=8.5,
-        ncols=len(handles),
-        frameon=False,
-    )
-    figure.text(
-        0.826,
-        1 - 0.21 / figure.get_figheight(),
-        "mean   ± SD" if relative else "volume",
-        fontsize=8.5,
-        va="center",
-    )
-
-
-def _short_name(name: str) -> str:
-    """FreeSurfer name with its side behind.
-
-    Examples
-    --------
-    >>> _short_name("Left-Cerebral-White-Matter"), _short_name("Brain-Stem")
-    ('Cerebral White Matter  L', 'Brain Stem')
-    """
-    for side, mark in (("Left-", "  L"), ("Right-", "  R")):
-        if name.startswith(side):
-            return name[len(side) :].replace("-", " ") + mark
-    return name.replace("-", " ")
-
-
-def _pair_sides(structures: pd.DataFrame) -> list[int]:
-    """Indices in the table's order, each right structure just after its left one."""
-    first: dict[str, int] = {}
-    ranks = []
-    for position, (index, name) in enumerate(
-        zip(structures["index"], structures["name"], strict=True)
-    ):
-        bare = str(name).removeprefix("Left-").removeprefix("Right-")
-        ranks.append((first.setdefault(bare, position), position, int(index)))
-    return [index for _, _, index in sorted(ranks) if index != 0]
+    return to_png(canvas)
 
 
 def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -599,24 +406,24 @@ def _add_colorbar(
     below = total_h - mosaic_height
     with matplotlib.style.context("default"):
         axes = figure.add_axes((0.3, (below - 40) / total_h, 0.4, 14 / total_h))
-        rising = style.solid > style.negligible
         bar = figure.colorbar(mappable, cax=axes, orientation="horizontal", extend="max")
         bar.outline.set_edgecolor(INK)
         axes.tick_params(colors=INK, labelsize=10)
         axes.set_title(f"{style.title} [{style.unit}]", color=INK, fontsize=11, pad=5)
-        hidden = f"{'≤' if rising else '≥'} {style.negligible:g} {style.unit}: transparent"
+        side = "below" if style.solid > style.negligible else "above"
+        hidden = f"fades out {side} {style.solid:g}, transparent at {style.negligible:g}"
         figure.text(
             0.72,
             (below - 33) / total_h,
-            hidden.replace(" 1:", ":"),
+            hidden,
             color=INK,
             fontsize=9.5,
             va="center",
         )
 
 
-def _to_png(canvas: FigureCanvasAgg) -> bytes:
-    """Render without metadata, so that the same pixels give the same file."""
+def to_png(canvas: FigureCanvasAgg) -> bytes:
+    """Render as RGB without metadata, so that the same pixels give the same file."""
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     stream = io.BytesIO()

@@ -100,9 +100,7 @@ def scan_report(request: ReportRequest, scan: Scan):
     )
 
 
-def _draw(
-    request: ReportRequest, scan: Scan, members: pd.DataFrame
-) -> Iterator[tuple[str, bytes]]:
+def _draw(request: ReportRequest, scan: Scan, members: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
     output_dir = request.settings.output_dir
     t1w = nib.load(scan.path)
     image = np.asarray(t1w.dataobj, dtype=np.float32).reshape(t1w.shape[:3])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from bids_varaug.images.intensity import normalise_intensity
-from bids_varaug.models.unet import UNet
+from bids_varaug.models.unet import Features, UNet
 from bids_varaug.segmentation.posterior import BACKGROUND_CUT, SparsePosterior
 
-_SLABS_AT_ONCE = 8
+_SLABS_AT_ONCE = 8  # even: two slabs of voxels are one slab of the network's body
 
 
 @torch.inference_mode()
@@ -40,18 +40,19 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
         raise ValueError(f"image of shape {image.shape}: sides must be multiples of {multiple}")
     device = next(network.parameters()).device
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
-    features = network.features(tensor[None, None])[0]
-    weight = network.head.weight.reshape(network.head.out_channels, -1)
+    body, rim = network.features(tensor[None, None])
     labels = np.empty(image.shape, np.uint8)
     counts = np.zeros(image.shape[0], np.int64)
     voxels, rows = [], []
     for start in range(0, image.shape[0], _SLABS_AT_ONCE):
-        slabs = features[:, start : start + _SLABS_AT_ONCE].permute(1, 2, 3, 0).flatten(1, 2)
-        posterior = F.softmax(F.linear(slabs, weight, network.head.bias), dim=-1)
+        stop = start + _SLABS_AT_ONCE
+        part = Features(body[:, :, start // 2 : stop // 2], rim[:, :, start:stop])
+        logits = network.classify(part)[0].permute(1, 2, 3, 0).flatten(1, 2)
+        posterior = F.softmax(logits, dim=-1)
         best = posterior.argmax(-1).to(torch.uint8)
-        labels[start : start + _SLABS_AT_ONCE] = best.cpu().numpy().reshape(-1, *image.shape[1:])
+        labels[start:stop] = best.cpu().numpy().reshape(-1, *image.shape[1:])
         stored = posterior[..., 0] <= 1 - BACKGROUND_CUT
-        counts[start : start + _SLABS_AT_ONCE] = stored.sum(1).cpu().numpy()
+        counts[start:stop] = stored.sum(1).cpu().numpy()
         voxels.append(stored.nonzero()[:, 1].to(torch.int32).cpu().numpy())
         rows.append(posterior[stored].cpu().numpy())
     return SparsePosterior(

@@ -42,7 +42,7 @@ MIXED = (
     Window(0.08, 1.0, (160, 224, 224)),
     Window(0.12, 2.0, WHOLE_AT_2MM),
 )
-COARSE = Stage("coarse", 1000, (Window(1.0, 2.0, WHOLE_AT_2MM),), 1.5e-3, 1.5e-3, bf16=True)
+COARSE = Stage("coarse", 1000, (Window(1.0, 2.0, WHOLE_AT_2MM),), 2e-3, 2e-3, bf16=True)
 FINE = Stage("fine", 1000, MIXED, 1.2e-3, 7e-4, bf16=True)
 MEMBER = Stage("member", 120, MIXED, 7e-4, 2e-5, bf16=False)
 

@@ -41,8 +41,8 @@ def test_what_is_written_is_read(ensemble):
 
 def test_weights_come_back_as_half_precision_rounded_them(ensemble):
     network = load_member(ensemble, ensemble.members[1])
-    expected = build_network(SHAPE, 1).head.weight.half().float()
-    assert torch.equal(network.head.weight, expected)
+    expected = build_network(SHAPE, 1).body_head.weight.half().float()
+    assert torch.equal(network.body_head.weight, expected)
     assert not network.training
 
 

@@ -38,8 +38,20 @@ def test_same_seed_same_weights_without_touching_the_global_generator():
     assert torch.equal(torch.rand(1), expected)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(first.head.weight, other.head.weight)
+    assert not torch.equal(first.body_head.weight, other.body_head.weight)
 
 
 def test_shape_survives_the_manifest():
     assert NetworkShape.from_json(SMALL.to_json()) == SMALL
+
+
+def test_sampled_rows_are_those_of_the_whole_volume():
+    network = build_network(SMALL).eval()
+    image = torch.rand(1, 1, 16, 8, 24, generator=torch.Generator().manual_seed(0))
+    features = network.features(image)
+    whole = network.classify(features)
+    for a in (0, 1):
+        for b in (0, 1):
+            rows = network.classify_rows(features, a, b)
+            expected = whole[:, :, a::2, :, b::2].movedim(1, -1)
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)

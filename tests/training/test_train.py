@@ -119,7 +119,7 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(
 ):
     network = build_network(recipe.network, 0)
     with torch.no_grad():
-        network.head.bias.fill_(float("nan"))
+        network.body_head.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="at step 0 of stage member"):
         train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
               tmp_path / "c.safetensors")  # fmt: skip
