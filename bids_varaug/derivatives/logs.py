@@ -24,7 +24,8 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     text = settings_toml(settings, ensemble, members)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     write_text(text, folder / f"settings-{digest}.toml")
-    write_text(citation_markdown(ensemble, members), folder / "CITATION.md")
+    citation = citation_markdown(ensemble, members, sloppy=settings.sloppy)
+    write_text(citation, folder / "CITATION.md")
 
 
 def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:

@@ -232,7 +232,7 @@ def _write_volumes(
                 raise ValueError(f"{path}: volume of shape {volume.shape}, not {tuple(shape[:3])}")
             # NIfTI runs over x fastest; a slab at a time keeps the reordered copy small.
             for z in range(0, shape[2], SLAB):
-                slab = _to_stored(volume[..., z : z + SLAB], stored, slope)
+                slab = _to_stored(volume[..., z : z + SLAB], stored, slope if divide else 1.0)
                 stream.write(slab.tobytes(order="F"))
             written += 1
         if written != n_volumes:

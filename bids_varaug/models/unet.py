@@ -36,11 +36,13 @@ class NetworkShape:
 class Features(NamedTuple):
     """What the last layers classify.
 
-    `body` is (B, C, X/2, Y/2, Z/2), at half resolution; `rim` is (B, R, X, Y, Z).
+    `body` is (B, C, X/2, Y/2, Z/2), at half resolution; `rim` is (B, R, X, Y, Z); `deep` holds
+    the decoder's coarser levels, deepest first, each twice as fine as the one before.
     """
 
     body: torch.Tensor
     rim: torch.Tensor
+    deep: tuple[torch.Tensor, ...] = ()
 
 
 class InstanceNorm(nn.Module):
@@ -97,6 +99,10 @@ class UNet(nn.Module):
         for deep, shallow in zip(widths[:0:-1], widths[-2::-1], strict=True):
             self.laterals.append(nn.Conv3d(deep, shallow, 1))
             self.decoder.append(ConvBlock(shallow, shallow))
+        # Only training uses these: they teach the deep levels where left and right are.
+        self.deep_heads = nn.ModuleList(
+            nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1]
+        )
         rim = shape.rim_channels
         self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
         self.rim = ConvBlock(rim + 1, rim)
@@ -107,7 +113,7 @@ class UNet(nn.Module):
     def features(self, image: torch.Tensor) -> Features:
         """Return what `classify` takes, for an image (B, 1, X, Y, Z) float32."""
         x = _to_channels_last(fold(image))
-        skips = []
+        skips, deep = [], []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else F.max_pool3d(x, 2))
             skips.append(x)
@@ -115,8 +121,9 @@ class UNet(nn.Module):
         for lateral, block in zip(self.laterals, self.decoder, strict=True):
             x = F.interpolate(lateral(x), scale_factor=2, mode="nearest")
             x = block(x + skips.pop())
+            deep.append(x)
         fine = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
-        return Features(x, self.rim(_to_channels_last(fine)))
+        return Features(x, self.rim(_to_channels_last(fine)), tuple(deep[:-1]))
 
     def classify(self, features: Features) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z); works on any slabs of the features that fit together."""

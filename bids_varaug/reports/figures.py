@@ -249,6 +249,8 @@ def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View)
 
 def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Intensities drawn black and white."""
+    if t1w.shape != labels.shape:
+        raise ValueError(f"T1w of shape {t1w.shape}, but labels of shape {labels.shape}")
     step = tuple(slice(None, None, max(1, size // 96)) for size in t1w.shape)
     sample = np.nan_to_num(np.asarray(t1w[step], np.float32), posinf=0, neginf=0)
     brain = sample[np.asarray(labels[step]) > 0]

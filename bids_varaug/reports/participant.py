@@ -16,6 +16,7 @@ import pandas as pd
 from bids_varaug.derivatives.write import replacing, write_text
 from bids_varaug.reports.citation import Citation
 from bids_varaug.reports.plausibility import LIMITS, SOURCE, judge_volume
+from bids_varaug.variability.maps import UNRELIABLE_BELOW
 
 FORBIDDEN_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_+-]")
 
@@ -113,9 +114,8 @@ FIGURE_TEXTS: dict[str, FigureText] = {
     "unreliable": FigureText(
         "Unreliable voxels",
         "T1-weighted slices with the unreliable voxels filled.",
-        "Voxels where the members' votes disagree beyond the threshold of the unreliable mask "
-        "(written next to the labels, with the threshold in its sidecar). Leave them out where a "
-        "measure must not depend on the ensemble.",
+        f"Voxels where fewer than {UNRELIABLE_BELOW:.0%} of the perturbed members chose the "
+        "consensus label. Leave them out where a measure must not depend on the ensemble.",
     ),
 }
 

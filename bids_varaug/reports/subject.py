@@ -14,15 +14,21 @@ import pandas as pd
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_version
-from bids_varaug.derivatives.write import replacing
 from bids_varaug.errors import ScanError
 from bids_varaug.images.conform import conform
 from bids_varaug.images.crop import is_probably_cropped
-from bids_varaug.images.load import load_t1w
+from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.reports import figures
-from bids_varaug.reports.citation import citation_markdown
+from bids_varaug.reports.citation import cite
+from bids_varaug.reports.participant import (
+    ReportContent,
+    ScanReport,
+    write_participant_report,
+)
+from bids_varaug.reports.plausibility import find_warnings
+from bids_varaug.reports.volume_plot import draw_volumes
 
 PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
 # Where and how fast it ran; what the report shows must not depend on them.
@@ -50,9 +56,8 @@ def write_subject_report(request: ReportRequest) -> Path:
     OutputError
         If it cannot be written.
     """
-    from bids_varaug.reports.participant import ReportContent, write_participant_report
-
     settings, ensemble = request.settings, request.ensemble
+    versions = package_versions()
     content = ReportContent(
         subject=request.scans[0].subject,
         scans=tuple(scan_report(request, scan) for scan in request.scans),
@@ -62,36 +67,31 @@ def write_subject_report(request: ReportRequest) -> Path:
             "version": ensemble.version,
             "members": [_member_row(member) for member in request.members],
         },
-        versions={"bids_varaug": package_version()} | _versions(),
-        citation=citation_markdown(ensemble, request.members),
+        versions=versions,
+        citation=cite(ensemble, request.members, versions, sloppy=settings.sloppy),
     )
     path = names.report(settings.output_dir, content.subject)
     write_participant_report(path, content)
     return path
 
 
-def scan_report(request: ReportRequest, scan: Scan):
+def scan_report(request: ReportRequest, scan: Scan) -> ScanReport:
     """Draw one scan's figures and collect its tables and warnings."""
-    from bids_varaug.reports.participant import ScanReport
-    from bids_varaug.reports.plausibility import find_warnings
-
     output_dir = request.settings.output_dir
     regions = _read_table(output_dir, scan, "regions_tsv")
     members = _read_table(output_dir, scan, "members_tsv")
-    drawn = dict(_draw(request, scan, members))
-    for name, png in drawn.items():
-        with replacing(names.figure(output_dir, scan, name, ".png")) as stream:
-            stream.write(png)
+    labels, _ = _read_image(output_dir, scan, "consensus_dseg")
     volume = load_t1w(scan.path)
     zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    doubt = is_probably_cropped(conform(volume, 2.0).data, 2.0)
-    warnings = ([] if doubt is None else [doubt]) + find_warnings(regions, zooms)
+    coarse = 2.0  # mm, fine enough to judge the field of view
+    doubt = is_probably_cropped(conform(volume, coarse).data, coarse)
+    warnings = find_warnings(regions, zooms, volume.data, labels)
     return ScanReport(
         prefix=scan.prefix,
-        figures=drawn,
+        figures=dict(_draw(request, scan, volume, labels, members)),
         regions=regions,
         members=members,
-        warnings=warnings,
+        warnings=warnings if doubt is None else [doubt, *warnings],
         provenance={
             "T1w": scan.relative,
             "Grid": f"{' x '.join(str(n) for n in volume.data.shape)} voxels of "
@@ -100,23 +100,23 @@ def scan_report(request: ReportRequest, scan: Scan):
     )
 
 
-def _draw(request: ReportRequest, scan: Scan, members: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
+def _draw(
+    request: ReportRequest, scan: Scan, volume: Volume, labels: np.ndarray, members: pd.DataFrame
+) -> Iterator[tuple[str, bytes]]:
     output_dir = request.settings.output_dir
-    t1w = nib.load(scan.path)
-    image = np.asarray(t1w.dataobj, dtype=np.float32).reshape(t1w.shape[:3])
-    labels, affine = _read_image(output_dir, scan, "consensus_dseg")
-    colors = figures.parse_colors({la.index: la.color for la in request.ensemble.labels[1:]})
-    label_names = {la.index: la.name for la in request.ensemble.labels[1:]}
-    view = figures.plan_view(labels, affine)
-    yield "consensus", figures.draw_labels(image, labels, view, colors, label_names)
+    structures = request.ensemble.labels[1:]
+    colors = figures.parse_colors({label.index: label.color for label in structures})
+    label_names = {label.index: label.name for label in structures}
+    view = figures.plan_view(labels, volume.affine)
+    yield "consensus", figures.draw_labels(volume.data, labels, view, colors, label_names)
     for key, style in figures.MAP_STYLES.items():
         if names.OUTPUTS[key].path(output_dir, scan).exists():
             values, _ = _read_image(output_dir, scan, key)
-            yield key, figures.draw_map(image, values, labels, view, style)
+            yield key, figures.draw_map(volume.data, values, labels, view, style)
     if names.OUTPUTS["unreliable_mask"].path(output_dir, scan).exists():
         mask, _ = _read_image(output_dir, scan, "unreliable_mask")
-        yield "unreliable", figures.draw_mask(image, mask, labels, view)
-    yield "volumes", figures.draw_volumes(members)
+        yield "unreliable", figures.draw_mask(volume.data, mask, labels, view)
+    yield "volumes", draw_volumes(members)
 
 
 def _read_image(output_dir: Path, scan: Scan, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -137,9 +137,9 @@ def _existing(path: Path, scan: Scan) -> Path:
     return path
 
 
-def _shown_settings(settings: Settings) -> dict[str, str]:
+def _shown_settings(settings: Settings) -> dict:
     return {
-        field.name: str(getattr(settings, field.name))
+        field.name: getattr(settings, field.name)
         for field in fields(settings)
         if field.name not in _NOT_SHOWN
     }
@@ -155,5 +155,7 @@ def _member_row(member: Member) -> dict:
     }
 
 
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in PACKAGES}
+def package_versions() -> dict[str, str]:
+    """Versions of what the results depend on."""
+    installed = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"bids_varaug": package_version()} | installed

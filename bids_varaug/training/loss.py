@@ -6,23 +6,31 @@ import torch
 import torch.nn.functional as F
 
 
-def segmentation_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+DEEP_WEIGHT = 0.4  # of the mean loss of the decoder's coarser levels
+
+
+def segmentation_loss(
+    logits: torch.Tensor, target: torch.Tensor, balanced: bool = False
+) -> torch.Tensor:
     """Mean cross-entropy plus one minus the mean soft Dice of the structures present.
 
     Parameters
     ----------
     logits : (V, K) float32
     target : (V,) int64, class index, 0 = background
+    balanced : weigh a voxel by one over the square root of its class's voxels, so that small
+        structures are learnt early; the posteriors are then no longer calibrated
 
     Returns
     -------
     () float32
     """
     log_p = F.log_softmax(logits, dim=1)
-    cross_entropy = F.nll_loss(log_p, target)
     truth = F.one_hot(target, logits.shape[1]).to(log_p.dtype)
-    p = log_p.exp()
     count = truth.sum(0)
+    weight = count.clamp_min(1.0).rsqrt() if balanced else None
+    cross_entropy = F.nll_loss(log_p, target, weight=weight)
+    p = log_p.exp()
     overlap = (p * truth).sum(0)
     dice = (2 * overlap + 1.0) / (p.sum(0) + count + 1.0)
     present = count[1:] > 0
@@ -31,19 +39,34 @@ def segmentation_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return cross_entropy + 1.0 - dice[1:][present].mean()
 
 
-def sampled_loss(network, image: torch.Tensor, target: torch.Tensor, seed: int) -> torch.Tensor:
-    """Loss on every second voxel along two axes, at a phase drawn from `seed`.
+def sampled_loss(
+    network, image: torch.Tensor, target: torch.Tensor, seed: int, balanced: bool = False
+) -> torch.Tensor:
+    """Loss on every second voxel along two axes, plus that of the decoder's coarser levels.
 
-    A quarter of the voxels gives the same gradient on average; the last layer and the softmax of
-    all voxels would take half of a training step.
+    The phase of the sampled voxels is drawn from `seed`: a quarter of the voxels gives the same
+    gradient on average; the last layer and the softmax of all would take half of a training step.
+    Each deep level is compared with the label in the middle of each of its voxels.
 
     Parameters
     ----------
     network : UNet
     image : (X, Y, Z) float32
     target : (X, Y, Z) uint8
+    balanced : see `segmentation_loss`
     """
     a, b = seed % 2, (seed // 2) % 2
-    logits = network.classify_rows(network.features(image[None, None]), a, b)
-    labels = target[a::2, :, b::2].reshape(-1).long()
-    return segmentation_loss(logits.reshape(-1, logits.shape[-1]).float(), labels)
+    features = network.features(image[None, None])
+    logits = network.classify_rows(features, a, b)
+    loss = _loss_of_rows(logits, target[a::2, :, b::2], balanced)
+    deep = []
+    for level, head in zip(features.deep, network.deep_heads, strict=True):
+        step = image.shape[0] // level.shape[2]
+        middle = (slice(step // 2, None, step),) * 3
+        deep.append(_loss_of_rows(head(level).movedim(1, -1), target[middle], balanced))
+    return loss + DEEP_WEIGHT * torch.stack(deep).mean() if deep else loss
+
+
+def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, balanced: bool) -> torch.Tensor:
+    rows = logits.reshape(-1, logits.shape[-1]).float()
+    return segmentation_loss(rows, target.reshape(-1).long(), balanced)

@@ -23,7 +23,8 @@ class Window:
 class Stage:
     """A run of steps; the learning rate falls linearly from `lr` to `lr_end`.
 
-    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast.
+    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast, `balanced` the loss that
+    favours small structures.
     """
 
     name: str
@@ -32,19 +33,20 @@ class Stage:
     lr: float
     lr_end: float
     bf16: bool
+    balanced: bool = False
 
 
 WHOLE_AT_2MM = (96, 128, 128)
 # Mostly the brain at 1 mm; sometimes a whole head, which is what the network will be given, and
 # sometimes a whole head at 2 mm, which is what --sloppy gives it.
 MIXED = (
-    Window(0.8, 1.0, (128, 160, 128)),
+    Window(0.80, 1.0, (112, 144, 112)),
     Window(0.08, 1.0, (160, 224, 224)),
     Window(0.12, 2.0, WHOLE_AT_2MM),
 )
-COARSE = Stage("coarse", 1000, (Window(1.0, 2.0, WHOLE_AT_2MM),), 2e-3, 2e-3, bf16=True)
-FINE = Stage("fine", 1000, MIXED, 1.2e-3, 7e-4, bf16=True)
-MEMBER = Stage("member", 120, MIXED, 7e-4, 2e-5, bf16=False)
+COARSE = Stage("coarse", 600, (Window(1.0, 2.0, WHOLE_AT_2MM),), 5e-3, 4e-3, True, True)
+FINE = Stage("fine", 1000, MIXED, 3e-3, 1.5e-3, bf16=True, balanced=True)
+MEMBER = Stage("member", 150, MIXED, 1.5e-3, 2e-5, bf16=False, balanced=False)
 
 
 @dataclass(frozen=True)

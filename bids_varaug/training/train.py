@@ -114,7 +114,7 @@ def _one_step(network, optimiser, heads, randomiser, recipe, stage: Stage, key) 
     image, target = randomiser.draw(head, window.shape, window.voxel_size, int(image_seed))
     optimiser.zero_grad(set_to_none=True)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=stage.bf16):
-        loss = sampled_loss(network, image, target, int(phase))
+        loss = sampled_loss(network, image, target, int(phase), stage.balanced)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
     value = float(loss.detach())

@@ -1,0 +1,108 @@
+"""A synthetic head, its tables, and a report made of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_varaug.reports.citation import cite
+from bids_varaug.reports.participant import ReportContent, ScanReport
+
+# L to R, S to I, P to A: none of the axes is where RAS has it; 1 x 1.5 x 2 mm.
+AFFINE = np.array([[0, 0, -2.0, 30], [1.0, 0, 0, -20], [0, -1.5, 0, 25], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="session")
+def head():
+    """T1w, labels (2, 3, 41, 42) and a map in [0, 1] on a 32^3 grid."""
+    rng = np.random.default_rng(1)
+    x, y, z = np.mgrid[:32, :32, :32]
+    radius = np.hypot(np.hypot(x - 15.5, y - 15.5), z - 15.5)
+    labels = np.zeros((32, 32, 32), np.int32)
+    labels[radius < 12] = 3
+    labels[radius < 8] = 2
+    labels[(z < 16) & (labels > 0)] += 39  # the third axis runs from right to left
+    t1w = np.choose(np.searchsorted([8, 12], radius), [100.0, 60.0, 5.0]).astype(np.float32)
+    t1w += rng.normal(0, 4, t1w.shape).astype(np.float32)
+    spread = np.exp(-((radius - 10) ** 2)).astype(np.float32)
+    return SimpleNamespace(t1w=t1w, labels=labels, affine=AFFINE, spread=spread)
+
+
+@pytest.fixture(scope="session")
+def members_table():
+    """Volumes of two structures in ieee, two mca and two seed members."""
+    names = {17: "Left-Hippocampus", 53: "Right-Hippocampus"}
+    rows = [
+        (member, member.rstrip("0123456789"), index, name, 4000.0 + 7 * number + index)
+        for number, member in enumerate(["ieee", "mca01", "mca02", "seed01", "seed02"])
+        for index, name in names.items()
+    ]
+    return pd.DataFrame(rows, columns=["member", "family", "index", "name", "volume"])
+
+
+@pytest.fixture(scope="session")
+def regions_table():
+    """Two structures; one value is missing."""
+    return pd.DataFrame(
+        {
+            "index": [17, 53],
+            "name": ["Left-Hippocampus", "Right-Hippocampus"],
+            "volume_mean": [4020.0, 90.0],
+            "volume_std": [9.0, 9.0],
+            "cv": [0.0022, 0.1],
+            "sigbits": [8.8, np.nan],
+            "dice_min": [0.95, 0.4],
+            "dice_min_mca": [0.96, 0.5],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def ensemble():
+    """Stand-in with the attributes that citation reads."""
+    return SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0)
+
+
+@pytest.fixture(scope="session")
+def members():
+    """Members ieee, mca01, mca02, seed01."""
+    return tuple(
+        SimpleNamespace(
+            id=name,
+            family=name.rstrip("0123456789"),
+            seed=0,
+            precision=24 if "mca" in name else None,
+            sha256="ab" * 32,
+        )
+        for name in ("ieee", "mca01", "mca02", "seed01")
+    )
+
+
+@pytest.fixture
+def make_content(ensemble, members, regions_table, members_table):
+    """Content of a report; any value may be replaced."""
+
+    def make(prefix="sub-01_run-1", sloppy=False, warnings=("Look here.",), figures=None):
+        scan = ScanReport(
+            prefix=prefix,
+            figures=figures or {"consensus": b"\x89PNG one", "entropy": b"\x89PNG two"},
+            regions=regions_table,
+            members=members_table,
+            warnings=list(warnings),
+            provenance={"T1w": f"sub-01/anat/{prefix}_T1w.nii.gz"},
+        )
+        return ReportContent(
+            subject="01",
+            scans=(scan,),
+            settings={"bids_dir": "/data", "sloppy": sloppy, "n_members": None},
+            ensemble={
+                "name": ensemble.name,
+                "version": ensemble.version,
+                "members": [vars(m) for m in members],
+            },
+            versions={"torch": "2.0"},
+            citation=cite(ensemble, members, {"torch": "2.0"}),
+        )
+
+    return make

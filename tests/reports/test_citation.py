@@ -1,0 +1,58 @@
+"""What the methods paragraph says, and that each citation has its reference."""
+
+import re
+
+from bids_varaug.reports.citation import REFERENCES, citation_markdown, cite, methods_text
+
+
+def test_every_cited_key_is_listed(ensemble, members):
+    citation = cite(ensemble, members)
+    assert {r.key for r in citation.references} == set(re.findall(r"@(\w+)", citation.methods))
+
+
+def test_all_references_are_cited_by_a_full_ensemble(ensemble, members):
+    assert len(cite(ensemble, members).references) == len(REFERENCES)
+
+
+def test_members_are_counted_by_family(ensemble, members):
+    text = methods_text(ensemble, members)
+    assert "2 trained under Monte Carlo arithmetic at 24 bits" in text
+    assert "averaged over these 3 members" in text
+
+
+def test_baseline_alone_claims_no_spread(ensemble, members):
+    text = methods_text(ensemble, members[:1])
+    assert "entropy" not in text and "not known" in text
+
+
+def test_one_perturbed_member_claims_no_spread(ensemble, members):
+    assert "entropy" not in methods_text(ensemble, members[:2])
+
+
+def test_sloppy_runs_say_so(ensemble, members):
+    text = methods_text(ensemble, members, sloppy=True)
+    assert "--sloppy" in text and "1 mm" not in text
+
+
+def test_versions_are_named(ensemble, members):
+    assert "PyTorch 2.9" in methods_text(ensemble, members, {"torch": "2.9"})
+
+
+def test_bibtex_braces_balance(ensemble, members):
+    text = cite(ensemble, members).bibtex()
+    assert text.count("{") == text.count("}") and text.count("@") == len(REFERENCES)
+
+
+def test_markdown_holds_paragraph_references_and_bibtex(ensemble, members):
+    text = citation_markdown(ensemble, members)
+    assert re.findall(r"^#+ .*", text, re.M) == [
+        "# How to cite",
+        "## Methods",
+        "## References",
+        "## BibTeX",
+    ]
+
+
+def test_works_behind_the_method_are_among_the_references():
+    links = " ".join(f"{r.link} {r.venue}" for r in REFERENCES.values())
+    assert all(n in links for n in ("2509.05238", "2308.01939", "2605.25991", "2507.13458"))

@@ -1,0 +1,150 @@
+"""The participant's report: complete, self-contained, escaped, reproducible."""
+
+import base64
+from html.parser import HTMLParser
+
+import pytest
+
+from bids_varaug.reports.participant import (
+    figure_name,
+    render_participant_report,
+    write_participant_report,
+)
+
+HOSTILE = "sub-01_<script>alert(1)</script>\"onload='x'&amp;"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and insists that every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture
+def page(make_content):
+    return Page(render_participant_report(make_content()))
+
+
+def test_every_tag_is_closed(page):
+    assert page.open == []
+
+
+def test_nothing_is_loaded_from_outside(page):
+    loaded = [a[k] for _, a in page.tags for k in ("src", "srcset", "data", "poster") if k in a]
+    assert all(uri.startswith("data:image/png;base64,") for uri in loaded)
+
+
+def test_links_stay_inside_the_page(page):
+    targets = {a["id"] for _, a in page.tags if "id" in a}
+    assert {a["href"].removeprefix("#") for _, a in page.tags if "href" in a} <= targets
+
+
+def test_no_style_or_script_names_an_address(make_content):
+    text = render_participant_report(make_content())
+    assert not any(word in text for word in ("http:", "https:", "url(", "@import"))
+
+
+def test_ids_are_unique(page):
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_figures_are_embedded_with_alternative_text(page):
+    images = page.all("img")
+    assert base64.b64decode(images[0]["src"].partition(",")[2]) == b"\x89PNG one"
+    assert all(image["alt"] for image in images)
+
+
+@pytest.mark.parametrize("where", ["prefix", "warnings", "figures"])
+def test_hostile_text_is_escaped(make_content, where):
+    value = {"prefix": HOSTILE, "warnings": [HOSTILE], "figures": {HOSTILE: b"png"}}[where]
+    page = Page(render_participant_report(make_content(**{where: value})))
+    assert len(page.all("script")) == 1
+    assert not any("onload" in attrs for _, attrs in page.tags)
+
+
+def test_hostile_text_is_shown_as_it_is(make_content):
+    page = Page(render_participant_report(make_content(prefix=HOSTILE)))
+    assert HOSTILE in "".join(page.text)
+
+
+def test_same_content_gives_the_same_bytes(make_content, tmp_path):
+    first = write_participant_report(tmp_path / "a" / "sub-01.html", make_content())
+    second = write_participant_report(tmp_path / "b" / "sub-01.html", make_content())
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_figures_are_written_beside_the_report(make_content, tmp_path):
+    write_participant_report(tmp_path / "sub-01.html", make_content())
+    figure = tmp_path / "sub-01" / "figures" / "sub-01_run-1_desc-entropy_T1w.png"
+    assert figure.read_bytes() == b"\x89PNG two"
+
+
+def test_figure_names_cannot_leave_their_folder():
+    assert figure_name("../../x", "../y") == "x_desc-y_T1w.png"
+
+
+def test_nothing_partial_is_left(make_content, tmp_path):
+    write_participant_report(tmp_path / "sub-01.html", make_content())
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_headings_sort_the_table(page, make_content):
+    (table,) = [t for t in page.all("table") if t.get("class") == "sortable"]
+    assert table and len(page.all("button")) == 9
+    assert 'querySelectorAll("table.sortable")' in render_participant_report(make_content())
+
+
+def test_columns_have_tooltips(page):
+    assert all(a["title"] for a in page.all("th") if "title" in a)
+    assert "Dice min mca" in page.text
+
+
+def test_cells_carry_sort_keys_and_missing_values_none(page):
+    keys = [a["data-key"] for a in page.all("td") if "data-key" in a]
+    assert "4020.0" in keys and "" in keys and "nan" not in keys
+
+
+def test_implausible_rows_are_marked(page):
+    assert [a.get("class") for a in page.all("tr")].count("odd") == 1
+
+
+def test_sloppy_runs_have_a_banner(make_content):
+    text = render_participant_report(make_content(sloppy=True))
+    assert 'class="banner"' in text
+
+
+def test_full_runs_have_no_banner(make_content):
+    assert 'class="banner"' not in render_participant_report(make_content())
+
+
+def test_warnings_are_listed(make_content):
+    assert "Look here." in Page(render_participant_report(make_content())).text
+
+
+def test_absence_of_warnings_is_said(make_content):
+    assert "No warnings" in render_participant_report(make_content(warnings=()))
+
+
+@pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "/data", "SHA-256 of the weights"])
+def test_run_and_ensemble_are_stated(page, word):
+    assert word in page.text

@@ -1,0 +1,48 @@
+"""The plot of volumes."""
+
+import pytest
+
+from bids_varaug.reports.volume_plot import draw_volumes, pair_sides, short_name
+
+
+def test_same_table_gives_the_same_bytes(members_table):
+    assert draw_volumes(members_table) == draw_volumes(members_table)
+
+
+def test_every_member_has_a_mark(members_table):
+    moved = members_table.copy()
+    moved.loc[moved["member"] == "seed02", "volume"] *= 1.2
+    assert draw_volumes(members_table) != draw_volumes(moved)
+
+
+def test_consensus_is_drawn(members_table):
+    assert draw_volumes(members_table) != draw_volumes(members_table, {17: 4000.0})
+
+
+def test_one_member_alone_can_be_drawn(members_table):
+    alone = members_table[members_table["member"] == "ieee"]
+    assert draw_volumes(alone)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("zero", ["all", "mca01"])
+def test_absent_structures_can_be_drawn(members_table, zero):
+    table = members_table.copy()
+    gone = (table["index"] == 17) & ((table["member"] == zero) | (zero == "all"))
+    table.loc[gone, "volume"] = 0.0
+    assert draw_volumes(table)[:4] == b"\x89PNG"
+
+
+def test_dollar_signs_in_names_are_no_formulas(members_table):
+    table = members_table.assign(name=r"$\frac{")
+    assert draw_volumes(table)[:4] == b"\x89PNG"
+
+
+def test_right_structures_follow_their_left_ones(members_table):
+    table = members_table.iloc[:0].copy()
+    for index, name in ((2, "Left-A"), (16, "Brain-Stem"), (41, "Right-A")):
+        table.loc[len(table)] = ["ieee", "ieee", index, name, 1.0]
+    assert pair_sides(table) == [2, 41, 16]
+
+
+def test_side_stands_behind_the_name():
+    assert short_name("Right-Inf-Lat-Vent") == "Inf Lat Vent  R"

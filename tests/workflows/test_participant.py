@@ -1,0 +1,263 @@
+"""The participant level from the command line to the files."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_varaug.inputs.validation import run_validator
+from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
+
+MAPS = ("entropy", "sigbits", "std")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every output; the settings of a run name its folders and are left out."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "logs"
+    }
+
+
+@pytest.fixture
+def finished(app, linear, tmp_path):
+    """Output of a complete run."""
+    assert app(tmp_path / "out", *linear, "--write-members") == 0
+    return tmp_path / "out"
+
+
+def test_everything_is_written_valid_and_on_the_grid_of_the_t1w(finished, dataset):
+    assert run_validator(finished) == []
+    for t1w in sorted(dataset.rglob("*_T1w.nii*")):
+        stem = t1w.name.split("_T1w")[0]
+        folder = finished / t1w.relative_to(dataset).parent
+        source = nib.load(t1w)
+        images = sorted(folder.glob(f"{stem}_*.nii.gz"))
+        # consensus, ieee, 4 members, posterior, 2 masks, 3 maps
+        assert len(images) == 12
+        for path in images:
+            image = nib.load(path)
+            assert image.shape[:3] == source.shape
+            assert np.array_equal(image.affine, source.affine)
+        posterior = nib.load(folder / f"{stem}_seg-varaug_desc-mean_probseg.nii.gz")
+        total = np.asarray(posterior.dataobj).sum(-1)
+        assert np.abs(total - 1).max() < 0.02
+    assert (finished / "sub-01.html").exists() and (finished / "sub-02.html").exists()
+
+
+def test_tables_agree_with_each_other(finished):
+    folder = finished / "sub-01" / "ses-a" / "anat"
+    stem = "sub-01_ses-a_seg-varaug"
+    regions = pd.read_csv(folder / f"{stem}_desc-consensus_dseg.tsv", sep="\t", na_values="n/a")
+    members = pd.read_csv(folder / f"{stem}_desc-members_morph.tsv", sep="\t", na_values="n/a")
+    assert list(members["member"].unique()) == list(IDS)
+    perturbed = members[members["family"] != "ieee"].groupby("index")["volume"]
+    expected = perturbed.mean().reindex(regions["index"]).to_numpy()
+    np.testing.assert_allclose(regions["volume_mean"], expected, rtol=1e-4)
+    expected = perturbed.std(ddof=1).reindex(regions["index"]).to_numpy()
+    np.testing.assert_allclose(regions["volume_std"], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_maps_are_those_of_the_members_votes(finished):
+    """On the grid of the network (2 mm here, 3 mm native) maps are means: compare where uniform."""
+    folder = finished / "sub-02" / "anat"
+    stem = "sub-02_acq-las_run-1"
+    members = np.stack([
+        np.asarray(nib.load(folder / f"{stem}_seg-varaug_desc-{m}_dseg.nii.gz").dataobj)
+        for m in IDS[1:]
+    ])  # fmt: skip
+    entropy = np.asarray(nib.load(folder / f"{stem}_seg-varaug_stat-entropy_statmap.nii.gz").dataobj)
+    agreed = (members == members[0]).all(0)
+    assert 0 <= entropy.min() and entropy.max() <= 2.0 + 1e-6  # four voters
+    assert entropy[~agreed].mean() > entropy[agreed].mean()
+
+
+def test_sidecars_name_their_source_and_members(finished):
+    path = finished / "sub-02" / "anat" / "sub-02_acq-las_run-1_seg-varaug_stat-entropy_statmap.json"
+    values = json.loads(path.read_text())
+    assert values["Sources"] == ["bids:raw:sub-02/anat/sub-02_acq-las_run-1_T1w.nii.gz"]
+    assert values["Units"] == "bit"
+    assert values["Members"] == list(IDS[1:])
+
+
+def test_one_thread_and_two_give_the_same_bits(app, tmp_path):
+    only = ("--participant-label", "sub-01", "--session-label", "a")
+    outputs = []
+    for threads in ("1", "2"):
+        out = tmp_path / f"threads{threads}"
+        assert app(out, *only, "--nprocs", "2", "--omp-nthreads", threads) == 0
+        outputs.append(digests(out))
+    assert outputs[0] == outputs[1]
+
+
+def test_killed_and_started_again_gives_the_same_bits(app, tmp_path):
+    only = ("--participant-label", "02", "--nprocs", "1", "--omp-nthreads", "1")
+    assert app(tmp_path / "whole", *only) == 0
+
+    out, work = tmp_path / "killed", tmp_path / "killed-work"
+    command = [sys.executable, "-c", "import sys; from bids_varaug.cli.run import main; "
+               "sys.exit(main())", *app.arguments(out, *only)]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(work.rglob("mca01.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in work.rglob("ieee.safetensors")}
+    assert done
+
+    assert app(out, *only) == 0
+    assert digests(out) == digests(tmp_path / "whole")
+    # The member that was done was not done again.
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, linear, capfd):
+    bids_dir = describe(tmp_path / "bids")
+    write_t1w(bids_dir, "sub-good", head(1))
+    truncated = write_t1w(bids_dir, "sub-truncated", head(2))
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    write_t1w(bids_dir, "sub-empty").write_bytes(b"")
+    write_t1w(bids_dir, "sub-text").write_text("not an image")
+    write_t1w(bids_dir, "sub-4d", np.stack([head(3)] * 2, axis=-1))
+    holes = head(4)
+    holes[10, 10, 10] = np.nan
+    write_t1w(bids_dir, "sub-nan", holes)
+    write_t1w(bids_dir, "sub-constant", np.full((48, 56, 48), 7.0))
+    write_t1w(bids_dir, "sub-tiny", head(5, (12, 12, 12)))
+    singular = np.diag([3.0, 3, 3, 1])
+    singular[:, 2] = 0
+    image = nib.Nifti1Image(head(6).astype(np.float32), np.diag([3.0, 3, 3, 1]))
+    image.header["srow_z"] = 0
+    image.header["qform_code"] = 0
+    path = write_t1w(bids_dir, "sub-singular")
+    nib.save(nib.Nifti1Image(image.dataobj, None, image.header), path)
+    huge = write_t1w(bids_dir, "sub-huge", extension=".nii")
+    content = bytearray(huge.read_bytes())
+    content[40:48] = np.array([3, 30000, 30000, 30000], "<i2").tobytes()
+    huge.write_bytes(content)
+    dangling = write_t1w(bids_dir, "sub-dangling")
+    dangling.unlink()
+    dangling.symlink_to("../../.git/annex/objects/xx/MD5E-s1--0.nii.gz")
+    (bids_dir / "sub-none" / "anat").mkdir(parents=True)
+
+    code = Run(bids_dir, small_ensemble)(tmp_path / "out", *linear, "--members", "mca")
+    errors = capfd.readouterr().err
+    assert code == 1
+    bad = ("truncated", "empty", "text", "4d", "nan", "constant", "tiny", "singular", "huge",
+           "dangling")  # fmt: skip
+    lines = errors.splitlines()
+    for name in bad:
+        assert any(line.startswith("ERROR: ") and f"sub-{name}_T1w.nii" in line for line in lines), (
+            f"no error names sub-{name}:\n{errors}"
+        )
+        assert not list((tmp_path / "out").rglob(f"sub-{name}_*.nii.gz"))
+    assert "sub-none" in errors and "datalad get" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "out" / "sub-good.html").exists()
+    assert run_validator(tmp_path / "out") == []
+
+
+def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
+    out = tmp_path / "out"
+    assert app(out, *linear, "--members", "ieee", "--participant-label", "02") == 0
+    folder = out / "sub-02" / "anat"
+    consensus, baseline = (
+        nib.load(next(folder.glob(f"*_desc-{name}_dseg.nii.gz"))) for name in ("consensus", "ieee")
+    )
+    assert np.array_equal(np.asarray(consensus.dataobj), np.asarray(baseline.dataobj))
+    assert not list(folder.glob("*_statmap.nii.gz"))
+    regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
+    assert regions["volume_std"].isna().all()
+    assert run_validator(out) == []
+
+
+def test_sloppy_says_so_everywhere_and_runs_two_members(app, tmp_path, linear):
+    out = tmp_path / "out"
+    assert app(out, *linear, "--sloppy", "--participant-label", "02") == 0
+    members = pd.read_csv(next(out.rglob("*_morph.tsv")), sep="\t")
+    assert sorted(members["member"].unique()) == ["ieee", "mca01", "seed01"]
+    for path in out.rglob("*_dseg.json"):
+        assert "sloppy" in json.loads(path.read_text())["Warning"]
+    assert "sloppy" in (out / "dataset_description.json").read_text()
+    assert "sloppy" in (out / "sub-02.html").read_text()
+
+
+def test_dry_run_writes_nothing(app, tmp_path, capsys):
+    assert app(tmp_path / "out", "--dry-run") == 0
+    assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_reports_only_draws_the_same_report_again(finished, app, tmp_path):
+    before = digests(finished)
+    (finished / "sub-01.html").unlink()
+    assert app(finished, "--reports-only", "--write-members") == 0
+    assert digests(finished) == before
+
+
+def test_reports_only_without_derivatives_says_what_is_missing(app, tmp_path, capsys):
+    assert app(tmp_path / "out", "--reports-only") == 1
+    assert "Run without --reports-only" in capsys.readouterr().err
+
+
+def test_outputs_are_written_again_where_they_were_deleted(finished, app, linear):
+    before = digests(finished)
+    for path in finished.rglob("sub-02_*_dseg.nii.gz"):
+        path.unlink()
+    assert app(finished, *linear, "--write-members") == 0
+    assert digests(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--participant-label", "99"], 18, "99"),
+        (["--participant-label", "../x"], 64, "x"),
+        (["--members", "mca77"], 65, "It has ieee, mca01"),
+        (["--device", "cuda:7"], 64, "--device cuda:7"),
+        (["--mem", "1G"], 64, "largest step needs"),
+    ],
+)
+def test_impossible_requests_have_their_exit_code(app, tmp_path, capsys, options, code, message):
+    assert app(tmp_path / "out", *options) == code
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_ensemble_stops_before_anything_is_written(app, tmp_path, small_ensemble, capsys):
+    path = small_ensemble / "mca01.safetensors"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert app(tmp_path / "out") == 65
+    finally:
+        path.write_bytes(content)
+    assert "mca01.safetensors: checksum differs" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_group_level_is_announced_for_later(dataset, tmp_path, capsys):
+    from bids_varaug.cli.run import main
+
+    assert main([str(dataset), str(tmp_path / "out"), "group"]) == 17
+    assert "not in this version" in capsys.readouterr().err
+
+
+def test_invalid_bids_stops_with_its_own_code(app, dataset, tmp_path, capsys):
+    (dataset / "dataset_description.json").write_text("{}")
+    arguments = [a for a in app.arguments(tmp_path / "out") if a != "--skip-bids-validation"]
+    from bids_varaug.cli.run import main
+
+    assert main(arguments) == 16
+    assert "dataset_description.json" in capsys.readouterr().err
