@@ -11,6 +11,7 @@ from bids_varaug.images.crop import extract, head_box, head_mask, is_probably_cr
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.load import load_t1w
 
+
 def prepare_head(path: Path, voxel_size: float, multiple: int) -> tuple[np.ndarray, Geometry]:
     """Read, conform and crop a T1w image.
 
@@ -45,4 +46,3 @@ def prepare_head(path: Path, voxel_size: float, multiple: int) -> tuple[np.ndarr
         warnings=() if doubt is None else (doubt,),
     )
     return extract(conformed.data, box), geometry
-

@@ -214,7 +214,9 @@ def check_member(ensemble: Ensemble, member: Member) -> None:
     """
     path = ensemble.directory / member.file
     if path.name != member.file or not path.is_file():
-        raise EnsembleError(f"{path}: weights of {member.id} are missing. Install the ensemble again.")
+        raise EnsembleError(
+            f"{path}: weights of {member.id} are missing. Install the ensemble again."
+        )
     if sha256_of(path) != member.sha256:
         raise EnsembleError(
             f"{path}: checksum differs from the manifest: the file is damaged or was replaced. "

@@ -129,8 +129,7 @@ def _tensors(result):
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
     return torch._debug_has_internal_overlap(tensor) == 0 and (
-        tensor.is_contiguous()
-        or tensor.is_contiguous(memory_format=torch.channels_last_3d)
+        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last_3d)
         if tensor.dim() == 5
         else tensor.is_contiguous()
     )

@@ -40,7 +40,9 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
         raise ValueError(f"image of shape {image.shape}: sides must be multiples of {multiple}")
     device = next(network.parameters()).device
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
-    body, rim = network.features(tensor[None, None])
+    features = network.features(tensor[None, None])
+    body, rim = features.body, features.rim
+    del features  # the deep levels are for training only
     labels = np.empty(image.shape, np.uint8)
     counts = np.zeros(image.shape[0], np.int64)
     voxels, rows = [], []

@@ -56,4 +56,3 @@ def summarise_members(
             "entropy_mean": mean_entropy(fusion.labels, fusion.entropy, n_classes),
         },
     )
-

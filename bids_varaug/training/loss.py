@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
 DEEP_WEIGHT = 0.4  # of the mean loss of the decoder's coarser levels
 
 

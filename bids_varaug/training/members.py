@@ -16,9 +16,16 @@ import torch
 
 from bids_varaug import __version__
 from bids_varaug.errors import UsageError
-from bids_varaug.models.ensemble import BASELINE, Ensemble, Label, Member, save_weights
-from bids_varaug.models.ensemble import load_ensemble, write_manifest
-from bids_varaug.models.ensemble import MANIFEST
+from bids_varaug.models.ensemble import (
+    BASELINE,
+    MANIFEST,
+    Ensemble,
+    Label,
+    Member,
+    load_ensemble,
+    save_weights,
+    write_manifest,
+)
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.training.labels import LabelScheme
@@ -177,9 +184,7 @@ def _labels(scheme: LabelScheme) -> tuple[Label, ...]:
     with (files("bids_varaug.data") / "aseg31.tsv").open() as stream:
         known = pd.read_csv(stream, sep="\t").set_index("index")["color"].to_dict()
     pairs = zip(scheme.target_ids, scheme.target_names, strict=True)
-    return tuple(
-        Label(index, label, known.get(index) or _color(index)) for index, label in pairs
-    )
+    return tuple(Label(index, label, known.get(index) or _color(index)) for index, label in pairs)
 
 
 def _color(index: int) -> str:

@@ -19,7 +19,7 @@ from bids_varaug.errors import UserError
 
 
 class _Step(SimpleInterface):
-    """A step whose `UserError` is shown at once, with the file's name, and whose node then fails."""
+    """A step that shows a `UserError` at once; its node then fails."""
 
     def _run_interface(self, runtime):
         try:
@@ -52,9 +52,10 @@ class Conform(_Step):
         head, geometry = prepare_head(
             Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple
         )
-        np.save(folder / "head.npy", head)
-        geometry.save(folder / "geometry.json")
-        return {"head_file": str(folder / "head.npy"), "geometry_file": str(folder / "geometry.json")}
+        files = {"head_file": folder / "head.npy", "geometry_file": folder / "geometry.json"}
+        np.save(files["head_file"], head)
+        geometry.save(files["geometry_file"])
+        return {name: str(path) for name, path in files.items()}
 
 
 class _SegmentInput(BaseInterfaceInputSpec):

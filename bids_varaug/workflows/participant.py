@@ -86,9 +86,7 @@ def init_scan_wf(
     )
     segment.inputs.member = [member.id for member in members]
     segment.inputs.checksum = [member.sha256 for member in members]
-    fuse = _node(
-        FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB
-    )
+    fuse = _node(FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB)
     write = _node(
         WriteScan(
             request=ScanRequest(settings, scan, ensemble, tuple(members)), num_threads=threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
@@ -42,12 +43,14 @@ def plugin_of(settings: Settings, status_callback: Callable) -> dict:
             "plugin": settings.plugin.get("plugin", "MultiProc"),
             "plugin_args": {"status_callback": status_callback} | arguments,
         }
+    # Imported once, in the server that workers are forked from, instead of in each of them.
+    multiprocessing.set_forkserver_preload(["bids_varaug.segmentation.member"])
     arguments = {
         "n_procs": settings.nprocs,
         "raise_insufficient": False,
         "status_callback": status_callback,
-        # A fresh process a task would import torch each time; memory is what tasks hold on to.
-        "maxtasksperchild": None,
+        # Forking a process in which OpenMP has run may hang the child.
+        "mp_context": "forkserver",
     }
     if settings.mem_gb is not None:
         arguments["memory_gb"] = settings.mem_gb
@@ -73,6 +76,8 @@ class ProgressLog:
         if status not in ("end", "exception"):
             return
         where, step = _place(node)
+        if where in self.failed:
+            return  # some plugins report what they skip as ended
         if status == "exception":
             self.failed.add(where)
             self._say(f"{where}: {step} failed")
@@ -91,8 +96,8 @@ class ProgressLog:
         total = self.n_scans * self.n_members
         left = (time.monotonic() - self.started) / self.members_done * (total - self.members_done)
         self._say(
-            f"{where}: member {', '.join(done)} done ({self.members_done} of {total} segmentations, "
-            f"about {_duration(left)} left)"
+            f"{where}: member {', '.join(done)} done ({self.members_done} of {total} "
+            f"segmentations, about {_duration(left)} left)"
         )
 
     def _say(self, text: str) -> None:

@@ -29,7 +29,7 @@ def ensemble(tmp_path):
         checksum = save_weights(build_network(SHAPE, number), tmp_path / f"{name}.safetensors")
         family = name.rstrip("0123456789")
         members.append(Member(name, family, number, None, f"{name}.safetensors", checksum))
-    labels = (Label(0, "Background", "#000000"), Label(2, "A", "#ff0000"), Label(41, "B", "#00ff00"))
+    labels = (Label(0, "Background", "#000000"), Label(2, "A", "#ff0000"), Label(41, "B", "#00f"))
     made = Ensemble("tiny", "1", tmp_path, 1.0, labels, SHAPE, tuple(members), {"steps": 0})
     write_manifest(made)
     return made

@@ -41,7 +41,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
 
     def run(name, on_step=lambda report: None):
         return train(build_network(recipe.network, 0), [head], randomiser, recipe, recipe.member,
-                     plan.seed, tmp_path / name, plan.arithmetic, on_step, save_every=1)  # fmt: skip
+                     plan.seed, tmp_path / name, plan.arithmetic, on_step, 1)  # fmt: skip
 
     def kill(report):
         if report.step == 1:
@@ -114,9 +114,7 @@ def test_perfect_logits_have_hardly_any_loss():
     assert float(segmentation_loss(40.0 * torch.eye(4)[target], target)) < 1e-4
 
 
-def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(
-    tmp_path, scheme, head, recipe
-):
+def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, scheme, head, recipe):
     network = build_network(recipe.network, 0)
     with torch.no_grad():
         network.body_head.bias.fill_(float("nan"))

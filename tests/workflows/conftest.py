@@ -73,10 +73,10 @@ def describe(bids_dir: Path) -> Path:
     return bids_dir
 
 
-@pytest.fixture
-def dataset(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
     """Two participants: one with two sessions (plain and compressed), one with a flipped grid."""
-    bids_dir = describe(tmp_path / "bids")
+    bids_dir = describe(tmp_path_factory.mktemp("dataset") / "bids")
     write_t1w(bids_dir, "sub-01_ses-a", head(1))
     write_t1w(bids_dir, "sub-01_ses-b", head(2), extension=".nii")
     write_t1w(bids_dir, "sub-02_acq-las_run-1", head(3), np.diag([-3.0, 3, 3, 1]))
@@ -101,14 +101,14 @@ class Run:
         return main(self.arguments(out, *options))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def app(dataset, small_ensemble) -> Run:
     return Run(dataset, small_ensemble)
 
 
-@pytest.fixture
-def linear(tmp_path) -> tuple[str, str]:
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory) -> tuple[str, str]:
     """Options that run nipype in this process: no workers to start."""
-    path = tmp_path / "linear.yml"
+    path = tmp_path_factory.mktemp("plugin") / "linear.yml"
     path.write_text("plugin: Linear\n")
     return "--use-plugin", str(path)
