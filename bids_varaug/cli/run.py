@@ -99,8 +99,9 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
         )
     log_dir = names.logs(settings.output_dir)
     configure_nipype(settings, log_dir)
-    progress = ProgressLog(len(scans), len(members))
     workflow = init_participants_wf(settings, scans, ensemble, members)
+    root = settings.work_dir / workflow.name
+    progress = ProgressLog(root, len(scans), len(members))
     print(
         f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}",
         file=sys.stderr,
@@ -113,7 +114,7 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
             file=sys.stderr,
         )
     elif settings.clean_workdir:
-        shutil.rmtree(settings.work_dir / workflow.name)
+        shutil.rmtree(root)
     if complete:
         subjects = sorted({scan.subject for scan in scans})
         first = names.report(settings.output_dir, subjects[0])

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="leave the last N label maps out of training")  # fmt: skip
     parser.add_argument("--coarse-steps", type=int, help="trunk steps at 2 mm")
     parser.add_argument("--fine-steps", type=int, help="trunk steps at 1 mm")
+    parser.add_argument("--settle-steps", type=int, help="last trunk steps, unbalanced loss")
     parser.add_argument("--steps", type=int, help="steps of each member after the fork")
     parser.add_argument("--no-trunk", action="store_true",
                         help="train every member from its own initialisation")  # fmt: skip
@@ -57,15 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
 def make_recipe(arguments: argparse.Namespace, n_classes: int):
     """Return the standard recipe with the changes that the command line asks for."""
     from bids_varaug.models.unet import NetworkShape
-    from bids_varaug.training.recipe import COARSE, FINE, MEMBER, Recipe
+    from bids_varaug.training.recipe import COARSE, FINE, MEMBER, SETTLE, Recipe
 
     shape = NetworkShape(n_classes)
     if arguments.channels:
         shape = replace(shape, channels=tuple(arguments.channels))
-    asked = (arguments.coarse_steps, arguments.fine_steps)
+    asked = (arguments.coarse_steps, arguments.fine_steps, arguments.settle_steps)
     trunk = [
         stage if steps is None else replace(stage, steps=steps)
-        for stage, steps in zip((COARSE, FINE), asked, strict=True)
+        for stage, steps in zip((COARSE, FINE, SETTLE), asked, strict=True)
     ]
     member = MEMBER if arguments.steps is None else replace(MEMBER, steps=arguments.steps)
     if arguments.no_trunk:

@@ -40,13 +40,14 @@ WHOLE_AT_2MM = (96, 128, 128)
 # Mostly the brain at 1 mm; sometimes a whole head, which is what the network will be given, and
 # sometimes a whole head at 2 mm, which is what --sloppy gives it.
 MIXED = (
-    Window(0.80, 1.0, (112, 144, 112)),
+    Window(0.80, 1.0, (128, 128, 128)),
     Window(0.08, 1.0, (160, 224, 224)),
     Window(0.12, 2.0, WHOLE_AT_2MM),
 )
 COARSE = Stage("coarse", 600, (Window(1.0, 2.0, WHOLE_AT_2MM),), 5e-3, 4e-3, True, True)
-FINE = Stage("fine", 1000, MIXED, 3e-3, 1.5e-3, bf16=True, balanced=True)
-MEMBER = Stage("member", 150, MIXED, 1.5e-3, 2e-5, bf16=False, balanced=False)
+FINE = Stage("fine", 800, MIXED, 3e-3, 1.5e-3, bf16=True, balanced=True)
+SETTLE = Stage("settle", 700, MIXED, 1.5e-3, 2e-4, bf16=True)
+MEMBER = Stage("member", 40, MIXED, 3e-4, 1e-5, bf16=False)
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,23 @@ class Recipe:
     """
 
     network: NetworkShape
-    trunk: tuple[Stage, ...] = (COARSE, FINE)
+    trunk: tuple[Stage, ...] = (COARSE, FINE, SETTLE)
     member: tuple[Stage, ...] = (MEMBER,)
     trunk_seed: int = 1000
     weight_decay: float = 1e-4
     clip: float = 1.0
     warmup: int = 40
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+    def __post_init__(self):
+        """Refuse windows that the network cannot take."""
+        for stage in (*self.trunk, *self.member):
+            for window in stage.windows:
+                if any(side % self.network.multiple for side in window.shape):
+                    raise ValueError(
+                        f"stage {stage.name}: sides of {window.shape} must be multiples of "
+                        f"{self.network.multiple}"
+                    )
 
     @property
     def trunk_steps(self) -> int:

@@ -61,55 +61,50 @@ def plugin_of(settings: Settings, status_callback: Callable) -> dict:
 class ProgressLog:
     """Prints a line when a step ends: what is done, what is left, how long it may take.
 
-    Called by nipype in the main process with (node, status).
+    Called by nipype in the main process with (node, status). `root` is the workflow's folder.
     """
 
+    root: Path
     n_scans: int
     n_members: int
     started: float = field(default_factory=time.monotonic)
-    members_done: int = 0
-    scans_done: int = 0
+    members_done: set[tuple[str, str]] = field(default_factory=set)
+    scans_done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
 
     def __call__(self, node, status: str) -> None:
         """Take note of one node's change of status."""
         if status not in ("end", "exception"):
             return
-        where, step = _place(node)
+        # <root>/<scan>/<step>, and below it the members' own folders.
+        where, step = (*Path(node.output_dir()).relative_to(self.root).parts, "")[:2]
         if where in self.failed:
             return  # some plugins report what they skip as ended
         if status == "exception":
             self.failed.add(where)
-            self._say(f"{where}: {step} failed")
-            return
-        if step == "segment":
-            done = getattr(node.inputs, "member", "")
-            # Plugins that do not take a MapNode apart report all its members at once.
-            done = [done] if isinstance(done, str) else list(done)
-            self.members_done += len(done)
+            self._say(f"{where}: {step or 'step'} failed")
+        elif step == "segment":
+            self._count_members(where, node.inputs.member)
         elif step == "write":
-            self.scans_done += 1
-            self._say(f"{where}: written ({self.scans_done} of {self.n_scans} scans)")
+            self.scans_done.add(where)
+            self._say(f"{where}: written ({len(self.scans_done)} of {self.n_scans} scans)")
+
+    def _count_members(self, where: str, members: str | list[str]) -> None:
+        """A node of one member, or (again, or from plugins that do not split it) of all."""
+        members = [members] if isinstance(members, str) else members
+        new = [member for member in members if (where, member) not in self.members_done]
+        if not new:
             return
-        else:
-            return
-        total = self.n_scans * self.n_members
-        left = (time.monotonic() - self.started) / self.members_done * (total - self.members_done)
+        self.members_done.update((where, member) for member in new)
+        done, total = len(self.members_done), self.n_scans * self.n_members
+        left = (time.monotonic() - self.started) / done * (total - done)
         self._say(
-            f"{where}: member {', '.join(done)} done ({self.members_done} of {total} "
-            f"segmentations, about {_duration(left)} left)"
+            f"{where}: member {', '.join(new)} done ({done} of {total} segmentations, "
+            f"about {_duration(left)} left)"
         )
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-
-def _place(node) -> tuple[str, str]:
-    """Scan and step of a node, from its place in the graph (sub-nodes start with _)."""
-    parts = [part for part in node.fullname.split(".") if part]
-    step = parts[-1].lstrip("_").rstrip("0123456789") or parts[-1]
-    scan = parts[-2] if len(parts) > 2 else parts[-1]
-    return scan, step
 
 
 def _duration(seconds: float) -> str:

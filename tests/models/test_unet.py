@@ -55,3 +55,27 @@ def test_sampled_rows_are_those_of_the_whole_volume():
             rows = network.classify_rows(features, a, b)
             expected = whole[:, :, a::2, :, b::2].movedim(1, -1)
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_gives_the_same_bits_with_one_thread_and_two():
+    # Widths and classes that oneDNN blocks by 16, as in the shipped network: others may take a
+    # convolution whose sums are split by threads (docs/outputs.md says where that was seen).
+    network = build_network(NetworkShape(4, (16, 16, 16), 16)).eval()
+    image = torch.rand(1, 1, 72, 88, 72, generator=torch.Generator().manual_seed(0))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                results.append(network(image))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+
+
+def test_evaluation_normalises_as_training_does():
+    network = build_network(SMALL)
+    image = torch.rand(1, 1, 16, 24, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        evaluated = network.eval()(image)
+    torch.testing.assert_close(evaluated, network.train()(image), rtol=1e-3, atol=1e-4)

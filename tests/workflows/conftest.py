@@ -13,7 +13,8 @@ from bids_varaug.cli.run import main
 from bids_varaug.models.ensemble import Ensemble, Label, Member, save_weights, write_manifest
 from bids_varaug.models.unet import NetworkShape, build_network
 
-SHAPE = NetworkShape(4, (4, 6, 6), 4)
+# Widths of 16: with fewer, torch takes another convolution, whose bits depend on threads.
+SHAPE = NetworkShape(4, (16, 16, 16), 16)
 IDS = ("ieee", "mca01", "mca02", "seed01", "seed02")
 LABELS = (
     Label(0, "Background", "#000000"),
