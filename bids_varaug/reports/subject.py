@@ -32,8 +32,12 @@ from bids_varaug.reports.volume_plot import draw_volumes
 
 PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
 # Where and how fast it ran; what the report shows must not depend on them.
-_NOT_SHOWN = {"output_dir", "work_dir", "device", "nprocs", "omp_nthreads", "mem_gb", "plugin", "verbosity",
-              "dry_run", "reports_only", "clean_workdir", "stop_on_first_crash"}  # fmt: skip
+_NOT_SHOWN = frozenset(
+    """
+    output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only
+    clean_workdir stop_on_first_crash
+    """.split()
+)
 
 
 @dataclass(frozen=True)
