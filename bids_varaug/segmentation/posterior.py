@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-# A voxel is stored unless its background probability exceeds 1 - BACKGROUND_CUT; left out, it
-# counts as exactly background, so that no probability is off by more than this.
+# Near the brain a voxel is stored unless its background probability exceeds 1 - BACKGROUND_CUT;
+# left out, it counts as exactly background.
 BACKGROUND_CUT = 1e-4
 
 

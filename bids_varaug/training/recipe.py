@@ -47,7 +47,7 @@ MIXED = (
 COARSE = Stage("coarse", 600, (Window(1.0, 2.0, WHOLE_AT_2MM),), 5e-3, 4e-3, True, True)
 FINE = Stage("fine", 800, MIXED, 3e-3, 1.5e-3, bf16=True, balanced=True)
 SETTLE = Stage("settle", 700, MIXED, 1.5e-3, 2e-4, bf16=True)
-MEMBER = Stage("member", 40, MIXED, 3e-4, 1e-5, bf16=False)
+MEMBER = Stage("member", 50, MIXED, 6e-4, 1e-5, bf16=False)
 
 
 @dataclass(frozen=True)

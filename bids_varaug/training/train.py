@@ -92,10 +92,14 @@ def train(
 
 
 def learning_rate(recipe: Recipe, stage: Stage, step_in_stage: int, step: int) -> float:
-    """Linear from `stage.lr` to `stage.lr_end`, after `recipe.warmup` steps of linear rise."""
+    """Linear from `stage.lr` to `stage.lr_end`, after a linear rise over the first steps.
+
+    The rise takes `recipe.warmup` steps, but at most a quarter of the stage.
+    """
     share = step_in_stage / max(1, stage.steps - 1)
     rate = stage.lr + share * (stage.lr_end - stage.lr)
-    return rate * min(1.0, (step + 1) / max(1, recipe.warmup))
+    warmup = max(1, min(recipe.warmup, stage.steps // 4))
+    return rate * min(1.0, (step + 1) / warmup)
 
 
 def choose_window(stage: Stage, draw: float) -> Window:
