@@ -226,7 +226,7 @@ def test_own_earlier_output_is_accepted(places, tmp_path):
     (tmp_path / "out" / "dataset_description.json").write_text(
         '{"DatasetType": "derivative", "GeneratedBy": [{"Name": "bids_varaug"}]}'
     )
-    parser.parse_settings(places)
+    assert parser.parse_settings(places).output_dir == tmp_path / "out"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def bids_dir(tmp_path):
 
 @needs_validator
 def test_valid_dataset_with_unreadable_image_passes(bids_dir):
-    validation.validate_input(bids_dir)
+    assert validation.validate_input(bids_dir) is None
 
 
 @needs_validator
@@ -35,7 +35,7 @@ def test_dangling_links_and_empty_images_pass(bids_dir):
         "../../.git/annex/objects/xx/MD5E-s123--abc.nii.gz"
     )
     (bids_dir / "sub-01/anat/sub-01_run-3_T1w.nii.gz").write_bytes(b"")
-    validation.validate_input(bids_dir)
+    assert validation.validate_input(bids_dir) is None
 
 
 @needs_validator
@@ -50,7 +50,7 @@ def test_wrong_name_is_told_with_code_file_and_way_out(bids_dir):
 @needs_validator
 def test_errors_of_other_participants_do_not_count(bids_dir):
     (bids_dir / "sub-02/anat/sub-02_foo.nii.gz").write_bytes(b"x")
-    validation.validate_input(bids_dir, participant_labels=["01"])
+    assert validation.validate_input(bids_dir, participant_labels=["01"]) is None
 
 
 @needs_validator
@@ -63,7 +63,7 @@ def test_missing_description_is_an_error(bids_dir):
 @needs_validator
 def test_no_schema_is_fetched(bids_dir, monkeypatch):
     monkeypatch.setenv("BIDS_SCHEMA", "http://localhost:1/schema.json")
-    validation.validate_input(bids_dir)
+    assert validation.validate_input(bids_dir) is None
 
 
 def test_missing_validator_says_how_to_go_on(bids_dir, monkeypatch):
