@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +18,12 @@ from nipype.interfaces.base import (
 )
 
 from bids_varaug.errors import UserError
+
+LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
+"""Environment variable by which nipype's worker processes learn how much to log."""
+
+# Workers import this module before they run their first node.
+logging.getLogger("nipype.workflow").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
 
 
 class _Step(SimpleInterface):

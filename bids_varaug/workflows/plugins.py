@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,16 +13,19 @@ from pathlib import Path
 from nipype import Workflow, config, logging
 
 from bids_varaug.cli.settings import Settings
+from bids_varaug.workflows.interfaces import LOG_LEVEL
 
 
 def configure_nipype(settings: Settings, log_dir: Path) -> None:
     """Set nipype's global configuration; it has no other kind."""
+    level = "INFO" if settings.verbosity > 1 else "CRITICAL"
+    os.environ[LOG_LEVEL] = level  # for the workers, which do not inherit this configuration
     config.update_config({
         "logging": {
             "log_to_file": False,
-            "workflow_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
-            "interface_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
-            "utils_level": "INFO" if settings.verbosity > 1 else "CRITICAL",
+            "workflow_level": level,
+            "interface_level": level,
+            "utils_level": level,
         },
         "execution": {
             "crashdump_dir": str(log_dir),
@@ -44,7 +48,9 @@ def plugin_of(settings: Settings, status_callback: Callable) -> dict:
             "plugin_args": {"status_callback": status_callback} | arguments,
         }
     # Imported once, in the server that workers are forked from, instead of in each of them.
-    multiprocessing.set_forkserver_preload(["bids_varaug.segmentation.member"])
+    multiprocessing.set_forkserver_preload(
+        ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
+    )
     arguments = {
         "n_procs": settings.nprocs,
         "raise_insufficient": False,
