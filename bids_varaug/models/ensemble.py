@@ -77,7 +77,7 @@ def find_ensemble(name: str) -> Path:
     EnsembleError
         If there is neither; the shipped names are listed.
     """
-    shipped = Path(str(files("bids_varaug.data"))) / "ensembles"
+    shipped = Path(str(files("bids_varaug"))) / "data" / "ensembles"
     for folder in (shipped / name if "/" not in name else None, Path(name)):
         if folder is not None and (folder / MANIFEST).is_file():
             return folder

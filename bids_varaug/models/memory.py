@@ -26,3 +26,16 @@ def keep_freed_memory() -> bool:
         mallopt(option, value)
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
     )
+
+
+def release_freed_memory() -> bool:
+    """Give freed blocks back to the kernel: a process that waits for work should not hold them.
+
+    Does nothing (and returns False) where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError):
+        return False

@@ -181,7 +181,7 @@ def render_participant_report(content: ReportContent) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files("bids_varaug.data") / "templates" / "participant.html"
+    source = files("bids_varaug") / "data" / "templates" / "participant.html"
     template = environment.from_string(source.read_text(encoding="utf-8"))
     ensemble = content.ensemble
     return template.render(

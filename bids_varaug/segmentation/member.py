@@ -9,7 +9,7 @@ import torch
 
 from bids_varaug.errors import ScanError
 from bids_varaug.models.ensemble import load_ensemble, load_member
-from bids_varaug.models.memory import keep_freed_memory
+from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.segmentation.posterior import save_posterior
 from bids_varaug.segmentation.predict import segment_volume
 
@@ -45,3 +45,5 @@ def segment_with_member(
     save_posterior(
         out, sparse, {"member": member.id, "family": member.family, "sha256": member.sha256}
     )
+    del network, sparse
+    release_freed_memory()

@@ -49,7 +49,7 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     UserError
         If a column is missing, an id is listed twice, or a target or mirror id is not in the table.
     """
-    source = path or files("bids_varaug.data") / "training_labels.tsv"
+    source = path or files("bids_varaug") / "data" / "training_labels.tsv"
     with source.open() as stream:
         table = pd.read_csv(stream, sep="\t")
     missing = {"index", "name", "target", "mirror", "tissue", "t1_mean", "t1_sd"} - set(table)

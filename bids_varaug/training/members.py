@@ -181,7 +181,7 @@ def _empty_ensemble(workshop: Workshop, name: str) -> Ensemble:
 
 
 def _labels(scheme: LabelScheme) -> tuple[Label, ...]:
-    with (files("bids_varaug.data") / "aseg31.tsv").open() as stream:
+    with (files("bids_varaug") / "data" / "aseg31.tsv").open() as stream:
         known = pd.read_csv(stream, sep="\t").set_index("index")["color"].to_dict()
     pairs = zip(scheme.target_ids, scheme.target_names, strict=True)
     return tuple(Label(index, label, known.get(index) or _color(index)) for index, label in pairs)
