@@ -21,7 +21,7 @@ from bids_varaug.workflows.interfaces import (
 )
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 2.6, 1.2, 1.6, 1.0
+CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 4.7, 1.2, 1.6, 1.0
 LARGEST_STEP_GB = SEGMENT_GB
 
 
