@@ -110,10 +110,9 @@ def main() -> None:
     ensemble = load_ensemble(arguments.ensemble)
     print("image\tmember\tstructure\tdice")
     with tempfile.TemporaryDirectory() as name:
-        for image in find_labelled_images(arguments.images):
-            # Only maps with FreeSurfer ids can be compared.
-            if "aseg" in image.labels.name:
-                score(real_case(image, ensemble), ensemble, Path(name))
+        names = {label.index: label.name for label in ensemble.labels}
+        for image in find_labelled_images(arguments.images, names):
+            score(real_case(image, ensemble), ensemble, Path(name))
         if arguments.synthetic:
             for case in synthetic_cases(arguments.synthetic, arguments.last):
                 score(case, ensemble, Path(name))

@@ -99,7 +99,8 @@ def tree_memory(pid: int) -> int:
 
 def time_command(bids_dir: Path, folder: Path, threads: int, ensemble: str) -> None:
     """Run the command as a user would, and watch its memory."""
-    command = ["bids_varaug", str(bids_dir), str(folder / "out"), "participant", "--ensemble",
+    program = Path(sys.executable).with_name("bids_varaug")
+    command = [str(program), str(bids_dir), str(folder / "out"), "participant", "--ensemble",
                ensemble, "-w", str(folder / "command-work"), "--nprocs", str(threads),
                "--skip-bids-validation"]  # fmt: skip
     started = time.perf_counter()

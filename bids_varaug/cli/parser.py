@@ -66,7 +66,11 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
             type=values.absolute_path,
             help="derivatives; not inside BIDS_DIR except below BIDS_DIR/derivatives/",
         )
-        parser.add_argument("level", metavar="{participant,group}", help="level of the analysis")
+        parser.add_argument(
+            "level",
+            metavar="{participant,group}",
+            help="level of the analysis (group: not in this version)",
+        )
     _add_selection(parser)
     _add_ensemble(parser)
     _add_resources(parser)
@@ -138,7 +142,11 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         "--write-members", action="store_true", help="write the labels of each member too"
     )
     group.add_argument(
-        "--random-seed", type=values.seed, metavar="N", default=0, help="default: %(default)s"
+        "--random-seed",
+        type=values.seed,
+        metavar="N",
+        default=0,
+        help="kept in the logs; without effect on the participant level, which draws nothing",
     )
     group.add_argument(
         "--sloppy", action="store_true", help="2 mm and two members: for tests and demos only"
@@ -186,7 +194,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="intermediate results; give the same again to resume (default: ./work)",
     )
     for flag, text in (
-        ("--clean-workdir", "remove the work directory after success"),
+        ("--clean-workdir", "remove what this run left in the work directory, after success"),
         ("--dry-run", "show what would be done and stop"),
         ("--reports-only", "write the reports anew from existing outputs"),
         ("--stop-on-first-crash", "stop everything when one image fails"),
@@ -199,12 +207,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         metavar="TOML",
         help="defaults of any flag, one 'flag = value' a line; the command line wins",
     )
-    group.add_argument("-v", "--verbose", action="count", default=0, help="more messages (-vv)")
+    group.add_argument(
+        "-v", "--verbose", action="count", default=0, help="nipype's messages (-vv: all of them)"
+    )
     group.add_argument("--version", action=_Version, help="show the version and exit")
 
 
 def _add_group_level(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("group level")
+    group = parser.add_argument_group("group level", "Not in this version; without effect yet.")
     for name in ("age", "site", "sex"):
         group.add_argument(
             f"--{name}-column",

@@ -24,11 +24,14 @@ def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     OutputError
         If the output or work directory cannot be written.
     """
-    if not bids_dir.is_dir():
-        kind = "is not a directory" if bids_dir.exists() else "does not exist"
+    # os.path instead of Path: False, not an error, where a parent folder may not be looked into.
+    if not os.path.isdir(bids_dir):
+        kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
     # Links are followed: two names may mean one place.
-    source, output, work = bids_dir.resolve(), output_dir.resolve(), work_dir.resolve()
+    source, output, work = (
+        Path(os.path.realpath(place)) for place in (bids_dir, output_dir, work_dir)
+    )
     if output == source:
         raise UsageError(
             f"{output_dir}: the output directory is the input dataset itself. "
@@ -44,7 +47,7 @@ def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
             f"{work_dir}: the work directory lies inside the input dataset. Give -w another place."
         )
     for name, place in (("input dataset", source), ("output directory", output)):
-        # --clean-workdir removes the work directory with all that is in it.
+        # Whoever deletes the work directory by hand must not delete these.
         if place.is_relative_to(work):
             raise UsageError(
                 f"{work_dir}: the {name} lies in the work directory. Give -w another place."
@@ -57,9 +60,11 @@ def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
 def _check_writable(name: str, place: Path) -> None:
     """Refuse a directory that exists and is not writable, or cannot be created."""
     existing = place
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
-    if not existing.is_dir():
+    if os.path.islink(existing) and not os.path.exists(existing):
+        raise OutputError(f"{existing}: the {name} directory cannot be here: a dangling link.")
+    if not os.path.isdir(existing):
         raise OutputError(f"{existing}: the {name} directory cannot be here: this is a file.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
@@ -78,7 +83,8 @@ def _check_not_foreign(output_dir: Path) -> None:
     if not isinstance(description, dict):
         return
     generated = description.get("GeneratedBy")
-    tools = [t.get("Name") for t in generated if isinstance(t, dict)] if generated else []
+    generated = generated if isinstance(generated, list) else []
+    tools = [tool.get("Name") for tool in generated if isinstance(tool, dict)]
     if description.get("DatasetType", "raw") != "derivative":
         raise UsageError(f"{output_dir}: this is a raw BIDS dataset, not an output directory.")
     if tools and "bids_varaug" not in tools:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from bids_varaug.cli.exit_codes import ExitCode
 from bids_varaug.cli.parser import parse_settings
@@ -22,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted. Give the same -w to go on from what is done.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def run(settings: Settings) -> ExitCode:
@@ -38,8 +44,9 @@ def run(settings: Settings) -> ExitCode:
 def run_participants(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select."""
     os.environ.setdefault("NO_ET", "1")
+    _ensure_home()
     # Imported here: --help must not wait for torch, pybids and nipype.
-    from bids_varaug.inputs.scans import find_scans
+    from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
     from bids_varaug.models.ensemble import check_member, load_ensemble, select_members
     from bids_varaug.segmentation.device import resolve_device
@@ -49,13 +56,21 @@ def run_participants(settings: Settings) -> ExitCode:
     members = select_members(ensemble, settings.members, _members_per_family(settings))
     for member in members:
         check_member(ensemble, member)
+    _check_resources(settings)
+    # Before the validator, which takes its time with a large dataset.
+    participants = select_participants(settings)
     if not settings.skip_bids_validation:
-        validate_input(settings.bids_dir, settings.participant_labels)
+        chosen = settings.participant_labels or settings.exclude_participant_labels
+        validate_input(settings.bids_dir, participants if chosen else ())
     selection = find_scans(settings)
     for _, error in selection.unavailable:
         print(f"ERROR: {error}", file=sys.stderr)
     for subject in selection.participants_without_t1w:
-        print(f"ERROR: sub-{subject}: no T1w image passes the filters.", file=sys.stderr)
+        print(
+            f"ERROR: sub-{subject}: no sub-{subject}/[ses-<label>/]anat/*_T1w.nii[.gz], or none "
+            "that passes the filters.",
+            file=sys.stderr,
+        )
     if settings.dry_run:
         _print_plan(selection.scans, members)
         return ExitCode.DONE
@@ -71,6 +86,28 @@ def run_participants(settings: Settings) -> ExitCode:
     if not complete or selection.unavailable or selection.participants_without_t1w:
         return ExitCode.SUBJECT_FAILED
     return ExitCode.DONE
+
+
+def _ensure_home() -> None:
+    """Set HOME where it cannot be found: pybids and the validator do not start without.
+
+    So it is with ``docker -u`` and a user id that the image has no name for.
+    """
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = tempfile.gettempdir()
+
+
+def _check_resources(settings: Settings) -> None:
+    """Refuse, before anything is written, a plugin or a memory limit with which no step can run."""
+    from bids_varaug.workflows.participant import LARGEST_STEP_GB
+    from bids_varaug.workflows.plugins import check_plugin
+
+    check_plugin(settings)
+    if settings.mem_gb is not None and settings.mem_gb < LARGEST_STEP_GB:
+        raise UsageError(
+            f"--mem {settings.mem_gb:g}G: the largest step needs {LARGEST_STEP_GB} GB. Give it at "
+            "least that, or leave --mem out."
+        )
 
 
 def _members_per_family(settings: Settings) -> int | None:
@@ -89,14 +126,9 @@ def _print_plan(scans, members) -> None:
 def _segment(settings: Settings, scans, ensemble, members) -> bool:
     """Run the workflow; return whether every scan succeeded."""
     from bids_varaug.derivatives import names
-    from bids_varaug.workflows.participant import LARGEST_STEP_GB, init_participants_wf
+    from bids_varaug.workflows.participant import init_participants_wf, node_name
     from bids_varaug.workflows.plugins import ProgressLog, configure_nipype, run_workflow
 
-    if settings.mem_gb is not None and settings.mem_gb < LARGEST_STEP_GB:
-        raise UsageError(
-            f"--mem {settings.mem_gb:g}G: the largest step needs {LARGEST_STEP_GB} GB. Give it at "
-            "least that, or leave --mem out."
-        )
     log_dir = names.logs(settings.output_dir)
     configure_nipype(settings, log_dir)
     workflow = init_participants_wf(settings, scans, ensemble, members)
@@ -106,21 +138,32 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
         f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}",
         file=sys.stderr,
     )
-    complete = run_workflow(workflow, settings, progress)
-    if not complete:
-        failed = ", ".join(sorted(progress.failed)) or "see above"
-        print(
-            f"ERROR: not finished: {failed}. The other scans are done; details are in {log_dir}.",
-            file=sys.stderr,
-        )
-    elif settings.clean_workdir:
-        shutil.rmtree(root)
-    if complete:
+    if run_workflow(workflow, settings, progress):
+        if settings.clean_workdir:
+            _remove_work(root, workflow)
         subjects = sorted({scan.subject for scan in scans})
         first = names.report(settings.output_dir, subjects[0])
         more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
         print(f"Done. Open {first}{more}.", file=sys.stderr)
-    return complete
+        return True
+    # A participant's report waits for all of their scans: without the failed ones it is made here.
+    hit = {scan.subject for scan in scans if node_name(scan.prefix) in progress.failed}
+    written = [scan for scan in scans if node_name(scan.prefix) in progress.scans_done]
+    _write_reports(settings, [scan for scan in written if scan.subject in hit], ensemble, members)
+    failed = ", ".join(sorted(progress.failed)) or "see above"
+    others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
+    print(f"ERROR: not finished: {failed}. {others}; details are in {log_dir}.", file=sys.stderr)
+    return False
+
+
+def _remove_work(root: Path, workflow) -> None:
+    """Remove what this run left in the work directory, and nothing of jobs that share it."""
+    for folder in {name.partition(".")[0] for name in workflow.list_node_names()}:
+        shutil.rmtree(root / folder, ignore_errors=True)
+    try:
+        root.rmdir()
+    except OSError:
+        print(f"{root}: not removed, it is not empty.", file=sys.stderr)
 
 
 def _write_reports(settings: Settings, scans, ensemble, members) -> bool:

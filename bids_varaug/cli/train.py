@@ -37,9 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-table", type=Path, help="TSV of label ids (default: FreeSurfer)")
     parser.add_argument("--hold-out", type=int, default=0, metavar="N",
                         help="leave the last N label maps out of training")  # fmt: skip
-    parser.add_argument("--coarse-steps", type=int, help="trunk steps at 2 mm")
-    parser.add_argument("--fine-steps", type=int, help="trunk steps at 1 mm")
-    parser.add_argument("--settle-steps", type=int, help="last trunk steps, unbalanced loss")
+    parser.add_argument("--trunk-steps", type=int, nargs=4, metavar="N",
+                        help="trunk steps of the body at 4 mm, of the body at 2 mm, at 1 mm, and "
+                        "at 1 mm while the learning rate falls to its end")  # fmt: skip
     parser.add_argument("--steps", type=int, help="steps of each member after the fork")
     parser.add_argument("--no-trunk", action="store_true",
                         help="train every member from its own initialisation")  # fmt: skip
@@ -58,20 +58,21 @@ def build_parser() -> argparse.ArgumentParser:
 def make_recipe(arguments: argparse.Namespace, n_classes: int):
     """Return the standard recipe with the changes that the command line asks for."""
     from bids_varaug.models.unet import NetworkShape
-    from bids_varaug.training.recipe import COARSE, FINE, MEMBER, SETTLE, Recipe
+    from bids_varaug.training.recipe import MEMBER, Recipe
 
     shape = NetworkShape(n_classes)
     if arguments.channels:
         shape = replace(shape, channels=tuple(arguments.channels))
-    asked = (arguments.coarse_steps, arguments.fine_steps, arguments.settle_steps)
-    trunk = [
-        stage if steps is None else replace(stage, steps=steps)
-        for stage, steps in zip((COARSE, FINE, SETTLE), asked, strict=True)
-    ]
+    trunk = Recipe(shape).trunk
+    if arguments.trunk_steps:
+        trunk = tuple(
+            replace(stage, steps=steps)
+            for stage, steps in zip(trunk, arguments.trunk_steps, strict=True)
+        )
     member = MEMBER if arguments.steps is None else replace(MEMBER, steps=arguments.steps)
     if arguments.no_trunk:
         return Recipe(shape, trunk=(), member=(*trunk, member))
-    return Recipe(shape, trunk=tuple(trunk), member=(member,))
+    return Recipe(shape, trunk=trunk, member=(member,))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -107,7 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
             path.unlink()
     progress = Progress(
         arguments.ensemble_dir / "logs", arguments.monitor, arguments.monitor_every,
-        scheme.target_ids, recipe.member[-1].windows[0].voxel_size,
+        dict(zip(scheme.target_ids, scheme.target_names, strict=True)),
+        recipe.member[-1].windows[0].voxel_size,
     )  # fmt: skip
     workshop = Workshop(
         arguments.ensemble_dir, recipe, scheme, heads,

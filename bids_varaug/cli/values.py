@@ -44,25 +44,26 @@ def member_names(text: str) -> tuple[str, ...]:
 
 def positive_int(text: str) -> int:
     """Whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+    return _whole_number(text, 1)
 
 
 def seed(text: str) -> int:
     """Whole number from 0 that fits 32 bits."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and {2**32 - 1}")
-    return number
+    return _whole_number(text, 0)
 
 
 def folds(text: str) -> int:
     """Whole number from 2."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 2")
+    return _whole_number(text, 2)
+
+
+def _whole_number(text: str, low: int, high: int = 2**32 - 1) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
     return number
 
 
@@ -97,7 +98,7 @@ def absolute_path(text: str) -> Path:
 def existing_file(text: str) -> Path:
     """Absolute path of a file that is there."""
     path = absolute_path(text)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a parent folder may not be entered
         raise argparse.ArgumentTypeError(f"{path}: no such file")
     return path
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.derivatives.write import write_text
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.reports.citation import citation_markdown
+from bids_varaug.reports.citation import cite
 
 
 def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
@@ -24,31 +24,34 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     text = settings_toml(settings, ensemble, members)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     write_text(text, folder / f"settings-{digest}.toml")
-    citation = citation_markdown(ensemble, members, sloppy=settings.sloppy)
-    write_text(citation, folder / "CITATION.md")
+    citation = cite(ensemble, members, package_versions(), sloppy=settings.sloppy)
+    write_text(citation.markdown(), folder / "CITATION.md")
 
 
 def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:
-    """Return the settings and the checksums of the members as TOML.
+    """Return the settings, and the members' ensemble and checksums, as TOML.
 
-    Examples
-    --------
-    >>> toml_value(("a", 1))
-    '["a", 1]'
+    The settings have a table of their own: ``ensemble`` is one of them too, as it was asked for.
     """
-    lines = []
+    lines = ["[settings]"]
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value is not None:  # TOML has no null
             lines.append(f"{field.name} = {toml_value(value)}")
     lines += ["", "[ensemble]", f"name = {toml_value(ensemble.name)}"]
     lines += [f"version = {toml_value(ensemble.version)}", "", "[ensemble.sha256]"]
-    lines += [f"{member.id} = {toml_value(member.sha256)}" for member in members]
+    lines += [f"{json.dumps(member.id)} = {toml_value(member.sha256)}" for member in members]
     return "\n".join(lines) + "\n"
 
 
 def toml_value(value) -> str:
-    """Write a string, number, boolean, list or mapping as TOML."""
+    """Write a string, path, number, boolean, list or mapping as TOML.
+
+    Examples
+    --------
+    >>> toml_value(("a", 1, {"b": True}))
+    '["a", 1, {"b" = true}]'
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -58,5 +61,5 @@ def toml_value(value) -> str:
         return f"{{{inner}}}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(toml_value(item) for item in value)}]"
-    # JSON strings are TOML strings, but for DEL, which no path of sense holds.
-    return json.dumps(str(value) if isinstance(value, str | Path) else repr(value))
+    # JSON strings are TOML strings, but for DEL, which TOML wants escaped too.
+    return json.dumps(str(value)).replace("\x7f", "\\u007f")

@@ -89,7 +89,11 @@ _REGIONS = {
     "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
     "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
     "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
-    "sigbits": ("Significant bits of the volume over the perturbed members", "bit"),
+    "sigbits": (
+        "Significant bits of the volume over the perturbed members (significantdigits, centred "
+        "normality hypothesis, probability 95 %, confidence 95 %)",
+        "bit",
+    ),
     "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
     "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
     "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
@@ -155,7 +159,7 @@ OUTPUTS: dict[str, Output] = {
             "mask",
             ".nii.gz",
             True,
-            "Voxels whose label the perturbed members do not agree on.",
+            "Voxels whose consensus label too few perturbed members chose, see Threshold.",
         ),
         Output(
             "entropy",
@@ -221,12 +225,6 @@ LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
 def report(output_dir: Path, subject: str) -> Path:
     """HTML report of one participant (label without ``sub-``)."""
     return Path(output_dir) / f"sub-{subject}.html"
-
-
-def figure(output_dir: Path, scan: Scan, name: str, extension: str = ".svg") -> Path:
-    """Figure of one T1w image; `name` holds letters and digits only."""
-    folder = Path(output_dir) / f"sub-{scan.subject}" / "figures"
-    return folder / f"{scan.prefix}_desc-{name}_T1w{extension}"
 
 
 def logs(output_dir: Path) -> Path:

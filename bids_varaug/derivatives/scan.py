@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +80,7 @@ class ScanWriter:
     def labels(self, key: str, classes: np.ndarray, member: str | None = None) -> None:
         """Write class indices (X, Y, Z) uint8 as label ids."""
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
-        used = [member] if member else self._ids(key)
-        self._image(key, self.ids.astype(dtype)[classes], member, members=used)
+        self._image(key, self.ids.astype(dtype)[classes], member)
 
     def mask(self, key: str, mask: np.ndarray, **extra) -> None:
         """Write a mask (X, Y, Z) bool."""
@@ -100,8 +99,8 @@ class ScanWriter:
         names = [label.name for label in request.ensemble.labels]
         path = output.path(request.settings.output_dir, request.scan)
         write_image_series(
-            _volumes(quantised), quantised.shape, self.geometry.native_affine, path,
-            dtype=np.uint8, source_header=self.header, slope=POSTERIOR_SCALE, stored=True,
+            _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
+            self.header, POSTERIOR_SCALE,
         )  # fmt: skip
         self._sidecar(key, None, label_names=names)
         self.written.append(path)
@@ -114,22 +113,28 @@ class ScanWriter:
             self._sidecar(key, None)
         self.written.append(path)
 
+    def remove(self, key: str) -> None:
+        """Remove an output of an earlier run, and its sidecar."""
+        where = self.request.settings.output_dir, self.request.scan
+        OUTPUTS[key].path(*where).unlink(missing_ok=True)
+        OUTPUTS[key].sidecar(*where).unlink(missing_ok=True)
+
     def _ids(self, key: str) -> list[str]:
         if key == "ieee_dseg":
             return [BASELINE]
         chosen = self.request.members if key == "members_tsv" else self.request.perturbed
         return [member.id for member in chosen]
 
-    def _image(self, key, data, member=None, members=None, extra=None) -> None:
+    def _image(self, key, data, member=None, extra=None) -> None:
         path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan, member)
         write_image(data, self.geometry.native_affine, path, source_header=self.header)
-        self._sidecar(key, member, members=members, extra=extra)
+        self._sidecar(key, member, extra=extra)
         self.written.append(path)
 
-    def _sidecar(self, key, member, members=None, **content) -> None:
+    def _sidecar(self, key, member, **content) -> None:
         settings, scan = self.request.settings, self.request.scan
         values = sidecar(
-            key, scan, members=self._ids(key) if members is None else members,
+            key, scan, members=[member] if member else self._ids(key),
             skull_stripped=self.skull_stripped, sloppy=settings.sloppy, **content,
         )  # fmt: skip
         write_json(values, OUTPUTS[key].sidecar(settings.output_dir, scan, member))
@@ -169,6 +174,10 @@ def write_scan(
     _write_members(writer, request, files, geometry)
     if request.has_spread:
         _write_spread(writer, files, geometry)
+    else:
+        # The spread of an earlier run's members would be taken for that of this consensus.
+        for key in (*_OUTSIDE, "unreliable_mask"):
+            writer.remove(key)
     _write_tables(writer, request, files, geometry.voxel_size**3)
     return writer.written
 
@@ -208,7 +217,7 @@ def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel_volum
     families = [member.family for member in request.members]
     labels = request.ensemble.labels
     writer.table("regions_tsv", region_table(counts, families, labels, voxel_volume, entropy_mean))
-    ids: Sequence[str] = [member.id for member in request.members]
+    ids = [member.id for member in request.members]
     writer.table("members_tsv", members_table(counts, ids, families, labels, voxel_volume))
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.write import write_json, write_table, write_text
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 BIDS_VERSION = "1.10.0"
 TOOL = "bids_varaug"
+PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
@@ -47,13 +49,19 @@ def package_version() -> str:
         return "0+unknown"
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of what the results depend on."""
+    installed = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {TOOL: package_version()} | installed
+
+
 def raw_uri(scan: Scan) -> str:
     """BIDS URI of the T1w image in the input dataset."""
     return f"bids:raw:{scan.relative}"
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
-    """Where the input dataset lies, as seen from the output: relative where they lie together.
+    """URI of the input dataset, as seen from the output: relative where they lie together.
 
     Examples
     --------
@@ -63,7 +71,7 @@ def raw_link(bids_dir: Path, output_dir: Path) -> str:
     'file:///d/ds'
     """
     if bids_dir in output_dir.parents or bids_dir.parent == output_dir.parent != Path("/"):
-        return Path(os.path.relpath(bids_dir, output_dir)).as_posix()
+        return quote(Path(os.path.relpath(bids_dir, output_dir)).as_posix())
     return bids_dir.as_uri()
 
 

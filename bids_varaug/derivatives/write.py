@@ -3,6 +3,7 @@
 Every file is written under a temporary name in its own folder and then renamed: a reader never sees
 half a file, a run killed at any moment leaves the old one whole, and an annexed output (a link to
 read-only content) is replaced as a link, its content untouched. The same data gives the same bytes.
+What cannot be written raises as `replacing` does.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def _remove_stale(path: Path) -> None:
 def write_text(text: str, path: Path) -> Path:
     """Write UTF-8 text with LF line ends; returns `path`."""
     with replacing(path) as stream:
-        stream.write(text.encode("utf-8"))
+        # A folder's name may hold bytes that are no UTF-8; they must not cost the output.
+        stream.write(text.encode("utf-8", errors="backslashreplace"))
     return Path(path)
 
 
@@ -132,44 +134,23 @@ def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> 
 
 
 def write_image(
-    data: npt.ArrayLike,
+    data: np.ndarray,
     affine: np.ndarray,
     path: Path,
-    *,
-    dtype: npt.DTypeLike | None = None,
     source_header: nib.Nifti1Header | None = None,
-    slope: float = 1.0,
 ) -> Path:
-    """Write one NIfTI image, compressed where the name ends in ``.gz``.
+    """Write a 3D NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 
     Parameters
     ----------
-    data : (X, Y, Z) or (X, Y, Z, N)
-        Values in their unit (before division by `slope`).
-    affine : (4, 4) float
-        Voxel indices to mm.
+    data : (X, Y, Z), written in its own type; bool as uint8
+    affine : (4, 4) float, voxel indices to mm
     path : Path
-    dtype : dtype, optional
-        Of the file, default that of `data`; integers are rounded and clipped to its range.
     source_header : Nifti1Header, optional
-        Of the image whose grid this is: its qform, sform and their codes are carried over.
-    slope : float
-        Stored value x `slope` = value; e.g. 1/255 keeps a probability in a byte.
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    OutputError, DiskError
-        As `replacing`.
+        Of the image whose grid this is, see `image_header`.
     """
-    data = np.asanyarray(data)
-    stored = np.dtype(dtype or data.dtype)
-    volumes = np.moveaxis(data, 3, 0) if data.ndim == 4 else data[np.newaxis]
-    return _write_volumes(volumes, data.shape, stored, affine, path, source_header, slope)
+    data = data.astype(np.uint8) if data.dtype == bool else data
+    return write_image_series([data], data.shape, affine, path, data.dtype, source_header)
 
 
 def write_image_series(
@@ -177,66 +158,45 @@ def write_image_series(
     shape: Sequence[int],
     affine: np.ndarray,
     path: Path,
-    *,
     dtype: npt.DTypeLike,
     source_header: nib.Nifti1Header | None = None,
     slope: float = 1.0,
-    stored: bool = False,
 ) -> Path:
-    """Write a 4D NIfTI image volume by volume, so that only one is in memory.
+    """Write a NIfTI image volume by volume, so that only one is in memory; returns `path`.
 
     Parameters
     ----------
-    volumes : iterable of (X, Y, Z)
-    shape : (X, Y, Z, N)
-    affine, path, dtype, source_header, slope
+    volumes : iterable of (X, Y, Z), as they shall stand in the file
+    shape : (X, Y, Z) or (X, Y, Z, N)
+    dtype : of the volumes and the file
+    slope : stored value x `slope` = value; e.g. 1/255 keeps a probability in a byte
+    affine, path, source_header
         As `write_image`.
-    stored : bool
-        True if the volumes hold what the file shall hold, already divided by `slope`.
-
-    Returns
-    -------
-    Path
-        `path`.
 
     Raises
     ------
     ValueError
-        If the volumes are not N of shape (X, Y, Z).
-    OutputError, DiskError
-        As `replacing`.
+        If the volumes are not N (or one) of shape (X, Y, Z) and of type `dtype`.
     """
-    return _write_volumes(
-        volumes, shape, np.dtype(dtype), affine, path, source_header, slope, divide=not stored
-    )
-
-
-def _write_volumes(
-    volumes: Iterable[np.ndarray],
-    shape: Sequence[int],
-    stored: np.dtype,
-    affine: np.ndarray,
-    path: Path,
-    source_header: nib.Nifti1Header | None,
-    slope: float,
-    divide: bool = True,
-) -> Path:
-    stored = np.dtype("uint8") if stored.kind == "b" else stored
-    header = image_header(shape, stored, affine, source_header, slope)
-    n_volumes = shape[3] if len(shape) == 4 else 1
+    dtype = np.dtype(dtype)
+    header = image_header(shape, dtype, affine, source_header, slope)
+    expected = shape[3] if len(shape) == 4 else 1
     written = 0
     with replacing(path) as raw, _maybe_gzip(raw, path) as stream:
         stream.write(header.binaryblock + b"\0\0\0\0")  # no extensions follow
         for volume in volumes:
-            if volume.shape != tuple(shape[:3]):
-                raise ValueError(f"{path}: volume of shape {volume.shape}, not {tuple(shape[:3])}")
+            if volume.shape != tuple(shape[:3]) or volume.dtype != dtype:
+                raise ValueError(
+                    f"{path}: volume of shape {volume.shape} and type {volume.dtype}, not "
+                    f"{tuple(shape[:3])} and {dtype}"
+                )
             # NIfTI runs over x fastest; a slab at a time keeps the reordered copy small.
             for z in range(0, shape[2], SLAB):
-                slab = _to_stored(volume[..., z : z + SLAB], stored, slope if divide else 1.0)
+                slab = volume[..., z : z + SLAB].astype(dtype.newbyteorder("<"))
                 stream.write(slab.tobytes(order="F"))
             written += 1
-        if written != n_volumes:
-            raise ValueError(f"{path}: {written} volumes instead of {n_volumes}")
+        if written != expected:
+            raise ValueError(f"{path}: {written} volumes instead of {expected}")
     return Path(path)
 
 
@@ -248,17 +208,6 @@ def _maybe_gzip(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
         return
     with gzip.GzipFile("", "wb", compresslevel=COMPRESSION, fileobj=raw, mtime=0) as stream:
         yield stream
-
-
-def _to_stored(values: np.ndarray, stored: np.dtype, slope: float) -> np.ndarray:
-    """Values as they are in the file, little-endian."""
-    little = stored.newbyteorder("<")
-    if slope != 1.0:
-        values = values / slope
-    if stored.kind in "iu" and values.dtype.kind == "f":
-        info = np.iinfo(stored)
-        values = np.clip(np.rint(values), info.min, info.max)
-    return values.astype(little)
 
 
 def image_header(

@@ -238,14 +238,13 @@ def _split_available(
     available: dict[str, Scan] = {}
     unavailable = []
     for scan in scans:
-        folder = scan.relative.rpartition("/")[0]
         try:
             absent = _is_absent(scan.path)
         except OSError as error:
             message = f"{scan.relative}: cannot read it: {error.strerror}. It is skipped."
             unavailable.append((scan, ScanError(message)))
             continue
-        twin = available.get(f"{folder}/{scan.prefix}")
+        twin = available.get(scan.prefix)
         if absent:
             unavailable.append((scan, _AbsentError(bids_dir, scan)))
         elif twin is not None:
@@ -255,7 +254,7 @@ def _split_available(
             )
             unavailable.append((scan, ScanError(message)))
         else:
-            available[f"{folder}/{scan.prefix}"] = scan
+            available[scan.prefix] = scan
     return list(available.values()), unavailable
 
 

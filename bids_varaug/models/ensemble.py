@@ -172,7 +172,8 @@ def select_members(
 def save_weights(network: UNet, path: Path) -> str:
     """Write weights as float16 safetensors and return the file's SHA-256.
 
-    Rounding to 11 bits is far below what separates two members (docs/model-card.md).
+    Rounding to 11 bits changes a weight by 2e-4 of its size: far less than what separates two
+    seeds, more than what separates Monte Carlo members after a short fork (docs/model-card.md).
     """
     tensors = {name: p.detach().cpu().half().contiguous() for name, p in network.named_parameters()}
     partial = path.with_suffix(".partial")

@@ -66,10 +66,23 @@ class InstanceNorm(nn.Module):
             return F.group_norm(x, x.shape[1], self.weight, self.bias)
         if self.training or torch.is_grad_enabled():
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
-        slabs = x[0].movedim(0, -1).flatten(1, 2)
-        variances, means = torch.var_mean(slabs, dim=1, correction=0)
-        variance = variances.mean(0) + means.var(0, correction=0)
-        return F.batch_norm(x, means.mean(0), variance, self.weight, self.bias, training=False)
+        return self.apply_statistics(x, *pool_statistics([slab_statistics(x)]))
+
+    def apply_statistics(self, x: torch.Tensor, mean, variance) -> torch.Tensor:
+        """Normalise by a mean and a variance (C,) that are known already."""
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False)
+
+
+def slab_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return variance and mean (X, C) of each slab along the first axis of one image."""
+    slabs = x[0].movedim(0, -1).flatten(1, 2)
+    return torch.var_mean(slabs, dim=1, correction=0)
+
+
+def pool_statistics(parts: list[tuple[torch.Tensor, torch.Tensor]]):
+    """Return mean and variance (C,) of all slabs together, which are of one size."""
+    variances, means = (torch.cat(values) for values in zip(*parts, strict=True))
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
 
 class ConvBlock(nn.Sequential):
@@ -119,7 +132,18 @@ class UNet(nn.Module):
 
     def features(self, image: torch.Tensor) -> Features:
         """Return what `classify` takes, for an image (B, 1, X, Y, Z) float32."""
-        x = _to_channels_last(fold(image))
+        x, deep = self.body(fold(image))
+        fine = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
+        return Features(x, self.rim(_to_channels_last(fine)), deep)
+
+    def body(self, cubes: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the body's features and those of its coarser levels.
+
+        Parameters
+        ----------
+        cubes : (B, 8, x, y, z) float32, a folded image
+        """
+        x = _to_channels_last(cubes)
         skips, deep = [], []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else F.max_pool3d(x, 2))
@@ -129,8 +153,63 @@ class UNet(nn.Module):
             x = F.interpolate(lateral(x), scale_factor=2, mode="nearest")
             x = block(x + skips.pop())
             deep.append(x)
-        fine = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
-        return Features(x, self.rim(_to_channels_last(fine)), tuple(deep[:-1]))
+        return x, tuple(deep[:-1])
+
+    def features_by_slabs(self, image: torch.Tensor, n_slabs: int = 16) -> Features:
+        """Return `features` of one image without gradients, the rim `n_slabs` voxels at a time.
+
+        Full-resolution features exist once, not three times: a whole head takes 1 GB, not 3.
+
+        Parameters
+        ----------
+        image : (1, 1, X, Y, Z) float32
+        n_slabs : even
+        """
+        x, deep = self.body(fold(image))
+        convolution, norm, rectify = self.rim
+        length = image.shape[2]
+        rim = _empty_channels_last(image, convolution.out_channels)
+        statistics = []
+        # A slab of zeros at each end is the convolution's padding; a body voxel is two slabs.
+        x_padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+        image_padded = F.pad(image, (0, 0, 0, 0, 1, 1))
+        for start in range(0, length, n_slabs):
+            stop = min(start + n_slabs, length)
+            fine = unfold(self.unfold(x_padded[:, :, start // 2 : stop // 2 + 2]))[:, :, 1:-1]
+            if start == 0:
+                fine[:, :, 0] = 0.0
+            if stop == length:
+                fine[:, :, -1] = 0.0
+            fine = torch.cat([fine, image_padded[:, :, start : stop + 2]], dim=1)
+            part = F.conv3d(_to_channels_last(fine), convolution.weight, padding=(0, 1, 1))
+            statistics.append(slab_statistics(part))
+            rim[:, :, start:stop] = part
+        mean, variance = pool_statistics(statistics)
+        for start in range(0, length, n_slabs):
+            part = rim[:, :, start : start + n_slabs]
+            part.copy_(rectify(norm.apply_statistics(part, mean, variance)))
+        return Features(x, rim, deep)
+
+    def coarse_logits(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Classify an image on the body's own grid, at an eighth of the cost of the whole network.
+
+        The image stands for one twice as fine whose 2x2x2 cubes are constant, and the logits are
+        the mean over the subvoxels. What the body learns this way the whole network can use.
+
+        Parameters
+        ----------
+        image : (B, 1, x, y, z) float32; sides are multiples of half of ``shape.multiple``
+
+        Returns
+        -------
+        logits : (B, x, y, z, K)
+        deep : the decoder's coarser levels, as in `Features`
+        """
+        x, deep = self.body(image.expand(-1, 8, -1, -1, -1))
+        k = self.shape.n_classes
+        weight = self.body_head.weight.reshape(8, k, -1).mean(0)
+        bias = self.body_head.bias.reshape(8, k).mean(0)
+        return F.linear(x.movedim(1, -1), weight, bias), deep
 
     def classify(self, features: Features) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z); works on any slabs of the features that fit together."""
@@ -181,3 +260,8 @@ def build_network(shape: NetworkShape, seed: int = 0) -> UNet:
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _empty_channels_last(image: torch.Tensor, n_channels: int) -> torch.Tensor:
+    shape = (image.shape[0], n_channels, *image.shape[2:])
+    return torch.empty(shape, device=image.device, memory_format=torch.channels_last_3d)

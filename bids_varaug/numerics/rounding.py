@@ -23,7 +23,7 @@ _INFINITY_BITS = 0x7F800000
 # rounded before. Everything else that returns float32 is perturbed.
 EXACT_OPERATORS = frozenset(
     """
-    abs neg sign relu relu_ threshold threshold_backward clamp clamp_ clamp_min clamp_min_ maximum
+    abs neg sign relu threshold threshold_backward clamp clamp_min clamp_max maximum
     minimum max min amax amin max_pool3d_with_indices max_pool3d_with_indices_backward
     max_pool3d_with_indices_backward_default copy_ clone _to_copy contiguous empty empty_like
     empty_strided new_empty new_empty_strided new_zeros new_full zeros zeros_like ones ones_like
@@ -77,7 +77,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
         """Run the operator, then perturb the float32 tensors that it computed."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in EXACT_OPERATORS:
+        if name in EXACT_OPERATORS or name.removesuffix("_") in EXACT_OPERATORS:
             return result
         changed = args[0] if result is None and args else result  # _foreach_add_ returns None
         for tensor in _tensors(changed):

@@ -10,6 +10,13 @@ if TYPE_CHECKING:  # the package imports torch
     from bids_varaug.models.ensemble import Ensemble, Member
 
 BASELINE = "ieee"
+VENUE_FIELDS = {
+    "article": "journal",
+    "inproceedings": "booktitle",
+    "techreport": "institution",
+    "misc": "howpublished",
+}
+"""BibTeX's name of the place of publication, by kind of work."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,7 @@ class Reference:
     def bibtex(self) -> str:
         """One BibTeX entry."""
         fields = {"author": self.authors.replace("; ", " and "), "title": f"{{{self.title}}}"}
-        place = {"article": "journal", "inproceedings": "booktitle"}.get(self.kind, "howpublished")
-        fields[place] = self.venue
+        fields[VENUE_FIELDS[self.kind]] = self.venue
         fields["year"] = str(self.year)
         scheme, _, value = self.link.partition(":")
         if scheme == "doi":
@@ -71,10 +77,10 @@ REFERENCES: dict[str, Reference] = {
         ),
         Reference(
             "gonzalezpepe2026",
-            "misc",
+            "article",
             "Gonzalez-Pepe, Inés; Akhaddar, Hiba; Glatard, Tristan; Chatelain, Yohan",
             "Fuzzy PyTorch: Rapid Numerical Variability Evaluation for Deep Learning Models",
-            "arXiv preprint",
+            "Transactions on Machine Learning Research",
             2026,
             "arXiv:2605.25991",
         ),
@@ -89,12 +95,12 @@ REFERENCES: dict[str, Reference] = {
         ),
         Reference(
             "hoffmann2025",
-            "misc",
+            "article",
             "Hoffmann, Malte",
             "Domain-randomized deep learning for neuroimage analysis",
-            "arXiv preprint",
+            "IEEE Signal Processing Magazine 42(4), 78-90 (arXiv:2507.13458)",
             2025,
-            "arXiv:2507.13458",
+            "doi:10.1109/MSP.2025.3590806",
         ),
         Reference(
             "billot2023",
@@ -124,7 +130,7 @@ REFERENCES: dict[str, Reference] = {
             "Sohier, Devan; De Oliveira Castro, Pablo; Févotte, François; Lathuilière, Bruno; "
             "Petit, Eric; Jamond, Olivier",
             "Confidence Intervals for Stochastic Arithmetic",
-            "ACM Transactions on Mathematical Software 47(2)",
+            "ACM Transactions on Mathematical Software 47(2), 1-33",
             2021,
             "doi:10.1145/3432184",
         ),
@@ -194,15 +200,23 @@ class Citation:
         """All entries, alphabetically as a reference manager would keep them."""
         return "\n\n".join(r.bibtex() for r in sorted(self.references, key=lambda r: r.key)) + "\n"
 
+    def markdown(self) -> str:
+        """Content of CITATION.md: paragraph, references, BibTeX."""
+        references = "\n".join(f"- `{r.key}`: {r.text()}" for r in self.references)
+        return (
+            f"# How to cite\n\n## Methods\n\n{self.methods}\n\n## References\n\n{references}\n\n"
+            f"## BibTeX\n\n```bibtex\n{self.bibtex()}```\n"
+        )
 
-def methods_text(
+
+def cite(
     ensemble: Ensemble,
     members: Sequence[Member],
     versions: Mapping[str, str] | None = None,
     *,
     sloppy: bool = False,
-) -> str:
-    """Paragraph for a methods section, with ``[@key]`` citations as pandoc reads them.
+) -> Citation:
+    """Paragraph for a methods section, with ``[@key]`` as pandoc reads it, and what it cites.
 
     Parameters
     ----------
@@ -210,12 +224,17 @@ def methods_text(
     members : those that were used
     versions : package name to version; of bids_varaug, nipype, pybids, nibabel, torch
     sloppy : whether the run was made with ``--sloppy``; the grid's voxel size is then left out
-
-    Returns
-    -------
-    str, one paragraph
     """
-    versions = versions or {}
+    methods = _methods(ensemble, members, versions or {}, sloppy)
+    mentioned = sorted(
+        (methods.index(f"@{key}"), key) for key in REFERENCES if f"@{key}" in methods
+    )
+    return Citation(methods, tuple(REFERENCES[key] for _, key in mentioned))
+
+
+def _methods(
+    ensemble: Ensemble, members: Sequence[Member], versions: Mapping[str, str], sloppy: bool
+) -> str:
     grid = " to a coarse grid" if sloppy else f" to {ensemble.voxel_size:g} mm isotropic voxels"
     parts = [
         "T1-weighted images, organised in BIDS [@gorgolewski2016], were segmented with "
@@ -241,37 +260,6 @@ def methods_text(
     return " ".join(parts)
 
 
-def cite(
-    ensemble: Ensemble,
-    members: Sequence[Member],
-    versions: Mapping[str, str] | None = None,
-    *,
-    sloppy: bool = False,
-) -> Citation:
-    """Methods paragraph and the references it names; parameters as `methods_text`."""
-    methods = methods_text(ensemble, members, versions, sloppy=sloppy)
-    mentioned = sorted(
-        (methods.index(f"@{key}"), key) for key in REFERENCES if f"@{key}" in methods
-    )
-    return Citation(methods, tuple(REFERENCES[key] for _, key in mentioned))
-
-
-def citation_markdown(
-    ensemble: Ensemble,
-    members: Sequence[Member],
-    versions: Mapping[str, str] | None = None,
-    *,
-    sloppy: bool = False,
-) -> str:
-    """Content of CITATION.md: paragraph, references, BibTeX; parameters as `methods_text`."""
-    citation = cite(ensemble, members, versions, sloppy=sloppy)
-    references = "\n".join(f"- `{r.key}`: {r.text()}" for r in citation.references)
-    return (
-        f"# How to cite\n\n## Methods\n\n{citation.methods}\n\n## References\n\n{references}\n\n"
-        f"## BibTeX\n\n```bibtex\n{citation.bibtex()}```\n"
-    )
-
-
 def _version(versions: Mapping[str, str], package: str) -> str:
     return f" {versions[package]}" if package in versions else ""
 
@@ -284,14 +272,13 @@ def _describe_members(members: Sequence[Member]) -> str:
     kinds = {
         "mca": "trained under Monte Carlo arithmetic",
         "seed": "trained from another random seed",
-        "rr": "evaluated under random rounding",
     }
     counts = []
     for family in dict.fromkeys(m.family for m in perturbed):
         group = [m for m in perturbed if m.family == family]
         bits = sorted({m.precision for m in group if m.precision is not None})
         at = f" at {', '.join(str(b) for b in bits)} bits of precision" if bits else ""
-        cited = " [@parker1997; @gonzalezpepe2026]" if family in ("mca", "rr") else ""
+        cited = " [@parker1997; @gonzalezpepe2026]" if family == "mca" else ""
         counts.append(f"{len(group)} {kinds.get(family, f'of family {family}')}{at}{cited}")
     total = len(perturbed)
     text = (
@@ -303,9 +290,9 @@ def _describe_members(members: Sequence[Member]) -> str:
     text += (
         f"The consensus is the label of highest posterior averaged over these {total} members. "
         "Their disagreement is reported as the Shannon entropy of their votes (bit), the "
-        "significant bits [@gonzalezpepe2023; @sohier2021] and the standard deviation of the "
-        "consensus label's posterior, the variability of volumes, and the Dice coefficient between "
-        "pairs of members."
+        "significant bits [@parker1997; @gonzalezpepe2023] and the standard deviation of the "
+        "consensus label's posterior, the variability and significant bits [@sohier2021] of "
+        "volumes, and the Dice coefficient between pairs of members."
     )
     if len(members) > total:
         text += " An unperturbed network serves as baseline and is not part of the consensus."

@@ -2,8 +2,8 @@
 
 The limits are broad on purpose: a warning says "look at the mosaic", not "ill". They were rounded
 outwards by the authors of this package from what FreeSurfer reports for adults, not copied from a
-table, and are no norms.For norms by age, sex and head size see Potvin et
-al. [1]_, and Potvin et al. [2]_ for the cortex. Tried on the FreeSurfer volumes of 1,043 adults
+table, and are no norms. For norms by age, sex and head size see Potvin et al. [1]_, and Potvin et
+al. [2]_ for the cortex. Tried on the FreeSurfer volumes of 1,043 adults
 (18-85 years, 1000 Functional Connectomes Project): 1 has a volume outside the limits, and 8 get any
 warning of volume or asymmetry.
 
@@ -117,17 +117,7 @@ def check_volumes(volumes: Mapping[int, float], names: Mapping[int, str]) -> lis
 
 
 def check_asymmetry(volumes: Mapping[int, float], names: Mapping[int, str]) -> list[str]:
-    """Warnings about left-right pairs that differ more than `LIMITS` allow.
-
-    Parameters
-    ----------
-    volumes : label index to volume [mm3]
-    names : label index to name
-
-    Returns
-    -------
-    list of str, one sentence for each pair
-    """
+    """Warnings about left-right pairs that differ more than `LIMITS` allow; as `check_volumes`."""
     warnings = []
     for (left, right), limits in _PAIRS.items():
         if left not in volumes or right not in volumes:
@@ -185,7 +175,7 @@ def check_field_of_view(labels: np.ndarray) -> list[str]:
 
 
 def check_contrast(t1w: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Warnings about a contrast unlike T1 weighting, or too weak to separate the tissues.
+    """Warning about a contrast unlike T1 weighting, or too weak to separate the tissues.
 
     White matter is eroded by a voxel where that leaves enough of it, to keep partial volume out.
 
@@ -196,7 +186,7 @@ def check_contrast(t1w: np.ndarray, labels: np.ndarray) -> list[str]:
 
     Returns
     -------
-    list of str, empty where there is too little of either tissue to judge
+    list of str; too little of either tissue to judge is a warning too
     """
     white_mask, cortex_mask = np.isin(labels, WHITE), np.isin(labels, CORTEX)
     core = binary_erosion(white_mask)

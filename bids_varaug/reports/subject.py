@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.sidecars import package_version
+from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
 from bids_varaug.images.conform import conform
 from bids_varaug.images.crop import is_probably_cropped
@@ -30,12 +29,12 @@ from bids_varaug.reports.participant import (
 from bids_varaug.reports.plausibility import find_warnings
 from bids_varaug.reports.volume_plot import draw_volumes
 
-PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
-# Where and how fast it ran; what the report shows must not depend on them.
+# Where and how fast it ran (a report must not depend on it), and what the group level is asked.
 _NOT_SHOWN = frozenset(
     """
     output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only
-    clean_workdir stop_on_first_crash
+    clean_workdir stop_on_first_crash age_column site_column sex_column brainage_model augmentation
+    cv_folds features_table apply_model
     """.split()
 )
 
@@ -84,7 +83,7 @@ def scan_report(request: ReportRequest, scan: Scan) -> ScanReport:
     output_dir = request.settings.output_dir
     regions = _read_table(output_dir, scan, "regions_tsv")
     members = _read_table(output_dir, scan, "members_tsv")
-    labels, _ = _read_image(output_dir, scan, "consensus_dseg")
+    labels = _read_image(output_dir, scan, "consensus_dseg")
     volume = load_t1w(scan.path)
     zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
     coarse = 2.0  # mm, fine enough to judge the field of view
@@ -115,17 +114,17 @@ def _draw(
     yield "consensus", figures.draw_labels(volume.data, labels, view, colors, label_names)
     for key, style in figures.MAP_STYLES.items():
         if names.OUTPUTS[key].path(output_dir, scan).exists():
-            values, _ = _read_image(output_dir, scan, key)
+            values = _read_image(output_dir, scan, key)
             yield key, figures.draw_map(volume.data, values, labels, view, style)
     if names.OUTPUTS["unreliable_mask"].path(output_dir, scan).exists():
-        mask, _ = _read_image(output_dir, scan, "unreliable_mask")
+        mask = _read_image(output_dir, scan, "unreliable_mask")
         yield "unreliable", figures.draw_mask(volume.data, mask, labels, view)
     yield "volumes", draw_volumes(members)
 
 
-def _read_image(output_dir: Path, scan: Scan, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_image(output_dir: Path, scan: Scan, key: str) -> np.ndarray:
     image = nib.load(_existing(names.OUTPUTS[key].path(output_dir, scan), scan))
-    return np.asanyarray(image.dataobj), image.affine
+    return np.asanyarray(image.dataobj)
 
 
 def _read_table(output_dir: Path, scan: Scan, key: str) -> pd.DataFrame:
@@ -157,9 +156,3 @@ def _member_row(member: Member) -> dict:
         "precision": member.precision,
         "sha256": member.sha256,
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what the results depend on."""
-    installed = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"bids_varaug": package_version()} | installed

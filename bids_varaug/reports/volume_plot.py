@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import matplotlib.style
 import numpy as np
 import pandas as pd
@@ -13,14 +11,12 @@ from matplotlib.figure import Figure
 from bids_varaug.reports.figures import to_png
 
 DPI = 130
-FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00", "rr": "#009e73"}  # Okabe-Ito
+FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00"}  # Okabe-Ito
 OTHER_COLOR = "#cc79a7"
 BASELINE = "ieee"
 
 
-def draw_volumes(
-    members: pd.DataFrame, consensus: Mapping[int, float] | None = None, max_rows: int = 80
-) -> bytes:
+def draw_volumes(members: pd.DataFrame, max_rows: int = 80) -> bytes:
     """Volumes of every structure, one dot per member, relative to the mean of the members.
 
     The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond,
@@ -30,7 +26,6 @@ def draw_volumes(
     Parameters
     ----------
     members : table with columns member, family, index, name, volume [mm3]
-    consensus : label index to volume of the consensus labels [mm3]; drawn as a bar if given
     max_rows : structures shown, the first ones of the table
 
     Returns
@@ -46,13 +41,7 @@ def draw_volumes(
         height = figure.get_figheight()
         axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
         for row, index in enumerate(order):
-            _draw_row(
-                axes,
-                row,
-                members[members["index"] == index],
-                relative,
-                (consensus or {}).get(index),
-            )
+            _draw_row(axes, row, members[members["index"] == index], relative)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_yticks(range(len(order)))
         axes.set_yticklabels(
@@ -63,12 +52,12 @@ def draw_volumes(
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         _scale_volume_axis(axes, relative)
-        _add_volume_legend(figure, axes, members, consensus is not None, relative)
+        _add_volume_legend(figure, axes, members, relative)
         return to_png(canvas)
 
 
-def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool, consensus: float | None) -> None:
-    """One structure: dots, consensus bar and the numbers at the right."""
+def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool) -> None:
+    """One structure: dots and the numbers at the right."""
     table = table.sort_values("member", kind="stable")
     perturbed = table[table["family"] != BASELINE]
     base = perturbed if len(perturbed) else table
@@ -118,9 +107,6 @@ def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool, consensus: fl
         markeredgewidth=1.0,
         zorder=4,
     )
-    if consensus is not None:
-        x = place(float(consensus))
-        axes.plot([x, x], [row - 0.38, row + 0.38], color="black", linewidth=1.6, zorder=3)
 
 
 def _scale_volume_axis(axes, relative: bool) -> None:
@@ -144,9 +130,7 @@ def _scale_volume_axis(axes, relative: bool) -> None:
     )
 
 
-def _add_volume_legend(
-    figure: Figure, axes, members: pd.DataFrame, consensus: bool, relative: bool
-) -> None:
+def _add_volume_legend(figure: Figure, axes, members: pd.DataFrame, relative: bool) -> None:
     families = sorted(set(members["family"]) - {BASELINE})
     handles = [
         axes.plot([], [], "o", color=FAMILY_COLORS.get(f, OTHER_COLOR), label=f"{f} members")[0]
@@ -160,10 +144,6 @@ def _add_volume_legend(
             markerfacecolor="white",
             markeredgecolor="black",
             label="ieee (unperturbed)",
-        )
-    if consensus:
-        handles += axes.plot(
-            [], [], "|", color="black", markersize=11, markeredgewidth=1.6, label="consensus"
         )
     figure.legend(
         handles=handles,

@@ -46,7 +46,7 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
         raise ValueError(f"image of shape {image.shape}: sides must be multiples of {multiple}")
     device = next(network.parameters()).device
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
-    features = network.features(tensor[None, None])
+    features = network.features_by_slabs(tensor[None, None])
     features = Features(features.body, features.rim)  # the deep levels are for training only
     labels = np.concatenate([
         network.classify(part)[0].argmax(0).to(torch.uint8).cpu().numpy()

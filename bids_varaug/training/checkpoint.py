@@ -9,18 +9,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
 
 
 def save_checkpoint(path: Path, network, optimiser, step: int, fingerprint: str) -> None:
-    """Write weights, AdamW moments and step; what was there before stays until this is complete."""
+    """Write weights, moments and step; what was there before stays until this is complete."""
     tensors = {}
     for name, parameter in network.named_parameters():
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
-        state = optimiser.state.get(parameter, {})
+        state = optimiser.state_of(parameter)
         for moment in MOMENTS:
             if moment in state:
                 tensors[f"{moment}/{name}"] = state[moment].contiguous()
+        if "step" in state:  # a parameter that a stage leaves alone counts fewer than the run
+            tensors[f"step/{name}"] = state["step"].clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
@@ -49,9 +51,12 @@ def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int | N
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(file.get_tensor(f"weight/{name}"))
-                if f"{MOMENTS[0]}/{name}" in keys:
-                    state = {m: _like(file.get_tensor(f"{m}/{name}"), parameter) for m in MOMENTS}
-                    optimiser.state[parameter] = {"step": torch.tensor(float(step))} | state
+                state = optimiser.state_of(parameter)
+                for moment in MOMENTS:
+                    if f"{moment}/{name}" in keys:
+                        state[moment] = _like(file.get_tensor(f"{moment}/{name}"), parameter)
+                if f"step/{name}" in keys:
+                    state["step"] = file.get_tensor(f"step/{name}")
     return step
 
 

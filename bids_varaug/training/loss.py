@@ -38,14 +38,21 @@ def segmentation_loss(
     return cross_entropy + 1.0 - dice[1:][present].mean()
 
 
-def sampled_loss(
-    network, image: torch.Tensor, target: torch.Tensor, seed: int, balanced: bool = False
+def training_loss(
+    network,
+    image: torch.Tensor,
+    target: torch.Tensor,
+    seed: int,
+    balanced: bool = False,
+    body_only: bool = False,
 ) -> torch.Tensor:
-    """Loss on every second voxel along two axes, plus that of the decoder's coarser levels.
+    """Loss of the finest logits, plus that of the decoder's coarser levels.
 
-    The phase of the sampled voxels is drawn from `seed`: a quarter of the voxels gives the same
-    gradient on average; the last layer and the softmax of all would take half of a training step.
-    Each deep level is compared with the label in the middle of each of its voxels.
+    The finest logits are those of every second voxel along two axes, at a phase drawn from `seed`:
+    a quarter of the voxels gives the same gradient on average; the last layer and the softmax of
+    all would take half of a training step. With `body_only` they are those of
+    `UNet.coarse_logits`. Each deep level is compared with the label in the middle of each of its
+    voxels.
 
     Parameters
     ----------
@@ -53,13 +60,19 @@ def sampled_loss(
     image : (X, Y, Z) float32
     target : (X, Y, Z) uint8
     balanced : see `segmentation_loss`
+    body_only : the image is on the grid of the network's body
     """
-    a, b = seed % 2, (seed // 2) % 2
-    features = network.features(image[None, None])
-    logits = network.classify_rows(features, a, b)
-    loss = _loss_of_rows(logits, target[a::2, :, b::2], balanced)
+    if body_only:
+        logits, levels = network.coarse_logits(image[None, None])
+        sampled = target
+    else:
+        a, b = seed % 2, (seed // 2) % 2
+        features = network.features(image[None, None])
+        logits, levels = network.classify_rows(features, a, b), features.deep
+        sampled = target[a::2, :, b::2]
+    loss = _loss_of_rows(logits, sampled, balanced)
     deep = []
-    for level, head in zip(features.deep, network.deep_heads, strict=True):
+    for level, head in zip(levels, network.deep_heads, strict=True):
         step = image.shape[0] // level.shape[2]
         middle = (slice(step // 2, None, step),) * 3
         deep.append(_loss_of_rows(head(level).movedim(1, -1), target[middle], balanced))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 
 from bids_varaug.errors import UserError
 from bids_varaug.images.conform import conform
@@ -26,8 +27,13 @@ class LabelledImage:
     labels: Path
 
 
-def find_labelled_images(directory: Path) -> list[LabelledImage]:
-    """Pair ``<name>_T1w.nii.gz`` with the ``*_dseg.nii.gz`` beside it (``desc-aseg`` first).
+def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[LabelledImage]:
+    """Pair ``<name>_T1w.nii.gz`` with a ``<name>*_dseg.nii.gz`` beside it (``desc-aseg`` first).
+
+    Parameters
+    ----------
+    names : label id -> name; maps whose own table (``*_dseg.tsv``) calls every id something else
+        belong to another atlas and are passed over, those without a table are believed
 
     Raises
     ------
@@ -37,12 +43,21 @@ def find_labelled_images(directory: Path) -> list[LabelledImage]:
     found = []
     for t1w in sorted(directory.rglob("*_T1w.nii*")):
         stem = t1w.name.split("_T1w")[0].split("_desc-")[0]
-        maps = sorted(t1w.parent.glob(f"{stem}*_dseg.nii*"), key=lambda p: "aseg" not in p.name)
+        maps = [path for path in t1w.parent.glob(f"{stem}*_dseg.nii*") if _same_atlas(path, names)]
         if maps:
-            found.append(LabelledImage(t1w, maps[0]))
+            first = min(maps, key=lambda path: ("desc-aseg" not in path.name, path.name))
+            found.append(LabelledImage(t1w, first))
     if not found:
         raise UserError(f"{directory}: no *_T1w.nii.gz with a *_dseg.nii.gz beside it.")
     return found
+
+
+def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
+    table = path.with_name(path.name.split(".nii")[0] + ".tsv")
+    if not table.exists():
+        return True
+    rows = pd.read_csv(table, sep="\t")
+    return any(names.get(i) == name for i, name in zip(rows["index"], rows["name"], strict=True))
 
 
 def segment_file(network: UNet, path: Path, voxel_size: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ class Progress:
     directory : gets ``<member>.tsv`` (one row a step) and ``<member>.png``
     monitor : folder of T1w images with label maps, or None
     every : steps between two looks at the real images
-    class_ids : label id of each class
+    names : label id -> name of each class, background first
     voxel_size : of the network grid, mm
     """
 
@@ -34,13 +34,13 @@ class Progress:
         directory: Path,
         monitor: Path | None,
         every: int,
-        class_ids: Sequence[int],
+        names: Mapping[int, str],
         voxel_size: float,
     ):
         self.directory = directory
-        self.images = find_labelled_images(monitor) if monitor else []
+        self.images = find_labelled_images(monitor, names) if monitor else []
         self.every = every
-        self.class_ids = class_ids
+        self.class_ids = tuple(names)
         self.voxel_size = voxel_size
         self.bar: tqdm | None = None
         self.name: str | None = None

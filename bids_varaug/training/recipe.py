@@ -24,7 +24,7 @@ class Stage:
     """A run of steps; the learning rate falls linearly from `lr` to `lr_end`.
 
     `windows` are drawn by their shares. `bf16` uses bfloat16 autocast, `balanced` the loss that
-    favours small structures.
+    favours small structures, `body_only` trains the network's body on images of its own grid.
     """
 
     name: str
@@ -34,19 +34,24 @@ class Stage:
     lr_end: float
     bf16: bool
     balanced: bool = False
+    body_only: bool = False
 
 
-WHOLE_AT_2MM = (96, 128, 128)
+# Where structures lie is learnt at 4 mm, at a few steps a second; what they look like at 2 mm, the
+# grid of the body of a 1 mm network; where exactly they end at 1 mm.
+HEADS_AT_4MM = (Window(0.7, 4.0, (48, 48, 48)), Window(0.3, 4.0, (48, 64, 64)))
+HEADS_AT_2MM = (Window(0.8, 2.0, (80, 96, 80)), Window(0.2, 2.0, (96, 112, 112)))
 # Mostly the brain at 1 mm; sometimes a whole head, which is what the network will be given, and
 # sometimes a whole head at 2 mm, which is what --sloppy gives it.
 MIXED = (
-    Window(0.80, 1.0, (128, 128, 128)),
-    Window(0.08, 1.0, (160, 224, 224)),
-    Window(0.12, 2.0, WHOLE_AT_2MM),
+    Window(0.84, 1.0, (128, 128, 128)),
+    Window(0.08, 1.0, (160, 192, 160)),
+    Window(0.08, 2.0, (96, 128, 128)),
 )
-COARSE = Stage("coarse", 600, (Window(1.0, 2.0, WHOLE_AT_2MM),), 5e-3, 4e-3, True, True)
-FINE = Stage("fine", 800, MIXED, 3e-3, 1.5e-3, bf16=True, balanced=True)
-SETTLE = Stage("settle", 700, MIXED, 1.5e-3, 2e-4, bf16=True)
+COARSE = Stage("coarse", 1500, HEADS_AT_4MM, 6e-3, 4e-3, True, balanced=True, body_only=True)
+MEDIUM = Stage("medium", 500, HEADS_AT_2MM, 4e-3, 3e-3, True, balanced=True, body_only=True)
+FINE = Stage("fine", 2000, MIXED, 3e-3, 1.067e-3, bf16=True)
+SETTLE = Stage("settle", 350, MIXED, 1.066e-3, 1e-4, bf16=True)
 MEMBER = Stage("member", 50, MIXED, 6e-4, 1e-5, bf16=False)
 
 
@@ -58,7 +63,7 @@ class Recipe:
     """
 
     network: NetworkShape
-    trunk: tuple[Stage, ...] = (COARSE, FINE, SETTLE)
+    trunk: tuple[Stage, ...] = (COARSE, MEDIUM, FINE, SETTLE)
     member: tuple[Stage, ...] = (MEMBER,)
     trunk_seed: int = 1000
     weight_decay: float = 1e-4
@@ -69,11 +74,12 @@ class Recipe:
     def __post_init__(self):
         """Refuse windows that the network cannot take."""
         for stage in (*self.trunk, *self.member):
+            multiple = self.network.multiple // (2 if stage.body_only else 1)
             for window in stage.windows:
-                if any(side % self.network.multiple for side in window.shape):
+                if any(side % multiple for side in window.shape):
                     raise ValueError(
                         f"stage {stage.name}: sides of {window.shape} must be multiples of "
-                        f"{self.network.multiple}"
+                        f"{multiple}"
                     )
 
     @property

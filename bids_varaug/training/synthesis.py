@@ -131,7 +131,7 @@ class Randomiser:
         sides = torch.tensor(head.shape, device=self.device, dtype=torch.float32)
         brain = (self.targets[head[::8, ::8, ::8].long()] > 0).nonzero().float() * 8
         middle = (brain.amin(0) + brain.amax(0)) / 2
-        if self._chance(rng, 0.2):
+        if self._chance(rng, 0.1):
             return self._uniform(rng, 0.25, 0.75, (3,)) * sides
         return middle + self._uniform(rng, -1.0, 1.0, (3,)) * 16.0
 

@@ -15,7 +15,8 @@ import torch
 from bids_varaug.errors import UserError
 from bids_varaug.models.unet import UNet
 from bids_varaug.training.checkpoint import load_checkpoint, save_checkpoint
-from bids_varaug.training.loss import sampled_loss
+from bids_varaug.training.loss import training_loss
+from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.recipe import Recipe, Stage, Window
 from bids_varaug.training.synthesis import Randomiser
 
@@ -61,9 +62,7 @@ def train(
     UserError
         If the loss is not finite; the last good checkpoint is kept.
     """
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
-    )
+    optimiser = Optimiser(network, recipe.weight_decay)
     fingerprint = f"{recipe.fingerprint(stages)}-{data_seed}"
     done = 0
     if checkpoint.exists():
@@ -74,11 +73,11 @@ def train(
         for step in range(max(first, done), first + stage.steps):
             started = time.perf_counter()
             lr = learning_rate(recipe, stage, step - first, step)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
+            optimiser.set_lr(lr)
+            image, target, phase = _draw(heads, randomiser, stage, (data_seed, step))
+            # Not the data: perturbed members see the images of the baseline, to the bit.
             with arithmetic(step):
-                loss = _one_step(network, optimiser, heads, randomiser, recipe, stage,
-                                 (data_seed, step))  # fmt: skip
+                loss = _one_step(network, optimiser, recipe, stage, image, target, phase)
             if not math.isfinite(loss):
                 raise UserError(
                     f"Loss became {loss} at step {step} of stage {stage.name}; the last good "
@@ -111,14 +110,19 @@ def choose_window(stage: Stage, draw: float) -> Window:
     return stage.windows[-1]
 
 
-def _one_step(network, optimiser, heads, randomiser, recipe, stage: Stage, key) -> float:
+def _draw(heads, randomiser, stage: Stage, key: tuple[int, int]):
+    """Return image, target and the phase of the sampled voxels of the step that `key` names."""
     head_draw, shape_draw, image_seed, phase = np.random.SeedSequence(key).generate_state(4)
     head = heads[int(head_draw) % len(heads)]
     window = choose_window(stage, int(shape_draw) / 2**32)
     image, target = randomiser.draw(head, window.shape, window.voxel_size, int(image_seed))
-    optimiser.zero_grad(set_to_none=True)
+    return image, target, int(phase)
+
+
+def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: int) -> float:
+    optimiser.zero_grad()
     with torch.autocast(image.device.type, torch.bfloat16, enabled=stage.bf16):
-        loss = sampled_loss(network, image, target, int(phase), stage.balanced)
+        loss = training_loss(network, image, target, phase, stage.balanced, stage.body_only)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
     value = float(loss.detach())

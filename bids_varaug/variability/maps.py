@@ -142,7 +142,7 @@ def vote_share(votes_of_consensus: np.ndarray, n_members: int) -> np.ndarray:
 
 
 def unreliable(share: np.ndarray) -> np.ndarray:
-    """Voxels whose label would likely change with another member.
+    """Voxels on whose label too many members disagree with the consensus.
 
     Parameters
     ----------

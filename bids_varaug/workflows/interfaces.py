@@ -16,6 +16,7 @@ from nipype.interfaces.base import (
     TraitedSpec,
     traits,
 )
+from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
 
@@ -27,13 +28,22 @@ logging.getLogger("nipype.workflow").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
 
 
 class _Step(SimpleInterface):
-    """A step that shows a `UserError` at once; its node then fails."""
+    """A step that shows at once what a user can mend; its node then fails."""
 
     def _run_interface(self, runtime):
         try:
             self._results |= self._step(Path(runtime.cwd))
         except UserError as error:
             print(f"ERROR: {error}", file=sys.stderr, flush=True)
+            raise
+        except (OSError, SafetensorError) as error:
+            # Outputs have errors of their own; this is the work directory, full as a rule.
+            print(
+                f"ERROR: {runtime.cwd}: cannot read or write the work directory ({error}). Free "
+                "some space there or give -w another place; the same -w goes on from here.",
+                file=sys.stderr,
+                flush=True,
+            )
             raise
         return runtime
 
@@ -61,6 +71,8 @@ class Conform(_Step):
             Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple
         )
         files = {"head_file": folder / "head.npy", "geometry_file": folder / "geometry.json"}
+        for doubt in geometry.warnings:
+            print(f"WARNING: {self.inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
         np.save(files["head_file"], head)
         geometry.save(files["geometry_file"])
         return {name: str(path) for name, path in files.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from nipype import MapNode, Node, Workflow
 from nipype.interfaces.utility import IdentityInterface, Merge
 
+from bids_varaug import __version__
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.scan import ScanRequest
 from bids_varaug.inputs.scans import Scan
@@ -21,8 +23,11 @@ from bids_varaug.workflows.interfaces import (
 )
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 4.7, 1.2, 1.6, 1.0
+CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 2.6, 1.2, 1.6, 1.0
 LARGEST_STEP_GB = SEGMENT_GB
+
+# With the version: what another one left in the work directory may be of another kind.
+WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
 
 
 def init_participants_wf(
@@ -30,7 +35,7 @@ def init_participants_wf(
     scans: Sequence[Scan],
     ensemble: Ensemble,
     members: Sequence[Member],
-    name: str = "bids_varaug",
+    name: str = WORKFLOW_NAME,
 ) -> Workflow:
     """Segment every scan and write one report for each participant.
 
@@ -44,13 +49,13 @@ def init_participants_wf(
     for scan in scans:
         subjects.setdefault(scan.subject, []).append(scan)
     for subject, theirs in subjects.items():
-        gather = Node(Merge(len(theirs)), f"gather_{_node_name('sub-' + subject)}")
+        gather = Node(Merge(len(theirs)), f"gather_{node_name('sub-' + subject)}")
         report = _node(
             WriteReport(request=ReportRequest(settings, ensemble, tuple(members), tuple(theirs))),
-            f"report_{_node_name('sub-' + subject)}", 1, REPORT_GB,
+            f"report_{node_name('sub-' + subject)}", 1, REPORT_GB,
         )  # fmt: skip
         for number, scan in enumerate(theirs, start=1):
-            scan_wf = init_scan_wf(settings, scan, ensemble, members, _node_name(scan.prefix))
+            scan_wf = init_scan_wf(settings, scan, ensemble, members, node_name(scan.prefix))
             workflow.connect(scan_wf, "outputnode.derivatives", gather, f"in{number}")
         workflow.connect(gather, "out", report, "derivatives")
     return workflow
@@ -112,6 +117,13 @@ def _node(interface, name: str, n_procs: int, mem_gb: float) -> Node:
     return Node(interface, name, n_procs=n_procs, mem_gb=mem_gb)
 
 
-def _node_name(prefix: str) -> str:
-    """A scan's prefix as nipype wants it: letters, digits and underscores, still unique."""
-    return prefix.replace("-", "_")
+def node_name(prefix: str) -> str:
+    """A scan's prefix as nipype wants it: letters, digits and underscores, still unique.
+
+    Examples
+    --------
+    >>> node_name("sub-01_acq-a+b")
+    'sub_01_acq_a_x2b_b'
+    """
+    bare = prefix.replace("-", "_")
+    return re.sub(r"[^0-9a-zA-Z_]", lambda character: f"_x{ord(character[0]):x}_", bare)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nipype import Workflow, config, logging
+from nipype.pipeline import plugins
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
 from bids_varaug.cli.settings import Settings
+from bids_varaug.errors import UsageError
 from bids_varaug.workflows.interfaces import LOG_LEVEL
+
+KILLED = (
+    "ERROR: a worker process was killed, most likely because memory ran out. Give a smaller "
+    "--nprocs or --mem (fewer steps at once), and the same -w to go on."
+)
 
 
 def configure_nipype(settings: Settings, log_dir: Path) -> None:
     """Set nipype's global configuration; it has no other kind."""
-    level = "INFO" if settings.verbosity > 1 else "CRITICAL"
+    level = ("CRITICAL", "INFO", "DEBUG")[min(settings.verbosity, 2)]
     os.environ[LOG_LEVEL] = level  # for the workers, which do not inherit this configuration
     config.update_config({
         "logging": {
@@ -32,6 +43,7 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
             "crashfile_format": "txt",
             "stop_on_first_crash": settings.stop_on_first_crash,
             "check_version": False,
+            "create_report": False,  # its files lie where jobs that share -w would collide
             "remove_unnecessary_outputs": False,
             "poll_sleep_duration": 0.1,
         },
@@ -39,28 +51,87 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
     logging.update_logging(config)
 
 
+def check_plugin(settings: Settings) -> None:
+    """Refuse a ``--use-plugin`` that nipype does not have.
+
+    Raises
+    ------
+    UsageError
+        With the names that there are.
+    """
+    known = sorted(name.removesuffix("Plugin") for name in dir(plugins) if name.endswith("Plugin"))
+    if settings.plugin is not None and settings.plugin["plugin"] not in known:
+        raise UsageError(
+            f"--use-plugin: nipype has no plugin {settings.plugin['plugin']!r}. "
+            f"It has {', '.join(known)}."
+        )
+
+
 def plugin_of(settings: Settings, status_callback: Callable) -> dict:
     """Return the arguments of ``Workflow.run``: MultiProc, or what --use-plugin says."""
-    if settings.plugin is not None:
-        arguments = dict(settings.plugin.get("plugin_args", {}))
-        return {
-            "plugin": settings.plugin.get("plugin", "MultiProc"),
-            "plugin_args": {"status_callback": status_callback} | arguments,
-        }
+    given = settings.plugin or {"plugin": "MultiProc"}
+    arguments = {"status_callback": status_callback} | dict(given.get("plugin_args", {}))
+    if given["plugin"] != "MultiProc":
+        return {"plugin": given["plugin"], "plugin_args": arguments}
     # Imported once, in the server that workers are forked from, instead of in each of them.
     multiprocessing.set_forkserver_preload(
         ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
     )
-    arguments = {
-        "n_procs": settings.nprocs,
-        "raise_insufficient": False,
-        "status_callback": status_callback,
-        # Forking a process in which OpenMP has run may hang the child.
-        "mp_context": "forkserver",
-    }
+    limits = {"n_procs": settings.nprocs, "raise_insufficient": False}
     if settings.mem_gb is not None:
-        arguments["memory_gb"] = settings.mem_gb
-    return {"plugin": "MultiProc", "plugin_args": arguments}
+        limits["memory_gb"] = settings.mem_gb
+    return {"plugin": WorkersPlugin(limits | arguments)}
+
+
+class WorkersPlugin(MultiProcPlugin):
+    """nipype's MultiProc, but it survives a worker that is killed, and no worker survives it.
+
+    MultiProc waits for ever for the result of a worker that the kernel killed to free memory. Here
+    the steps that were running fail, and new workers do the others.
+    """
+
+    def __init__(self, plugin_args: dict | None = None):
+        super().__init__(plugin_args)
+        self.pool = self._new_pool()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        # Forking a process in which OpenMP has run may hang the child.
+        context = multiprocessing.get_context(self.plugin_args.get("mp_context", "forkserver"))
+        return ProcessPoolExecutor(self.processors, context, _start_worker, (self._cwd,))
+
+    def _submit_job(self, node, updatehash=False):
+        try:
+            return super()._submit_job(node, updatehash)
+        except BrokenProcessPool:
+            self.pool = self._new_pool()
+            return super()._submit_job(node, updatehash)
+
+    def _async_callback(self, future: Future) -> None:
+        if future.exception() is None:
+            super()._async_callback(future)
+
+    def _get_result(self, taskid: int) -> dict | None:
+        future = self._task_obj[taskid]
+        error = future.exception() if future.done() else None
+        if error is None:
+            return super()._get_result(taskid)
+        reason = KILLED if isinstance(error, BrokenProcessPool) else f"ERROR: {error!r}"
+        print(reason, file=sys.stderr, flush=True)
+        return {"taskid": taskid, "result": None, "traceback": [f"{reason}\n{error!r}\n"]}
+
+
+def _start_worker(folder: str) -> None:
+    """Begin a worker, which ends when the main process does, however that ended.
+
+    Otherwise it would go on writing to the work directory while the next run does too.
+    """
+    process_initializer(folder)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @dataclass
@@ -125,9 +196,10 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
     """
     try:
         workflow.run(**plugin_of(settings, progress))
-    except RuntimeError as error:
-        # nipype's way of saying that some nodes failed, after the others are done.
-        if settings.verbosity > 1:
-            print(error, file=sys.stderr)
+    except Exception as error:
+        # After all other nodes are done, nipype raises what the first failed node raised, or a
+        # RuntimeError; `progress` has told that node's name and the node its error.
+        if settings.verbosity or not progress.failed:
+            print(f"ERROR: {type(error).__name__}: {error}", file=sys.stderr)
         return False
     return True

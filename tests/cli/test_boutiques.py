@@ -68,6 +68,12 @@ def test_defaults_agree(inputs, actions):
             assert entry["default-value"] == actions[flag].default, flag
 
 
+def test_suggested_memory_is_enough_for_the_largest_step(descriptor):
+    from bids_varaug.workflows.participant import LARGEST_STEP_GB
+
+    assert descriptor["suggested-resources"]["ram"] >= LARGEST_STEP_GB
+
+
 def test_error_codes_are_those_of_the_program(descriptor):
     codes = {entry["code"] for entry in descriptor["error-codes"]}
     assert codes == {int(code) for code in ExitCode} - {0}

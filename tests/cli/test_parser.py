@@ -125,16 +125,17 @@ def test_repeated_labels_count_once(places):
         (["--participant-label", "../x"], "not a BIDS label"),
         (["--participant-label", "01,02"], "separated by spaces"),
         (["--session-label", "a/b"], "not a BIDS label"),
-        (["--n-members", "0"], "at least 1"),
-        (["--n-members", "two"], "two"),
-        (["--nprocs", "0"], "at least 1"),
+        (["--n-members", "0"], "'0' is not a whole number from 1"),
+        (["--n-members", "two"], "'two' is not a whole number from 1"),
+        (["--nprocs", "0"], "whole number from 1"),
         (["--nprocs", "2", "--omp-nthreads", "3"], "more than --nprocs"),
         (["--device", "gpu"], "gpu"),
         (["--mem", "lots"], "amount of memory"),
         (["--mem", "0"], "amount of memory"),
         (["--members", "mca,../x"], "not a family"),
-        (["--random-seed", "-1"], "between 0"),
-        (["--cv-folds", "1"], "at least 2"),
+        (["--random-seed", "-1"], "from 0 to 4294967295"),
+        (["--random-seed", "4294967296"], "from 0 to 4294967295"),
+        (["--cv-folds", "1"], "whole number from 2"),
         (["--bids-filter-file", "absent.json"], "no such file"),
         (["--unknown-flag"], "--unknown-flag"),
         (["--particip", "01"], "--particip"),
@@ -204,6 +205,40 @@ def test_output_that_is_a_file_is_refused(places, tmp_path):
 def test_output_without_permission_is_refused(places, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(OutputError, match="no permission"):
+        parser.parse_settings(places)
+
+
+@pytest.mark.parametrize("flag", ["output", "work", "input"])
+def test_place_that_may_not_be_looked_into_is_told(places, tmp_path, monkeypatch, flag):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+
+    def refuse_inside(call):
+        def checked(path, *rest, **options):
+            if str(path).startswith(f"{locked}/"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *rest, **options)
+
+        return checked
+
+    access = os.access
+    monkeypatch.setattr(os, "stat", refuse_inside(os.stat))
+    monkeypatch.setattr(os, "lstat", refuse_inside(os.lstat))
+    monkeypatch.setattr(os, "access", lambda path, m: Path(path) != locked and access(path, m))
+    inside = str(locked / "a" / "b")
+    arguments = {
+        "output": [places[0], inside, "participant"],
+        "work": [*places, "-w", inside],
+        "input": [inside, *places[1:]],
+    }[flag]
+    with pytest.raises((OutputError, NoInputError), match="locked"):
+        parser.parse_settings(arguments)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "out"])
+def test_output_that_is_a_dangling_link_is_refused(places, tmp_path, target):
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(OutputError, match="dangling link"):
         parser.parse_settings(places)
 
 

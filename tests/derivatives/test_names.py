@@ -58,6 +58,5 @@ def test_bidsignore_lists_figures_without_slash():
     assert names.bidsignore_lines() == ["*.html", "figures", "*_morph.*", "*_statmap.*"]
 
 
-def test_report_and_figures_lie_where_browsers_find_them(scan):
+def test_report_lies_where_browsers_find_it():
     assert names.report(OUT, "01") == OUT / "sub-01.html"
-    assert names.figure(OUT, scan, "entropy").parent == OUT / "sub-01" / "figures"

@@ -89,6 +89,10 @@ def test_container_is_recorded(bids_dir, tmp_path, environ, expected):
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
+def test_link_of_a_folder_with_a_space_is_a_uri():
+    assert sidecars.raw_link(Path("/d/my data"), Path("/d/out")) == "../my%20data"
+
+
 def test_separate_places_are_linked_by_file_address():
     assert sidecars.raw_link(Path("/data"), Path("/out")) == "file:///data"
 

@@ -54,27 +54,34 @@ def test_gzip_header_has_neither_time_nor_name(tmp_path, image):
     assert head[3:8] == b"\0\0\0\0\0"
 
 
-def test_series_equals_the_image_written_at_once(tmp_path, image):
-    stack = np.stack([image, image + 1], axis=3)
-    one = write.write_image(stack, AFFINE, tmp_path / "one.nii.gz").read_bytes()
-    two = write.write_image_series(
-        (stack[..., i] for i in range(2)), stack.shape, AFFINE, tmp_path / "t.nii.gz", dtype="f4"
-    ).read_bytes()
-    assert one == two
+def test_series_is_read_back_as_written(tmp_path, image):
+    path = write.write_image_series(
+        iter([image, image + 1]), (*image.shape, 2), AFFINE, tmp_path / "t.nii.gz", "f4"
+    )
+    read = nib.load(path).get_fdata(dtype="float32")
+    assert np.array_equal(read, np.stack([image, image + 1], axis=3))
+
+
+def test_series_of_another_type_than_announced_is_refused(tmp_path, image):
+    with pytest.raises(ValueError, match="float32"):
+        write.write_image_series([image], image.shape, AFFINE, tmp_path / "t.nii", "uint8")
 
 
 def test_series_with_a_volume_missing_leaves_no_file(tmp_path, image):
     with pytest.raises(ValueError, match="1 volumes instead of 2"):
         write.write_image_series(
-            iter([image]), (*image.shape, 2), AFFINE, tmp_path / "t.nii.gz", dtype="f4"
+            iter([image]), (*image.shape, 2), AFFINE, tmp_path / "t.nii.gz", "f4"
         )
     assert os.listdir(tmp_path) == []
 
 
 def test_slope_keeps_probabilities_in_a_byte(tmp_path):
-    values = np.linspace(0, 1, 64, dtype="float32").reshape(4, 4, 4)
-    path = write.write_image(values, AFFINE, tmp_path / "p.nii.gz", dtype="uint8", slope=1 / 255)
-    assert np.abs(nib.load(path).get_fdata() - values).max() <= 0.5001 / 255
+    steps = np.arange(0, 256, 4, dtype="uint8").reshape(4, 4, 4)
+    path = write.write_image_series(
+        [steps], steps.shape, AFFINE, tmp_path / "p.nii.gz", "uint8", slope=1 / 255
+    )
+    assert nib.load(path).get_fdata() == pytest.approx(steps / 255)
+    assert nib.load(path).get_data_dtype() == np.uint8
 
 
 def test_mask_of_bool_becomes_bytes(tmp_path):
@@ -126,6 +133,11 @@ def test_table_writes_missing_values_as_bids_wants(tmp_path):
 def test_json_ends_with_a_line_end_and_keeps_order(tmp_path):
     path = write.write_json({"b": 1, "a": "µ"}, tmp_path / "x" / "a.json")
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "µ"\n}\n'
+
+
+def test_bytes_that_are_no_text_do_not_cost_the_output(tmp_path):
+    path = write.write_text(os.fsdecode(b"/data/\xff"), tmp_path / "a.html")
+    assert path.read_text(encoding="utf-8") == r"/data/\udcff"
 
 
 def test_json_refuses_nan(tmp_path):

@@ -222,6 +222,14 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(request_for, bids_dir
     assert "outputs of the same names" in str(selection.unavailable[0][1])
 
 
+def test_misplaced_file_does_not_collide_with_the_one_of_its_name(request_for, bids_dir):
+    name = Path(FILES[2]).name
+    _touch(bids_dir / "sub-01" / "anat" / name)
+    selection = find_scans(request_for(participant_labels=("01",)))
+    assert [scan.path.name for scan in selection.scans].count(name) == 1
+    assert "outputs of the same names" in str(selection.unavailable[0][1])
+
+
 def test_linked_participant_folder_is_followed(request_for, bids_dir, tmp_path):
     _touch(tmp_path / "elsewhere/anat/sub-20_T1w.nii.gz")
     os.symlink(tmp_path / "elsewhere", bids_dir / "sub-20")

@@ -57,6 +57,27 @@ def test_sampled_rows_are_those_of_the_whole_volume():
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_features_by_slabs_are_those_of_the_whole_volume():
+    network = build_network(SMALL).eval()
+    image = torch.rand(1, 1, 24, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole, slabs = network.features(image), network.features_by_slabs(image, 10)
+    torch.testing.assert_close(slabs.rim, whole.rim, rtol=1e-4, atol=1e-5)
+    assert torch.equal(slabs.body, whole.body)
+
+
+def test_body_alone_sees_constant_cubes_and_says_the_mean_of_their_logits():
+    network = build_network(SMALL).eval()
+    coarse = torch.rand(1, 1, 8, 12, 4, generator=torch.Generator().manual_seed(0))
+    logits, deep = network.coarse_logits(coarse)
+    fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    body, _ = network.body(fold(fine))
+    cubes = unfold(network.body_head(body))
+    expected = torch.nn.functional.avg_pool3d(cubes, 2).movedim(1, -1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert [level.shape[2] for level in deep] == [4]
+
+
 def test_evaluation_gives_the_same_bits_with_one_thread_and_two():
     # Widths and classes that oneDNN blocks by 16, as in the shipped network: others may take a
     # convolution whose sums are split by threads (docs/outputs.md says where that was seen).
@@ -67,7 +88,7 @@ def test_evaluation_gives_the_same_bits_with_one_thread_and_two():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.inference_mode():
-                results.append(network(image))
+                results.append(network.classify(network.features_by_slabs(image)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])

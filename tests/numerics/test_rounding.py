@@ -113,3 +113,12 @@ def test_forward_backward_and_update_are_perturbed():
 def test_what_this_version_lacks_is_refused(arguments):
     with pytest.raises(ValueError, match="precision=24"):
         MonteCarloArithmetic(seed=1, **arguments)
+
+
+def test_in_place_variants_of_exact_operators_are_exact_too():
+    values = torch.linspace(-50.0, 50.0, 9999)
+    with MonteCarloArithmetic(seed=0):
+        rounded = values.clone().round_()
+        clamped = values.clone().neg_().abs_().clamp_max_(20.0)
+    assert torch.equal(rounded, values.round())
+    assert torch.equal(clamped, values.abs().clamp_max(20.0))

@@ -2,7 +2,7 @@
 
 import re
 
-from bids_varaug.reports.citation import REFERENCES, citation_markdown, cite, methods_text
+from bids_varaug.reports.citation import REFERENCES, cite
 
 
 def test_every_cited_key_is_listed(ensemble, members):
@@ -15,27 +15,27 @@ def test_all_references_are_cited_by_a_full_ensemble(ensemble, members):
 
 
 def test_members_are_counted_by_family(ensemble, members):
-    text = methods_text(ensemble, members)
+    text = cite(ensemble, members).methods
     assert "2 trained under Monte Carlo arithmetic at 24 bits" in text
     assert "averaged over these 3 members" in text
 
 
 def test_baseline_alone_claims_no_spread(ensemble, members):
-    text = methods_text(ensemble, members[:1])
+    text = cite(ensemble, members[:1]).methods
     assert "entropy" not in text and "not known" in text
 
 
 def test_one_perturbed_member_claims_no_spread(ensemble, members):
-    assert "entropy" not in methods_text(ensemble, members[:2])
+    assert "entropy" not in cite(ensemble, members[:2]).methods
 
 
 def test_sloppy_runs_say_so(ensemble, members):
-    text = methods_text(ensemble, members, sloppy=True)
+    text = cite(ensemble, members, sloppy=True).methods
     assert "--sloppy" in text and "1 mm" not in text
 
 
 def test_versions_are_named(ensemble, members):
-    assert "PyTorch 2.9" in methods_text(ensemble, members, {"torch": "2.9"})
+    assert "PyTorch 2.9" in cite(ensemble, members, {"torch": "2.9"}).methods
 
 
 def test_bibtex_braces_balance(ensemble, members):
@@ -43,8 +43,12 @@ def test_bibtex_braces_balance(ensemble, members):
     assert text.count("{") == text.count("}") and text.count("@") == len(REFERENCES)
 
 
+def test_report_of_an_institution_names_it_in_bibtex():
+    assert "institution = {Technical report CSD-970002" in REFERENCES["parker1997"].bibtex()
+
+
 def test_markdown_holds_paragraph_references_and_bibtex(ensemble, members):
-    text = citation_markdown(ensemble, members)
+    text = cite(ensemble, members).markdown()
     assert re.findall(r"^#+ .*", text, re.M) == [
         "# How to cite",
         "## Methods",

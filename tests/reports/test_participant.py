@@ -1,10 +1,12 @@
 """The participant's report: complete, self-contained, escaped, reproducible."""
 
 import base64
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from bids_varaug.reports.citation import Citation
 from bids_varaug.reports.participant import (
     figure_name,
     render_participant_report,
@@ -74,17 +76,41 @@ def test_figures_are_embedded_with_alternative_text(page):
     assert all(image["alt"] for image in images)
 
 
-@pytest.mark.parametrize("where", ["prefix", "warnings", "figures"])
+def hostile_content(content, where):
+    """The content with `HOSTILE` in one place."""
+    scan = content.scans[0]
+    scans = {
+        "prefix": {"prefix": HOSTILE},
+        "warnings": {"warnings": [HOSTILE]},
+        "figures": {"figures": {HOSTILE: b"png"}},
+        "regions": {"regions": scan.regions.assign(name=HOSTILE)},
+        "columns": {"regions": scan.regions.rename(columns={"dice_min_mca": HOSTILE})},
+        "members": {"members": scan.members.assign(member=HOSTILE, name=HOSTILE)},
+        "provenance": {"provenance": {HOSTILE: HOSTILE}},
+    }
+    if where in scans:
+        return replace(content, scans=(replace(scan, **scans[where]),))
+    value = {
+        "subject": HOSTILE,
+        "settings": {"bids_dir": HOSTILE},
+        "ensemble": {"name": HOSTILE, "version": HOSTILE, "members": [{"id": HOSTILE}]},
+        "versions": {HOSTILE: HOSTILE},
+        "citation": Citation(HOSTILE, ()),
+    }[where]
+    return replace(content, **{where: value})
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["prefix", "warnings", "figures", "regions", "columns", "members", "provenance",
+     "subject", "settings", "ensemble", "versions", "citation"],
+)  # fmt: skip
 def test_hostile_text_is_escaped(make_content, where):
-    value = {"prefix": HOSTILE, "warnings": [HOSTILE], "figures": {HOSTILE: b"png"}}[where]
-    page = Page(render_participant_report(make_content(**{where: value})))
+    text = render_participant_report(hostile_content(make_content(), where))
+    page = Page(text)
+    assert HOSTILE in "".join(page.text)
     assert len(page.all("script")) == 1
     assert not any("onload" in attrs for _, attrs in page.tags)
-
-
-def test_hostile_text_is_shown_as_it_is(make_content):
-    page = Page(render_participant_report(make_content(prefix=HOSTILE)))
-    assert HOSTILE in "".join(page.text)
 
 
 def test_same_content_gives_the_same_bytes(make_content, tmp_path):
@@ -115,7 +141,8 @@ def test_headings_sort_the_table(page, make_content):
 
 
 def test_columns_have_tooltips(page):
-    assert all(a["title"] for a in page.all("th") if "title" in a)
+    titles = [a["title"] for a in page.all("th") if "title" in a]
+    assert len(titles) == 9 and all(titles)
     assert "Dice min mca" in page.text
 
 

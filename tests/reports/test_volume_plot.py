@@ -15,10 +15,6 @@ def test_every_member_has_a_mark(members_table):
     assert draw_volumes(members_table) != draw_volumes(moved)
 
 
-def test_consensus_is_drawn(members_table):
-    assert draw_volumes(members_table) != draw_volumes(members_table, {17: 4000.0})
-
-
 def test_one_member_alone_can_be_drawn(members_table):
     alone = members_table[members_table["member"] == "ieee"]
     assert draw_volumes(alone)[:4] == b"\x89PNG"

@@ -8,7 +8,7 @@ import torch
 from bids_varaug.errors import UsageError, UserError
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.unet import NetworkShape, build_network
-from bids_varaug.training.loss import sampled_loss, segmentation_loss
+from bids_varaug.training.loss import segmentation_loss, training_loss
 from bids_varaug.training.members import Workshop, parse_members, plan_member, train_ensemble
 from bids_varaug.training.recipe import Recipe, Stage, Window
 from bids_varaug.training.synthesis import Randomiser
@@ -20,7 +20,9 @@ TINY = (Window(0.5, 2.0, (16, 16, 16)), Window(0.5, 4.0, (16, 16, 16)))
 @pytest.fixture
 def recipe(scheme):
     trunk = (Stage("trunk", 2, TINY, 1e-2, 1e-3, bf16=True),)
-    member = (Stage("member", 3, TINY, 1e-2, 0.0, bf16=False),)
+    # The first stage leaves the rim alone, so that its weights have no moments at the fork.
+    body = Stage("body", 2, TINY, 1e-2, 1e-2, bf16=False, balanced=True, body_only=True)
+    member = (body, Stage("member", 3, TINY, 1e-2, 0.0, bf16=False))
     return Recipe(NetworkShape(len(scheme.target_ids), (4, 4), 4), trunk, member)
 
 
@@ -32,9 +34,10 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("killed_at", [1, 3])
 @pytest.mark.parametrize("member", ["ieee", "mca01", "seed02"])
 def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
-    tmp_path, scheme, head, recipe, member
+    tmp_path, scheme, head, recipe, member, killed_at
 ):
     plan = plan_member(member)
     randomiser = Randomiser(scheme, recipe.synthesis)
@@ -44,7 +47,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
                      plan.seed, tmp_path / name, plan.arithmetic, on_step, 1)  # fmt: skip
 
     def kill(report):
-        if report.step == 1:
+        if report.step == killed_at:
             raise Killed
 
     unbroken = run("a.safetensors")
@@ -65,7 +68,7 @@ def test_ensemble_is_written_and_its_members_differ(tmp_path, scheme, head, reci
     assert [m.precision for m in ensemble.members] == [None, 24, None]
     assert len({m.sha256 for m in ensemble.members}) == 3
     assert ensemble.training["forked_at_step"] == 2
-    assert len(seen) == 2 + 3 * 3
+    assert len(seen) == 2 + 3 * 5
     json.dumps(ensemble.training)
 
 
@@ -89,7 +92,7 @@ def test_loss_falls(scheme, head, recipe):
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss = sampled_loss(network, image, target, 0)
+        loss = training_loss(network, image, target, 0)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -104,7 +107,7 @@ def test_loss_is_that_of_the_whole_volume_on_average(scheme, head, recipe):
     with torch.no_grad():
         logits = network(image[None, None])[0].flatten(1).T
         whole = float(segmentation_loss(logits, target.reshape(-1).long()))
-        sampled = [float(sampled_loss(network, image, target, phase)) for phase in range(4)]
+        sampled = [float(training_loss(network, image, target, phase)) for phase in range(4)]
     assert sum(sampled) / 4 == pytest.approx(whole, rel=0.01)
     assert len(set(sampled)) == 4
 
@@ -118,7 +121,7 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, sc
     network = build_network(recipe.network, 0)
     with torch.no_grad():
         network.body_head.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="at step 0 of stage member"):
+    with pytest.raises(UserError, match="at step 0 of stage body"):
         train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
               tmp_path / "c.safetensors")  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
@@ -146,3 +149,23 @@ def test_monte_carlo_members_share_the_seed_of_the_baseline():
 def test_impossible_member_lists_are_refused(text):
     with pytest.raises(UsageError, match="--members"):
         parse_members(text)
+
+
+def test_perturbed_members_see_the_images_of_the_baseline(tmp_path, scheme, head, recipe):
+    drawn = {}
+
+    class Recorder(Randomiser):
+        def draw(self, *arguments):
+            image, target = super().draw(*arguments)
+            drawn[member].append((image, target))
+            return image, target
+
+    for member in ("ieee", "mca01"):
+        drawn[member] = []
+        plan = plan_member(member)
+        recorder = Recorder(scheme, recipe.synthesis)
+        train(build_network(recipe.network, 0), [head], recorder, recipe, recipe.member,
+              plan.seed, tmp_path / f"{member}.safetensors", plan.arithmetic)  # fmt: skip
+    for (image, target), (perturbed, labels) in zip(drawn["ieee"], drawn["mca01"], strict=True):
+        assert torch.equal(image, perturbed)
+        assert torch.equal(target, labels)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import scipy.stats
 from significantdigits import significant_digits
 
 from bids_varaug.variability.regions import (
@@ -118,6 +119,24 @@ def test_sigbits_of_volumes_are_the_packages(table, counts):
     volumes = counts.volumes[1:, 1].astype(float)[:, None]
     expected = significant_digits(volumes, reference=volumes.mean(0), axis=0)
     assert table.iloc[0]["sigbits"] == pytest.approx(max(expected.item(), 0))
+
+
+def test_sigbits_of_volumes_follow_sohiers_bound():
+    """CNH: -log2(sd / mean) less the margin; the package's sd divides by M."""
+    volumes = np.array([1000.0, 1010, 990, 1005, 995, 1020, 1002, 985])
+    count = len(volumes)
+    margin = np.log2((count - 1) / scipy.stats.chi2.ppf(0.025, count - 1)) / 2
+    margin += np.log2(scipy.stats.norm.ppf(0.975))
+    expected = -np.log2(volumes.std(ddof=0) / volumes.mean()) - margin
+    assert volume_significant_bits(volumes[:, None]) == pytest.approx(expected)
+
+
+def test_volume_that_vanishes_in_some_members_has_no_bits():
+    assert volume_significant_bits(np.array([[0.0], [0.0], [5.0]])).tolist() == [0]
+
+
+def test_structure_of_no_member_has_no_sigbits(table):
+    assert np.isnan(table.loc[table["index"] == 18, "sigbits"].item())
 
 
 def test_equal_volumes_have_all_bits():

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_varaug.cli import run as cli_run
 from bids_varaug.cli.run import main
+from bids_varaug.inputs import validation
 from bids_varaug.inputs.validation import run_validator
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
@@ -150,6 +152,9 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     content = bytearray(huge.read_bytes())
     content[40:48] = np.array([3, 30000, 30000, 30000], "<i2").tobytes()
     huge.write_bytes(content)
+    write_t1w(bids_dir, "sub-half_ses-1", head(7))
+    half = write_t1w(bids_dir, "sub-half_ses-2", head(8))
+    half.write_bytes(half.read_bytes()[:5000])
     dangling = write_t1w(bids_dir, "sub-dangling")
     dangling.unlink()
     dangling.symlink_to("../../.git/annex/objects/xx/MD5E-s1--0.nii.gz")
@@ -168,6 +173,8 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     assert "sub-none" in errors and "datalad get" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "out" / "sub-good.html").exists()
+    report = (tmp_path / "out" / "sub-half.html").read_text()
+    assert "sub-half_ses-1" in report and "sub-half_ses-2" not in report
     assert run_validator(tmp_path / "out") == []
 
 
@@ -235,6 +242,40 @@ def test_outputs_are_written_again_where_they_were_deleted(finished, app, linear
 def test_impossible_requests_have_their_exit_code(app, tmp_path, capsys, options, code, message):
     assert app(tmp_path / "out", *options) == code
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_validator_looks_at_those_that_are_left(app, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(validation, "validate_input", lambda _, labels: seen.append(list(labels)))
+    arguments = app.arguments(tmp_path / "out", "--dry-run")
+    arguments.remove("--skip-bids-validation")
+    assert main([*arguments, "--exclude-participant-label", "02"]) == 0
+    assert main([*arguments, "--participant-label", "99"]) == 18
+    assert main(arguments) == 0
+    assert seen == [["01"], []]
+
+
+def test_no_home_directory_is_needed(app, tmp_path):
+    """As with ``docker -u 12345`` and no HOME: pybids reads its settings from there on import."""
+    code = (
+        "import os, pwd, sys\n"
+        "def nobody(_): raise KeyError\n"
+        "pwd.getpwuid = nobody; os.environ.pop('HOME', None)\n"
+        "from bids_varaug.cli.run import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, *app.arguments(tmp_path / "out", "--dry-run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupted_run_says_how_to_go_on(app, tmp_path, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_run, "run_participants", interrupt)
+    assert app(tmp_path / "out") == 130
+    assert "same -w" in capsys.readouterr().err
 
 
 def test_damaged_ensemble_stops_before_anything_is_written(app, tmp_path, small_ensemble, capsys):

@@ -1,0 +1,163 @@
+"""How the graph runs when a step or a worker fails."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nipype import Node, Workflow
+from nipype.interfaces.utility import Function
+
+from bids_varaug.cli.run import _remove_work
+from bids_varaug.cli.settings import Settings
+from bids_varaug.errors import UsageError
+from bids_varaug.workflows.interfaces import LOG_LEVEL, Conform
+from bids_varaug.workflows.participant import node_name
+from bids_varaug.workflows.plugins import (
+    ProgressLog,
+    check_plugin,
+    configure_nipype,
+    run_workflow,
+)
+from tests.workflows.conftest import head
+
+
+def give(number):
+    return number
+
+
+def kill_own_worker(number):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(number):
+    raise OSError(f"no {number}")
+
+
+@pytest.fixture
+def request_for(tmp_path):
+    def make(**given) -> Settings:
+        work = tmp_path / "work"
+        return Settings(tmp_path / "in", tmp_path / "out", "participant", work, **given)
+
+    return make
+
+
+@pytest.fixture
+def patience():
+    """Fail instead of waiting for ever."""
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+
+
+def run(settings: Settings, **functions) -> tuple[bool, ProgressLog, Path]:
+    """Run one node for each function, none of which depends on another."""
+    configure_nipype(settings, settings.output_dir)
+    workflow = Workflow("flow", base_dir=str(settings.work_dir))
+    for name, function in functions.items():
+        node = Node(Function(["number"], ["out"], function), name)
+        node.inputs.number = 1
+        workflow.add_nodes([node])
+    root = settings.work_dir / "flow"
+    progress = ProgressLog(root, len(functions), 1)
+    return run_workflow(workflow, settings, progress), progress, root
+
+
+def test_killed_worker_fails_its_step_and_the_others_go_on(request_for, patience, capfd):
+    complete, progress, root = run(request_for(), bad=kill_own_worker, good=give)
+    assert not complete and progress.failed == {"bad"}
+    assert "a worker process was killed" in capfd.readouterr().err
+    assert (root / "good" / "result_good.pklz").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_worker_ends_when_the_main_process_is_killed():
+    code = (
+        "import os, time; from bids_varaug.workflows.plugins import WorkersPlugin\n"
+        "pool = WorkersPlugin({'n_procs': 1}).pool\n"
+        "print(pool.submit(os.getpid).result(), flush=True); time.sleep(300)"
+    )
+    main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / main.stdout.readline().strip() / "stat"
+    assert worker.exists()
+    main.kill()
+    main.communicate()
+    deadline = time.monotonic() + 30
+    while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the worker goes on"
+        time.sleep(0.1)
+
+
+def test_step_that_fails_in_this_process_is_no_crash(request_for, capfd):
+    complete, progress, root = run(request_for(plugin={"plugin": "Linear"}), bad=fail, good=give)
+    assert not complete and progress.failed == {"bad"}
+    assert (root / "good" / "result_good.pklz").exists()
+    assert "no 1" not in capfd.readouterr().err
+
+
+def test_verbose_shows_why_a_step_failed(request_for, capfd):
+    run(request_for(plugin={"plugin": "Linear"}, verbosity=1), bad=fail)
+    assert "OSError: no 1" in capfd.readouterr().err
+    assert os.environ[LOG_LEVEL] == "INFO"
+    configure_nipype(request_for(), request_for().output_dir)
+
+
+def test_unknown_plugin_is_refused_with_those_that_exist(request_for):
+    with pytest.raises(UsageError, match="no plugin 'Foo'. It has .*SLURM"):
+        check_plugin(request_for(plugin={"plugin": "Foo"}))
+
+
+def test_cleaning_up_leaves_what_other_jobs_have_in_the_same_work_directory(tmp_path, capsys):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+    workflow = Workflow("flow")
+    workflow.add_nodes([Node(Function(["number"], ["out"], give), "mine")])
+    _remove_work(tmp_path, workflow)
+    assert os.listdir(tmp_path) == ["theirs"]
+    (tmp_path / "theirs").rmdir()
+    _remove_work(tmp_path, workflow)
+    assert not tmp_path.exists()
+
+
+def test_labels_that_nipype_cannot_name_still_differ():
+    names = {node_name(prefix) for prefix in ("sub-1+2", "sub-12", "sub-1_acq-a.b", "sub-1_acq-ab")}
+    assert len(names) == 4 and all(name.isidentifier() for name in names)
+
+
+@pytest.fixture
+def conform(tmp_path):
+    def make(data) -> Conform:
+        path = tmp_path / "sub-01_T1w.nii.gz"
+        image = nib.Nifti1Image(np.asarray(data, np.float32), np.diag([3.0, 3, 3, 1]))
+        nib.save(image, path)
+        return Conform(in_file=str(path), voxel_size=3.0, multiple=16)
+
+    return make
+
+
+def test_full_work_directory_is_told_with_its_name(conform, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        conform(head()).run(cwd=str(tmp_path))
+    error = capsys.readouterr().err
+    assert f"ERROR: {tmp_path}: cannot read or write the work directory" in error
+    assert "No space left" in error and "-w" in error
+
+
+def test_cropped_head_is_told_with_its_name(conform, tmp_path, capsys):
+    conform(head()[:, :, :28]).run(cwd=str(tmp_path))
+    error = capsys.readouterr().err
+    assert error.startswith("WARNING: ") and "sub-01_T1w.nii.gz: The head is cut" in error
