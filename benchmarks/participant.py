@@ -68,7 +68,7 @@ def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -
     paths = [work / f"{member.id}.safetensors" for member in members]
     for member, path in zip(members, paths, strict=True):
         with timed(f"member {member.id}"):
-            segment_with_member(head, ensemble_name, member.id, path, "cpu", threads)
+            segment_with_member(head, ensemble_name, member, path, "cpu", threads)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, work / "mean.safetensors")

@@ -139,6 +139,14 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         "--n-members", type=values.positive_int, metavar="N", help="the first N of each family"
     )
     group.add_argument(
+        "--perturb-inference",
+        type=values.rounded_members,
+        metavar="N",
+        default=0,
+        help="run the baseline N times (0 to 99) under random rounding too, as members rr01, "
+        "rr02, ... (default: %(default)s)",
+    )
+    group.add_argument(
         "--write-members", action="store_true", help="write the labels of each member too"
     )
     group.add_argument(
@@ -146,7 +154,8 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         type=values.seed,
         metavar="N",
         default=0,
-        help="kept in the logs; without effect on the participant level, which draws nothing",
+        help="seed of the random rounding of --perturb-inference, all that the participant level "
+        "draws (default: %(default)s)",
     )
     group.add_argument(
         "--sloppy", action="store_true", help="2 mm and two members: for tests and demos only"
@@ -295,6 +304,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         ensemble=given.ensemble,
         members=_unique(name for names in given.members for name in names),
         n_members=given.n_members,
+        perturb_inference=given.perturb_inference,
         write_members=given.write_members,
         device=given.device,
         nprocs=nprocs,

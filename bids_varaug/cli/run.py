@@ -48,12 +48,18 @@ def run_participants(settings: Settings) -> ExitCode:
     # Imported here: --help must not wait for torch, pybids and nipype.
     from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
-    from bids_varaug.models.ensemble import check_member, load_ensemble, select_members
+    from bids_varaug.models.ensemble import (
+        check_member,
+        load_ensemble,
+        round_inference,
+        select_members,
+    )
     from bids_varaug.segmentation.device import resolve_device
 
     settings = replace(settings, device=resolve_device(settings.device))
     ensemble = load_ensemble(settings.ensemble)
     members = select_members(ensemble, settings.members, _members_per_family(settings))
+    members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
     _check_resources(settings)

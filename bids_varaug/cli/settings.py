@@ -27,6 +27,7 @@ class Settings:
     ensemble: str = "aseg31"
     members: tuple[str, ...] = ("all",)
     n_members: int | None = None
+    perturb_inference: int = 0
     write_members: bool = False
     device: str = "cpu"
     nprocs: int = 1

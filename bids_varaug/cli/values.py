@@ -52,6 +52,11 @@ def seed(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def rounded_members(text: str) -> int:
+    """Whole number from 0 to 99."""
+    return _whole_number(text, 0, 99)
+
+
 def folds(text: str) -> int:
     """Whole number from 2."""
     return _whole_number(text, 2)

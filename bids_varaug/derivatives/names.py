@@ -83,6 +83,10 @@ class Output:
         return path.with_name(path.name.removesuffix(self.extension) + ".json")
 
 
+FAMILIES = (
+    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, "
+    "by random rounding)"
+)
 _ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
 _REGIONS = {
     **_ID,
@@ -101,10 +105,12 @@ _REGIONS = {
     "dice_mean_mca": ("As dice_mean, over pairs of the mca family", None),
     "dice_min_seed": ("As dice_min, over pairs of the seed family", None),
     "dice_mean_seed": ("As dice_mean, over pairs of the seed family", None),
+    "dice_min_rr": ("As dice_min, over pairs of the rr family", None),
+    "dice_mean_rr": ("As dice_mean, over pairs of the rr family", None),
 }
 _MEMBERS = {
     "member": ("Member of the ensemble, see descriptions.tsv", None),
-    "family": ("What was perturbed in training: ieee (nothing), mca, seed", None),
+    "family": (FAMILIES, None),
     **_ID,
     "volume": ("Volume in this member's segmentation", "mm^3"),
 }

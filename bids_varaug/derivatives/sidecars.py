@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.names import FAMILIES
 from bids_varaug.derivatives.write import write_json, write_table, write_text
 from bids_varaug.inputs.scans import Scan
 
@@ -225,6 +226,7 @@ def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
         "ieee": "Baseline member, trained without perturbation",
         "mca": "Member trained under Monte Carlo arithmetic",
         "seed": "Member trained from another random seed",
+        "rr": "Baseline member run under random rounding",
     }
     rows = [
         {
@@ -247,8 +249,8 @@ def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
 
 _DESCRIPTIONS_SIDECAR = {
     "Description": "What each desc- entity stands for; members with their checkpoints.",
-    "family": {"Description": "What was perturbed in training: ieee (nothing), mca, seed"},
-    "seed": {"Description": "Random seed of the training"},
+    "family": {"Description": FAMILIES},
+    "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
     "precision": {"Description": "Virtual precision of the perturbation", "Units": "bit"},
     "sha256": {"Description": "SHA-256 of the checkpoint file"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,10 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bids_varaug.errors import EnsembleError
+from bids_varaug.errors import EnsembleError, UsageError
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
 
 BASELINE = "ieee"
+ROUNDED = "rr"
+"""Family of the members that are the baseline under random rounding, which no file holds."""
+ROUNDED_PRECISION = 24  # bits: float32's own
+MAX_ROUNDED = 99  # their ids have two digits
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -32,10 +36,12 @@ class Label:
 
 @dataclass(frozen=True)
 class Member:
-    """One trained network.
+    """One network, and how it is run.
 
-    `family` is "ieee" (the unperturbed baseline), "mca" or "seed"; `precision` the virtual
-    precision in bits of a Monte Carlo member's training, None for the others; `sha256` that of
+    `family` is "ieee" (the unperturbed baseline), "mca" or "seed", which say what was perturbed
+    in training, or "rr": the baseline's weights, run under random rounding (`round_inference`).
+    `seed` is that of the training, or of the rounding; `precision` the virtual precision in bits
+    of a Monte Carlo member's training or of the rounding, None for the others; `sha256` that of
     the weights file.
     """
 
@@ -50,6 +56,11 @@ class Member:
     def is_baseline(self) -> bool:
         """Whether this is the unperturbed network, which stays out of consensus and spread."""
         return self.family == BASELINE
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether inference, not training, is what is perturbed."""
+        return self.family == ROUNDED
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def load_ensemble(name: str) -> Ensemble:
     Raises
     ------
     EnsembleError
-        If it is unknown or its manifest is damaged.
+        If it is unknown, its manifest is damaged, or a member is of the family "rr".
     """
     folder = find_ensemble(name)
     path = folder / MANIFEST
@@ -105,6 +116,12 @@ def load_ensemble(name: str) -> Ensemble:
                 f"{path}: format {values['format']}; this version reads {FORMAT}. Use the version "
                 "of bids_varaug that trained it."
             )
+        members = tuple(Member(**member) for member in values["members"])
+        if any(member.is_rounded for member in members):
+            raise EnsembleError(
+                f"{path}: a member is of family {ROUNDED}, which names the baseline run under "
+                "random rounding (--perturb-inference). Give that family another name."
+            )
         return Ensemble(
             name=values["name"],
             version=values["version"],
@@ -112,7 +129,7 @@ def load_ensemble(name: str) -> Ensemble:
             voxel_size=float(values["voxel_size"]),
             labels=tuple(Label(**label) for label in values["labels"]),
             network=NetworkShape.from_json(values["network"]),
-            members=tuple(Member(**member) for member in values["members"]),
+            members=members,
             training=values["training"],
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
@@ -155,9 +172,11 @@ def select_members(
     wanted = set(wanted)
     known = {"all"} | {m.id for m in ensemble.members} | {m.family for m in ensemble.members}
     if wanted - known:
+        rounded = any(name.startswith(ROUNDED) for name in wanted - known)
+        hint = f" Members of family {ROUNDED} come from --perturb-inference." if rounded else ""
         raise EnsembleError(
             f"--members {' '.join(sorted(wanted - known))}: not in ensemble {ensemble.name}. "
-            f"It has {', '.join(m.id for m in ensemble.members)}."
+            f"It has {', '.join(m.id for m in ensemble.members)}.{hint}"
         )
     chosen, per_family = [], {}
     for member in ensemble.members:
@@ -167,6 +186,43 @@ def select_members(
         if n_members is None or per_family[member.family] <= n_members:
             chosen.append(member)
     return tuple(chosen)
+
+
+def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tuple[Member, ...]:
+    """Return members that are the baseline run under random rounding, "rr01", "rr02", ...
+
+    Parameters
+    ----------
+    n_members : 0 to `MAX_ROUNDED`
+    random_seed : any; each gives every member another seed. A member's seed depends on its number
+        alone, so that more of them leave the first ones what they are.
+
+    Raises
+    ------
+    UsageError
+        If the ensemble has no baseline.
+
+    References
+    ----------
+    .. Gonzalez Pepe et al. (2023), arXiv:2308.01939.
+    """
+    if not n_members:
+        return ()
+    baseline = next((member for member in ensemble.members if member.is_baseline), None)
+    if baseline is None:
+        raise UsageError(
+            f"--perturb-inference {n_members}: ensemble {ensemble.name} has no baseline "
+            f"({BASELINE}) to run under random rounding; it has "
+            f"{', '.join(m.id for m in ensemble.members)}. Leave the flag out, or train a baseline "
+            f"with bids_varaug-train --members {BASELINE}."
+        )
+    return tuple(
+        replace(
+            baseline, id=f"{ROUNDED}{number:02}", family=ROUNDED,
+            seed=random_seed * (MAX_ROUNDED + 1) + number, precision=ROUNDED_PRECISION,
+        )
+        for number in range(1, n_members + 1)
+    )  # fmt: skip
 
 
 def save_weights(network: UNet, path: Path) -> str:

@@ -1,158 +1,260 @@
-"""Monte Carlo arithmetic under stock torch: results of inexact operators are randomly rounded.
+"""Monte Carlo arithmetic under stock torch.
 
-Random rounding (Parker 1997) replaces the rounded result of an operation by
-``round(x + 2^(e-t) xi)`` with x the exact result and xi uniform in (-1/2, 1/2). An operator only
-hands over x already rounded to float32; the part that was rounded away is itself close to uniform
-over one unit in the last place (ulp), so that the perturbed result is the given one plus
-``round(u1 + u2)`` ulp with u1, u2 uniform in (-1/2, 1/2): -1 or +1 ulp with probability 1/8 each,
-0 with probability 3/4. That is what is drawn here, once per operator result.
+A context manager, inside which the results of inexact torch operators carry the noise that they
+would have if each of their floating-point instructions were randomly rounded: forward pass,
+backward pass and optimiser step, on any tensor that torch computes with.
 """
 
 from __future__ import annotations
 
-import numba
-import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-_ELEMENTS_PER_WORD = 21  # three random bits each, of a 64-bit word
-_BLOCK = 21 * 1024
-_INFINITY_BITS = 0x7F800000
-
-# Operators whose float32 result is exact, or is no arithmetic at all: what they return was
-# rounded before. Everything else that returns float32 is perturbed.
-EXACT_OPERATORS = frozenset(
-    """
-    abs neg sign relu threshold threshold_backward clamp clamp_min clamp_max maximum
-    minimum max min amax amin max_pool3d_with_indices max_pool3d_with_indices_backward
-    max_pool3d_with_indices_backward_default copy_ clone _to_copy contiguous empty empty_like
-    empty_strided new_empty new_empty_strided new_zeros new_full zeros zeros_like ones ones_like
-    full full_like fill_ zero_ view _unsafe_view reshape _reshape_alias permute transpose t expand
-    expand_as squeeze unsqueeze slice select narrow aminmax any all _record_function_enter_new
-    _record_function_exit as_strided detach detach_ alias unbind split
-    split_with_sizes chunk cat stack index index_put index_put_ index_select gather scatter
-    scatter_ masked_fill masked_fill_ where roll flip constant_pad_nd select_backward
-    slice_backward upsample_nearest3d round floor ceil trunc eq ne lt le gt ge isnan isfinite
-    isinf lift_fresh _local_scalar_dense rand randn uniform_ normal_ bernoulli_ arange resize_
-    set_ set_data record_stream is_same_size sort topk argmax argmin kthvalue
-    """.split()
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
 )
+
+from bids_varaug.numerics.operators import MODELS, Context, is_exact, schema_of
+from bids_varaug.numerics.perturb import round_
+from bids_varaug.numerics.rules import DIGITS, MODES, Rule
+
+ACCUMULATIONS = ("exact", "fast", "none")
+DEVICES = ("cpu", "cuda")
+_MODELLED = (torch.float32, torch.float64)
 
 
 class MonteCarloArithmetic(TorchDispatchMode):
-    """Context manager: inside it, inexact float32 operators return randomly rounded results.
-
-    Forward pass, backward pass and optimiser step are all covered when they run inside. The same
-    seed gives the same bits, whatever the number of threads of the perturbation itself.
+    """Context manager: torch operators inside it round at random.
 
     Parameters
     ----------
-    seed : names the stream of perturbations
-    mode : only "rr" (random rounding of results)
-    precision : virtual precision in bits; only 24, that of float32
-
-    Notes
-    -----
-    One rounding per operator: the accumulated error of the many instructions within one
-    convolution is not modelled, so that its spread is understated by about sqrt(K) for sums of K
-    terms. Operators with other dtypes are left alone. Multi-tensor (`_foreach_`, fused)
-    optimisers are perturbed through the tensors they change.
+    mode : "rr", "pb", "mca", "sr" or "ud"
+        Which arithmetic; `reference.Arithmetic` defines them.
+    precision : virtual precision t in bits, at least 2; None: that of each tensor's format
+    seed : 0 or more; names the stream of random numbers
+    accumulation : "exact", "fast" or "none"
+        How the error of the many instructions of one operator is found; see Notes.
+    lanes : interleaved partial sums in sums, a power of two; 1 is sequential, 16 models a
+        vectorised kernel
+    fma : whether multiplying and adding is one instruction in sums of products
 
     Raises
     ------
     ValueError
-        For any other mode or precision.
+        For anything else; inside, for a tensor whose format has fewer bits than `precision`.
+    TypeError
+        Inside, for results of a floating-point format that is not known (complex, float8).
+    NotImplementedError
+        Inside, for tensors on devices other than CPU and CUDA.
+    RuntimeError
+        If a function compiled by ``torch.compile`` is traced inside.
+
+    Notes
+    -----
+    *What rounds.* Every operator that returns float16, bfloat16, float32 or float64, but those that
+    are exact whatever their operands: copies, views, conversions, comparisons, indexing, padding,
+    sign changes, ReLU, clamping, max-pooling and its gradient, nearest-neighbour upsampling, random
+    numbers, multiplication by a power of two, addition of 0 (`operators.EXACT`). An operator that
+    happens to be exact for its operands, such as 1.0 + 2.0, is not recognised.
+
+    *Sums.* Convolutions, matrix products, sums, means, variances, norms, normalisations, softmax
+    and their gradients carry the error of all their partial sums, in the order of
+    `reference`, whatever order torch's own kernels take. With "exact" the energy of the terms is
+    computed for each element (a second convolution of squares); with "fast" it is estimated on a
+    coarse grid; both are scaled to agree with all partial sums of a sample of elements. With
+    "none", each element of a result is rounded once. What is not in this list (gradients of
+    unusual layers, scatter_add, cumulative sums, linear algebra) is one rounding per element.
+
+    *Formats.* float32 and float64 are computed at the virtual precision t. Results in float16 and
+    bfloat16, also those of autocast, are rounded once, at t or the format's own 11 or 8 bits,
+    whichever is less: the products behind them are summed in float32, whose error is below.
+    Autocast's conversions are exact by the above.
+
+    *Seeds.* The same seed, operators and number of torch threads give the same bits on one
+    device. Entering the same object again continues its stream. Contexts may be nested, the
+    innermost one alone rounds. A context acts in the thread that entered it, and in the threads of
+    its backward passes.
+
+    *Zeros* stay zero in operators of one instruction, infinities and NaN in all, as do finite
+    numbers finite.
+
+    Examples
+    --------
+    >>> x = torch.full((1000,), 0.1)
+    >>> with MonteCarloArithmetic("sr", precision=11, seed=3):
+    ...     y = x / 3
+    >>> y.unique().numel()
+    2
     """
 
-    def __init__(self, seed: int, mode: str = "rr", precision: int = 24):
+    def __init__(
+        self,
+        mode: str = "rr",
+        precision: int | None = None,
+        seed: int = 0,
+        *,
+        accumulation: str = "fast",
+        lanes: int = 1,
+        fma: bool = False,
+    ):
         super().__init__()
-        if mode != "rr" or precision != 24:
-            raise ValueError(
-                f"mode={mode!r}, precision={precision}: this version has mode='rr' at precision=24"
-            )
-        self.seed = seed
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
+        if precision is not None and not (isinstance(precision, int) and 2 <= precision <= 53):
+            raise ValueError(f"precision={precision!r}: must be an integer from 2 to 53, or None")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: must be an integer, 0 or more")
+        if accumulation not in ACCUMULATIONS:
+            raise ValueError(f"accumulation={accumulation!r}: must be one of {ACCUMULATIONS}")
+        if not isinstance(lanes, int) or lanes < 1 or lanes & (lanes - 1):
+            raise ValueError(f"lanes={lanes!r}: must be a power of two, 1 or more")
+        self.mode, self.precision, self.seed = mode, precision, seed
+        self.accumulation, self.lanes, self.fma = accumulation, lanes, fma
         self.calls = 0
+        self._key = _mixed(seed)
+        self._rules: dict[torch.dtype, Rule] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operator, then perturb the float32 tensors that it computed."""
-        result = func(*args, **(kwargs or {}))
+        """Run the operator, then perturb what it computed."""
+        kwargs = kwargs or {}
+        if func._can_decompose() and _is_composite(func):
+            with self:  # inference mode hands over operators that consist of others
+                return func.decompose(*args, **kwargs)
+        if any(isinstance(m, MonteCarloArithmetic) for m in _get_current_dispatch_mode_stack()):
+            with _disable_current_modes():
+                return self._run(func, args, kwargs)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func, args, kwargs):
+        names, defaults, written, views = schema_of(func)
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
         name = func.overloadpacket.__name__
-        if name in EXACT_OPERATORS or name.removesuffix("_") in EXACT_OPERATORS:
+        if is_exact(name, given):
+            return func(*args, **kwargs)
+        rule = self._rule_of_operands(given)
+        if rule is not None and rule.perturbs_operands and _base(name) not in MODELS:
+            args, kwargs = self._perturb_operands(names, args, kwargs, written)
+        result = func(*args, **kwargs)
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
+        tensors = list(_computed(result, given, written, views))
+        if not tensors:
             return result
-        changed = args[0] if result is None and args else result  # _foreach_add_ returns None
-        for tensor in _tensors(changed):
-            if tensor.dtype == torch.float32 and tensor.numel():
-                self.calls += 1
-                perturb_(tensor, self.seed, self.calls)
+        model = MODELS.get(_base(name)) if self.accumulation != "none" else None
+        if model is not None and tensors[0].dtype in _MODELLED:
+            self._apply(model, func, given, names, result, tensors[0])
+        else:
+            for tensor in tensors:
+                round_(tensor.detach(), self.rule(tensor), self._next())
         return result
 
+    def _apply(self, model, func, given, names, result, first) -> None:
+        def again(**changes):
+            changed = given | changes
+            return func(**{name: changed[name] for name in names if name in changed})
 
-def perturb_(tensor: torch.Tensor, seed: int, call: int) -> None:
-    """Move each element of a float32 tensor by -1, 0 or +1 ulp (odds 1:6:1), in place.
+        again.__name__ = func.overloadpacket.__name__
+        detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        with torch.no_grad():
+            context = Context(self.rule(first), self.accumulation, self._next(), again)
+            model(detached, _detached(result), context)
 
-    Zeros, infinities and NaN stay what they are, finite numbers stay finite. Any strides.
+    def _perturb_operands(self, names, args, kwargs, written):
+        """Copies of all floating-point operands, perturbed; those written to in place."""
+
+        def perturbed(name, value):
+            if isinstance(value, list | tuple):
+                return type(value)(perturbed(name, item) for item in value)
+            if not _rounds(value) or value.dim() == 0:
+                return value
+            if name not in written:
+                value = value.detach().clone()
+            digits = DIGITS[value.dtype]
+            rule = Rule("rr", self.rule(value).precision, digits)
+            round_(value.detach(), rule, self._next())
+            return value
+
+        changed = tuple(perturbed(n, v) for n, v in zip(names, args, strict=False))
+        return changed, {k: v if k == "out" else perturbed(k, v) for k, v in kwargs.items()}
+
+    def _rule_of_operands(self, given) -> Rule | None:
+        for value in given.values():
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if _rounds(tensor):
+                    return self.rule(tensor)
+        return None
+
+    def rule(self, tensor: torch.Tensor) -> Rule:
+        """How results of the tensor's format and device are rounded; raises where they cannot."""
+        if tensor.device.type not in DEVICES:
+            raise NotImplementedError(
+                f"a tensor on device {tensor.device}: Monte Carlo arithmetic runs on CPU and CUDA"
+            )
+        rule = self._rules.get(tensor.dtype)
+        if rule is None:
+            rule = self._rules[tensor.dtype] = self._new_rule(tensor.dtype)
+        return rule
+
+    def _new_rule(self, dtype: torch.dtype) -> Rule:
+        digits = DIGITS.get(dtype)
+        if digits is None:
+            raise TypeError(
+                f"a result of {dtype}: Monte Carlo arithmetic knows float16, bfloat16, float32 and "
+                "float64; compute with one of these inside it"
+            )
+        precision = digits if self.precision is None else self.precision
+        if precision > digits:
+            if dtype in _MODELLED:
+                raise ValueError(
+                    f"precision={precision}, but a result of {dtype} has {digits} bits: choose at "
+                    f"most {digits}, or None for each format's own"
+                )
+            precision = digits
+        return Rule(self.mode, precision, digits, self.lanes, self.fma)
+
+    def _next(self) -> int:
+        self.calls += 1
+        return _mixed(self._key + self.calls)
+
+
+def _mixed(number: int) -> int:
+    """One step of SplitMix64: a well mixed 64-bit word from any integer."""
+    word = (number * 0x9E3779B97F4A7C15) % 2**64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return word ^ (word >> 31)
+
+
+def _base(name: str) -> str:
+    """The operator's name without the mark of its in-place variant."""
+    return name[:-1] if name.endswith("_") and name[:-1] in MODELS else name
+
+
+def _is_composite(func) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _rounds(value) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _computed(result, given, written, views):
+    """Floating-point tensors that an operator filled: results that are no views, and what it
+    wrote to.
     """
-    if tensor.device.type != "cpu":
-        _perturb_with_torch(tensor, seed, call)
-        return
-    dense = tensor if _is_dense(tensor) else tensor.contiguous()
-    bits = dense.detach().as_strided((dense.numel(),), (1,)).numpy().view(np.int32)
-    _add_ulps(bits, np.uint64(_stream(seed, call)))
-    if dense is not tensor:
-        tensor.detach().copy_(dense)
+    seen = set()
+    results = result if isinstance(result, tuple | list) else (result,)
+    candidates = [r for i, r in enumerate(results) if i not in views]
+    candidates += [given[name] for name in written if name in given]
+    for candidate in candidates:
+        for tensor in candidate if isinstance(candidate, tuple | list) else (candidate,):
+            if _rounds(tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
 
 
-def _perturb_with_torch(tensor, seed: int, call: int) -> None:
-    """Do the same with torch operators, for devices without a kernel of their own."""
-    rng = torch.Generator(tensor.device).manual_seed(_stream(seed, call) >> 1)
-    draw = torch.randint(0, 8, tensor.shape, generator=rng, device=tensor.device, dtype=torch.int32)
-    bits = tensor.detach().contiguous().view(torch.int32)
-    moved = bits + (draw == 1).int() - (draw == 0).int()
-    magnitude = bits & 0x7FFFFFFF
-    inexact = (magnitude > 0) & (magnitude < _INFINITY_BITS)
-    inexact &= (moved & 0x7FFFFFFF) < _INFINITY_BITS
-    tensor.detach().copy_(torch.where(inexact, moved, bits).view(torch.float32))
-
-
-def _stream(seed: int, call: int) -> int:
-    return int(np.random.SeedSequence([seed, call]).generate_state(1, np.uint64)[0])
-
-
-def _tensors(result):
+def _detached(result):
     if isinstance(result, torch.Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for item in result:
-            yield from _tensors(item)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
-    return torch._debug_has_internal_overlap(tensor) == 0 and (
-        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last_3d)
-        if tensor.dim() == 5
-        else tensor.is_contiguous()
-    )
-
-
-@numba.njit(parallel=True, cache=True)
-def _add_ulps(bits, stream):
-    n_blocks = (bits.size + _BLOCK - 1) // _BLOCK
-    for block in numba.prange(n_blocks):
-        stop = min(bits.size, (block + 1) * _BLOCK)
-        # A counter-based generator: the draw of an element depends on its place only.
-        counter = stream + np.uint64(block) * np.uint64(_BLOCK)
-        for start in range(block * _BLOCK, stop, _ELEMENTS_PER_WORD):
-            counter += np.uint64(0x9E3779B97F4A7C15)
-            word = counter
-            word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            word = word ^ (word >> np.uint64(31))
-            for i in range(start, min(stop, start + _ELEMENTS_PER_WORD)):
-                draw = np.int32(word & np.uint64(7))
-                word >>= np.uint64(3)
-                value = bits[i]
-                magnitude = value & np.int32(0x7FFFFFFF)
-                # 0 and infinity/NaN are exact; the largest finite number must not overflow.
-                if 0 < magnitude < np.int32(0x7F7FFFFF):
-                    bits[i] = value + np.int32(draw == 1) - np.int32(draw == 0)
+        return result.detach()
+    if isinstance(result, tuple | list):
+        return tuple(_detached(item) for item in result)
+    return result

@@ -256,8 +256,13 @@ def _methods(
         f"NiBabel{_version(versions, 'nibabel')} [@brett_nibabel]",
         f"PyTorch{_version(versions, 'torch')} [@paszke2019]",
     ]
-    parts.append(f"The workflow uses {', '.join(tools[:-1])} and {tools[-1]}.")
+    parts.append(f"The workflow uses {_listed(tools)}.")
     return " ".join(parts)
+
+
+def _listed(items: Sequence[str]) -> str:
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _version(versions: Mapping[str, str], package: str) -> str:
@@ -272,18 +277,23 @@ def _describe_members(members: Sequence[Member]) -> str:
     kinds = {
         "mca": "trained under Monte Carlo arithmetic",
         "seed": "trained from another random seed",
+        "rr": "made by running the unperturbed network under random rounding",
+    }
+    sources = {
+        "mca": " [@parker1997; @gonzalezpepe2026]",
+        "rr": " [@gonzalezpepe2023; @parker1997]",
     }
     counts = []
     for family in dict.fromkeys(m.family for m in perturbed):
         group = [m for m in perturbed if m.family == family]
         bits = sorted({m.precision for m in group if m.precision is not None})
         at = f" at {', '.join(str(b) for b in bits)} bits of precision" if bits else ""
-        cited = " [@parker1997; @gonzalezpepe2026]" if family == "mca" else ""
-        counts.append(f"{len(group)} {kinds.get(family, f'of family {family}')}{at}{cited}")
+        kind = kinds.get(family, f"of family {family}")
+        counts.append(f"{len(group)} {kind}{at}{sources.get(family, '')}")
     total = len(perturbed)
     text = (
         f"The members differ by floating-point perturbation or random seed only "
-        f"[@gonzalezpepe2025]: {' and '.join(counts)}. "
+        f"[@gonzalezpepe2025]: {_listed(counts)}. "
     )
     if total == 1:
         return text + "The labels are those of this one member; its spread is not known."

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from bids_varaug.reports.figures import to_png
 
 DPI = 130
-FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00"}  # Okabe-Ito
+FAMILY_COLORS = {"mca": "#0072b2", "seed": "#d55e00", "rr": "#009e73"}  # Okabe-Ito
 OTHER_COLOR = "#cc79a7"
 BASELINE = "ieee"
 
@@ -102,7 +102,7 @@ def _draw_row(axes, row: int, table: pd.DataFrame, relative: bool) -> None:
         np.full(len(baseline), row),
         "D",
         markersize=4.6,
-        markerfacecolor="white",
+        markerfacecolor="none",
         markeredgecolor="black",
         markeredgewidth=1.0,
         zorder=4,
@@ -141,7 +141,7 @@ def _add_volume_legend(figure: Figure, axes, members: pd.DataFrame, relative: bo
             [],
             [],
             "D",
-            markerfacecolor="white",
+            markerfacecolor="none",
             markeredgecolor="black",
             label="ieee (unperturbed)",
         )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 
 from bids_varaug.errors import ScanError
-from bids_varaug.models.ensemble import load_ensemble, load_member
+from bids_varaug.models.ensemble import Member, load_ensemble, load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
+from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.posterior import save_posterior
 from bids_varaug.segmentation.predict import segment_volume
 
 
 def segment_with_member(
-    head: np.ndarray, ensemble_name: str, member_id: str, out: Path, device: str, num_threads: int
+    head: np.ndarray, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
 ) -> None:
     """Load a member, segment, and write its posterior to `out`.
 
     Parameters
     ----------
     head : (X, Y, Z) float32, head box on the network grid
+    member : of that ensemble, or of `round_inference` of it
 
     Raises
     ------
@@ -32,11 +36,11 @@ def segment_with_member(
     """
     keep_freed_memory()
     torch.set_num_threads(num_threads)
-    ensemble = load_ensemble(ensemble_name)
-    member = next(m for m in ensemble.members if m.id == member_id)
-    network = load_member(ensemble, member, device)
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # random rounding's
+    network = load_member(load_ensemble(ensemble_name), member, device)
     try:
-        sparse = segment_volume(network, head)
+        with arithmetic_of(member):
+            sparse = segment_volume(network, head)
     except torch.OutOfMemoryError as error:
         raise ScanError(
             f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a "
@@ -47,3 +51,20 @@ def segment_with_member(
     )
     del network, sparse
     release_freed_memory()
+
+
+def arithmetic_of(member: Member) -> AbstractContextManager:
+    """Return the floating-point arithmetic in which a member segments.
+
+    Plain, or random rounding of what torch computes [1]_: the scaling of the image's intensities,
+    the network and its softmax. What comes before (resampling to the network grid) and after
+    (largest component, fusion, resampling to the grid of the image) runs in
+    numpy, scipy and numba, and is never perturbed.
+
+    References
+    ----------
+    .. [1] Gonzalez Pepe et al. (2023), arXiv:2308.01939.
+    """
+    if not member.is_rounded:
+        return nullcontext()
+    return MonteCarloArithmetic(mode="rr", precision=member.precision, seed=member.seed)

@@ -26,6 +26,9 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     for the labels and once for the posterior near the brain, so that the dense posterior (1 GB for
     a whole head and 32 classes) never exists.
 
+    Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax.
+    The largest component and its surroundings are found by scipy, exactly.
+
     Parameters
     ----------
     network : in evaluation mode, on the device to use

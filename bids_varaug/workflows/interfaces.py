@@ -80,8 +80,8 @@ class Conform(_Step):
 
 class _SegmentInput(BaseInterfaceInputSpec):
     head_file = File(exists=True, mandatory=True, desc="head box")
-    member = traits.Str(mandatory=True, desc="member id")
-    checksum = traits.Str(mandatory=True, desc="SHA-256 of its weights")
+    # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
+    member = traits.Any(mandatory=True, desc="models.ensemble.Member")
     # Where and how it runs does not change what comes out.
     ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
     device = traits.Str("cpu", usedefault=True, nohash=True)
@@ -100,7 +100,7 @@ class SegmentMember(_Step):
     def _step(self, folder: Path) -> dict:
         from bids_varaug.segmentation.member import segment_with_member
 
-        path = folder / f"{self.inputs.member}.safetensors"
+        path = folder / f"{self.inputs.member.id}.safetensors"
         segment_with_member(
             np.load(self.inputs.head_file), self.inputs.ensemble, self.inputs.member, path,
             self.inputs.device, self.inputs.num_threads,

@@ -19,6 +19,7 @@ from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializ
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
+from bids_varaug.models.ensemble import Member
 from bids_varaug.workflows.interfaces import LOG_LEVEL
 
 KILLED = (
@@ -166,10 +167,10 @@ class ProgressLog:
             self.scans_done.add(where)
             self._say(f"{where}: written ({len(self.scans_done)} of {self.n_scans} scans)")
 
-    def _count_members(self, where: str, members: str | list[str]) -> None:
+    def _count_members(self, where: str, members: Member | list[Member]) -> None:
         """A node of one member, or (again, or from plugins that do not split it) of all."""
-        members = [members] if isinstance(members, str) else members
-        new = [member for member in members if (where, member) not in self.members_done]
+        ids = [member.id for member in (members if isinstance(members, list) else [members])]
+        new = [member for member in ids if (where, member) not in self.members_done]
         if not new:
             return
         self.members_done.update((where, member) for member in new)

@@ -37,6 +37,7 @@ def test_defaults(places, tmp_path):
     assert settings.work_dir == tmp_path / "cwd" / "work"
     assert settings.ensemble == "aseg31"
     assert settings.members == ("all",)
+    assert settings.perturb_inference == 0
     assert settings.device == "auto"
     assert settings.nprocs == parser.available_processors()
     assert settings.omp_nthreads == min(settings.nprocs, 8)
@@ -57,6 +58,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
         + ["--session-label", "ses-a", "--bids-filter-file", str(filters)]
         + ["--bids-database-dir", "db", "--skip-bids-validation", "--ensemble", "./mine"]
         + ["--members", "mca", "seed01", "--n-members", "2", "--write-members"]
+        + ["--perturb_inference", "99"]
         + ["--device", "cuda:1", "--nprocs", "4", "--omp-nthreads", "3", "--mem", "8000M"]
         + ["--use-plugin", str(plugin), "-w", "../w", "--clean-workdir", "--random-seed", "7"]
         + ["--sloppy", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
@@ -69,6 +71,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     assert settings.ensemble == str(tmp_path / "cwd" / "mine")
     assert settings.members == ("mca", "seed01")
     assert (settings.n_members, settings.device) == (2, "cuda:1")
+    assert settings.perturb_inference == 99
     assert (settings.nprocs, settings.omp_nthreads, settings.mem_gb) == (4, 3, 7.8125)
     assert settings.plugin == {"plugin": "SLURM", "plugin_args": {"sbatch_args": "-n1"}}
     assert settings.work_dir == tmp_path / "w"
@@ -133,6 +136,9 @@ def test_repeated_labels_count_once(places):
         (["--mem", "lots"], "amount of memory"),
         (["--mem", "0"], "amount of memory"),
         (["--members", "mca,../x"], "not a family"),
+        (["--perturb-inference", "-1"], "from 0 to 99"),
+        (["--perturb-inference", "100"], "from 0 to 99"),
+        (["--perturb-inference", "1.5"], "from 0 to 99"),
         (["--random-seed", "-1"], "from 0 to 4294967295"),
         (["--random-seed", "4294967296"], "from 0 to 4294967295"),
         (["--cv-folds", "1"], "whole number from 2"),
@@ -296,13 +302,14 @@ def test_config_file_gives_defaults(places, config):
     dry-run = false
     verbose = 1
     members = ["mca"]
+    perturb_inference = 10
     """
     settings = parser.parse_settings([*places, *config(text)])
     assert settings.participant_labels == ("01", "02")
     assert settings.session_labels == ("a",)
     assert (settings.mem_gb, settings.nprocs, settings.verbosity) == (2.0, 3, 1)
     assert (settings.sloppy, settings.dry_run) == (True, False)
-    assert settings.members == ("mca",)
+    assert (settings.members, settings.perturb_inference) == (("mca",), 10)
 
 
 def test_command_line_wins_over_config_file(places, config):

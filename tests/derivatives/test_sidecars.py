@@ -103,6 +103,13 @@ def test_each_member_has_a_row_with_its_checksum():
     assert table.loc["desc-mca01", "precision"] == "24"
 
 
+def test_rounded_members_have_a_row_with_seed_and_baseline_checksum():
+    member = SimpleNamespace(id="rr01", family="rr", seed=701, precision=24, sha256="a" * 64)
+    row = sidecars.descriptions_table([*MEMBERS, member]).set_index("desc_id").loc["desc-rr01"]
+    assert (row["family"], row["seed"], row["precision"]) == ("rr", "701", "24")
+    assert row["sha256"] == MEMBERS[0].sha256 and "random rounding" in row["description"]
+
+
 def test_each_fixed_desc_has_a_row():
     ids = set(sidecars.descriptions_table(MEMBERS)["desc_id"])
     used = {o.entities["desc"] for o in names.OUTPUTS.values() if "desc" in o.entities}

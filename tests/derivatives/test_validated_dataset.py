@@ -25,6 +25,7 @@ LABELS = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17,
 MEMBERS = [
     SimpleNamespace(id="ieee", family="ieee", seed=1, precision=None, sha256="a" * 64),
     SimpleNamespace(id="mca01", family="mca", seed=1, precision=24, sha256="b" * 64),
+    SimpleNamespace(id="rr01", family="rr", seed=1, precision=24, sha256="a" * 64),
 ]
 
 

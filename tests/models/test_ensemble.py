@@ -1,17 +1,19 @@
 """Ensembles on disk: what is written is read; what is damaged is refused with a reason."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bids_varaug.errors import EnsembleError
+from bids_varaug.errors import EnsembleError, UsageError
 from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
     load_ensemble,
     load_member,
+    round_inference,
     save_weights,
     select_members,
     write_manifest,
@@ -70,6 +72,47 @@ def test_members_are_chosen_by_family_id_and_number(ensemble, wanted, n, expecte
 def test_unknown_member_is_refused_with_the_known_ones(ensemble):
     with pytest.raises(EnsembleError, match=r"mca09.*It has ieee, mca01"):
         select_members(ensemble, ["mca09"])
+
+
+def test_rounded_members_are_the_baseline_with_seeds_of_their_own(ensemble):
+    members = round_inference(ensemble, 99, random_seed=7)
+    assert ids(members)[:2] == ["rr01", "rr02"] and ids(members)[-1] == "rr99"
+    assert len({member.seed for member in members}) == 99
+    assert {(m.family, m.precision, m.sha256, m.file) for m in members} == {
+        ("rr", 24, ensemble.members[0].sha256, "ieee.safetensors")
+    }
+    assert not any(member.is_baseline for member in members)
+
+
+def test_rounded_members_keep_their_seeds_when_more_are_asked_for(ensemble):
+    assert round_inference(ensemble, 5, 3)[:2] == round_inference(ensemble, 2, 3)
+
+
+def test_another_random_seed_gives_every_rounded_member_another_seed(ensemble):
+    seeds = [{m.seed for m in round_inference(ensemble, 99, seed)} for seed in (0, 1, 2**32 - 1)]
+    assert len(set.union(*seeds)) == 3 * 99
+
+
+def test_no_rounded_member_unless_asked_for(ensemble):
+    assert round_inference(ensemble, 0, 1) == ()
+    assert round_inference(replace(ensemble, members=ensemble.members[1:]), 0, 1) == ()
+
+
+def test_rounded_members_need_a_baseline(ensemble):
+    with pytest.raises(UsageError, match=r"--perturb-inference 2: .*no baseline \(ieee\)"):
+        round_inference(replace(ensemble, members=ensemble.members[1:]), 2, 0)
+
+
+def test_rounded_members_asked_for_by_name_are_told_where_they_come_from(ensemble):
+    with pytest.raises(EnsembleError, match="come from --perturb-inference"):
+        select_members(ensemble, ["rr"])
+
+
+def test_trained_members_may_not_be_of_the_rounded_family(ensemble):
+    other = replace(ensemble.members[1], id="rr01", family="rr")
+    write_manifest(replace(ensemble, members=(*ensemble.members, other)))
+    with pytest.raises(EnsembleError, match="family rr"):
+        load_ensemble(str(ensemble.directory))
 
 
 def test_unknown_ensemble_is_refused():

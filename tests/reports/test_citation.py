@@ -1,6 +1,7 @@
 """What the methods paragraph says, and that each citation has its reference."""
 
 import re
+from types import SimpleNamespace
 
 from bids_varaug.reports.citation import REFERENCES, cite
 
@@ -18,6 +19,21 @@ def test_members_are_counted_by_family(ensemble, members):
     text = cite(ensemble, members).methods
     assert "2 trained under Monte Carlo arithmetic at 24 bits" in text
     assert "averaged over these 3 members" in text
+
+
+def test_random_rounding_at_inference_is_told_with_its_source(ensemble, members):
+    rounded = [SimpleNamespace(family="rr", precision=24)] * 10
+    citation = cite(ensemble, [members[0], *rounded])
+    assert (
+        "10 made by running the unperturbed network under random rounding at 24 bits of precision "
+        "[@gonzalezpepe2023; @parker1997]. The consensus" in citation.methods
+    )
+    assert "2308.01939" in citation.markdown()
+
+
+def test_families_are_listed_with_commas(ensemble, members):
+    text = cite(ensemble, [*members, SimpleNamespace(family="rr", precision=24)]).methods
+    assert "], 1 trained from another random seed and 1 made by running" in text
 
 
 def test_baseline_alone_claims_no_spread(ensemble, members):

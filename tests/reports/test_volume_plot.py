@@ -2,7 +2,7 @@
 
 import pytest
 
-from bids_varaug.reports.volume_plot import draw_volumes, pair_sides, short_name
+from bids_varaug.reports.volume_plot import FAMILY_COLORS, draw_volumes, pair_sides, short_name
 
 
 def test_same_table_gives_the_same_bytes(members_table):
@@ -13,6 +13,13 @@ def test_every_member_has_a_mark(members_table):
     moved = members_table.copy()
     moved.loc[moved["member"] == "seed02", "volume"] *= 1.2
     assert draw_volumes(members_table) != draw_volumes(moved)
+
+
+def test_rounded_members_have_a_colour_of_their_own(members_table):
+    assert len(set(FAMILY_COLORS.values())) == 3
+    table = members_table.replace({"member": {"seed02": "rr01"}})
+    rounded = table.assign(family=table["member"].str.rstrip("0123456789"))
+    assert draw_volumes(rounded) != draw_volumes(table)
 
 
 def test_one_member_alone_can_be_drawn(members_table):

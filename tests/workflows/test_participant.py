@@ -21,6 +21,8 @@ from bids_varaug.inputs.validation import run_validator
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
 MAPS = ("entropy", "sigbits", "std")
+ROUNDED = ("--members", "ieee", "--perturb-inference", "2", "--random-seed", "7",
+           "--participant-label", "02", "--nprocs", "2", "--omp-nthreads", "1")  # fmt: skip
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -190,6 +192,78 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
     regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
     assert regions["volume_std"].isna().all()
     assert run_validator(out) == []
+
+
+@pytest.fixture(scope="module")
+def rounded(app, linear, tmp_path_factory):
+    """Output of the baseline and two runs of it under random rounding."""
+    out = tmp_path_factory.mktemp("rounded") / "out"
+    assert app(out, *linear, *ROUNDED, "--write-members") == 0
+    return out
+
+
+def test_rounded_members_are_in_every_table_and_the_report(rounded):
+    folder = rounded / "sub-02" / "anat"
+    members = pd.read_csv(next(folder.glob("*_morph.tsv")), sep="\t")
+    assert list(members["member"].unique()) == ["ieee", "rr01", "rr02"]
+    assert list(members["family"].unique()) == ["ieee", "rr"]
+    regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
+    assert regions["volume_std"].notna().all() and (regions["dice_min_rr"] > 0.9).all()
+    rows = pd.read_csv(rounded / "descriptions.tsv", sep="\t", index_col="desc_id")
+    assert list(rows.loc[["desc-rr01", "desc-rr02"], "family"]) == ["rr", "rr"]
+    assert list(rows.loc[["desc-rr01", "desc-rr02"], "seed"]) == [701, 702]
+    assert rows.loc["desc-rr01", "sha256"] == rows.loc["desc-ieee", "sha256"]
+    sidecar = json.loads(next(folder.glob("*_stat-std_statmap.json")).read_text())
+    assert sidecar["Members"] == ["rr01", "rr02"]
+    assert len(list(folder.glob("*_desc-rr0?_dseg.nii.gz"))) == 2
+    std = nib.load(next(folder.glob("*_stat-std_statmap.nii.gz"))).get_fdata()
+    assert 0 < std.max() < 1e-2
+    report = (rounded / "sub-02.html").read_text()
+    assert "rr02" in report and "under random rounding" in report
+    assert run_validator(rounded) == []
+
+
+def test_rounded_members_have_the_same_bits_in_another_run(rounded, app, tmp_path):
+    """Here in worker processes, there in this one."""
+    out = tmp_path / "again"
+    assert app(out, *ROUNDED, "--write-members") == 0
+    assert digests(out) == digests(rounded)
+
+
+def test_another_random_seed_computes_the_rounded_members_alone_again(app, linear, tmp_path):
+    def times() -> dict[str, int]:
+        work = tmp_path / "out-work"
+        found = [p for p in work.rglob("*.safetensors") if p.stem in ("ieee", "rr01", "rr02")]
+        return {path.name: path.stat().st_mtime_ns for path in found}
+
+    run = (tmp_path / "out", *linear, *ROUNDED)
+    assert app(*run) == 0
+    before, written = times(), digests(tmp_path / "out")
+    assert app(*run, "--random-seed", "8") == 0
+    after = times()
+    assert {name for name in before if before[name] != after[name]} == {
+        "rr01.safetensors",
+        "rr02.safetensors",
+    }
+    assert app(*run) == 0
+    assert digests(tmp_path / "out") == written
+
+
+def test_dry_run_shows_rounded_members(app, tmp_path, capsys):
+    assert app(tmp_path / "out", "--dry-run", "--n-members", "1", "--perturb-inference", "2") == 0
+    assert "members ieee, mca01, seed01, rr01, rr02:" in capsys.readouterr().out
+
+
+def test_ensemble_without_baseline_cannot_be_rounded(dataset, small_ensemble, tmp_path, capsys):
+    folder = tmp_path / "ensemble"
+    folder.mkdir()
+    values = json.loads((small_ensemble / "manifest.json").read_text())
+    values["members"] = [m for m in values["members"] if m["id"] != "ieee"]
+    (folder / "manifest.json").write_text(json.dumps(values))
+    for member in values["members"]:
+        (folder / member["file"]).symlink_to(small_ensemble / member["file"])
+    assert Run(dataset, folder)(tmp_path / "out", "--perturb-inference", "2") == 64
+    assert "has no baseline (ieee)" in capsys.readouterr().err
 
 
 def test_sloppy_says_so_everywhere_and_runs_two_members(app, tmp_path, linear):

@@ -1,0 +1,468 @@
+"""Rounding noise, added to arrays in place by compiled kernels.
+
+Noise of an element is a standard deviation times g, plus what a whole channel shares, then one last
+rounding as the rule says; a dither is left out where the noise of a sum of many terms is there. g
+has mean 0, variance 1 and a nearly normal distribution (the sum of four uniform bytes: excess
+kurtosis -0.3, nothing beyond 3.45). Random numbers are a hash of the stream and the element's place
+in memory: they do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange, types
+from numba.core import cgutils  # noqa: F401 (numba's intrinsics need it loaded)
+from numba.extending import intrinsic
+
+from bids_varaug.compiled import compiled
+from bids_varaug.numerics.rules import DITHER, STOCHASTIC, Rule
+
+_BLOCK = 8192
+_SMALL = 4 * _BLOCK  # elements below which waking other threads takes longer than the work
+BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 510
+# What the largest of two numbers plus 0.414 times the smaller exceeds the root of their squares by,
+# in the middle of its range
+HYPOTENUSE = 1.0412
+_BITS = {types.float32: types.int32, types.float64: types.int64}
+_FLOATS = {bits: floating for floating, bits in _BITS.items()}
+
+
+class Finish(NamedTuple):
+    """The last rounding, as compiled code takes it; integers and floats of the array's width."""
+
+    kind: int
+    width: np.floating  # of the dither, in units of 2^E for a number in [2^E, 2^(E+1))
+    exponent_mask: np.integer
+    grid_mask: np.integer  # the bits below the virtual precision
+
+
+# Bits of the exponent, for each width
+_EXPONENTS = {2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
+
+
+def finish(rule: Rule, dtype: np.dtype) -> Finish:
+    """Return what a rule means for arrays of a dtype (float32 or float64)."""
+    integer = {4: np.int32, 8: np.int64}[dtype.itemsize]
+    return Finish(
+        rule.kind,
+        dtype.type(rule.width * 2.0 ** (1 - rule.digits)),
+        integer(_EXPONENTS[dtype.itemsize]),
+        integer((1 << rule.grid_bits) - 1),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Scalars
+
+
+@intrinsic
+def bits_of(typing_context, value):
+    """The bits of a float as an integer of its width."""
+    target = _BITS[value]
+
+    def build(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(target))
+
+    return target(value), build
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """The float of these bits."""
+    target = _FLOATS[bits]
+
+    def build(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(target))
+
+    return target(bits), build
+
+
+@intrinsic
+def like(typing_context, value, template):
+    """The value, in the template's type: numba widens 32-bit arithmetic otherwise."""
+
+    def build(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], value, template)
+
+    return template(value, template), build
+
+
+@compiled()
+def line_key(stream, line):
+    """64 random bits for one line of memory: a step of SplitMix64 (Steele et al. 2014)."""
+    word = stream + np.uint64(line + 1) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+@compiled()
+def random_word(place, first, second):
+    """32 random bits: a hash of an element's place in its line and the line's two keys.
+
+    A Weyl sequence, then two rounds of xorshift-multiply. Every step is cast to 32 bits, else
+    numba computes with 64 and the loop is four times as slow.
+    """
+    word = np.uint32(np.uint32(place) * np.uint32(0x9E3779B1))
+    word = np.uint32(word + np.uint32(first))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+    word = np.uint32(np.uint32(word * np.uint32(0x21F0AAAD)) + np.uint32(second))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+    word = np.uint32(word * np.uint32(0xD35A2D97))
+    return np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+
+
+@compiled()
+def remixed(word, key):
+    """A second word from the first."""
+    word = np.uint32(np.uint32(word ^ key) * np.uint32(0x9E3779B1))
+    return np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+
+
+@compiled()
+def centred(word, template):
+    """A number of mean 0 and standard deviation `BYTES_SD`, in the template's type."""
+    mask = np.uint32(0x00FF00FF)
+    odd = np.uint32(np.uint32(word >> np.uint32(8)) & mask)
+    pairs = np.uint32(np.uint32(word & mask) + odd)
+    total = np.uint32(np.uint32(pairs & np.uint32(0xFFFF)) + np.uint32(pairs >> np.uint32(16)))
+    return like(np.int32(np.int32(total) - np.int32(510)), template)
+
+
+@compiled()
+def standard(word, template):
+    """Draw g of mean 0 and variance 1 from 32 random bits, in the template's type."""
+    return centred(word, template) * like(1 / BYTES_SD, template)
+
+
+@compiled()
+def dithered(y, noise, word, how):
+    """Y plus noise plus dither, rounded; infinity and NaN as they are, finite numbers finite."""
+    power = float_of(like(bits_of(y) & how.exponent_mask, how.exponent_mask))
+    dither = like(np.int32(word), y) * like(2.0**-32, y)
+    change = noise + dither * (how.width * power)
+    result = y + change
+    # Infinity less infinity is not 0. Not a choice between y and the result: that becomes a masked
+    # store, which takes ten times as long.
+    return y + (change if result - result == like(0.0, y) else like(0.0, y))
+
+
+@compiled()
+def gridded(y, noise, word, how):
+    """Y plus noise, rounded to the grid of the virtual precision; else as `dithered`."""
+    # On integers: magnitudes are ordered like their bits, also from one binade to the next
+    shifted = bits_of(y + noise)
+    sign = like(shifted & ~_magnitude_mask(shifted), shifted)
+    magnitude = like(shifted & _magnitude_mask(shifted), shifted)
+    draw = like(_wide(word, shifted), shifted)
+    if how.kind == STOCHASTIC:
+        magnitude = like(magnitude + (draw & how.grid_mask), shifted)
+        magnitude = like(magnitude & ~how.grid_mask, shifted)
+    elif magnitude > how.grid_mask:  # up-down
+        step = like(how.grid_mask + 1, shifted)
+        magnitude = like(magnitude + (step >> 1), shifted)
+        magnitude = like(magnitude & ~how.grid_mask, shifted)
+        magnitude = like(magnitude + (step if draw & step else -step), shifted)
+    result = float_of(like(sign | magnitude, shifted))
+    zero = like(0.0, y)
+    return result if result - result == zero and y - y == zero else y
+
+
+@compiled()
+def finished(y, noise, word, how):
+    """Y plus noise, with the last rounding as the rule says."""
+    return dithered(y, noise, word, how) if how.kind == DITHER else gridded(y, noise, word, how)
+
+
+@compiled()
+def _magnitude_mask(bits):
+    return like(~(like(1, bits) << like(8 * _size_of(bits) - 1, bits)), bits)
+
+
+@intrinsic
+def _size_of(typing_context, bits):
+    """Bytes of an integer."""
+    n_bytes = bits.bitwidth // 8
+
+    def build(context, builder, signature, arguments):
+        return context.get_constant(types.int64, n_bytes)
+
+    return types.int64(bits), build
+
+
+@compiled()
+def _wide(word, bits):
+    """As many random bits as the template has: the word, mixed once more for the upper half."""
+    high = np.int64(random_word(word, 0x6A09E667, 0))
+    return (high << 32) ^ np.int64(word) if _size_of(bits) == 8 else np.int64(word)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loops
+
+
+# Inner loops must stay simple enough to become vector instructions: the kind of rounding and the
+# presence of energy and companion are constants there, and no two arrays overlap.
+
+
+@compiled()
+def _round_line(y, key, how, dither):
+    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for i in range(y.size):
+        word = random_word(i, first, second)
+        zero = like(0.0, y[i])
+        y[i] = dithered(y[i], zero, word, how) if dither else gridded(y[i], zero, word, how)
+
+
+@compiled()
+def _round_block(y, block, stream, how):
+    line = y[block * _BLOCK : min(y.size, (block + 1) * _BLOCK)]
+    key = line_key(stream, block)
+    if how.kind == DITHER:
+        _round_line(line, key, how, True)
+    else:
+        _round_line(line, key, how, False)
+
+
+@compiled(parallel=True)
+def _round_parallel(y, stream, how):
+    for block in prange((y.size + _BLOCK - 1) // _BLOCK):
+        _round_block(y, block, stream, how)
+
+
+@compiled()
+def _round_serial(y, stream, how):
+    for block in range((y.size + _BLOCK - 1) // _BLOCK):
+        _round_block(y, block, stream, how)
+
+
+def round_flat(y: np.ndarray, stream: np.uint64, how: Finish) -> None:
+    """Round each element of y (n,) once."""
+    (_round_serial if y.size <= _SMALL else _round_parallel)(y, stream, how)
+
+
+@compiled()
+def _perturb_line(y, deviation, key, how, dither):
+    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for i in range(y.size):
+        word = random_word(i, first, second)
+        noise = deviation[i] * standard(word, y[i])
+        word = remixed(word, second)
+        y[i] = dithered(y[i], noise, word, how) if dither else gridded(y[i], noise, word, how)
+
+
+@compiled()
+def _perturb_block(y, deviation, block, stream, how):
+    part = slice(block * _BLOCK, min(y.size, (block + 1) * _BLOCK))
+    key = line_key(stream, block)
+    if how.kind == DITHER:
+        _perturb_line(y[part], deviation[part], key, how, True)
+    else:
+        _perturb_line(y[part], deviation[part], key, how, False)
+
+
+@compiled(parallel=True)
+def _perturb_parallel(y, deviation, stream, how):
+    for block in prange((y.size + _BLOCK - 1) // _BLOCK):
+        _perturb_block(y, deviation, block, stream, how)
+
+
+@compiled()
+def _perturb_serial(y, deviation, stream, how):
+    for block in range((y.size + _BLOCK - 1) // _BLOCK):
+        _perturb_block(y, deviation, block, stream, how)
+
+
+def perturb_flat(y: np.ndarray, deviation: np.ndarray, stream: np.uint64, how: Finish) -> None:
+    """Add noise of standard deviation `deviation` (n,) to y (n,) and round once."""
+    (_perturb_serial if y.size <= _SMALL else _perturb_parallel)(y, deviation, stream, how)
+
+
+@compiled()
+def _deviation(y, offset, alpha, part, unit):
+    """sqrt(a^2 + b^2) within 4 %, b = part >= 0: a third of the time of a loop with the root."""
+    a = abs(alpha * (y - offset))
+    return (max(a, part) + like(0.41421, y) * min(a, part)) * unit
+
+
+@compiled()
+def _row_without_energy(y, columns, start, first, second, how):
+    offset, alpha, unit = columns[0], columns[1], columns[3]
+    slope, intercept = columns[4], columns[5]
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        noise = alpha[c] * (y[c] - offset[c]) * (unit[c] * centred(word, y[c]))
+        noise += slope[c] * y[c] + intercept[c]
+        y[c] = dithered(y[c], noise, remixed(word, second), how)
+
+
+@compiled()
+def _added(y, noise):
+    """Y plus noise, rounded to nearest; as `dithered` where numbers are not finite."""
+    result = y + noise
+    return y + (noise if result - result == like(0.0, y) else like(0.0, y))
+
+
+@compiled()
+def _row_with_energy(y, columns, energy, start, first, second):
+    offset, alpha, beta, unit = columns[0], columns[1], columns[2], columns[3]
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        noise = _deviation(y[c], offset[c], alpha[c], beta[c] * energy, unit[c])
+        y[c] = _added(y[c], noise * centred(word, y[c]))
+
+
+@compiled()
+def _row_with_energies(y, columns, energies, start, first, second):
+    offset, alpha, beta, unit = columns[0], columns[1], columns[2], columns[3]
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        noise = _deviation(y[c], offset[c], alpha[c], beta[c] * energies[c], unit[c])
+        y[c] = _added(y[c], noise * centred(word, y[c]))
+
+
+@compiled()
+def _row_with_others(y, others, columns, start, first, second, how):
+    offset, alpha, unit = columns[0], columns[1], columns[3]
+    slope, intercept = columns[4], columns[5]
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        noise = alpha[c] * (y[c] - offset[c]) * (unit[c] * centred(word, y[c]))
+        noise += slope[c] * others[c] + intercept[c]
+        y[c] = dithered(y[c], noise, remixed(word, second), how)
+
+
+@compiled()
+def _row(y, others, columns, energies, start, first, second, how):
+    """Everything at once, slowly: companion, energy, any rounding."""
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        root = like(0.0, y[c])
+        if energies.size > 0:
+            root = energies[c] if energies.size > 1 else energies[0]
+        noise = _deviation(y[c], columns[0, c], columns[1, c], columns[2, c] * root, columns[3, c])
+        noise *= centred(word, y[c])
+        other = others[c] if others.size > 0 else y[c]
+        noise += columns[4, c] * other + columns[5, c]
+        y[c] = finished(y[c], noise, remixed(word, second), how)
+
+
+@compiled()
+def _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line):
+    n_channels = grid[4]
+    tile = columns.shape[1] // n_channels
+    dither, has_others, has_energy = how.kind == DITHER, others.size > 0, root.size > 0
+    by_channel = root.shape[4] > 1
+    key = line_key(stream, line)
+    n = line // (grid[1] * grid[2])
+    i = (line // grid[2]) % grid[1] >> shift
+    j = line % grid[2] >> shift
+    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for z in range(0, grid[3], tile):
+        begin = (line * grid[3] + z) * n_channels
+        part = slice(begin, begin + min(tile, grid[3] - z) * n_channels)
+        start = np.uint32(np.uint32(z) * np.uint32(n_channels))
+        values = y[part]
+        if dither and not has_energy and not has_others:
+            _row_without_energy(values, columns, start, first, second, how)
+        elif dither and not has_energy:
+            _row_with_others(values, others[part], columns, start, first, second, how)
+        elif dither and not by_channel and not has_others:
+            energy = root[n, i, j, z >> shift, 0]
+            _row_with_energy(values, columns, energy, start, first, second)
+        elif dither and not has_others:
+            energies = root[n, i, j, z >> shift]
+            _row_with_energies(values, columns, energies, start, first, second)
+        else:
+            energies = root[n, i, j, z >> shift] if has_energy else columns[0, 0:0]
+            other = others[part] if has_others else others
+            _row(values, other, columns, energies, start, first, second, how)
+
+
+@compiled(parallel=True)
+def _rows_parallel(y, others, columns, grid, root, shift, stream, how):
+    for line in prange(grid[0] * grid[1] * grid[2]):
+        _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line)
+
+
+@compiled()
+def _rows_serial(y, others, columns, grid, root, shift, stream, how):
+    for line in range(grid[0] * grid[1] * grid[2]):
+        _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line)
+
+
+def perturb_rows(y, others, columns, grid, root, shift, stream, how) -> None:
+    """Add noise to channels that lie next to each other in memory.
+
+    Parameters
+    ----------
+    y : (P C,), P voxels in the order of `grid`
+    others : (P C,), the companion, or (0,): y itself
+    columns : (6, m C): offset, alpha, beta, unit, slope, intercept of each channel, repeated for m
+        voxels; m divides ``1 << shift`` if there is an energy. The noise of an element is
+        ``intercept + slope companion + sqrt((alpha (y - offset))^2 + (beta root)^2) unit g``; in
+        alpha and unit, `BYTES_SD` and `HYPOTENUSE` are divided out as `perturb` does
+    grid : (N, X, Y, Z, C), int64; N X Y Z = P
+    root : (N, X', Y', Z', 1 or C): square root of the energy of the sums' terms; a voxel looks at
+        its coordinates shifted right by `shift` bits; empty: no energy
+    """
+    run = _rows_serial if y.size <= _SMALL else _rows_parallel
+    run(y, others, columns, grid, root, shift, stream, how)
+
+
+@compiled(parallel=True)
+def perturb_planes(y, others, columns, grid, root, shift, stream, how):
+    """Do the same where voxels of a channel lie next to each other: y, others (N, C, X Y Z).
+
+    `columns` is (C, 6, m) with m = Z where there is an energy, else the number of voxels handled
+    at once.
+    """
+    n_channels = grid[4]
+    length = columns.shape[2]
+    n_voxels = grid[1] * grid[2] * grid[3]
+    has_others, has_energy = others.size > 0, root.size > 0
+    for plane in prange(grid[0] * n_channels):
+        n, c = plane // n_channels, plane % n_channels
+        key = line_key(stream, plane)
+        first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+        values, channel = y[n, c], columns[c]
+        energies = np.empty(length if has_energy else 0, y.dtype)
+        for begin in range(0, n_voxels, length):
+            part = slice(begin, min(begin + length, n_voxels))
+            if has_energy:
+                i, j = begin // (grid[2] * grid[3]), begin // grid[3] % grid[2]
+                run = root[n, i >> shift, j >> shift, :, c if root.shape[4] > 1 else 0]
+                for z in range(length):
+                    energies[z] = run[z >> shift]
+            other = others[n, c, part] if has_others else values[0:0]
+            if how.kind == DITHER and not has_others and not has_energy:
+                _row_without_energy(values[part], channel, np.uint32(begin), first, second, how)
+            elif how.kind == DITHER and not has_energy:
+                _row_with_others(values[part], other, channel, np.uint32(begin), first, second, how)
+            elif how.kind == DITHER and not has_others:
+                _row_with_energies(values[part], channel, energies, np.uint32(begin), first, second)
+            else:
+                _row(values[part], other, channel, energies, np.uint32(begin), first, second, how)
+
+
+@compiled(parallel=True)
+def round_halves(bits, exponent_mask, grid_mask, width, kind, stream):
+    """Round 16-bit floats, given as int16 (n,), once; they came out of wider arithmetic."""
+    for block in prange((bits.size + _BLOCK - 1) // _BLOCK):
+        key = line_key(stream, block)
+        start = block * _BLOCK
+        for i in range(start, min(bits.size, start + _BLOCK)):
+            word = random_word(i - start, key, key >> np.uint64(32))
+            magnitude = np.int32(bits[i]) & np.int32(0x7FFF)
+            moved = magnitude
+            if kind == DITHER:
+                moved += np.int32(np.rint(np.float32(np.int32(word)) * np.float32(2**-32) * width))
+            elif kind == STOCHASTIC:
+                moved = (magnitude + (np.int32(word) & grid_mask)) & ~grid_mask
+            else:
+                moved = (magnitude + ((grid_mask + 1) >> 1)) & ~grid_mask
+                moved += (grid_mask + 1) if word & np.uint32(0x80000000) else -(grid_mask + 1)
+            if 0 < magnitude < exponent_mask and 0 < moved < exponent_mask:
+                bits[i] = np.int16(moved | (np.int32(bits[i]) & np.int32(-0x8000)))

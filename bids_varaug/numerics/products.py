@@ -1,0 +1,400 @@
+"""Noise of matrix products and convolutions, forward and backward.
+
+Variance of an element: that of all its partial sums where the whole operator is small (`DIRECT`
+multiply-adds); otherwise a model by result and energy, scaled for each output channel so that on a
+sample of elements it has the variance of all their partial sums (`accumulation`). The energy
+``sum x^2 w^2`` is computed in full, as a second product of squares (exact), or taken as the
+product of what lies under the kernel, on a coarse grid, and of the kernel (fast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bids_varaug.numerics.accumulation import (
+    bridge,
+    modelled_variance,
+    products_variance,
+    unthinned,
+)
+from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
+from bids_varaug.numerics.reductions import follow
+from bids_varaug.numerics.rules import DITHER, How
+
+# Multiply-adds of an operator whose partial sums are all computed, and of a sample
+DIRECT = {True: 2**22, False: 2**18}  # exact, fast
+SAMPLED = {True: 2**22, False: 2**19}
+VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
+_SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
+_STEP = 8  # of its voxels along the last axis, at most every 8th is looked at, if not exact
+_LONG = 2**15  # terms of a matrix product from which on they are looked at like those of sums
+
+
+class Geometry(NamedTuple):
+    """Of a convolution over three axes."""
+
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+
+
+# --------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+def perturb_matrix_product(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, how: How
+) -> None:
+    """Perturb y = a b + bias in place.
+
+    Parameters
+    ----------
+    y : (M, N), float32 or float64
+    a : (M, K), same dtype
+    b : (K, N)
+    bias : broadcasts to y, or None
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if not m * n * k:
+        return
+    rule = how.rule
+    total = y if bias is None else y - bias
+    if m * n * k <= DIRECT[how.exact]:
+        variance = products_variance(_numpy(a), _numpy(b), rule)
+        _perturb_by_variance(y, torch.as_tensor(variance), bias is None, how)
+        return
+    rng = np.random.default_rng(how.stream)
+    rows, columns = _sample(
+        rng, (m, n), k, SAMPLED[how.exact] // (1 if how.exact else 4), how.exact
+    )
+    index, other = (torch.from_numpy(i).to(a.device) for i in (rows, columns))
+    is_long = k >= _LONG and not how.exact
+    step = _STEP if is_long else 1
+    sampled_a = _numpy(a[index][:, step // 2 :: step])
+    sampled_b = _numpy(b[step // 2 :: step].T[other].T)
+    total = _numpy(total[index][:, other]).astype("f8")
+    if is_long:
+        truth = _variance_of_long(sampled_a, sampled_b, step, k, total, how)
+    else:
+        truth = products_variance(sampled_a, sampled_b, rule)
+    if how.exact:
+        energy, column_energy = (a * a) @ (b * b), None
+        sampled_energy = (sampled_a.astype("f8") ** 2) @ (sampled_b.astype("f8") ** 2)
+    else:
+        some = slice(None, None, max(1, k // 512))
+        energy = a[:, some].square().mean(1, keepdim=True) * k
+        column_energy = _numpy(b[some].square().mean(0)).astype("f8")
+        sampled_energy = _numpy(energy[index]).astype("f8") * column_energy[columns]
+    model = modelled_variance(total, sampled_energy, k, rule)
+    factor = np.full(n, _ratio(truth.sum(), model.sum()))
+    if len(columns) == n:
+        factor = _ratio(truth.sum(0), model.sum(0))
+    noise = _channel_noise(factor, k, how, column_energy, bias is None)
+    given = ChannelNoise(*noise, energy=energy[None, None, :, None])
+    if bias is None:
+        perturb_channels_(_as_image(y), given, rule, how.stream)
+    else:
+        perturb_sum_with_bias(y, y - bias, given, how)
+
+
+def _variance_of_long(a, b, step: int, n_terms: int, total, how: How) -> np.ndarray:
+    """Variance of a matrix product of which every `step`-th term is given."""
+    columns, every = torch.from_numpy(b), how._replace(exact=True)
+    rows = []
+    for row, totals in zip(a, total, strict=True):
+        terms = torch.from_numpy(row)[:, None].expand(-1, b.shape[1])
+        walk = follow(terms, (0,), every, columns)
+        rows.append(unthinned(walk, step, n_terms, totals, how.rule).variance)
+    return np.stack(rows)
+
+
+def perturb_sum_with_bias(y, total, given: ChannelNoise, how: How) -> None:
+    """Perturb where the bias is no constant of a channel: the deviation follows from `total`."""
+    quadratic, linear = (
+        torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in (given.quadratic, given.linear)
+    )
+    variance = quadratic * total * total + linear * given.energy[0, 0, :, 0]
+    perturb_(y, variance.sqrt_(), how.rule, how.stream)
+
+
+# --------------------------------------------------------------------------------------------------
+# Convolutions
+
+
+def perturb_convolution(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    groups: int,
+    squares: Callable[[], torch.Tensor],
+    how: How,
+) -> None:
+    """Perturb a convolution's result in place.
+
+    Parameters
+    ----------
+    y : (N, O, X, Y, Z), float32 or float64
+    x : (N, C, X', Y', Z')
+    weight : (O, C / groups, KX, KY, KZ)
+    bias : (O,), or None
+    squares : returns the same convolution of the squares of x and weight, without bias
+    """
+    if not y.numel() or not x.numel():
+        return
+    rule, n_out = how.rule, y.shape[1]
+    n_terms = weight[0].numel()
+    n_voxels = y.numel() // n_out
+    offset = None if bias is None else _numpy(bias).astype("f8")
+    kernels = _numpy(weight.reshape(n_out, -1).T)
+    if groups == 1 and n_voxels * n_terms * n_out <= DIRECT[how.exact]:
+        voxels = np.arange(n_voxels)
+        patches = _numpy(gather_patches(x, _places(voxels, y), weight.shape[2:], geometry))
+        variance = torch.as_tensor(products_variance(patches, kernels, rule)).to(y.device)
+        variance = variance.reshape(y.shape[0], *y.shape[2:], n_out).movedim(-1, 1)
+        _perturb_by_variance(y, variance, bias is None, how)
+        return
+    column_energy = (kernels.astype("f8") ** 2).mean(0)
+    if how.exact:
+        energy, shift = squares().movedim(1, -1), 0
+    else:
+        energy, shift = coarse_energy(x, y.shape[2:], geometry.stride)
+        energy = energy * (n_terms / x.shape[1])
+    factor = np.ones(n_out)
+    if groups == 1:
+        rng = np.random.default_rng(how.stream)
+        voxels, channels = _sample(rng, (n_voxels, n_out), n_terms, SAMPLED[how.exact], how.exact)
+        sampled_kernels = kernels[:, channels]
+        places = _places(voxels, y)
+        patches = _numpy(gather_patches(x, places, weight.shape[2:], geometry))
+        if how.exact:
+            sampled_energy = (patches.astype("f8") ** 2) @ (sampled_kernels.astype("f8") ** 2)
+        else:
+            coarse = [
+                torch.from_numpy(p >> (shift if axis else 0)) for axis, p in enumerate(places.T)
+            ]
+            sampled_energy = _numpy(energy[tuple(c.to(y.device) for c in coarse)]).astype("f8")
+            sampled_energy = sampled_energy * column_energy[channels]
+        total = patches.astype("f8") @ sampled_kernels
+        model = modelled_variance(total, sampled_energy, n_terms, rule)
+        truth = products_variance(patches, sampled_kernels, rule)
+        factor = np.full(n_out, _ratio(truth.sum(), model.sum()))
+        if len(channels) == n_out:
+            factor = _ratio(truth.sum(0), model.sum(0))
+    noise = _channel_noise(factor, n_terms, how, None if how.exact else column_energy, bias is None)
+    given = ChannelNoise(*noise, offset=offset, energy=energy, shift=shift)
+    perturb_channels_(y, given, rule, how.stream)
+
+
+def perturb_weight_gradient(
+    y: torch.Tensor,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    geometry: Geometry,
+    groups: int,
+    squares: Callable[[], torch.Tensor],
+    how: How,
+) -> None:
+    """Perturb the gradient of a convolution with respect to its kernels, in place.
+
+    Parameters
+    ----------
+    y : (O, C / groups, KX, KY, KZ), float32 or float64
+    gradient : (N, O, X, Y, Z), with respect to the convolution's result
+    x : (N, C, X', Y', Z')
+    squares : returns the same for the squares of gradient and x
+    """
+    if not y.numel() or not gradient.numel() or not x.numel():
+        return
+    rule = how.rule
+    n_out, n_in = y.shape[:2]
+    n_terms = gradient.numel() // n_out
+    if how.exact:
+        energy = squares()
+    else:
+        energy_x = _mean_square(x).reshape(groups, 1, n_in).expand(-1, n_out // groups, -1)
+        energy = n_terms * _mean_square(gradient)[:, None] * energy_x.reshape(n_out, n_in)
+        energy = energy[..., None, None, None]
+    variance = modelled_variance(y, energy, n_terms, rule)
+    if groups == 1:
+        truth, model = 0.0, 0.0
+        rng = np.random.default_rng(how.stream)
+        width = min(_SIDE_BY_SIDE, n_in)
+        step = 1 if how.exact else max(1, min(_STEP, gradient.shape[4] // 8))
+        most = 32 if how.exact else 8
+        n_sampled = int(np.clip(step * SAMPLED[how.exact] // (n_terms * width), 1, most))
+        sizes = (n_out, n_in - width + 1, *y.shape[2:])
+        for out, first, *tap in rng.integers(0, sizes, (n_sampled, 5)).tolist():
+            part = slice(first, first + width)
+            place = (out, part, *tap)
+            total = _numpy(y[place]).astype("f8")
+            columns = gradient[:, out], x[:, part]
+            truth += _variance_of_column(*columns, tap, geometry, step, total, how).sum()
+            model += float(variance[place].sum(dtype=torch.float64))
+        variance = variance * float(_ratio(truth, model))
+    last = rule.of_result * rule.per_energy
+    deviation = (variance - last * y * y).clamp_min_(0).sqrt_()
+    perturb_(y, deviation, rule, how.stream)
+
+
+def _variance_of_column(
+    gradient, x, tap, geometry: Geometry, step: int, total: np.ndarray, how: How
+) -> np.ndarray:
+    """Variance of one output channel's weight gradient at one tap, for some input channels.
+
+    Terms where the kernel lies on padding are 0 and left out. Along the last axis, every `step`-th
+    voxel is looked at.
+    """
+    inside_x, inside_g = [slice(None), slice(None)], [slice(None)]
+    for axis, offset in enumerate(tap):
+        size, n, stride = x.shape[2 + axis], gradient.shape[1 + axis], geometry.stride[axis]
+        start = offset * geometry.dilation[axis] - geometry.padding[axis]
+        first, stop = max(0, -(start // stride)), min(n, (size - 1 - start) // stride + 1)
+        if stop <= first:
+            return np.zeros(x.shape[1])
+        every = step if axis == 2 else 1
+        first = min(first + every // 2, stop - 1)
+        inside_g.append(slice(first, stop, every))
+        inside_x.append(
+            slice(start + first * stride, start + (stop - 1) * stride + 1, stride * every)
+        )
+    others = x[tuple(inside_x)].movedim(1, -1).flatten(0, 3)
+    terms = gradient[tuple(inside_g)].flatten()[:, None].expand(-1, others.shape[1])
+    walk = follow(terms, (0,), how._replace(exact=True), others)
+    if step > 1:
+        n_terms = gradient.numel()
+        walk = unthinned(walk, step, n_terms, total, how.rule)
+    return walk.variance
+
+
+def _mean_square(x: torch.Tensor) -> torch.Tensor:
+    """Over all but the channels, (C,); of every second voxel along long axes."""
+    thinned = x[
+        (slice(None), slice(None), *(slice(None, None, 1 + (n >= 32)) for n in x.shape[2:]))
+    ]
+    return thinned.square().mean((0, 2, 3, 4))
+
+
+def gather_patches(
+    x: torch.Tensor, places: np.ndarray, kernel: tuple[int, ...], geometry: Geometry
+) -> torch.Tensor:
+    """What lies under the kernel, for some voxels of a convolution's result.
+
+    Parameters
+    ----------
+    x : (N, C, X, Y, Z)
+    places : (S, 4) int64: sample and voxel of the result
+    kernel : KX, KY, KZ
+
+    Returns
+    -------
+    (S, C KX KY KZ), 0 where the kernel lies on padding
+    """
+    places = torch.from_numpy(places).to(x.device)
+    index, inside = [places[:, 0].reshape(-1, 1, 1, 1)], torch.ones((), device=x.device)
+    for axis, size in enumerate(kernel):
+        taps = torch.arange(size, device=x.device) * geometry.dilation[axis]
+        place = places[:, 1 + axis, None] * geometry.stride[axis] - geometry.padding[axis] + taps
+        shape = [-1, 1, 1, 1]
+        shape[1 + axis] = size
+        inside = inside * ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
+        index.append(place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
+    patches = x.detach().movedim(1, -1)[tuple(index)] * inside[..., None].to(x.dtype)
+    return patches.movedim(-1, 1).reshape(len(places), -1)
+
+
+def coarse_energy(x: torch.Tensor, shape, stride) -> tuple[torch.Tensor, int]:
+    """Sum of squares over channels, at some voxels of a grid that is coarser by a power of two.
+
+    Parameters
+    ----------
+    x : (N, C, X, Y, Z)
+    shape : of the grid that looks at the energy
+    stride : voxels of x per voxel of that grid
+
+    Returns
+    -------
+    energy : (N, X', Y', Z', 1)
+    shift : voxel v of `shape` looks at ``v >> shift``
+    """
+    shift = 2 if min(shape) >= 32 else 1 if min(shape) >= 8 else 0
+    for axis, size in enumerate(shape):
+        step, n = stride[axis] << shift, ((size - 1) >> shift) + 1
+        start = step // 2
+        if start + (n - 1) * step < x.shape[2 + axis]:
+            part = slice(start, start + (n - 1) * step + 1, step)
+            x = x[(slice(None),) * (2 + axis) + (part,)]
+        else:
+            index = (torch.arange(n, device=x.device) * step + start).clamp_max(
+                x.shape[2 + axis] - 1
+            )
+            x = x.index_select(2 + axis, index)
+    x = x.detach().movedim(1, -1)
+    return torch.linalg.vecdot(x, x)[..., None], shift
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
+    """Rows and columns of a matrix product whose partial sums are followed."""
+    at_once = max(budget // n_terms, 1)
+    fewest = 8 if n_terms < _LONG else 2
+    rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))
+    columns = min(shape[1], max(at_once // rows, 8))
+    chosen = np.arange(columns)
+    if columns < shape[1]:
+        chosen = np.sort(rng.choice(shape[1], columns, replace=False))
+    return np.sort(rng.integers(0, shape[0], rows)), chosen
+
+
+def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
+    """(quadratic, linear) of `ChannelNoise`.
+
+    With a dither rule the kernels add the noise of sums without a dither: the last rounding is one
+    of the partial sums, and rounding to the format comes on top. On a grid it is drawn separately.
+    """
+    rule = how.rule
+    a, b = bridge(n_terms, rule.lanes)
+    quadratic = factor * rule.per_energy * rule.of_partial_sum * a
+    linear = factor * rule.per_energy * (rule.of_partial_sum * b + rule.of_product)
+    if is_last:
+        quadratic = quadratic - rule.per_energy * (
+            rule.of_format if rule.kind == DITHER else rule.of_result
+        )
+    return quadratic, linear if column_energy is None else linear * column_energy
+
+
+def _perturb_by_variance(y, variance: torch.Tensor, is_last: bool, how: How) -> None:
+    if is_last:
+        _, exponent = torch.frexp(y)
+        last = how.rule.of_result * how.rule.unit * torch.exp2(2.0 * exponent.double())
+        variance = variance - last.to(variance.device)
+    deviation = variance.clamp_min(0).sqrt_().to(y.device, y.dtype)
+    perturb_(y, deviation, how.rule, how.stream)
+
+
+def _places(voxels: np.ndarray, y: torch.Tensor) -> np.ndarray:
+    """(S,) -> (S, 4): sample and voxel of an element's place within a channel."""
+    return np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
+
+
+def _as_image(y: torch.Tensor) -> torch.Tensor:
+    """(M, N) -> (1, N, 1, M, 1)."""
+    return y[None, None, :, None].movedim(-1, 1)
+
+
+def _ratio(truth, model):
+    """Truth / model, 1 where the model is 0 or either is no number."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.asarray(truth, "f8") / model
+    return np.where(np.isfinite(ratio) & (np.asarray(model) > 0), ratio, 1.0)
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,163 @@
+"""How one instruction rounds, as numbers that models of many instructions can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+
+MODES = ("rr", "pb", "mca", "sr", "ud")
+
+# Bits of the significand, the implicit one included
+DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
+
+# Mean of 4^e / x^2 over numbers x = m 2^e, 0.5 <= |m| < 1, with log-uniform m: 3 / (2 ln 2). The
+# mean square of a unit in the last place at precision t is this times x^2 4^-t.
+MEAN_SQUARE_ULP = 2.1640425613334453
+
+DITHER, STOCHASTIC, UP_DOWN = range(3)
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""How instructions of one format round; see `reference.Arithmetic` for the modes.
+
+    Variances are in units of the squared ulp at the virtual precision, ``4^(e-t)`` for a result
+    ``m 2^e`` with 0.5 <= \\|m\\| < 1.
+
+    Parameters
+    ----------
+    mode : one of `MODES`
+    precision : virtual precision t, bits, at most `digits`
+    digits : of the format, bits
+    lanes : interleaved partial sums, a power of two
+    fma : whether a multiply-add rounds once
+    """
+
+    mode: str
+    precision: int
+    digits: int
+    lanes: int = 1
+    fma: bool = False
+
+    @property
+    def of_format(self) -> float:
+        """Variance of rounding to the format after a perturbation at the virtual precision."""
+        return 4.0 ** (self.precision - self.digits) / 12
+
+    @property
+    def of_result(self) -> float:
+        """Variance of the rounding of one result.
+
+        Random rounding draws from (-1/2, 1/2) ulp, then rounds to the format: 1/12 each. For
+        stochastic rounding to a grid it is f (1 - f), 1/6 on average over the fraction f. Up-down
+        moves by one ulp always, after rounding to nearest.
+        """
+        return {
+            "rr": 1 / 12 + self.of_format,
+            "mca": 1 / 12 + self.of_format,
+            "sr": 1 / 6,
+            "ud": 1 + 1 / 12,
+            "pb": self.of_format,
+        }[self.mode]
+
+    @property
+    def of_operand(self) -> float:
+        """Variance of the perturbation of one operand."""
+        return 1 / 12 if self.perturbs_operands else 0.0
+
+    @property
+    def of_partial_sum(self) -> float:
+        """Variance per partial sum: as a result, and as operand of the next addition."""
+        return self.of_result + self.of_operand
+
+    @property
+    def of_product(self) -> float:
+        """Variance per product of a sum of products.
+
+        Two factors as operands (their relative error carries over), the product's own rounding,
+        and the product as operand of the addition; the last two are absent in a fused one.
+        """
+        factors = 2 * self.of_operand
+        return factors if self.fma else factors + self.of_result + self.of_operand
+
+    @property
+    def perturbs_operands(self) -> bool:
+        """Whether operands are perturbed."""
+        return self.mode in ("pb", "mca")
+
+    @property
+    def unit(self) -> float:
+        """``4^-t``: a variance times this times ``4^e`` is absolute."""
+        return 4.0**-self.precision
+
+    @property
+    def per_energy(self) -> float:
+        """Mean absolute variance of a variance of 1, per squared result."""
+        return MEAN_SQUARE_ULP * self.unit
+
+    @property
+    def kind(self) -> int:
+        """How the last rounding of a result is drawn: `DITHER`, `STOCHASTIC` or `UP_DOWN`."""
+        if self.mode == "ud":
+            return UP_DOWN
+        return STOCHASTIC if self.mode == "sr" and self.precision < self.digits else DITHER
+
+    @cached_property
+    def width(self) -> float:
+        """Width of the uniform dither, in ulps of the format (0: none)."""
+        if self.mode == "pb" or self.kind != DITHER:
+            return 0.0
+        return dither_width(self.of_result * 4.0 ** (self.digits - self.precision))
+
+    @property
+    def grid_bits(self) -> int:
+        """Bits of the format's significand below the virtual precision."""
+        return self.digits - self.precision
+
+
+class How(NamedTuple):
+    """What a model of an operator's noise needs besides the numbers.
+
+    Parameters
+    ----------
+    rule : of the result's format
+    exact : whether energies are computed in full, and all partial sums of normalisations followed
+    stream : names the random numbers, 64 bits
+    """
+
+    rule: Rule
+    exact: bool
+    stream: int
+
+
+@lru_cache
+def dither_width(variance: float) -> float:
+    """Width w so that an integer plus uniform(-w/2, w/2), rounded, has this variance.
+
+    An operator hands over results that are rounded already: without the part that was rounded
+    away, adding a dither of width 1 would round back to the same number always.
+
+    Examples
+    --------
+    >>> round(dither_width(1 / 6), 6)
+    1.2
+    """
+    low, high = 1.0, max(4.0, (24 * variance) ** 0.5)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _rounded_variance(middle) < variance else (low, middle)
+    return (low + high) / 2
+
+
+def _rounded_variance(width: float) -> float:
+    """Variance of the nearest integer to uniform(-width/2, width/2)."""
+    if width > 2**12:
+        return (width**2 + 1) / 12
+    half, total, step = width / 2, 0.0, 1
+    while step - 0.5 < half:
+        total += 2 * step**2 * (min(half, step + 0.5) - (step - 0.5)) / width
+        step += 1
+    return total
