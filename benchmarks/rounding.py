@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import platform
-import resource
 import time
 from contextlib import nullcontext
 from datetime import date
@@ -86,7 +85,9 @@ def _peak(name: str, way: str, ensemble: str, side: int, threads: int, queue) ->
     torch.set_num_threads(threads)
     work = Work(ensemble, side)
     timed(getattr(work, name), way, 1)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    # Not ru_maxrss: it starts with what the parent process had
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    queue.put(int(status["VmHWM"].split()[0]) / 2**20)
 
 
 def peak_memory(name: str, way: str, ensemble: str, side: int, threads: int) -> float:

@@ -18,7 +18,9 @@ import math
 from dataclasses import astuple, dataclass
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 
 from bids_varaug.compiled import compiled
 from bids_varaug.numerics.noise import bits_of, float_of, like
@@ -26,24 +28,30 @@ from bids_varaug.numerics.rules import Rule
 
 _EXPONENTS = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
 _SMALL = 2**15  # terms below which waking other threads takes longer than the work
-_WIDTH = 16  # sums that are followed side by side
+_WIDTH = 8  # sums that are followed side by side, as vector instructions
+_SQUARES, _ENERGY, _COUNT, _CENTRE, _OTHER_CENTRE, _LANES = range(6)  # rows of their state
 _RUN = 4096  # terms whose squares are added up in the terms' own format
 
 
-def bridge(n_terms: float, lanes: int = 1) -> tuple[float, float]:
+def bridge(n_terms, lanes: int = 1):
     """Return a, b so that ``sum_i s_i^2`` is about ``a y^2 + b E`` for exchangeable terms.
 
     Partial sum i has mean ``y i / K`` and variance ``i (K - i) / K`` times that of the terms. With
     lanes, each is a bridge over K / lanes terms, and the tree that joins them follows.
 
+    Parameters
+    ----------
+    n_terms : K, a number or an array
+    lanes : a power of two
+
     Examples
     --------
     >>> a, b = bridge(1000)
-    >>> round(a / 1000, 3), round(b / 1000, 3)
+    >>> round(float(a) / 1000, 3), round(float(b) / 1000, 3)
     (0.334, 0.167)
     """
-    lanes = max(1, min(lanes, int(n_terms)))
-    k = max(n_terms / lanes, 1.0)
+    lanes = max(1, min(lanes, int(np.max(n_terms))))
+    k = np.maximum(n_terms / lanes, 1.0)
     a = (k / 3 + 1 / 3) / lanes
     b = (1 - 1 / lanes) * (k / 3) + (k - 1 / k) / 6
     joined = lanes // 2
@@ -77,26 +85,32 @@ class Walk:
     """What following the partial sums tells, all float64 and of the sums' shape.
 
     `sums` and `products` are the variances that come from rounding partial sums and products;
-    `total` is the sum, `energy` the sum of squares.
+    `total` is the sum, `energy` the sum of squares, `count` the number of terms that are not 0.
     """
 
     sums: np.ndarray
     products: np.ndarray
     total: np.ndarray
     energy: np.ndarray
+    count: np.ndarray
 
     @property
     def variance(self) -> np.ndarray:
         """Variance of the sum."""
         return self.sums + self.products
 
+    @classmethod
+    def stacked(cls, walks) -> Walk:
+        """Several of one shape along a new first axis."""
+        return cls(*(np.stack(values) for values in zip(*map(astuple, walks), strict=True)))
+
     def reshape(self, shape) -> Walk:
         """The same in another shape."""
         return Walk(*(np.reshape(v, shape) for v in astuple(self)))
 
 
-def unthinned(thin: Walk, step: int, n_terms: int, total, rule: Rule) -> Walk:
-    """Tell from every `step`-th term what following all n terms would tell, roughly.
+def unthinned(thin: Walk, step: int, total, rule: Rule) -> Walk:
+    """Tell from every `step`-th term what following all terms would tell, roughly.
 
     Partial sums of thinned terms show a drift of the terms well, but wander more than those of all
     terms do where terms are independent. What they exceed the expectation for independent terms by
@@ -108,7 +122,8 @@ def unthinned(thin: Walk, step: int, n_terms: int, total, rule: Rule) -> Walk:
     total : the sums of all terms, same shape; None: as the thinned ones say
     """
     total = thin.total * step if total is None else total
-    energy = thin.energy * step
+    energy, count = thin.energy * step, thin.count * step
+    n_terms = np.maximum(count, 1.0)
     a, b = bridge(n_terms, rule.lanes)
     coefficient = rule.per_energy * rule.of_partial_sum
     seen = thin.sums * float(step) ** 3
@@ -119,7 +134,7 @@ def unthinned(thin: Walk, step: int, n_terms: int, total, rule: Rule) -> Walk:
     pooled = model * (1 + max(excess.sum(), 0.0) / max(model.sum(), 1e-300))
     own = model + np.maximum(excess, 0)
     share = np.clip((seen.sum() / max(independent.sum(), 1e-300) - 1.5) / 2, 0, 1)
-    return Walk(share * own + (1 - share) * pooled, thin.products * step, total, energy)
+    return Walk(share * own + (1 - share) * pooled, thin.products * step, total, energy, count)
 
 
 def follow_sums(
@@ -144,33 +159,37 @@ def follow_sums(
         (A, B)
     """
     shape = (x.shape[0], x.shape[2])
-    scale, scale_other = _rough_scale(x), 1.0
+    scale, scale_other = _rough_scale(x), 1.0 if other is None else _rough_scale(other)
+    centres = np.zeros((2, *shape), x.dtype)
+    for row, given in zip(centres, (centre, other_centre), strict=True):
+        if given is not None:
+            row[:] = given
     out = np.zeros((4, *shape))
-    small = x.size < _SMALL
-    tasks = _tasks(shape)
-    exponent_mask = _EXPONENTS[x.dtype.itemsize]
-    if other is None:
-        follow = _follow_terms_serial if small else _follow_terms
-        follow(x, x.dtype.type(scale), rule.lanes, exponent_mask, tasks, out)
+    operands = (x,) if other is None else (x, other)
+    if shape[1] < min(shape[0], _WIDTH):  # the many sums side by side
+        operands, centres, out_view = (
+            [v.swapaxes(0, 2) for v in operands], centres.swapaxes(1, 2), out.swapaxes(1, 2)
+        )  # fmt: skip
     else:
-        scale_other = _rough_scale(other)
-        centres = np.zeros((2, *shape), x.dtype)
-        for row, given in zip(centres, (centre, other_centre), strict=True):
-            if given is not None:
-                row[:] = given
-        factor = x.dtype.type(scale * scale_other)
-        follow = _follow_pairs_serial if small else _follow_pairs
-        follow(x, other, centres, factor, rule.lanes, exponent_mask, tasks, out)
+        out_view = out
+    flats, strides = zip(*map(_flat, operands), strict=True)
+    flats += (None,) * (2 - len(flats))
+    strides = np.array(strides + ((0, 0, 0),) * (2 - len(strides)), np.int64)
+    follow = _follow_serial if x.size < _SMALL else _follow_parallel
+    follow(
+        *flats, strides, x.shape[1], centres, x.dtype.type(scale * scale_other), rule.lanes,
+        _EXPONENTS[x.dtype.itemsize], _tasks(out_view.shape[1:]), out_view,
+    )  # fmt: skip
     sums, energy, total = out[0], out[1], out[2]
     squared = (scale * scale_other) ** 2
     sums = rule.of_partial_sum * sums * (4 * rule.unit / squared)
     energy = energy / squared
     products = 0 * energy if other is None else rule.of_product * rule.per_energy * energy
-    return Walk(sums, products, total / (scale * scale_other), energy)
+    return Walk(sums, products, total / (scale * scale_other), energy, out[3])
 
 
-def products_variance(x: np.ndarray, weight: np.ndarray, rule: Rule) -> np.ndarray:
-    """Return the variance of each element of a matrix product, from all partial sums.
+def follow_products(x: np.ndarray, weight: np.ndarray, rule: Rule) -> Walk:
+    """Follow the partial sums of each element of a matrix product.
 
     Parameters
     ----------
@@ -180,17 +199,23 @@ def products_variance(x: np.ndarray, weight: np.ndarray, rule: Rule) -> np.ndarr
 
     Returns
     -------
-    (S, O) float64
+    Walk
+        (S, O); without `count`
     """
     scales = _scale(x), _scale(weight)
-    x, weight = (np.ascontiguousarray(a * s) for a, s in zip((x, weight), scales, strict=True))
-    squares = np.empty((2, x.shape[0], weight.shape[1]), x.dtype)
-    small = x.size * weight.shape[1] < 16 * _SMALL
+    n_out, scale = weight.shape[1], math.prod(scales)
+    padded = np.zeros((len(weight), -(-n_out // _WIDTH) * _WIDTH), x.dtype)
+    padded[:, :n_out] = weight * x.dtype.type(scales[1])
+    x = np.ascontiguousarray(x * x.dtype.type(scales[0]))
+    found = np.empty((3, x.shape[0], padded.shape[1]), x.dtype)
+    small = x.size * n_out < 16 * _SMALL
     follow = _follow_products_serial if small else _follow_products
-    follow(x, weight, rule.lanes, _EXPONENTS[x.dtype.itemsize], squares)
-    sums, products = squares.astype("f8")
-    variance = rule.of_partial_sum * sums + rule.of_product * products
-    return variance * (4 * rule.unit / math.prod(scales) ** 2)
+    follow(x, padded, rule.lanes, _EXPONENTS[x.dtype.itemsize], found)
+    squares, energy, total = found[:, :, :n_out].astype("f8")
+    sums = rule.of_partial_sum * squares * (4 * rule.unit / scale**2)
+    energy /= scale**2
+    products = rule.of_product * rule.per_energy * energy
+    return Walk(sums, products, total / scale, energy, np.full_like(energy, np.nan))
 
 
 def _scale(x: np.ndarray) -> float:
@@ -205,6 +230,14 @@ def _rough_scale(x: np.ndarray) -> float:
     """The same from some of the terms."""
     scale = _scale(x[:, :: max(1, x.shape[1] // 64)])
     return scale if scale != 1.0 or x.size < _SMALL else _scale(x)
+
+
+def _flat(x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The memory that an array looks at, from its first element on, and strides in elements."""
+    strides = [s // x.itemsize for s in x.strides]
+    extent = 1 + sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True))
+    flat = np.lib.stride_tricks.as_strided(x, (extent if x.size else 0,), (x.itemsize,))
+    return flat, tuple(strides)
 
 
 def _tasks(shape) -> np.ndarray:
@@ -224,18 +257,73 @@ def _power(value, exponent_mask):
     return float_of(like(bits_of(value) & exponent_mask, exponent_mask))
 
 
+@intrinsic
+def _add_terms(
+    typing_context, x, start, other, start_other, state, base, lane, factor, exponent_mask
+):
+    """Add one term to each of `_WIDTH` sums, as vector instructions.
+
+    Written out, since numba makes scalar ones of such a loop. Terms are ``x[start:]`` times
+    ``other[start_other:]``, which may be None. ``state[base:]`` holds rows of `_WIDTH` numbers:
+    squares of 2^E, energy, count, the two centres, then the partial sums of each lane; those of
+    this lane are at ``state[lane:]``.
+    """
+    signature = types.void(x, start, other, start_other, state, base, lane, factor, exponent_mask)
+
+    def build(context, builder, signature, arguments):
+        element = context.get_value_type(x.dtype)
+        vector = ir.VectorType(element, _WIDTH)
+        integers = ir.VectorType(arguments[8].type, _WIDTH)
+
+        def pointer(array_type, array, place):
+            data = context.make_array(array_type)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
+
+        def load(where):
+            return builder.load(where, align=x.dtype.bitwidth // 8)
+
+        def row(number):
+            place = builder.add(arguments[5], context.get_constant(types.intp, number * _WIDTH))
+            return pointer(state, arguments[4], place)
+
+        def same(scalar, vector):
+            filled = ir.Constant(vector, ir.Undefined)
+            for place in range(_WIDTH):
+                index = ir.Constant(ir.IntType(32), place)
+                filled = builder.insert_element(filled, scalar, index)
+            return filled
+
+        def add(where, value):
+            builder.store(builder.fadd(load(where), value), where, align=x.dtype.bitwidth // 8)
+
+        zeros, ones = (ir.Constant(vector, [value] * _WIDTH) for value in (0.0, 1.0))
+        terms = load(pointer(x, arguments[0], arguments[1]))
+        if other is not types.none:
+            others = load(pointer(other, arguments[2], arguments[3]))
+            others = builder.fsub(others, load(row(_OTHER_CENTRE)))
+            terms = builder.fmul(builder.fsub(terms, load(row(_CENTRE))), others)
+        terms = builder.fmul(terms, same(arguments[7], vector))
+        partial = pointer(state, arguments[4], arguments[6])
+        before = load(partial)
+        after = builder.fadd(before, terms)
+        builder.store(after, partial, align=x.dtype.bitwidth // 8)
+        bits = builder.and_(builder.bitcast(after, integers), same(arguments[8], integers))
+        power = builder.bitcast(bits, vector)
+        present = builder.fcmp_unordered("!=", terms, zeros)
+        inexact = builder.and_(present, builder.fcmp_unordered("!=", before, zeros))
+        squares = builder.fmul(power, power)
+        add(row(_SQUARES), builder.select(inexact, squares, zeros))
+        add(row(_ENERGY), builder.fmul(terms, terms))
+        add(row(_COUNT), builder.select(present, ones, zeros))
+        return context.get_dummy_value()
+
+    return signature, build
+
+
 @compiled()
-def _add_terms(terms, partial, sums, energy, exponent_mask):
-    """One term of each sum, side by side."""
-    zero, one = like(0.0, terms[0]), like(1.0, terms[0])
-    for b in range(terms.size):
-        term, before = terms[b], partial[b]
-        value = before + term
-        partial[b] = value
-        unit = _power(value, exponent_mask)
-        inexact = (one if term != zero else zero) * (one if before != zero else zero)
-        sums[b] += unit * unit * inexact
-        energy[b] += term * term
+def _gather(flat, start, stride, width, row):
+    for b in range(width):
+        row[b] = flat[start + b * stride]
 
 
 @compiled()
@@ -255,106 +343,91 @@ def _join(partial, sums, exponent_mask):
 
 
 @compiled()
-def _terms_task(x, scale, lanes, exponent_mask, task, out):
+def _follow_task(x, other, strides, n_terms, given, factor, lanes, exponent_mask, task, out):
     a, start, stop = task
     width = stop - start
-    partial = np.zeros((lanes, width), x.dtype)
-    sums, energy = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
-    terms = np.zeros(width, x.dtype)
-    for begin in range(0, x.shape[1], _RUN):
-        for i in range(begin, min(begin + _RUN, x.shape[1])):
-            for b in range(width):
-                terms[b] = x[a, i, start + b] * scale
-            _add_terms(terms, partial[i & (lanes - 1)], sums, energy, exponent_mask)
-        for b in range(width):
-            out[0, a, start + b] += sums[b]
-            out[1, a, start + b] += energy[b]
-            sums[b] = energy[b] = 0
-    _join(partial, out[0, a, start:stop], exponent_mask)
+    state = np.zeros((_LANES + lanes) * _WIDTH, x.dtype)
+    terms, others = np.zeros(_WIDTH, x.dtype), np.zeros(_WIDTH, x.dtype)
     for b in range(width):
-        out[2, a, start + b] = partial[0, b]
-
-
-@compiled()
-def _pairs_task(x, other, centres, factor, lanes, exponent_mask, task, out):
-    a, start, stop = task
-    width = stop - start
-    partial = np.zeros((lanes, width), x.dtype)
-    sums, energy = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
-    terms = np.zeros(width, x.dtype)
-    centre, other_centre = centres[0, a, start:stop], centres[1, a, start:stop]
-    for begin in range(0, x.shape[1], _RUN):
-        for i in range(begin, min(begin + _RUN, x.shape[1])):
-            for b in range(width):
-                difference = other[a, i, start + b] - other_centre[b]
-                terms[b] = (x[a, i, start + b] - centre[b]) * difference * factor
-            _add_terms(terms, partial[i & (lanes - 1)], sums, energy, exponent_mask)
+        state[_CENTRE * _WIDTH + b] = given[0, a, start + b]
+        state[_OTHER_CENTRE * _WIDTH + b] = given[1, a, start + b]
+    place, step, stride = a * strides[0, 0] + start * strides[0, 2], strides[0, 1], strides[0, 2]
+    place_other, step_other = a * strides[1, 0] + start * strides[1, 2], strides[1, 1]
+    as_it_is = width == _WIDTH and stride == 1 and (other is None or strides[1, 2] == 1)
+    for begin in range(0, n_terms, _RUN):
+        for i in range(begin, min(begin + _RUN, n_terms)):
+            lane = (_LANES + (i & (lanes - 1))) * _WIDTH
+            if as_it_is:
+                _add_terms(x, place, other, place_other, state, 0, lane, factor, exponent_mask)
+            else:
+                _gather(x, place, stride, width, terms)
+                if other is None:
+                    _add_terms(terms, 0, other, 0, state, 0, lane, factor, exponent_mask)
+                else:
+                    _gather(other, place_other, strides[1, 2], width, others)
+                    _add_terms(terms, 0, others, 0, state, 0, lane, factor, exponent_mask)
+            place += step
+            place_other += step_other
         for b in range(width):
-            out[0, a, start + b] += sums[b]
-            out[1, a, start + b] += energy[b]
-            sums[b] = energy[b] = 0
+            out[0, a, start + b] += state[_SQUARES * _WIDTH + b]
+            out[1, a, start + b] += state[_ENERGY * _WIDTH + b]
+            out[3, a, start + b] += state[_COUNT * _WIDTH + b]
+        state[: 3 * _WIDTH] = 0
+    partial = state[_LANES * _WIDTH :].reshape(lanes, _WIDTH)[:, :width]
     _join(partial, out[0, a, start:stop], exponent_mask)
     for b in range(width):
         out[2, a, start + b] = partial[0, b]
 
 
 @compiled(parallel=True)
-def _follow_terms(x, scale, lanes, exponent_mask, tasks, out):
+def _follow_parallel(x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks, out):
     for t in prange(len(tasks)):
-        _terms_task(x, scale, lanes, exponent_mask, tasks[t], out)
+        _follow_task(
+            x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks[t], out
+        )  # fmt: skip
 
 
 @compiled()
-def _follow_terms_serial(x, scale, lanes, exponent_mask, tasks, out):
+def _follow_serial(x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks, out):
     for t in range(len(tasks)):
-        _terms_task(x, scale, lanes, exponent_mask, tasks[t], out)
-
-
-@compiled(parallel=True)
-def _follow_pairs(x, other, centres, factor, lanes, exponent_mask, tasks, out):
-    for t in prange(len(tasks)):
-        _pairs_task(x, other, centres, factor, lanes, exponent_mask, tasks[t], out)
+        _follow_task(
+            x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks[t], out
+        )  # fmt: skip
 
 
 @compiled()
-def _follow_pairs_serial(x, other, centres, factor, lanes, exponent_mask, tasks, out):
-    for t in range(len(tasks)):
-        _pairs_task(x, other, centres, factor, lanes, exponent_mask, tasks[t], out)
-
-
-@compiled()
-def _add_products(factor, weights, partial, sums, products, exponent_mask):
-    zero, one = like(0.0, factor), like(1.0, factor)
-    for c in range(weights.size):
-        product, before = factor * weights[c], partial[c]
-        unit = _power(product, exponent_mask)
-        products[c] += unit * unit
-        value = before + product
-        partial[c] = value
-        unit = _power(value, exponent_mask)
-        inexact = (one if product != zero else zero) * (one if before != zero else zero)
-        sums[c] += unit * unit * inexact
-
-
-@compiled()
-def _products_row(x, weight, lanes, exponent_mask, sums, products):
-    partial = np.zeros((lanes, weight.shape[1]), x.dtype)
-    sums[:] = 0
-    products[:] = 0
+def _products_row(x, weight, lanes, exponent_mask, squares, energy, total):
+    n_out = weight.shape[1]
+    weights, size = weight.ravel(), (_LANES + lanes) * _WIDTH
+    state = np.zeros(n_out // _WIDTH * size, x.dtype)
     for k in range(x.size):
+        lane = (_LANES + (k & (lanes - 1))) * _WIDTH
+        start = k * n_out
         if x[k] != 0:
-            lane = partial[k & (lanes - 1)]
-            _add_products(x[k], weight[k], lane, sums, products, exponent_mask)
-    _join(partial, sums, exponent_mask)
+            for base in range(0, state.size, size):
+                _add_terms(
+                    weights, start, None, 0, state, base, base + lane, x[k], exponent_mask
+                )  # fmt: skip
+                start += _WIDTH
+    for block in range(n_out // _WIDTH):
+        own = state[block * size : (block + 1) * size].reshape(-1, _WIDTH)
+        part = slice(block * _WIDTH, (block + 1) * _WIDTH)
+        squares[part], energy[part] = own[_SQUARES], own[_ENERGY]
+        _join(own[_LANES:], squares[part], exponent_mask)
+        total[part] = own[_LANES]
 
 
 @compiled(parallel=True)
-def _follow_products(x, weight, lanes, exponent_mask, squares):
+def _follow_products(x, weight, lanes, exponent_mask, found):
     for row in prange(x.shape[0]):
-        _products_row(x[row], weight, lanes, exponent_mask, squares[0, row], squares[1, row])
+        _products_row(
+            x[row], weight, lanes, exponent_mask, found[0, row], found[1, row], found[2, row]
+        )  # fmt: skip
 
 
 @compiled()
-def _follow_products_serial(x, weight, lanes, exponent_mask, squares):
+def _follow_products_serial(x, weight, lanes, exponent_mask, found):
     for row in range(x.shape[0]):
-        _products_row(x[row], weight, lanes, exponent_mask, squares[0, row], squares[1, row])
+        _products_row(
+            x[row], weight, lanes, exponent_mask, found[0, row], found[1, row], found[2, row]
+        )  # fmt: skip

@@ -281,21 +281,15 @@ def perturb_flat(y: np.ndarray, deviation: np.ndarray, stream: np.uint64, how: F
 
 
 @compiled()
-def _deviation(y, offset, alpha, part, unit):
+def _deviation(y, offset, alpha, part):
     """sqrt(a^2 + b^2) within 4 %, b = part >= 0: a third of the time of a loop with the root."""
     a = abs(alpha * (y - offset))
-    return (max(a, part) + like(0.41421, y) * min(a, part)) * unit
+    return max(a, part) + like(0.41421, y) * min(a, part)
 
 
 @compiled()
-def _row_without_energy(y, columns, start, first, second, how):
-    offset, alpha, unit = columns[0], columns[1], columns[3]
-    slope, intercept = columns[4], columns[5]
-    for c in range(y.size):
-        word = random_word(start + np.uint32(c), first, second)
-        noise = alpha[c] * (y[c] - offset[c]) * (unit[c] * centred(word, y[c]))
-        noise += slope[c] * y[c] + intercept[c]
-        y[c] = dithered(y[c], noise, remixed(word, second), how)
+def _root(energy):
+    return np.sqrt(max(energy, like(0.0, energy)))
 
 
 @compiled()
@@ -306,145 +300,165 @@ def _added(y, noise):
 
 
 @compiled()
-def _row_with_energy(y, columns, energy, start, first, second):
-    offset, alpha, beta, unit = columns[0], columns[1], columns[2], columns[3]
+def _row_without_energy(y, columns, start, first, second, how):
+    offset, alpha, slope, intercept = columns[0], columns[1], columns[3], columns[4]
     for c in range(y.size):
         word = random_word(start + np.uint32(c), first, second)
-        noise = _deviation(y[c], offset[c], alpha[c], beta[c] * energy, unit[c])
-        y[c] = _added(y[c], noise * centred(word, y[c]))
-
-
-@compiled()
-def _row_with_energies(y, columns, energies, start, first, second):
-    offset, alpha, beta, unit = columns[0], columns[1], columns[2], columns[3]
-    for c in range(y.size):
-        word = random_word(start + np.uint32(c), first, second)
-        noise = _deviation(y[c], offset[c], alpha[c], beta[c] * energies[c], unit[c])
-        y[c] = _added(y[c], noise * centred(word, y[c]))
+        noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
+        noise += slope[c] * y[c] + intercept[c]
+        y[c] = dithered(y[c], noise, remixed(word, second), how)
 
 
 @compiled()
 def _row_with_others(y, others, columns, start, first, second, how):
-    offset, alpha, unit = columns[0], columns[1], columns[3]
-    slope, intercept = columns[4], columns[5]
+    offset, alpha, slope, intercept = columns[0], columns[1], columns[3], columns[4]
     for c in range(y.size):
         word = random_word(start + np.uint32(c), first, second)
-        noise = alpha[c] * (y[c] - offset[c]) * (unit[c] * centred(word, y[c]))
+        noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
         noise += slope[c] * others[c] + intercept[c]
         y[c] = dithered(y[c], noise, remixed(word, second), how)
 
 
 @compiled()
-def _row(y, others, columns, energies, start, first, second, how):
+def _row_with_energies(y, columns, energies, are_roots, start, first, second):
+    offset, alpha, beta = columns[0], columns[1], columns[2]
+    for c in range(y.size):
+        word = random_word(start + np.uint32(c), first, second)
+        root = energies[c] if are_roots else _root(energies[c])
+        noise = _deviation(y[c], offset[c], alpha[c], beta[c] * root)
+        y[c] = _added(y[c], noise * centred(word, y[c]))
+
+
+@compiled()
+def _row(y, others, columns, energies, are_roots, start, first, second, how):
     """Everything at once, slowly: companion, energy, any rounding."""
     for c in range(y.size):
         word = random_word(start + np.uint32(c), first, second)
         root = like(0.0, y[c])
         if energies.size > 0:
-            root = energies[c] if energies.size > 1 else energies[0]
-        noise = _deviation(y[c], columns[0, c], columns[1, c], columns[2, c] * root, columns[3, c])
+            root = energies[c] if are_roots else _root(energies[c])
+        noise = _deviation(y[c], columns[0, c], columns[1, c], columns[2, c] * root)
         noise *= centred(word, y[c])
         other = others[c] if others.size > 0 else y[c]
-        noise += columns[4, c] * other + columns[5, c]
+        noise += columns[3, c] * other + columns[4, c]
         y[c] = finished(y[c], noise, remixed(word, second), how)
 
 
 @compiled()
-def _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line):
-    n_channels = grid[4]
-    tile = columns.shape[1] // n_channels
-    dither, has_others, has_energy = how.kind == DITHER, others.size > 0, root.size > 0
-    by_channel = root.shape[4] > 1
-    key = line_key(stream, line)
-    n = line // (grid[1] * grid[2])
-    i = (line // grid[2]) % grid[1] >> shift
-    j = line % grid[2] >> shift
-    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
-    for z in range(0, grid[3], tile):
-        begin = (line * grid[3] + z) * n_channels
-        part = slice(begin, begin + min(tile, grid[3] - z) * n_channels)
-        start = np.uint32(np.uint32(z) * np.uint32(n_channels))
-        values = y[part]
-        if dither and not has_energy and not has_others:
-            _row_without_energy(values, columns, start, first, second, how)
-        elif dither and not has_energy:
-            _row_with_others(values, others[part], columns, start, first, second, how)
-        elif dither and not by_channel and not has_others:
-            energy = root[n, i, j, z >> shift, 0]
-            _row_with_energy(values, columns, energy, start, first, second)
-        elif dither and not has_others:
-            energies = root[n, i, j, z >> shift]
-            _row_with_energies(values, columns, energies, start, first, second)
-        else:
-            energies = root[n, i, j, z >> shift] if has_energy else columns[0, 0:0]
-            other = others[part] if has_others else others
-            _row(values, other, columns, energies, start, first, second, how)
-
-
-@compiled(parallel=True)
-def _rows_parallel(y, others, columns, grid, root, shift, stream, how):
-    for line in prange(grid[0] * grid[1] * grid[2]):
-        _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line)
+def _perturb_row(y, others, columns, energies, are_roots, start, first, second, how):
+    """Choose the loop."""
+    if how.kind == DITHER and others.size == 0 and energies.size == 0:
+        _row_without_energy(y, columns, start, first, second, how)
+    elif how.kind == DITHER and energies.size == 0:
+        _row_with_others(y, others, columns, start, first, second, how)
+    elif how.kind == DITHER and others.size == 0 and are_roots:
+        _row_with_energies(y, columns, energies, True, start, first, second)
+    elif how.kind == DITHER and others.size == 0:
+        _row_with_energies(y, columns, energies, False, start, first, second)
+    else:
+        _row(y, others, columns, energies, are_roots, start, first, second, how)
 
 
 @compiled()
-def _rows_serial(y, others, columns, grid, root, shift, stream, how):
-    for line in range(grid[0] * grid[1] * grid[2]):
-        _perturb_line_of_rows(y, others, columns, grid, root, shift, stream, how, line)
+def _perturb_run(y, others, columns, energies, are_roots, start, key, how):
+    """Elements that follow each other in memory, `columns` many at once."""
+    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+    length = columns.shape[1]
+    for begin in range(0, y.size, length):
+        part = slice(begin, min(begin + length, y.size))
+        place = np.uint32(start + np.uint32(begin))
+        other = others[part] if others.size > 0 else others
+        energy = energies[part] if energies.size > 0 else energies
+        _perturb_row(y[part], other, columns, energy, are_roots, place, first, second, how)
 
 
-def perturb_rows(y, others, columns, grid, root, shift, stream, how) -> None:
+@compiled()
+def _spread(values, shift, times, out):
+    """Repeat each value ``times << shift`` times, as far as there is room."""
+    step = times << shift
+    for k in range(values.size):
+        out[k * step : min((k + 1) * step, out.size)] = values[k]
+
+
+@compiled()
+def _perturb_rows_task(y, others, energies, columns, grid, coarse, shift, stream, how, task):
+    """Lines of memory that see the same coarse energies."""
+    n_lines, length = grid[2], grid[3] * grid[4]
+    n_groups = ((n_lines - 1) >> shift) + 1
+    slab, group = task // n_groups, task % n_groups
+    are_roots = coarse.size > 0
+    energy = np.empty(length if are_roots else 0, y.dtype)
+    if are_roots:
+        n, i = slab // grid[1], slab % grid[1]
+        _spread(coarse[n, i >> shift, group], shift, grid[4], energy)
+    for j in range(group << shift, min(n_lines, (group + 1) << shift)):
+        line = slab * n_lines + j
+        part = slice(line * length, (line + 1) * length)
+        other = others[part] if others.size > 0 else others
+        own = energies[part] if energies.size > 0 else energy
+        key = line_key(stream, line)
+        _perturb_run(y[part], other, columns, own, are_roots, np.uint32(0), key, how)
+
+
+@compiled(parallel=True)
+def _rows_parallel(y, others, energies, columns, grid, coarse, shift, stream, how):
+    for task in prange(grid[0] * grid[1] * (((grid[2] - 1) >> shift) + 1)):
+        _perturb_rows_task(
+            y, others, energies, columns, grid, coarse, shift, stream, how, task
+        )  # fmt: skip
+
+
+@compiled()
+def _rows_serial(y, others, energies, columns, grid, coarse, shift, stream, how):
+    for task in range(grid[0] * grid[1] * (((grid[2] - 1) >> shift) + 1)):
+        _perturb_rows_task(
+            y, others, energies, columns, grid, coarse, shift, stream, how, task
+        )  # fmt: skip
+
+
+def perturb_rows(y, others, energies, columns, grid, coarse, shift, stream, how) -> None:
     """Add noise to channels that lie next to each other in memory.
 
     Parameters
     ----------
     y : (P C,), P voxels in the order of `grid`
     others : (P C,), the companion, or (0,): y itself
-    columns : (6, m C): offset, alpha, beta, unit, slope, intercept of each channel, repeated for m
-        voxels; m divides ``1 << shift`` if there is an energy. The noise of an element is
-        ``intercept + slope companion + sqrt((alpha (y - offset))^2 + (beta root)^2) unit g``; in
-        alpha and unit, `BYTES_SD` and `HYPOTENUSE` are divided out as `perturb` does
+    energies : (P C,) energy of each sum's terms, or (0,)
+    columns : (5, m C): offset, alpha, beta, slope, intercept of each channel, repeated for the m
+        voxels handled at once. The noise of an element is
+        ``intercept + slope companion + sqrt((alpha (y - offset))^2 + beta^2 energy) g``; alpha and
+        beta are divided by `BYTES_SD`, and by `HYPOTENUSE` if there is an energy
     grid : (N, X, Y, Z, C), int64; N X Y Z = P
-    root : (N, X', Y', Z', 1 or C): square root of the energy of the sums' terms; a voxel looks at
-        its coordinates shifted right by `shift` bits; empty: no energy
+    coarse : (N, X', Y', Z'), root of the energy for all channels; a voxel looks at its coordinates
+        shifted right by `shift` bits; or empty
     """
     run = _rows_serial if y.size <= _SMALL else _rows_parallel
-    run(y, others, columns, grid, root, shift, stream, how)
+    run(y, others, energies, columns, grid, coarse, shift, stream, how)
 
 
 @compiled(parallel=True)
-def perturb_planes(y, others, columns, grid, root, shift, stream, how):
-    """Do the same where voxels of a channel lie next to each other: y, others (N, C, X Y Z).
+def perturb_planes(y, others, energies, columns, grid, coarse, shift, stream, how):
+    """Do the same where voxels of a channel lie next to each other: arrays (N, C, X Y Z).
 
-    `columns` is (C, 6, m) with m = Z where there is an energy, else the number of voxels handled
-    at once.
+    `columns` is (C, 5, m), the same for the m voxels handled at once.
     """
-    n_channels = grid[4]
-    length = columns.shape[2]
-    n_voxels = grid[1] * grid[2] * grid[3]
-    has_others, has_energy = others.size > 0, root.size > 0
-    for plane in prange(grid[0] * n_channels):
+    n_x, n_y, n_z, n_channels = grid[1], grid[2], grid[3], grid[4]
+    n_groups = ((n_x - 1) >> shift) + 1
+    are_roots = coarse.size > 0
+    for task in prange(grid[0] * n_channels * n_groups):
+        plane, group = task // n_groups, task % n_groups
         n, c = plane // n_channels, plane % n_channels
         key = line_key(stream, plane)
-        first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
-        values, channel = y[n, c], columns[c]
-        energies = np.empty(length if has_energy else 0, y.dtype)
-        for begin in range(0, n_voxels, length):
-            part = slice(begin, min(begin + length, n_voxels))
-            if has_energy:
-                i, j = begin // (grid[2] * grid[3]), begin // grid[3] % grid[2]
-                run = root[n, i >> shift, j >> shift, :, c if root.shape[4] > 1 else 0]
-                for z in range(length):
-                    energies[z] = run[z >> shift]
-            other = others[n, c, part] if has_others else values[0:0]
-            if how.kind == DITHER and not has_others and not has_energy:
-                _row_without_energy(values[part], channel, np.uint32(begin), first, second, how)
-            elif how.kind == DITHER and not has_energy:
-                _row_with_others(values[part], other, channel, np.uint32(begin), first, second, how)
-            elif how.kind == DITHER and not has_others:
-                _row_with_energies(values[part], channel, energies, np.uint32(begin), first, second)
-            else:
-                _row(values[part], other, channel, energies, np.uint32(begin), first, second, how)
+        energy = np.empty(n_y * n_z if are_roots else 0, y.dtype)
+        if are_roots:
+            for j in range(n_y):
+                _spread(coarse[n, group, j >> shift], shift, 1, energy[j * n_z : (j + 1) * n_z])
+        for i in range(group << shift, min(n_x, (group + 1) << shift)):
+            part = slice(i * n_y * n_z, (i + 1) * n_y * n_z)
+            other = others[n, c, part] if others.size > 0 else energy[0:0]
+            own = energies[n, c, part] if energies.size > 0 else energy
+            start = np.uint32(i * n_y * n_z)
+            _perturb_run(y[n, c, part], other, columns[c], own, are_roots, start, key, how)
 
 
 @compiled(parallel=True)

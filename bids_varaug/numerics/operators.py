@@ -44,7 +44,7 @@ EXACT = frozenset(
     topk argmax argmin argsort kthvalue median mode unique_consecutive nonzero embedding
     scalar_tensor frexp ldexp logical_and logical_or logical_not logical_xor isclose equal
     nan_to_num nan_to_num_ complex real imag view_as_real _conj _pack_padded_sequence
-    _resize_output_ searchsorted bucketize
+    _resize_output_ searchsorted bucketize device layout
     """.split()
 )
 

@@ -36,8 +36,8 @@ class ChannelNoise:
     Parameters
     ----------
     quadratic, linear, offset, slope, intercept : (C,) float64
-    energy : (N, X', Y', Z', 1 or C), float32 or float64, or None for 0; energy at voxel x is that
-        at ``x >> shift``
+    energy : of each element, shape of the perturbed tensor; or (N, 1, X', Y', Z') for all
+        channels, that of voxel x at ``x >> shift``; or None for 0
     shift : bits
     companion : tensor of the perturbed one's shape, or None for the perturbed tensor itself
     """
@@ -100,10 +100,11 @@ def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, rule: Rule, stream: 
         return
     with _Flat(tensor) as flat:
         values = flat.numpy()
-        deviations = (
-            torch.empty_like(tensor.detach()).copy_(deviation) if flat.reordered else deviation
-        )
-        deviations = deviations.contiguous().reshape(-1).numpy()
+        if flat.reordered:
+            ordered = torch.empty_like(tensor.detach()).copy_(deviation)
+            deviations = ordered.as_strided(flat.shape, (1,)).numpy()
+        else:
+            deviations = deviation.contiguous().reshape(-1).numpy()
         noise.perturb_flat(values, deviations, np.uint64(stream), noise.finish(rule, values.dtype))
 
 
@@ -124,50 +125,47 @@ def perturb_channels_(tensor: torch.Tensor, given: ChannelNoise, rule: Rule, str
         return
     y = tensor.detach()
     channels_last = y.movedim(1, -1).is_contiguous()
-    dense = y if channels_last or y.is_contiguous() else y.contiguous()
-    dtype = dense.numpy().dtype
-    root = np.empty((0, 1, 1, 1, 1), dtype)
-    if given.energy is not None:
-        root = given.energy.clamp_min(0).sqrt_().contiguous().numpy().astype(dtype, copy=False)
-    columns = _columns(given, y.shape[1], float(root.max(initial=0))).astype(dtype)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    dense = y if channels_last else y.contiguous()
     n, c, *space = y.shape
+    dtype = dense.numpy().dtype
+    coarse, energies, companion = np.empty((0, 1, 1, 1), dtype), dense[:0], dense[:0]
+    if given.energy is not None and given.energy.shape == y.shape:
+        energies = given.energy.to(y.dtype).contiguous(memory_format=layout)
+    elif given.energy is not None:
+        root = given.energy[:, 0].clamp_min(0).sqrt_()
+        coarse = root.to(y.dtype).contiguous().numpy()
+    if given.companion is not None:
+        companion = given.companion.detach().contiguous(memory_format=layout)
+    columns = _columns(given, c).astype(dtype)
     grid = np.array([n, *space, c], np.int64)
     how = noise.finish(rule, dtype)
-    companion = dense[:0]
-    if given.companion is not None:
-        layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-        companion = given.companion.detach().contiguous(memory_format=layout)
     if channels_last:
-        tile = 1 << given.shift if root.size and root.shape[4] == 1 else 1
-        columns = np.tile(columns, tile if root.size else max(1, _TILE // c))
-        values, others = (t.movedim(1, -1).reshape(-1).numpy() for t in (dense, companion))
-        noise.perturb_rows(values, others, columns, grid, root, given.shift, np.uint64(stream), how)
+        columns = np.tile(columns, max(1, _TILE // c))
+        arrays = [t.movedim(1, -1).reshape(-1).numpy() for t in (dense, companion, energies)]
+        run = noise.perturb_rows
     else:
-        length = space[2] if root.size else min(_TILE, math.prod(space))
-        columns = np.repeat(columns.T[:, :, None], length, axis=2)
-        values, others = (
-            t.reshape(len(t), c, math.prod(space)).numpy() for t in (dense, companion)
-        )
-        noise.perturb_planes(
-            values, others, columns, grid, root, given.shift, np.uint64(stream), how
-        )
+        columns = np.repeat(columns.T[:, :, None], min(_TILE, space[1] * space[2]), axis=2)
+        arrays = [
+            t.reshape(len(t), c, math.prod(space)).numpy() for t in (dense, companion, energies)
+        ]
+        run = noise.perturb_planes
+    run(*arrays, columns, grid, coarse, given.shift, np.uint64(stream), how)
     if dense is not y:
         y.copy_(dense)
 
 
-def _columns(given: ChannelNoise, n_channels: int, largest_root: float) -> np.ndarray:
-    """(6, C) float64 for the kernels: offset, alpha, beta, unit, slope, intercept."""
+def _columns(given: ChannelNoise, n_channels: int) -> np.ndarray:
+    """(5, C) float64 for the kernels: offset, alpha, beta, slope, intercept."""
     zeros = np.zeros(n_channels)
-    alpha = np.sqrt(np.maximum(given.quadratic, 0))
-    beta = zeros if given.linear is None else np.sqrt(np.maximum(given.linear, 0))
-    # Squares of small deviations must not underflow: in units of about the largest one.
-    typical = beta * largest_root
-    unit = np.where(typical > 0, typical, 1.0)
-    rest = [zeros if v is None else v for v in (given.slope, given.intercept)]
-    offset = zeros if given.offset is None else given.offset
+    offset, linear, slope, intercept = (
+        zeros if v is None else v
+        for v in (given.offset, given.linear, given.slope, given.intercept)
+    )
     # The kernels' g is that of whole numbers, their root one of larger and smaller part.
     exceeds = noise.BYTES_SD * (noise.HYPOTENUSE if given.energy is not None else 1.0)
-    return np.stack([offset, alpha / unit, beta / unit, unit / exceeds, *rest])
+    alpha, beta = (np.sqrt(np.maximum(v, 0)) / exceeds for v in (given.quadratic, linear))
+    return np.stack([offset, alpha, beta, slope, intercept])
 
 
 class _Flat:
@@ -254,7 +252,7 @@ def _perturb_channels_with_torch(tensor, given: ChannelNoise, rule: Rule, stream
     distance = y if given.offset is None else y - column(given.offset)
     deviation = (column(np.sqrt(np.maximum(given.quadratic, 0))) * distance).abs()
     if given.energy is not None:
-        root = given.energy.clamp_min(0).sqrt().to(y.dtype).movedim(-1, 1)
+        root = given.energy.clamp_min(0).sqrt().to(y.dtype)
         for axis in (2, 3, 4):
             index = torch.arange(y.shape[axis], device=y.device) >> given.shift
             root = root.index_select(axis, index)

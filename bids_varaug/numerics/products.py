@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from bids_varaug.numerics.accumulation import (
+    Walk,
     bridge,
+    follow_products,
     modelled_variance,
-    products_variance,
     unthinned,
 )
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
@@ -64,7 +65,7 @@ def perturb_matrix_product(
     rule = how.rule
     total = y if bias is None else y - bias
     if m * n * k <= DIRECT[how.exact]:
-        variance = products_variance(_numpy(a), _numpy(b), rule)
+        variance = follow_products(_numpy(a), _numpy(b), rule).variance
         _perturb_by_variance(y, torch.as_tensor(variance), bias is None, how)
         return
     rng = np.random.default_rng(how.stream)
@@ -78,12 +79,13 @@ def perturb_matrix_product(
     sampled_b = _numpy(b[step // 2 :: step].T[other].T)
     total = _numpy(total[index][:, other]).astype("f8")
     if is_long:
-        truth = _variance_of_long(sampled_a, sampled_b, step, k, total, how)
+        walk = _follow_long(sampled_a, sampled_b, step, total, how)
     else:
-        truth = products_variance(sampled_a, sampled_b, rule)
+        walk = follow_products(sampled_a, sampled_b, rule)
+    truth = walk.variance
     if how.exact:
         energy, column_energy = (a * a) @ (b * b), None
-        sampled_energy = (sampled_a.astype("f8") ** 2) @ (sampled_b.astype("f8") ** 2)
+        sampled_energy = walk.energy
     else:
         some = slice(None, None, max(1, k // 512))
         energy = a[:, some].square().mean(1, keepdim=True) * k
@@ -94,22 +96,22 @@ def perturb_matrix_product(
     if len(columns) == n:
         factor = _ratio(truth.sum(0), model.sum(0))
     noise = _channel_noise(factor, k, how, column_energy, bias is None)
-    given = ChannelNoise(*noise, energy=energy[None, None, :, None])
+    given = ChannelNoise(*noise, energy=_as_image(energy))
     if bias is None:
         perturb_channels_(_as_image(y), given, rule, how.stream)
     else:
         perturb_sum_with_bias(y, y - bias, given, how)
 
 
-def _variance_of_long(a, b, step: int, n_terms: int, total, how: How) -> np.ndarray:
-    """Variance of a matrix product of which every `step`-th term is given."""
+def _follow_long(a, b, step: int, total, how: How) -> Walk:
+    """Follow a matrix product of which every `step`-th term is given."""
     columns, every = torch.from_numpy(b), how._replace(exact=True)
     rows = []
     for row, totals in zip(a, total, strict=True):
         terms = torch.from_numpy(row)[:, None].expand(-1, b.shape[1])
         walk = follow(terms, (0,), every, columns)
-        rows.append(unthinned(walk, step, n_terms, totals, how.rule).variance)
-    return np.stack(rows)
+        rows.append(unthinned(walk, step, totals, how.rule))
+    return Walk.stacked(rows)
 
 
 def perturb_sum_with_bias(y, total, given: ChannelNoise, how: How) -> None:
@@ -117,7 +119,7 @@ def perturb_sum_with_bias(y, total, given: ChannelNoise, how: How) -> None:
     quadratic, linear = (
         torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in (given.quadratic, given.linear)
     )
-    variance = quadratic * total * total + linear * given.energy[0, 0, :, 0]
+    variance = quadratic * total * total + linear * given.energy[0, :, 0, :, 0].T
     perturb_(y, variance.sqrt_(), how.rule, how.stream)
 
 
@@ -155,13 +157,14 @@ def perturb_convolution(
     if groups == 1 and n_voxels * n_terms * n_out <= DIRECT[how.exact]:
         voxels = np.arange(n_voxels)
         patches = _numpy(gather_patches(x, _places(voxels, y), weight.shape[2:], geometry))
-        variance = torch.as_tensor(products_variance(patches, kernels, rule)).to(y.device)
+        variance = follow_products(patches, kernels, rule).variance
+        variance = torch.as_tensor(variance).to(y.device)
         variance = variance.reshape(y.shape[0], *y.shape[2:], n_out).movedim(-1, 1)
         _perturb_by_variance(y, variance, bias is None, how)
         return
     column_energy = (kernels.astype("f8") ** 2).mean(0)
     if how.exact:
-        energy, shift = squares().movedim(1, -1), 0
+        energy, shift = squares(), 0
     else:
         energy, shift = coarse_energy(x, y.shape[2:], geometry.stride)
         energy = energy * (n_terms / x.shape[1])
@@ -172,17 +175,16 @@ def perturb_convolution(
         sampled_kernels = kernels[:, channels]
         places = _places(voxels, y)
         patches = _numpy(gather_patches(x, places, weight.shape[2:], geometry))
-        if how.exact:
-            sampled_energy = (patches.astype("f8") ** 2) @ (sampled_kernels.astype("f8") ** 2)
-        else:
+        walk = follow_products(patches, sampled_kernels, rule)
+        sampled_energy = walk.energy
+        if not how.exact:
             coarse = [
                 torch.from_numpy(p >> (shift if axis else 0)) for axis, p in enumerate(places.T)
             ]
-            sampled_energy = _numpy(energy[tuple(c.to(y.device) for c in coarse)]).astype("f8")
-            sampled_energy = sampled_energy * column_energy[channels]
-        total = patches.astype("f8") @ sampled_kernels
-        model = modelled_variance(total, sampled_energy, n_terms, rule)
-        truth = products_variance(patches, sampled_kernels, rule)
+            chosen = energy[:, 0][tuple(c.to(y.device) for c in coarse)]
+            sampled_energy = _numpy(chosen).astype("f8")[:, None] * column_energy[channels]
+        model = modelled_variance(walk.total, sampled_energy, n_terms, rule)
+        truth = walk.variance
         factor = np.full(n_out, _ratio(truth.sum(), model.sum()))
         if len(channels) == n_out:
             factor = _ratio(truth.sum(0), model.sum(0))
@@ -267,8 +269,7 @@ def _variance_of_column(
     terms = gradient[tuple(inside_g)].flatten()[:, None].expand(-1, others.shape[1])
     walk = follow(terms, (0,), how._replace(exact=True), others)
     if step > 1:
-        n_terms = gradient.numel()
-        walk = unthinned(walk, step, n_terms, total, how.rule)
+        walk = unthinned(walk, step, total, how.rule)
     return walk.variance
 
 
@@ -319,7 +320,7 @@ def coarse_energy(x: torch.Tensor, shape, stride) -> tuple[torch.Tensor, int]:
 
     Returns
     -------
-    energy : (N, X', Y', Z', 1)
+    energy : (N, 1, X', Y', Z')
     shift : voxel v of `shape` looks at ``v >> shift``
     """
     shift = 2 if min(shape) >= 32 else 1 if min(shape) >= 8 else 0
@@ -335,7 +336,7 @@ def coarse_energy(x: torch.Tensor, shape, stride) -> tuple[torch.Tensor, int]:
             )
             x = x.index_select(2 + axis, index)
     x = x.detach().movedim(1, -1)
-    return torch.linalg.vecdot(x, x)[..., None], shift
+    return torch.linalg.vecdot(x, x)[:, None], shift
 
 
 # --------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def follow(
         found = _follow_with_torch(*arguments)
     if step > 1:
         total = None if total is None else np.asarray(total, "f8").reshape(outer, inner)
-        found = unthinned(found, step, n_terms, total, how.rule)
+        found = unthinned(found, step, total, how.rule)
     return found.reshape(shape)
 
 
@@ -111,7 +111,7 @@ def _follow_with_torch(x, rule: Rule, other, centre, other_centre) -> Walk:
     products = torch.zeros_like(energy)
     if other is not None:
         products = rule.of_product * rule.per_energy * energy
-    found = (rule.of_partial_sum * sums, products, total, energy)
+    found = (rule.of_partial_sum * sums, products, total, energy, (terms != 0).sum(1))
     return Walk(*(v.cpu().numpy() for v in found))
 
 

@@ -8,6 +8,7 @@ backward pass and optimiser step, on any tensor that torch computes with.
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -21,6 +22,10 @@ from bids_varaug.numerics.rules import DIGITS, MODES, Rule
 ACCUMULATIONS = ("exact", "fast", "none")
 DEVICES = ("cpu", "cuda")
 _MODELLED = (torch.float32, torch.float64)
+_TRACED = (
+    "Monte Carlo arithmetic cannot become part of a function that torch.jit.trace, torch.export or "
+    "torch.compile records: record it outside, then call the result inside"
+)
 
 
 class MonteCarloArithmetic(TorchDispatchMode):
@@ -43,11 +48,13 @@ class MonteCarloArithmetic(TorchDispatchMode):
     ValueError
         For anything else; inside, for a tensor whose format has fewer bits than `precision`.
     TypeError
-        Inside, for results of a floating-point format that is not known (complex, float8).
+        Inside, for results of a floating-point format that is not known (complex, float8), and
+        sparse ones.
     NotImplementedError
         Inside, for tensors on devices other than CPU and CUDA.
     RuntimeError
-        If a function compiled by ``torch.compile`` is traced inside.
+        If torch.jit.trace or torch.export would make it part of what they record, and, from torch
+        itself, inside: torch.jit.trace, functions compiled with ``fullgraph=True``.
 
     Notes
     -----
@@ -74,6 +81,11 @@ class MonteCarloArithmetic(TorchDispatchMode):
     device. Entering the same object again continues its stream. Contexts may be nested, the
     innermost one alone rounds. A context acts in the thread that entered it, and in the threads of
     its backward passes.
+
+    *Compiled functions.* A function compiled by torch.compile runs uncompiled inside; functions of
+    torch.jit and torch.export run as they are: all of them round. Not so a backward pass compiled
+    by torch.compile whose forward pass ran outside: its fused loops are out of reach, without any
+    error. Run forward and backward pass inside.
 
     *Zeros* stay zero in operators of one instruction, infinities and NaN in all, as do finite
     numbers finite.
@@ -114,10 +126,15 @@ class MonteCarloArithmetic(TorchDispatchMode):
         self._key = _mixed(seed)
         self._rules: dict[torch.dtype, Rule] = {}
 
+    def __enter__(self):
+        if torch.jit.is_tracing():
+            raise RuntimeError(_TRACED)
+        return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operator, then perturb what it computed."""
         kwargs = kwargs or {}
-        if func._can_decompose() and _is_composite(func):
+        if FakeTensor not in types and func._can_decompose() and _is_composite(func):
             with self:  # inference mode hands over operators that consist of others
                 return func.decompose(*args, **kwargs)
         if any(isinstance(m, MonteCarloArithmetic) for m in _get_current_dispatch_mode_stack()):
@@ -129,7 +146,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
         names, defaults, written, views = schema_of(func)
         given = defaults | dict(zip(names, args, strict=False)) | kwargs
         name = func.overloadpacket.__name__
-        if is_exact(name, given):
+        if is_exact(name, given) or (views and not written):
             return func(*args, **kwargs)
         rule = self._rule_of_operands(given)
         if rule is not None and rule.perturbs_operands and _base(name) not in MODELS:
@@ -169,7 +186,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
             if name not in written:
                 value = value.detach().clone()
             digits = DIGITS[value.dtype]
-            rule = Rule("rr", self.rule(value).precision, digits)
+            rule = Rule("operand", self.rule(value).precision, digits)
             round_(value.detach(), rule, self._next())
             return value
 
@@ -188,6 +205,13 @@ class MonteCarloArithmetic(TorchDispatchMode):
         if tensor.device.type not in DEVICES:
             raise NotImplementedError(
                 f"a tensor on device {tensor.device}: Monte Carlo arithmetic runs on CPU and CUDA"
+            )
+        if isinstance(tensor, FakeTensor):
+            raise RuntimeError(_TRACED)
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"a result in layout {tensor.layout}: Monte Carlo arithmetic knows dense tensors; "
+                "convert with to_dense()"
             )
         rule = self._rules.get(tensor.dtype)
         if rule is None:

@@ -29,7 +29,7 @@ class Rule:
 
     Parameters
     ----------
-    mode : one of `MODES`
+    mode : one of `MODES`, or "operand": how pb and mca perturb an operand before an instruction
     precision : virtual precision t, bits, at most `digits`
     digits : of the format, bits
     lanes : interleaved partial sums, a power of two
@@ -61,6 +61,7 @@ class Rule:
             "sr": 1 / 6,
             "ud": 1 + 1 / 12,
             "pb": self.of_format,
+            "operand": 1 / 12,
         }[self.mode]
 
     @property

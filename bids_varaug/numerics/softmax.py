@@ -31,12 +31,16 @@ from bids_varaug.numerics.rules import Rule
 
 
 class Coefficients(NamedTuple):
-    """Absolute variances: `of_ulp` per squared ulp 4^e, `of_value` per squared value."""
+    """Absolute variances: `of_ulp` per squared ulp 4^e, `of_value` per squared value.
+
+    `of_sum` and `of_product` are those of a partial sum and a product, per squared ulp.
+    """
 
     of_sum: np.float32
     of_product: np.float32
     of_ulp: np.float32
     of_value: np.float32
+    lanes: int
 
 
 def _coefficients(rule: Rule) -> Coefficients:
@@ -46,7 +50,7 @@ def _coefficients(rule: Rule) -> Coefficients:
         rule.of_partial_sum * rule.unit,
         rule.of_partial_sum * rule.per_energy,
     )
-    return Coefficients(*map(np.float32, values))
+    return Coefficients(*map(np.float32, values), rule.lanes)
 
 
 def perturb_softmax(y: torch.Tensor, dim: int, is_log: bool, rule: Rule, stream: int) -> None:
@@ -135,6 +139,32 @@ def _square_ulp(x):
 
 
 @compiled()
+def _follow(terms, lanes):
+    """Total of the terms, in lanes, and the squared ulps of its inexact partial sums."""
+    partial = np.zeros(lanes, np.float64)
+    ulps = 0.0
+    for i in range(terms.size):
+        before = partial[i & (lanes - 1)]
+        value = before + terms[i]
+        partial[i & (lanes - 1)] = value
+        ulps += _square_ulp_if(value, before != 0 and terms[i] != 0)
+    joined = lanes // 2
+    while joined >= 1:
+        for lane in range(joined):
+            value = partial[lane] + partial[lane + joined]
+            ulps += _square_ulp_if(value, partial[lane] != 0 and partial[lane + joined] != 0)
+            partial[lane] = value
+        joined //= 2
+    return partial[0], ulps
+
+
+@compiled()
+def _square_ulp_if(value, inexact):
+    power = float_of(bits_of(value) & np.int64(0x7FF0000000000000))
+    return 4.0 * power * power if inexact else 0.0
+
+
+@compiled()
 def _softmax_row(y, is_log, k, key, how, distance, power, relative):
     """One row; the last three arrays are working memory of its length, float32."""
     first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
@@ -168,6 +198,8 @@ def _softmax_row(y, is_log, k, key, how, distance, power, relative):
         total += power[i]
         if i > 0:
             ulps += _square_ulp(total)
+    if k.lanes > 1:
+        ulps = np.float32(_follow(power, k.lanes)[1])
     word = random_word(np.uint32(2 * n), first, second)
     shared = (shared + np.sqrt(k.of_sum * ulps) * standard(word, one)) / total
     if is_log:  # the logarithm of the total is -max(y)
@@ -205,6 +237,8 @@ def _gradient_row(dx, gradient, y, is_log, k, key, how, factor, terms):
         products += np.float64(terms[i]) * np.float64(terms[i])
     # Squares times their mean squared ulp: the same on average, and without underflow
     ratio = k.of_value / k.of_ulp
+    if k.lanes > 1:
+        ulps = _follow(terms, k.lanes)[1] / ratio
     variance = k.of_sum * ratio * ulps + (0.0 if is_log else k.of_product * ratio * products)
     word = random_word(np.uint32(2 * n), first, second)
     shared = like(np.sqrt(variance), one) * standard(word, one)
