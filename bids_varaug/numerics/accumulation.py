@@ -47,11 +47,12 @@ def bridge(n_terms, lanes: int = 1):
     Examples
     --------
     >>> a, b = bridge(1000)
-    >>> round(float(a) / 1000, 3), round(float(b) / 1000, 3)
+    >>> round(a / 1000, 3), round(b / 1000, 3)
     (0.334, 0.167)
     """
-    lanes = max(1, min(lanes, int(np.max(n_terms))))
-    k = np.maximum(n_terms / lanes, 1.0)
+    is_number = isinstance(n_terms, int | float)
+    lanes = max(1, min(lanes, int(n_terms if is_number else n_terms.max())))
+    k = max(n_terms / lanes, 1.0) if is_number else np.maximum(n_terms / lanes, 1.0)
     a = (k / 3 + 1 / 3) / lanes
     b = (1 - 1 / lanes) * (k / 3) + (k - 1 / k) / 6
     joined = lanes // 2

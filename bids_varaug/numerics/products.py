@@ -9,6 +9,7 @@ product of what lies under the kernel, on a coarse grid, and of the kernel (fast
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from bids_varaug.numerics.reductions import follow
 from bids_varaug.numerics.rules import DITHER, How
 
 # Multiply-adds of an operator whose partial sums are all computed, and of a sample
-DIRECT = {True: 2**22, False: 2**18}  # exact, fast
+DIRECT = {True: 2**22, False: 2**20}  # exact, fast
 SAMPLED = {True: 2**22, False: 2**19}
 VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
 _SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
@@ -96,11 +97,12 @@ def perturb_matrix_product(
     if len(columns) == n:
         factor = _ratio(truth.sum(0), model.sum(0))
     noise = _channel_noise(factor, k, how, column_energy, bias is None)
-    given = ChannelNoise(*noise, energy=_as_image(energy))
-    if bias is None:
-        perturb_channels_(_as_image(y), given, rule, how.stream)
+    if bias is None or bias.dim() == 1:
+        offset = None if bias is None else _numpy(bias.expand(n)).astype("f8")
+        given = ChannelNoise(*noise, offset=offset, energy=_as_image(energy))
+        _perturb_matrix(y, given, how)
     else:
-        perturb_sum_with_bias(y, y - bias, given, how)
+        perturb_sum_with_bias(y, y - bias, noise, energy, how)
 
 
 def _follow_long(a, b, step: int, total, how: How) -> Walk:
@@ -114,12 +116,17 @@ def _follow_long(a, b, step: int, total, how: How) -> Walk:
     return Walk.stacked(rows)
 
 
-def perturb_sum_with_bias(y, total, given: ChannelNoise, how: How) -> None:
+def _perturb_matrix(y: torch.Tensor, given: ChannelNoise, how: How) -> None:
+    dense = y.contiguous()
+    perturb_channels_(_as_image(dense), given, how.rule, how.stream)
+    if dense is not y:
+        y.copy_(dense)
+
+
+def perturb_sum_with_bias(y, total, noise, energy, how: How) -> None:
     """Perturb where the bias is no constant of a channel: the deviation follows from `total`."""
-    quadratic, linear = (
-        torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in (given.quadratic, given.linear)
-    )
-    variance = quadratic * total * total + linear * given.energy[0, :, 0, :, 0].T
+    quadratic, linear = (torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in noise)
+    variance = quadratic * total * total + linear * energy
     perturb_(y, variance.sqrt_(), how.rule, how.stream)
 
 
@@ -350,8 +357,8 @@ def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool)
     columns = min(shape[1], max(at_once // rows, 8))
     chosen = np.arange(columns)
     if columns < shape[1]:
-        chosen = np.sort(rng.choice(shape[1], columns, replace=False))
-    return np.sort(rng.integers(0, shape[0], rows)), chosen
+        chosen = rng.choice(shape[1], columns, replace=False, shuffle=False)
+    return rng.integers(0, shape[0], rows), chosen
 
 
 def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
@@ -386,8 +393,9 @@ def _places(voxels: np.ndarray, y: torch.Tensor) -> np.ndarray:
 
 
 def _as_image(y: torch.Tensor) -> torch.Tensor:
-    """(M, N) -> (1, N, 1, M, 1)."""
-    return y[None, None, :, None].movedim(-1, 1)
+    """(M, N) -> (1, N, 1, M / z, z), so that the kernels find lines of some length."""
+    z = math.gcd(len(y), 64)
+    return y.view(1, 1, -1, z, y.shape[1]).movedim(-1, 1)
 
 
 def _ratio(truth, model):

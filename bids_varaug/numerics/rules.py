@@ -42,12 +42,12 @@ class Rule:
     lanes: int = 1
     fma: bool = False
 
-    @property
+    @cached_property
     def of_format(self) -> float:
         """Variance of rounding to the format after a perturbation at the virtual precision."""
         return 4.0 ** (self.precision - self.digits) / 12
 
-    @property
+    @cached_property
     def of_result(self) -> float:
         """Variance of the rounding of one result.
 
@@ -64,17 +64,17 @@ class Rule:
             "operand": 1 / 12,
         }[self.mode]
 
-    @property
+    @cached_property
     def of_operand(self) -> float:
         """Variance of the perturbation of one operand."""
         return 1 / 12 if self.perturbs_operands else 0.0
 
-    @property
+    @cached_property
     def of_partial_sum(self) -> float:
         """Variance per partial sum: as a result, and as operand of the next addition."""
         return self.of_result + self.of_operand
 
-    @property
+    @cached_property
     def of_product(self) -> float:
         """Variance per product of a sum of products.
 
@@ -84,22 +84,22 @@ class Rule:
         factors = 2 * self.of_operand
         return factors if self.fma else factors + self.of_result + self.of_operand
 
-    @property
+    @cached_property
     def perturbs_operands(self) -> bool:
         """Whether operands are perturbed."""
         return self.mode in ("pb", "mca")
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """``4^-t``: a variance times this times ``4^e`` is absolute."""
         return 4.0**-self.precision
 
-    @property
+    @cached_property
     def per_energy(self) -> float:
         """Mean absolute variance of a variance of 1, per squared result."""
         return MEAN_SQUARE_ULP * self.unit
 
-    @property
+    @cached_property
     def kind(self) -> int:
         """How the last rounding of a result is drawn: `DITHER`, `STOCHASTIC` or `UP_DOWN`."""
         if self.mode == "ud":
@@ -113,7 +113,7 @@ class Rule:
             return 0.0
         return dither_width(self.of_result * 4.0 ** (self.digits - self.precision))
 
-    @property
+    @cached_property
     def grid_bits(self) -> int:
         """Bits of the format's significand below the virtual precision."""
         return self.digits - self.precision
