@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -81,12 +82,25 @@ def modelled_variance(y, energy, n_terms: float, rule: Rule):
     return rule.per_energy * (c_sum * a * y**2 + (c_sum * b + c_product) * energy)
 
 
+class Loop(NamedTuple):
+    """How compiled loops follow sums."""
+
+    exponent_mask: np.integer
+    rounds_exact: np.integer  # 0 or 1, see `Rule`
+    lanes: int
+
+
+def _loop(rule: Rule, dtype: np.dtype) -> Loop:
+    return Loop(_EXPONENTS[dtype.itemsize], np.int8(rule.rounds_exact), rule.lanes)
+
+
 @dataclass(frozen=True)
 class Walk:
     """What following the partial sums tells, all float64 and of the sums' shape.
 
     `sums` and `products` are the variances that come from rounding partial sums and products;
-    `total` is the sum, `energy` the sum of squares, `count` the number of terms that are not 0.
+    `total` is the sum, `energy` the sum of squares, `count` the number of terms that change it:
+    those that are not 0 or, where exact results are rounded too, all.
     """
 
     sums: np.ndarray
@@ -114,25 +128,31 @@ def unthinned(thin: Walk, step: int, total, rule: Rule) -> Walk:
     """Tell from every `step`-th term what following all terms would tell, roughly.
 
     Partial sums of thinned terms show a drift of the terms well, but wander more than those of all
-    terms do where terms are independent. What they exceed the expectation for independent terms by
-    counts as drift: of all sums together, or of each where the drift is large.
+    terms do where terms are independent. What they exceed the expectation for independent terms by,
+    less one standard error, counts as drift: of all sums together, or of each where the drift is
+    large.
 
     Parameters
     ----------
     thin : of every `step`-th term
     total : the sums of all terms, same shape; None: as the thinned ones say
     """
-    total = thin.total * step if total is None else total
     energy, count = thin.energy * step, thin.count * step
+    if total is None:  # the square of a thinned sum is too large by what thinning adds
+        total = thin.total * step
+        square = np.maximum(total**2 - (step - 1) * energy, energy)
+    else:
+        square = total**2
     n_terms = np.maximum(count, 1.0)
     a, b = bridge(n_terms, rule.lanes)
     coefficient = rule.per_energy * rule.of_partial_sum
     seen = thin.sums * float(step) ** 3
-    spread = np.maximum(energy - total**2 / n_terms, 0) * (n_terms / rule.lanes)
-    independent = coefficient * (a * total**2 + step / 2 * spread)
-    model = coefficient * (a * total**2 + b * energy)
+    spread = np.maximum(energy - square / n_terms, 0) * (n_terms / rule.lanes)
+    independent = coefficient * (a * square + step / 2 * spread)
+    model = coefficient * (a * square + b * energy)
     excess = seen - independent
-    pooled = model * (1 + max(excess.sum(), 0.0) / max(model.sum(), 1e-300))
+    drift = max(excess.sum() - math.sqrt((excess**2).sum()), 0.0)
+    pooled = model * (1 + drift / max(model.sum(), 1e-300))
     own = model + np.maximum(excess, 0)
     share = np.clip((seen.sum() / max(independent.sum(), 1e-300) - 1.5) / 2, 0, 1)
     return Walk(share * own + (1 - share) * pooled, thin.products * step, total, energy, count)
@@ -178,14 +198,16 @@ def follow_sums(
     strides = np.array(strides + ((0, 0, 0),) * (2 - len(strides)), np.int64)
     follow = _follow_serial if x.size < _SMALL else _follow_parallel
     follow(
-        *flats, strides, x.shape[1], centres, x.dtype.type(scale * scale_other), rule.lanes,
-        _EXPONENTS[x.dtype.itemsize], _tasks(out_view.shape[1:]), out_view,
+        *flats, strides, x.shape[1], centres, x.dtype.type(scale * scale_other),
+        _loop(rule, x.dtype), _tasks(out_view.shape[1:]), out_view,
     )  # fmt: skip
     sums, energy, total = out[0], out[1], out[2]
     squared = (scale * scale_other) ** 2
     sums = rule.of_partial_sum * sums * (4 * rule.unit / squared)
     energy = energy / squared
-    products = 0 * energy if other is None else rule.of_product * rule.per_energy * energy
+    products = (
+        np.zeros_like(energy) if other is None else rule.of_product * rule.per_energy * energy
+    )
     return Walk(sums, products, total / (scale * scale_other), energy, out[3])
 
 
@@ -211,7 +233,7 @@ def follow_products(x: np.ndarray, weight: np.ndarray, rule: Rule) -> Walk:
     found = np.empty((3, x.shape[0], padded.shape[1]), x.dtype)
     small = x.size * n_out < 16 * _SMALL
     follow = _follow_products_serial if small else _follow_products
-    follow(x, padded, rule.lanes, _EXPONENTS[x.dtype.itemsize], found)
+    follow(x, padded, _loop(rule, x.dtype), found)
     squares, energy, total = found[:, :, :n_out].astype("f8")
     sums = rule.of_partial_sum * squares * (4 * rule.unit / scale**2)
     energy /= scale**2
@@ -250,7 +272,7 @@ def _tasks(shape) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------
 # Loops. Squares are those of 2^E for numbers in [2^E, 2^(E+1)): a quarter of 4^e. Adding 0 rounds
-# nothing, nor does the first term of a lane.
+# nothing, nor does the first term of a lane, but by some rules (`Rule.rounds_exact`).
 
 
 @compiled()
@@ -260,16 +282,16 @@ def _power(value, exponent_mask):
 
 @intrinsic
 def _add_terms(
-    typing_context, x, start, other, start_other, state, base, lane, factor, exponent_mask
+    typing_context, x, start, other, start_other, state, base, lane, factor, mask, always
 ):
     """Add one term to each of `_WIDTH` sums, as vector instructions.
 
     Written out, since numba makes scalar ones of such a loop. Terms are ``x[start:]`` times
     ``other[start_other:]``, which may be None. ``state[base:]`` holds rows of `_WIDTH` numbers:
     squares of 2^E, energy, count, the two centres, then the partial sums of each lane; those of
-    this lane are at ``state[lane:]``.
+    this lane are at ``state[lane:]``. Where `always` is not 0, adding to 0, or 0, counts too.
     """
-    signature = types.void(x, start, other, start_other, state, base, lane, factor, exponent_mask)
+    signature = types.void(x, start, other, start_other, state, base, lane, factor, mask, always)
 
     def build(context, builder, signature, arguments):
         element = context.get_value_type(x.dtype)
@@ -310,8 +332,11 @@ def _add_terms(
         builder.store(after, partial, align=x.dtype.bitwidth // 8)
         bits = builder.and_(builder.bitcast(after, integers), same(arguments[8], integers))
         power = builder.bitcast(bits, vector)
-        present = builder.fcmp_unordered("!=", terms, zeros)
-        inexact = builder.and_(present, builder.fcmp_unordered("!=", before, zeros))
+        every = builder.trunc(arguments[9], ir.IntType(1))
+        every = same(every, ir.VectorType(ir.IntType(1), _WIDTH))
+        present = builder.or_(every, builder.fcmp_unordered("!=", terms, zeros))
+        was = builder.or_(every, builder.fcmp_unordered("!=", before, zeros))
+        inexact = builder.and_(present, was)
         squares = builder.fmul(power, power)
         add(row(_SQUARES), builder.select(inexact, squares, zeros))
         add(row(_ENERGY), builder.fmul(terms, terms))
@@ -328,25 +353,26 @@ def _gather(flat, start, stride, width, row):
 
 
 @compiled()
-def _join(partial, sums, exponent_mask):
-    """Add the lanes (L, B) pairwise."""
-    joined = partial.shape[0] // 2
+def _join(partial, n_terms, sums, how):
+    """Add the lanes (L, B) pairwise, those that have terms."""
+    joined, n = partial.shape[0] // 2, min(partial.shape[0], n_terms)
     while joined >= 1:
-        for lane in range(joined):
+        for lane in range(n - joined):
             for b in range(partial.shape[1]):
-                if partial[lane + joined, b] != 0:
-                    value = partial[lane, b] + partial[lane + joined, b]
-                    if partial[lane, b] != 0:
-                        unit = np.float64(_power(value, exponent_mask))
-                        sums[b] += unit * unit
-                    partial[lane, b] = value
-        joined //= 2
+                value = partial[lane, b] + partial[lane + joined, b]
+                inexact = partial[lane, b] != 0 and partial[lane + joined, b] != 0
+                if inexact or how.rounds_exact:
+                    unit = np.float64(_power(value, how.exponent_mask))
+                    sums[b] += unit * unit
+                partial[lane, b] = value
+        n, joined = min(n, joined), joined // 2
 
 
 @compiled()
-def _follow_task(x, other, strides, n_terms, given, factor, lanes, exponent_mask, task, out):
+def _follow_task(x, other, strides, n_terms, given, factor, how, task, out):
     a, start, stop = task
     width = stop - start
+    lanes, mask = how.lanes, how.exponent_mask
     state = np.zeros((_LANES + lanes) * _WIDTH, x.dtype)
     terms, others = np.zeros(_WIDTH, x.dtype), np.zeros(_WIDTH, x.dtype)
     for b in range(width):
@@ -358,15 +384,16 @@ def _follow_task(x, other, strides, n_terms, given, factor, lanes, exponent_mask
     for begin in range(0, n_terms, _RUN):
         for i in range(begin, min(begin + _RUN, n_terms)):
             lane = (_LANES + (i & (lanes - 1))) * _WIDTH
+            always = how.rounds_exact if i >= lanes else np.int8(0)
             if as_it_is:
-                _add_terms(x, place, other, place_other, state, 0, lane, factor, exponent_mask)
+                _add_terms(x, place, other, place_other, state, 0, lane, factor, mask, always)
             else:
                 _gather(x, place, stride, width, terms)
                 if other is None:
-                    _add_terms(terms, 0, other, 0, state, 0, lane, factor, exponent_mask)
+                    _add_terms(terms, 0, other, 0, state, 0, lane, factor, mask, always)
                 else:
                     _gather(other, place_other, strides[1, 2], width, others)
-                    _add_terms(terms, 0, others, 0, state, 0, lane, factor, exponent_mask)
+                    _add_terms(terms, 0, others, 0, state, 0, lane, factor, mask, always)
             place += step
             place_other += step_other
         for b in range(width):
@@ -375,60 +402,62 @@ def _follow_task(x, other, strides, n_terms, given, factor, lanes, exponent_mask
             out[3, a, start + b] += state[_COUNT * _WIDTH + b]
         state[: 3 * _WIDTH] = 0
     partial = state[_LANES * _WIDTH :].reshape(lanes, _WIDTH)[:, :width]
-    _join(partial, out[0, a, start:stop], exponent_mask)
+    _join(partial, n_terms, out[0, a, start:stop], how)
     for b in range(width):
         out[2, a, start + b] = partial[0, b]
 
 
 @compiled(parallel=True)
-def _follow_parallel(x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks, out):
+def _follow_parallel(x, other, strides, n_terms, given, factor, how, tasks, out):
     for t in prange(len(tasks)):
         _follow_task(
-            x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks[t], out
+            x, other, strides, n_terms, given, factor, how, tasks[t], out
         )  # fmt: skip
 
 
 @compiled()
-def _follow_serial(x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks, out):
+def _follow_serial(x, other, strides, n_terms, given, factor, how, tasks, out):
     for t in range(len(tasks)):
         _follow_task(
-            x, other, strides, n_terms, given, factor, lanes, exponent_mask, tasks[t], out
+            x, other, strides, n_terms, given, factor, how, tasks[t], out
         )  # fmt: skip
 
 
 @compiled()
-def _products_row(x, weight, lanes, exponent_mask, squares, energy, total):
+def _products_row(x, weight, how, squares, energy, total):
     n_out = weight.shape[1]
+    lanes, mask = how.lanes, how.exponent_mask
     weights, size = weight.ravel(), (_LANES + lanes) * _WIDTH
     state = np.zeros(n_out // _WIDTH * size, x.dtype)
     for k in range(x.size):
         lane = (_LANES + (k & (lanes - 1))) * _WIDTH
+        always = how.rounds_exact if k >= lanes else np.int8(0)
         start = k * n_out
-        if x[k] != 0:
+        if x[k] != 0 or how.rounds_exact:
             for base in range(0, state.size, size):
                 _add_terms(
-                    weights, start, None, 0, state, base, base + lane, x[k], exponent_mask
+                    weights, start, None, 0, state, base, base + lane, x[k], mask, always
                 )  # fmt: skip
                 start += _WIDTH
     for block in range(n_out // _WIDTH):
         own = state[block * size : (block + 1) * size].reshape(-1, _WIDTH)
         part = slice(block * _WIDTH, (block + 1) * _WIDTH)
         squares[part], energy[part] = own[_SQUARES], own[_ENERGY]
-        _join(own[_LANES:], squares[part], exponent_mask)
+        _join(own[_LANES:], x.size, squares[part], how)
         total[part] = own[_LANES]
 
 
 @compiled(parallel=True)
-def _follow_products(x, weight, lanes, exponent_mask, found):
+def _follow_products(x, weight, how, found):
     for row in prange(x.shape[0]):
         _products_row(
-            x[row], weight, lanes, exponent_mask, found[0, row], found[1, row], found[2, row]
+            x[row], weight, how, found[0, row], found[1, row], found[2, row]
         )  # fmt: skip
 
 
 @compiled()
-def _follow_products_serial(x, weight, lanes, exponent_mask, found):
+def _follow_products_serial(x, weight, how, found):
     for row in range(x.shape[0]):
         _products_row(
-            x[row], weight, lanes, exponent_mask, found[0, row], found[1, row], found[2, row]
+            x[row], weight, how, found[0, row], found[1, row], found[2, row]
         )  # fmt: skip

@@ -145,15 +145,17 @@ def dithered(y, noise, word, how):
     change = noise + dither * (how.width * power)
     result = y + change
     # Infinity less infinity is not 0. Not a choice between y and the result: that becomes a masked
-    # store, which takes ten times as long.
-    return y + (change if result - result == like(0.0, y) else like(0.0, y))
+    # store, which takes ten times as long. Adding -0 keeps the sign of a zero.
+    zero = like(0.0, y)
+    return y + (change if (result - result == zero) & (change != zero) else -zero)
 
 
 @compiled()
 def gridded(y, noise, word, how):
     """Y plus noise, rounded to the grid of the virtual precision; else as `dithered`."""
     # On integers: magnitudes are ordered like their bits, also from one binade to the next
-    shifted = bits_of(y + noise)
+    zero = like(0.0, y)
+    shifted = bits_of(y + (noise if noise != zero else -zero))
     sign = like(shifted & ~_magnitude_mask(shifted), shifted)
     magnitude = like(shifted & _magnitude_mask(shifted), shifted)
     draw = like(_wide(word, shifted), shifted)
@@ -166,7 +168,6 @@ def gridded(y, noise, word, how):
         magnitude = like(magnitude & ~how.grid_mask, shifted)
         magnitude = like(magnitude + (step if draw & step else -step), shifted)
     result = float_of(like(sign | magnitude, shifted))
-    zero = like(0.0, y)
     return result if result - result == zero and y - y == zero else y
 
 
@@ -295,8 +296,8 @@ def _root(energy):
 @compiled()
 def _added(y, noise):
     """Y plus noise, rounded to nearest; as `dithered` where numbers are not finite."""
-    result = y + noise
-    return y + (noise if result - result == like(0.0, y) else like(0.0, y))
+    result, zero = y + noise, like(0.0, y)
+    return y + (noise if (result - result == zero) & (noise != zero) else -zero)
 
 
 @compiled()

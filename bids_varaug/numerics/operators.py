@@ -466,10 +466,14 @@ def _layer_norm_backward(given, result, context: Context) -> None:
 
 
 def _softmax(is_log: bool, given, result, context: Context) -> None:
+    if not result.numel():
+        return
     softmax.perturb_softmax(result, given["dim"], is_log, context.rule, context.stream)
 
 
 def _softmax_backward(is_log: bool, given, result, context: Context) -> None:
+    if not result.numel():
+        return
     softmax.perturb_softmax_gradient(
         result, given["grad_output"], given["output"], given["dim"], is_log, context.rule,
         context.stream,

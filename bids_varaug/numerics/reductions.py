@@ -106,12 +106,13 @@ def _follow_with_torch(x, rule: Rule, other, centre, other_centre) -> Walk:
         sums = rule.per_energy * (a * total**2 + b * energy)
     else:
         partial = torch.cumsum(terms, 1)
-        inexact = (terms != 0) & (partial != terms)
+        inexact = (terms != 0) & (partial != terms) | rule.rounds_exact
         sums = rule.unit * (torch.exp2(2.0 * torch.frexp(partial)[1]) * inexact).sum(1)
     products = torch.zeros_like(energy)
     if other is not None:
         products = rule.of_product * rule.per_energy * energy
-    found = (rule.of_partial_sum * sums, products, total, energy, (terms != 0).sum(1))
+    count = ((terms != 0) | rule.rounds_exact).sum(1)
+    found = (rule.of_partial_sum * sums, products, total, energy, count)
     return Walk(*(v.cpu().numpy() for v in found))
 
 

@@ -90,6 +90,17 @@ class Rule:
         return self.mode in ("pb", "mca")
 
     @cached_property
+    def rounds_exact(self) -> bool:
+        """Whether an instruction with an exact result, such as adding 0, changes it nevertheless.
+
+        A random number below half an ulp is rounded away where it is added to a result of the
+        format's own precision; a number on the grid stays there in stochastic rounding.
+        """
+        if self.mode in ("mca", "ud"):
+            return True
+        return self.mode in ("rr", "pb") and self.precision < self.digits
+
+    @cached_property
     def unit(self) -> float:
         """``4^-t``: a variance times this times ``4^e`` is absolute."""
         return 4.0**-self.precision

@@ -419,6 +419,7 @@ def test_empty_tensors_and_scalars(mode):
         assert torch.empty(3, 0).sum().item() == 0
         assert torch.equal(torch.empty(2, 0) @ torch.empty(0, 3), torch.zeros(2, 3))
         assert torch.softmax(torch.empty(0, 3), 1).shape == (0, 3)
+        assert torch.log_softmax(torch.empty(3, 0), 1).shape == (3, 0)
         assert F.conv3d(torch.empty(0, 2, 4, 4, 4), torch.ones(1, 2, 3, 3, 3)).shape[0] == 0
         assert torch.isfinite(torch.tensor(2.0).exp())
         assert abs(torch.tensor(3.0).sum().item() - 3) < 1e-6
