@@ -2,9 +2,12 @@
 
     python benchmarks/group.py gather --participants 5000 --members 22
     python benchmarks/group.py table --participants 50000 --members 21 [--file made_before.tsv]
+    python benchmarks/group.py augmentation --participants 1000 --members 20
+    python benchmarks/group.py study --participants 50000 --members 21
 
 Data are made up and written to a temporary directory first. Files were just written, so that
-reading them is from the page cache. Every part prints seconds and the peak memory of this process.
+reading them is from the page cache. Every part prints wall seconds, processor seconds (what counts
+where the machine is shared) and the peak memory of this process.
 """
 
 from __future__ import annotations
@@ -20,8 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
+from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.gather import ENDING, gather_cohort, read_features_table
+from bids_varaug.brainage.model import fit_estimator
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.models.ensemble import load_ensemble
 
@@ -29,11 +36,11 @@ from bids_varaug.models.ensemble import load_ensemble
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Print how long the block took, and the peak memory of the process so far."""
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     yield
-    seconds = time.perf_counter() - start
+    wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{what:48} {seconds:8.2f} s   peak {peak:6.2f} GiB", flush=True)
+    print(f"{what:48} {wall:8.2f} s wall {cpu:8.2f} s cpu   peak {peak:6.2f} GiB", flush=True)
 
 
 # --- gather: the participant level's tables, one file per participant ---------------------------
@@ -119,7 +126,7 @@ def write_table(path: Path, participants: int, members: int, features: int, seed
             true = 1000 + slopes * age + rng.normal(0, 20, features)
             rows = true + rng.normal(0, 2, (members, features))
             for member, row in zip(ids, rows, strict=True):
-                values = "\t".join(["%.3f" % value for value in row])
+                values = "\t".join([f"{value:.3f}" for value in row])
                 stream.write(f"sub-{number:06}\t{member}\t{age}\tsite{number % 20}\t{values}\n")
 
 
@@ -142,6 +149,71 @@ def bench_table(options: argparse.Namespace) -> None:
     print(f"the same {values.size:,} values")
 
 
+# --- augmentation: the closed form beside training on every member ------------------------------
+
+
+def make_cohort(participants: int, members: int, features: int, seed: int = 0) -> Cohort:
+    """Make up a cohort in memory, as `write_table` does on disk; `members` counts the baseline."""
+    rng = np.random.default_rng(seed)
+    age = rng.uniform(18, 90, participants)
+    true = 1000 + age[:, None] * rng.normal(0, 1, features)
+    true += rng.normal(0, 20, true.shape)
+    versions = rng.normal(0, 2, (participants, members - 1, features))
+    versions += true[:, None]
+    names = [f"sub-{number:06}" for number in range(participants)]
+    people = pd.DataFrame({"participant_id": names, "session_id": None, "observation": names})
+    people = people.assign(age=age, sex=None, site=None)
+    return Cohort(
+        people,
+        tuple(f"feature{f}" for f in range(features)),
+        true + rng.normal(0, 2, true.shape),
+        versions,
+        tuple(f"mca{m:02}" for m in range(1, members)),
+    )
+
+
+def bench_augmentation(options: argparse.Namespace) -> None:
+    """Fit ridge with `members` and `analytic`: choice of the penalty by 5 inner folds included."""
+    cohort = make_cohort(options.participants, options.members + 1, options.features)
+    seconds, predicted = {}, {}
+    for augmentation in ("members", "analytic"):
+        runs = []
+        for _ in range(options.repeats):
+            start = time.process_time()
+            estimator, choice = fit_estimator(cohort, "ridge", augmentation, 0)
+            runs.append(time.process_time() - start)
+        seconds[augmentation] = min(runs)
+        predicted[augmentation] = estimator.predict(cohort.baseline)
+        print(f"{augmentation:10} {min(runs):8.3f} s cpu   {choice.as_dict()}", flush=True)
+    difference = np.abs(predicted["members"] - predicted["analytic"]).max()
+    print(f"analytic is {seconds['members'] / seconds['analytic']:.1f} times faster")
+    print(f"largest difference of predictions {difference:.1e} years")
+
+
+# --- study: cross-validation of a large cohort --------------------------------------------------
+
+
+def bench_study(options: argparse.Namespace) -> None:
+    """Evaluate ridge without augmentation and with `analytic`, 5 folds."""
+    with timed("make the cohort" if options.file is None else "read_features_table"):
+        if options.file is None:
+            cohort = make_cohort(options.participants, options.members, options.features)
+        else:
+            cohort = read_features_table(options.file)
+    with tqdm(total=1, unit="fit") as bar, timed("evaluate_brain_age"):
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        study = evaluate_brain_age(
+            cohort, model="ridge", augmentations=("none", "analytic"), curve_sizes=None,
+            progress=show,
+        )  # fmt: skip
+    print(study.scores.round(3).to_string(index=False))
+    print(study.gains.round(4).to_string(index=False))
+
+
 def main() -> None:
     """Run the part that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -156,6 +228,18 @@ def main() -> None:
     part.add_argument("--features", type=int, default=31)
     part.add_argument("--file", type=Path, help="where to keep the table, or one made before")
     part.set_defaults(run=bench_table)
+    part = parts.add_parser("augmentation", help="analytic beside members")
+    part.add_argument("--participants", type=int, default=1000)
+    part.add_argument("--members", type=int, default=20, help="perturbed ones")
+    part.add_argument("--features", type=int, default=31)
+    part.add_argument("--repeats", type=int, default=3)
+    part.set_defaults(run=bench_augmentation)
+    part = parts.add_parser("study", help="cross-validation of a large cohort")
+    part.add_argument("--participants", type=int, default=50000)
+    part.add_argument("--members", type=int, default=21)
+    part.add_argument("--features", type=int, default=31)
+    part.add_argument("--file", type=Path, help="a table made by the part table")
+    part.set_defaults(run=bench_study)
     options = parser.parse_args()
     options.run(options)
 

@@ -377,6 +377,9 @@ def _perturb_run(y, others, columns, energies, are_roots, start, key, how):
 def _spread(values, shift, times, out):
     """Repeat each value ``times << shift`` times, as far as there is room."""
     step = times << shift
+    if step == 1:
+        out[:] = values
+        return
     for k in range(values.size):
         out[k * step : min((k + 1) * step, out.size)] = values[k]
 

@@ -16,6 +16,7 @@ from bids_varaug.numerics import noise
 from bids_varaug.numerics.rules import DITHER, STOCHASTIC, Rule
 
 _TILE = 1024  # elements handled by one loop that becomes vector instructions
+_LINE = 256  # the same where all are of one channel, each of which has its own columns
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bits of the exponent, for each format
 _EXPONENTS = {
@@ -145,7 +146,7 @@ def perturb_channels_(tensor: torch.Tensor, given: ChannelNoise, rule: Rule, str
         arrays = [t.movedim(1, -1).reshape(-1).numpy() for t in (dense, companion, energies)]
         run = noise.perturb_rows
     else:
-        columns = np.repeat(columns.T[:, :, None], min(_TILE, space[1] * space[2]), axis=2)
+        columns = np.repeat(columns.T[:, :, None], min(_LINE, space[1] * space[2]), axis=2)
         arrays = [
             t.reshape(len(t), c, math.prod(space)).numpy() for t in (dense, companion, energies)
         ]

@@ -330,7 +330,7 @@ def coarse_energy(x: torch.Tensor, shape, stride) -> tuple[torch.Tensor, int]:
     energy : (N, 1, X', Y', Z')
     shift : voxel v of `shape` looks at ``v >> shift``
     """
-    shift = 2 if min(shape) >= 32 else 1 if min(shape) >= 8 else 0
+    shift = 2 if min(shape) >= 32 else 1 if min(shape) >= 4 else 0
     for axis, size in enumerate(shape):
         step, n = stride[axis] << shift, ((size - 1) >> shift) + 1
         start = step // 2
