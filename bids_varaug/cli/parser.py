@@ -21,7 +21,7 @@ from bids_varaug.errors import UsageError
 
 LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
-AUGMENTATIONS = ("all", "none", "mean", "members", "analytic")
+AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
 
 
@@ -55,7 +55,8 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
     """Parser of all flags; without the positional arguments it reads configuration files."""
     parser = _Parser(
         prog="bids_varaug",
-        description="Segment T1w images with a numerical ensemble and map its disagreement.",
+        description="Segment T1w images with a numerical ensemble, map its disagreement "
+        "(participant), and predict age with it (group).",
         epilog="Flags may be spelled with underscores too (--participant_label).",
         allow_abbrev=False,
     )
@@ -69,7 +70,7 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
         parser.add_argument(
             "level",
             metavar="{participant,group}",
-            help="level of the analysis (group: not in this version)",
+            help="level of the analysis: segment images, or predict age from what that left",
         )
     _add_selection(parser)
     _add_ensemble(parser)
@@ -155,7 +156,7 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=0,
         help="seed of the random rounding of --perturb-inference, all that the participant level "
-        "draws (default: %(default)s)",
+        "draws; group level: of folds, noise and resampling (default: %(default)s)",
     )
     group.add_argument(
         "--sloppy", action="store_true", help="2 mm and two members: for tests and demos only"
@@ -223,7 +224,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_group_level(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("group level", "Not in this version; without effect yet.")
+    group = parser.add_argument_group("group level")
     for name in ("age", "site", "sex"):
         group.add_argument(
             f"--{name}-column",
@@ -232,13 +233,24 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
             help="column of participants.tsv (default: %(default)s)",
         )
     group.add_argument(
-        "--brainage-model", choices=BRAINAGE_MODELS, default="auto", help="default: %(default)s"
+        "--brainage-model",
+        choices=BRAINAGE_MODELS,
+        default="auto",
+        help="regression; auto chooses within the training folds (default: %(default)s)",
     )
     group.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="all", help="default: %(default)s"
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        default="all",
+        help="how the members serve, beside none; all compares each with the controls jitter and "
+        "shuffled (default: %(default)s)",
     )
     group.add_argument(
-        "--cv-folds", type=values.folds, metavar="N", default=5, help="default: %(default)s"
+        "--cv-folds",
+        type=values.folds,
+        metavar="N",
+        default=5,
+        help="folds of the cross-validation, grouped by participant (default: %(default)s)",
     )
     group.add_argument(
         "--features-table",
@@ -247,7 +259,18 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
         help="features made elsewhere, one row per participant and member",
     )
     group.add_argument(
-        "--apply-model", type=values.existing_file, metavar="FILE", help="apply a fitted model"
+        "--apply-model",
+        type=values.existing_file,
+        metavar="FILE",
+        help="predict ages with a model fitted before (models/brainage.skops); fit nothing",
+    )
+    group.add_argument(
+        "--compare",
+        type=values.named_path,
+        nargs="+",
+        metavar="NAME=DIR",
+        default=[],
+        help="another pipeline's repeated runs: FreeSurfer stats folders, or a members table",
     )
 
 
@@ -326,6 +349,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         cv_folds=given.cv_folds,
         features_table=given.features_table,
         apply_model=given.apply_model,
+        compare=_unique(given.compare),
     )
 
 

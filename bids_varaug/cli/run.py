@@ -33,12 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(settings: Settings) -> ExitCode:
     """Dispatch on the level of analysis."""
     if settings.level == "group":
-        print(
-            "ERROR: the group level is not in this version; run the participant level.",
-            file=sys.stderr,
-        )
-        return ExitCode.UNKNOWN_LEVEL
+        return run_group_level(settings)
     return run_participants(settings)
+
+
+def run_group_level(settings: Settings) -> ExitCode:
+    """Score, fit or apply the brain-age model on what the participant level left."""
+    os.environ.setdefault("NO_ET", "1")
+    from bids_varaug.workflows.group import run_group
+
+    print(f"Done. Open {run_group(settings)}.", file=sys.stderr)
+    return ExitCode.DONE
 
 
 def run_participants(settings: Settings) -> ExitCode:

@@ -50,3 +50,4 @@ class Settings:
     cv_folds: int = 5
     features_table: Path | None = None
     apply_model: Path | None = None
+    compare: tuple[tuple[str, Path], ...] = ()

@@ -100,6 +100,19 @@ def absolute_path(text: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
+def named_path(text: str) -> tuple[str, Path]:
+    """``NAME=PATH`` of a file or folder that is there; the name becomes part of file names."""
+    name, equals, path = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9]+", name):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give NAME=DIR, the name of letters and digits, e.g. freesurfer=/data/fs"
+        )
+    found = absolute_path(path)
+    if not found.exists():
+        raise argparse.ArgumentTypeError(f"{found}: no such file or folder")
+    return name, found
+
+
 def existing_file(text: str) -> Path:
     """Absolute path of a file that is there."""
     path = absolute_path(text)

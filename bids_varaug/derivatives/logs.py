@@ -12,7 +12,7 @@ from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.derivatives.write import write_text
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.reports.citation import cite
+from bids_varaug.reports.citation import Citation, cite
 
 
 def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
@@ -22,10 +22,21 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     """
     folder = names.logs(settings.output_dir)
     text = settings_toml(settings, ensemble, members)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    write_text(text, folder / f"settings-{digest}.toml")
+    write_text(text, folder / _settings_name(text))
     citation = cite(ensemble, members, package_versions(), sloppy=settings.sloppy)
     write_text(citation.markdown(), folder / "CITATION.md")
+
+
+def write_group_logs(settings: Settings, citation: Citation) -> None:
+    """Write the settings of a run of the group level, and how to cite it."""
+    folder = names.logs(settings.output_dir)
+    text = "\n".join(_settings_lines(settings)) + "\n"
+    write_text(text, folder / _settings_name(text))
+    write_text(citation.markdown(), folder / "CITATION_group.md")
+
+
+def _settings_name(text: str) -> str:
+    return f"settings-{hashlib.sha256(text.encode()).hexdigest()[:8]}.toml"
 
 
 def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:
@@ -33,15 +44,20 @@ def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Memb
 
     The settings have a table of their own: ``ensemble`` is one of them too, as it was asked for.
     """
+    lines = _settings_lines(settings)
+    lines += ["", "[ensemble]", f"name = {toml_value(ensemble.name)}"]
+    lines += [f"version = {toml_value(ensemble.version)}", "", "[ensemble.sha256]"]
+    lines += [f"{json.dumps(member.id)} = {toml_value(member.sha256)}" for member in members]
+    return "\n".join(lines) + "\n"
+
+
+def _settings_lines(settings: Settings) -> list[str]:
     lines = ["[settings]"]
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value is not None:  # TOML has no null
             lines.append(f"{field.name} = {toml_value(value)}")
-    lines += ["", "[ensemble]", f"name = {toml_value(ensemble.name)}"]
-    lines += [f"version = {toml_value(ensemble.version)}", "", "[ensemble.sha256]"]
-    lines += [f"{json.dumps(member.id)} = {toml_value(member.sha256)}" for member in members]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def toml_value(value) -> str:

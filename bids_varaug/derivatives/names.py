@@ -226,6 +226,7 @@ DESCRIPTIONS = {
 DATASET_DESCRIPTION = "dataset_description.json"
 DESCRIPTIONS_TABLE = "descriptions.tsv"
 LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
+GROUP_REPORT = "group_brainage.html"
 
 
 def report(output_dir: Path, subject: str) -> Path:
@@ -239,7 +240,7 @@ def logs(output_dir: Path) -> Path:
 
 
 def bidsignore_lines() -> list[str]:
-    """Patterns of what BIDS has no name for: some outputs, the reports and their figures."""
+    """Patterns of what BIDS has no name for: some outputs, reports, figures and models."""
     suffixes = {output.suffix for output in OUTPUTS.values() if not output.schema_valid}
     # 'figures/' would match a folder's name only, and the validator still look inside.
-    return ["*.html", "figures", *(f"*_{suffix}.*" for suffix in sorted(suffixes))]
+    return ["*.html", "figures", "models", *(f"*_{suffix}.*" for suffix in sorted(suffixes))]

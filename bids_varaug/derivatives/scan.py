@@ -12,7 +12,7 @@ import numpy as np
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.names import OUTPUTS
-from bids_varaug.derivatives.sidecars import sidecar
+from bids_varaug.derivatives.sidecars import package_version, sidecar
 from bids_varaug.derivatives.write import (
     write_image,
     write_image_series,
@@ -109,9 +109,23 @@ class ScanWriter:
         """Write a TSV."""
         path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
         write_table(table, path)
-        if key != "regions_tsv":  # shares the sidecar of the consensus labels
+        if key == "members_tsv":  # the group level must not mix ensembles or versions
+            self._sidecar(key, None, extra=self._origin())
+        elif key != "regions_tsv":  # shares the sidecar of the consensus labels
             self._sidecar(key, None)
         self.written.append(path)
+
+    def _origin(self) -> dict:
+        """Which weights and which version of the package made the numbers."""
+        ensemble, members = self.request.ensemble, self.request.members
+        return {
+            "Ensemble": {
+                "Name": ensemble.name,
+                "Version": ensemble.version,
+                "SHA256": {member.id: member.sha256 for member in members},
+            },
+            "GeneratedBy": [{"Name": "bids_varaug", "Version": package_version()}],
+        }
 
     def remove(self, key: str) -> None:
         """Remove an output of an earlier run, and its sidecar."""

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 BIDS_VERSION = "1.10.0"
 TOOL = "bids_varaug"
-PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits")
+PACKAGES = (
+    "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits",
+    "scikit-learn",
+)  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
@@ -256,6 +259,25 @@ _DESCRIPTIONS_SIDECAR = {
 }
 
 
+def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
+    """Write what the group level needs at the root; what the participant level left stays.
+
+    Raises
+    ------
+    OutputError, DiskError
+        As `bids_varaug.derivatives.write.replacing`.
+    """
+    output_dir = Path(output_dir)
+    path = output_dir / names.DATASET_DESCRIPTION
+    if not path.exists():  # features from a table
+        write_json(dataset_description(bids_dir, output_dir), path)
+    _write_bidsignore(output_dir)
+
+
+def _write_bidsignore(output_dir: Path) -> None:
+    write_text("\n".join(names.bidsignore_lines()) + "\n", output_dir / ".bidsignore")
+
+
 def write_dataset_files(
     bids_dir: Path,
     output_dir: Path,
@@ -279,7 +301,7 @@ def write_dataset_files(
         dataset_description(bids_dir, output_dir, sloppy=sloppy),
         output_dir / names.DATASET_DESCRIPTION,
     )
-    write_text("\n".join(names.bidsignore_lines()) + "\n", output_dir / ".bidsignore")
+    _write_bidsignore(output_dir)
     write_table(descriptions_table(members), output_dir / names.DESCRIPTIONS_TABLE)
     write_json(_DESCRIPTIONS_SIDECAR, (output_dir / names.DESCRIPTIONS_TABLE).with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.

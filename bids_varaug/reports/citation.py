@@ -307,3 +307,166 @@ def _describe_members(members: Sequence[Member]) -> str:
     if len(members) > total:
         text += " An unperturbed network serves as baseline and is not part of the consensus."
     return text
+
+
+GROUP_REFERENCES: dict[str, Reference] = {
+    r.key: r
+    for r in (
+        Reference(
+            "franke2010",
+            "article",
+            "Franke, Katja; Ziegler, Gabriel; Klöppel, Stefan; Gaser, Christian",
+            "Estimating the age of healthy subjects from T1-weighted MRI scans using kernel "
+            "methods: exploring the influence of various parameters",
+            "NeuroImage 50(3), 883-892",
+            2010,
+            "doi:10.1016/j.neuroimage.2010.01.005",
+        ),
+        Reference(
+            "bishop1995",
+            "article",
+            "Bishop, Chris M.",
+            "Training with Noise is Equivalent to Tikhonov Regularization",
+            "Neural Computation 7(1), 108-116",
+            1995,
+            "doi:10.1162/neco.1995.7.1.108",
+        ),
+        Reference(
+            "barber2021",
+            "article",
+            "Barber, Rina Foygel; Candès, Emmanuel J.; Ramdas, Aaditya; Tibshirani, Ryan J.",
+            "Predictive inference with the jackknife+",
+            "The Annals of Statistics 49(1), 486-507",
+            2021,
+            "doi:10.1214/20-AOS1965",
+        ),
+        Reference(
+            "delange2020",
+            "article",
+            "de Lange, Ann-Marie G.; Cole, James H.",
+            "Commentary: Correction procedures in brain-age prediction",
+            "NeuroImage: Clinical 26, 102229",
+            2020,
+            "doi:10.1016/j.nicl.2020.102229",
+        ),
+        Reference(
+            "chatelain2026",
+            "article",
+            "Chatelain, Yohan; Sokołowski, Andrzej; Sharp, Madeleine; Poline, Jean-Baptiste; "
+            "Glatard, Tristan",
+            "The practical impact of numerical variability on structural MRI measures of "
+            "Parkinson's disease",
+            "Scientific Reports",
+            2026,
+            "doi:10.1038/s41598-026-64679-2",
+        ),
+        Reference(
+            "shrout1979",
+            "article",
+            "Shrout, Patrick E.; Fleiss, Joseph L.",
+            "Intraclass correlations: uses in assessing rater reliability",
+            "Psychological Bulletin 86(2), 420-428",
+            1979,
+            "doi:10.1037/0033-2909.86.2.420",
+        ),
+        Reference(
+            "wilcoxon1945",
+            "article",
+            "Wilcoxon, Frank",
+            "Individual comparisons by ranking methods",
+            "Biometrics Bulletin 1(6), 80-83",
+            1945,
+            "doi:10.2307/3001968",
+        ),
+        Reference(
+            "pedregosa2011",
+            "article",
+            "Pedregosa, Fabian; Varoquaux, Gaël; Gramfort, Alexandre; Michel, Vincent; "
+            "Thirion, Bertrand; Grisel, Olivier; others",
+            "Scikit-learn: Machine Learning in Python",
+            "Journal of Machine Learning Research 12, 2825-2830",
+            2011,
+            "",
+        ),
+    )
+}
+"""Works that only the group level cites."""
+
+_AUGMENTATION_TEXTS = {
+    "mean": "the mean of the members in place of the baseline (mean)",
+    "members": "one training row per member, each participant of equal weight (members)",
+    "analytic": "the limit of many members, a ridge penalty with the sum of their covariances "
+    "(analytic) [@bishop1995]",
+    "jitter": "Gaussian noise of the same total variance, independent over features (jitter, a "
+    "control)",
+    "shuffled": "the members' deviations of another participant (shuffled, a control)",
+}
+
+
+def cite_group(
+    settings: Mapping[str, object],
+    features: str,
+    versions: Mapping[str, str] | None = None,
+    *,
+    has_numerics: bool = False,
+    has_reliability: bool = False,
+    compared_with: Sequence[str] = (),
+) -> Citation:
+    """Paragraph of methods for the group level, and what it cites.
+
+    Parameters
+    ----------
+    settings : of a `brainage.study.Study`
+    features : what the features are, e.g. "volumes of 31 structures [mm3]"
+    versions : package name to version; of bids_varaug and scikit-learn
+    has_numerics : whether numerical and anatomical variability are reported
+    has_reliability : whether intraclass correlations are
+    compared_with : names of other pipelines
+    """
+    versions = versions or {}
+    model, seed = settings.get("model", "auto"), settings.get("seed", 0)
+    chosen = "a model chosen in inner folds" if model == "auto" else f"the model {model}"
+    repeats = settings.get("repeats", 1)
+    times = "" if repeats == 1 else f", repeated {repeats} times"
+    parts = [
+        f"Age was predicted [@franke2010] from {features} with "
+        f"bids_varaug{_version(versions, 'bids_varaug')} and scikit-learn"
+        f"{_version(versions, 'scikit-learn')} [@pedregosa2011] by {chosen}, on age or its "
+        f"logarithm. Scores are of {settings.get('cv_folds', 5)}-fold cross-validation{times} "
+        f"(seed {seed}), all images of a participant in one fold; scaling, model choice, "
+        "hyperparameters and the correction of age bias [@delange2020] were fitted within the "
+        "training folds. Errors are given uncorrected unless stated otherwise.",
+        f"Prediction intervals (nominal coverage {100 * settings.get('coverage', 0.9):.0f} %) are "
+        "cross-conformal, CV+ [@barber2021], their coverage was measured.",
+    ]
+    kinds = [
+        text
+        for name, text in _AUGMENTATION_TEXTS.items()
+        if name in settings.get("augmentations", ())
+    ]
+    if kinds:
+        parts.append(
+            f"Numerical variability served as data augmentation [@gonzalezpepe2025]: "
+            f"{_listed(kinds)}. Each was compared with the unperturbed baseline on the same "
+            "folds by paired differences of absolute errors, with 95 % bootstrap intervals and "
+            "two-sided sign-flip permutation tests over participants, not corrected for the number "
+            "of augmentations."
+        )
+    if has_numerics:
+        parts.append(
+            "Numerical variability is the standard deviation over members, pooled over "
+            "images; its ratio to the standard deviation between participants follows "
+            "[@chatelain2026], with the numerical part taken off the latter and studentised "
+            "bootstrap intervals over participants."
+        )
+    if compared_with:
+        parts.append(
+            f"It was compared with that of {_listed(list(compared_with))} by Wilcoxon's "
+            "signed-rank test [@wilcoxon1945] on log ratios over structures."
+        )
+    if has_reliability:
+        parts.append("Reliability is ICC(3,1) [@shrout1979] over images of the same person.")
+    methods = " ".join(parts)
+    works = REFERENCES | GROUP_REFERENCES
+    mentioned = sorted((methods.index(f"@{key}"), key) for key in works if f"@{key}" in methods)
+    return Citation(methods, tuple(works[key] for _, key in mentioned))

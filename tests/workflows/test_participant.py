@@ -364,11 +364,6 @@ def test_damaged_ensemble_stops_before_anything_is_written(app, tmp_path, small_
     assert not list((tmp_path / "out").rglob("*.nii.gz"))
 
 
-def test_group_level_is_announced_for_later(dataset, tmp_path, capsys):
-    assert main([str(dataset), str(tmp_path / "out"), "group"]) == 17
-    assert "not in this version" in capsys.readouterr().err
-
-
 def test_invalid_bids_stops_with_its_own_code(small_ensemble, tmp_path, capsys):
     bids_dir = tmp_path / "bids"
     write_t1w(bids_dir, "sub-01")

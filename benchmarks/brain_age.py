@@ -1,0 +1,275 @@
+r"""Errors of brain-age models on tables, and whether numerical noise helps as augmentation.
+
+    python benchmarks/brain_age.py tables DIR/*.tsv
+    python benchmarks/brain_age.py transfer TRAIN.tsv TEST.tsv
+    python benchmarks/brain_age.py transplant fcon1000_freesurfer.tsv --members OUTPUT_DIR \
+        --out study.tsv --figure study.png
+
+``tables``: MAE of grouped 5-fold cross-validation, uncorrected, beside plain ridge and the mean
+predictor; with ``--sites`` also whole sites held out.
+
+``transplant``: true volumes are those of a table of FreeSurfer volumes. Each participant gets the
+numerical deviations of a donor, a real head segmented by every member: log-volumes drawn from the
+donor's covariance over members, one draw as the unperturbed baseline and M as members. Models are
+trained on n participants drawn from the training folds, and tested on all held-out ones, for every
+augmentation and control on the same people. Without ``--members``, deviations are independent over
+structures with the coefficients of variation of ``--cv`` (a stand-in for trying things out).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.evaluate import evaluate_brain_age
+from bids_varaug.brainage.folds import grouped_folds
+from bids_varaug.brainage.gather import ENDING, read_features_table
+from bids_varaug.brainage.model import fit_estimator, predict_ages
+from bids_varaug.brainage.scoring import bootstrap_interval, sign_flip_p_values
+from bids_varaug.brainage.study import AUGMENTATIONS
+from bids_varaug.brainage.tune import closed_form_model
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+FREESURFER_NAMES = {
+    "Left-Cerebral-White-Matter": "lhCerebralWhiteMatterVol",
+    "Right-Cerebral-White-Matter": "rhCerebralWhiteMatterVol",
+    "Left-Cerebral-Cortex": "lhCortexVol",
+    "Right-Cerebral-Cortex": "rhCortexVol",
+    "Left-Thalamus": "Left-Thalamus-Proper",
+    "Right-Thalamus": "Right-Thalamus-Proper",
+}
+VOLUMES = (
+    "Cerebral-White-Matter", "Cerebral-Cortex", "Lateral-Ventricle", "Inf-Lat-Vent",
+    "Cerebellum-White-Matter", "Cerebellum-Cortex", "Thalamus", "Caudate", "Putamen", "Pallidum",
+    "Hippocampus", "Amygdala", "Accumbens-area", "VentralDC",
+)  # fmt: skip
+STRUCTURES = (
+    *(f"{side}-{name}" for side in ("Left", "Right") for name in VOLUMES),
+    "3rd-Ventricle", "4th-Ventricle", "Brain-Stem",
+)  # fmt: skip
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def bench_tables(options: argparse.Namespace) -> None:
+    """Print scores of each table and model."""
+    tables = []
+    for path in options.tables:
+        cohort = read_features_table(path)
+        for model in options.models:
+            study = evaluate_brain_age(
+                cohort, model=model, seed=options.seed, repeats=options.repeats,
+                curve_sizes=None, leave_site_out=options.sites,
+            )  # fmt: skip
+            scores = study.scores.copy()
+            scores.insert(0, "table", path.stem)
+            scores.insert(1, "model", model)
+            keep = scores["augmentation"].eq("none") | (model == options.models[0])
+            tables.append(scores[keep])
+            print(scores[keep].round(3).to_string(index=False), flush=True)
+            print(study.chosen["none"], flush=True)
+            if len(study.sites):
+                mae = np.average(study.sites["mae_none"], weights=study.sites["n"])
+                print(f"one site left out: MAE {mae:.3f}", flush=True)
+                print(study.sites.round(2).to_string(index=False), flush=True)
+    if options.out:
+        pd.concat(tables).to_csv(options.out, sep="\t", index=False, na_rep="n/a")
+
+
+# --- transfer -----------------------------------------------------------------------------------
+
+
+def bench_transfer(options: argparse.Namespace) -> None:
+    """Train on one table, test on another, with the features that both have."""
+    train, test = (read_features_table(path) for path in (options.train, options.test))
+    test = test.take(test.age >= options.youngest)
+    shared = [name for name in train.names if name in test.names]
+    train, test = _with(train, shared), _with(test, shared)
+    print(f"{len(train)} and {len(test)} observations, {len(shared)} features", flush=True)
+    for model in options.models:
+        estimator, choice = fit_estimator(train, model, "none", options.seed)
+        error = predict_ages(estimator, test, "none") - test.age
+        print(f"{model:15} MAE {np.abs(error).mean():.3f}  mean error {error.mean():+.2f}  "
+              f"{choice.as_dict()}", flush=True)  # fmt: skip
+
+
+def _with(cohort: Cohort, names: list[str]) -> Cohort:
+    columns = [cohort.names.index(name) for name in names]
+    return Cohort(cohort.people, tuple(names), cohort.baseline[:, columns])
+
+
+# --- transplant ---------------------------------------------------------------------------------
+
+
+def read_donors(output_dir: Path) -> list[np.ndarray]:
+    """Covariances of log-volumes over the perturbed members, one per segmented head, (F, F)."""
+    donors = []
+    for path in sorted(output_dir.rglob(f"*{ENDING}")):
+        table = pd.read_csv(path, sep="\t")
+        table = table[table["family"] != "ieee"]
+        volumes = table.pivot(index="member", columns="name", values="volume")[list(STRUCTURES)]
+        if len(volumes) > 2 and (volumes > 0).all(axis=None):
+            donors.append(np.cov(np.log(volumes.to_numpy()), rowvar=False))
+    if not donors:
+        raise SystemExit(f"{output_dir}: no *{ENDING} with three members and every structure")
+    return donors
+
+
+def transplant(
+    cohort: Cohort, donors: list[np.ndarray], members: int, scale: float, seed: int
+) -> Cohort:
+    """Give every observation a baseline and members with a donor's numerical covariance."""
+    names = [FREESURFER_NAMES.get(name, name) for name in STRUCTURES]
+    true = cohort.baseline[:, [cohort.names.index(name) for name in names]]
+    positive = (true > 0).all(axis=1)
+    cohort, true = cohort.take(positive), true[positive]
+    rng = np.random.default_rng(seed)
+    roots = []
+    for covariance in donors:
+        values, axes = np.linalg.eigh(covariance)
+        roots.append(axes * np.sqrt(np.clip(values, 0, None)))
+    donor = rng.integers(0, len(roots), len(true))
+    noise = rng.standard_normal((len(true), members + 1, len(names)))
+    noise = scale * np.einsum("rmf,rgf->rmg", noise, np.stack(roots)[donor])
+    versions = true[:, None] * np.exp(noise)
+    return Cohort(
+        cohort.people, tuple(STRUCTURES), versions[:, 0], versions[:, 1:],
+        tuple(f"m{m:02}" for m in range(members)), unit="mm3",
+    )  # fmt: skip
+
+
+def paired_study(
+    cohort: Cohort, model: str, sizes: list[int], repeats: int, seed: int
+) -> pd.DataFrame:
+    """Errors and paired gains against ``none`` for each number of training participants."""
+    rows = []
+    for size in sizes:
+        errors = np.zeros((repeats, len(cohort), len(AUGMENTATIONS)))
+        linear = np.zeros((repeats, len(cohort)))
+        for repeat in range(repeats):
+            folds = grouped_folds(cohort.groups, 5, seed + repeat)
+            for k in range(5):
+                rng = np.random.default_rng([seed + repeat, k])
+                train = rng.permutation(np.flatnonzero(folds != k))[: size or None]
+                train, test = cohort.take(np.sort(train)), cohort.take(folds == k)
+                for a, name in enumerate(AUGMENTATIONS):
+                    estimator, _ = fit_estimator(train, model, name, seed + repeat)
+                    predicted = predict_ages(estimator, test, name)
+                    errors[repeat, folds == k, a] = np.abs(predicted - test.age)
+                # `analytic` is linear: compared with the linear model without augmentation.
+                estimator, _ = fit_estimator(train, closed_form_model(model), "none", seed + repeat)
+                predicted = predict_ages(estimator, test, "none")
+                linear[repeat, folds == k] = np.abs(predicted - test.age)
+        paired = errors[:, :, [0]] - errors
+        analytic = AUGMENTATIONS.index("analytic")
+        paired[:, :, analytic] = linear - errors[:, :, analytic]
+        by_person, gains = errors.mean(axis=0), paired.mean(axis=0)
+        rng = np.random.default_rng([seed, size])
+        low, high = bootstrap_interval(gains, rng, 2000)
+        p_values = sign_flip_p_values(gains, rng, 5000)
+        over_repeats = paired.mean(axis=1)
+        for a, name in enumerate(AUGMENTATIONS):
+            rows.append(
+                {
+                    "model": model, "n": size or round(len(cohort) * 0.8), "augmentation": name,
+                    "mae": by_person[:, a].mean(), "gain": gains[:, a].mean(), "low": low[a],
+                    "high": high[a], "p_value": p_values[a],
+                    "sd_over_repeats": over_repeats[:, a].std(ddof=1) if repeats > 1 else np.nan,
+                }
+            )  # fmt: skip
+        print(pd.DataFrame(rows[-len(AUGMENTATIONS) :]).round(4).to_string(index=False), flush=True)
+    return pd.DataFrame(rows)
+
+
+def draw_gains(table: pd.DataFrame, path: Path) -> None:
+    """Draw gain against the number of training participants, one panel per model and scale."""
+    panels = list(table.groupby(["model", "noise_scale"], sort=False))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    for axis, ((model, scale), part) in zip(axes[0], panels, strict=True):
+        ranks = {n: i for i, n in enumerate(sorted(part["n"].unique()))}
+        for a, name in enumerate(AUGMENTATIONS[1:]):
+            one = part[part["augmentation"] == name]
+            x = one["n"].map(ranks) + (a - 2) * 0.12
+            error = [one["gain"] - one["low"], one["high"] - one["gain"]]
+            axis.errorbar(x, one["gain"], error, fmt="o", markersize=4, capsize=2, label=name)
+        axis.axhline(0, color="0.5", linewidth=0.8)
+        axis.set_xticks(list(ranks.values()), [str(n) for n in ranks])
+        axis.set_xlabel("training participants")
+        axis.set_title(f"{model}, noise x {scale:g}")
+    axes[0, 0].set_ylabel("gain in MAE over none [years], 95 % interval")
+    axes[0, -1].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def bench_transplant(options: argparse.Namespace) -> None:
+    """Run the study for each model and scale of the noise."""
+    if options.members:
+        donors = read_donors(options.members)
+    else:
+        donors = [np.eye(len(STRUCTURES)) * options.cv**2]
+    cv = np.sqrt([np.diag(donor) for donor in donors])
+    print(f"{len(donors)} donors, coefficients of variation: median {np.median(cv):.4f}, "
+          f"largest {cv.max():.4f}", flush=True)  # fmt: skip
+    source = read_features_table(options.table)
+    tables = []
+    for scale in options.scales:
+        cohort = transplant(source, donors, options.n_members, scale, options.seed)
+        sizes = [0 if size == "all" else int(size) for size in options.sizes]
+        for model in options.models:
+            table = paired_study(cohort, model, sizes, options.repeats, options.seed)
+            table.insert(1, "noise_scale", scale)
+            tables.append(table)
+            done = pd.concat(tables)
+            done.to_csv(options.out, sep="\t", index=False, na_rep="n/a")
+            draw_gains(done, options.figure)
+
+
+def main() -> None:
+    """Run the part that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(required=True)
+    part = parts.add_parser("tables", help="cross-validated errors")
+    part.add_argument("tables", type=Path, nargs="+")
+    part.add_argument("--models", nargs="+", default=["auto"])
+    part.add_argument("--repeats", type=int, default=1)
+    part.add_argument("--sites", action="store_true", help="also leave out site after site")
+    part.add_argument("--seed", type=int, default=0)
+    part.add_argument("--out", type=Path)
+    part.set_defaults(run=bench_tables)
+    part = parts.add_parser("transfer", help="train on one table, test on another")
+    part.add_argument("train", type=Path)
+    part.add_argument("test", type=Path)
+    part.add_argument("--models", nargs="+", default=["auto", "ridge", "bayesian_ridge", "svr"])
+    part.add_argument("--youngest", type=float, default=18)
+    part.add_argument("--seed", type=int, default=0)
+    part.set_defaults(run=bench_transfer)
+    part = parts.add_parser("transplant", help="numerical augmentation on real volumes")
+    part.add_argument("table", type=Path)
+    part.add_argument("--members", type=Path, help="output directory of the participant level")
+    part.add_argument("--cv", type=float, default=0.02, help="where there are no members")
+    part.add_argument("--scales", type=float, nargs="+", default=[1.0], help="times the noise")
+    part.add_argument("--n-members", type=int, default=10)
+    part.add_argument("--models", nargs="+", default=["bayesian_ridge"])
+    part.add_argument("--sizes", nargs="+", default=["50", "100", "200", "500", "all"])
+    part.add_argument("--repeats", type=int, default=3)
+    part.add_argument("--seed", type=int, default=0)
+    part.add_argument("--out", type=Path, default=Path("transplant.tsv"))
+    part.add_argument("--figure", type=Path, default=Path("transplant.png"))
+    part.set_defaults(run=bench_transplant)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

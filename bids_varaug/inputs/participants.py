@@ -1,0 +1,354 @@
+"""Who the participants are: age, sex and site from participants.tsv and the sessions' tables."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from bids_varaug.errors import NoInputError
+from bids_varaug.inputs.ages import age_unit, column_entry, parse_age, read_sidecar
+from bids_varaug.inputs.tables import (
+    TableError,
+    TextTable,
+    find_column,
+    plain_name,
+    read_text_table,
+    some,
+)
+
+DEFAULT_COLUMNS = {"age": "age", "sex": "sex", "site": "site"}
+USUAL_COLUMNS = {
+    "age": ("age_at_scan", "age_at_mri", "scan_age", "age_years", "age_in_years"),
+    "sex": ("gender", "biological_sex", "sex_at_birth"),
+    "site": (
+        "site_id", "scan_site", "scanner_site", "scanning_site", "acquisition_site", "mri_site",
+        "study_site", "site_name", "center", "centre", "center_id", "centre_id", "institution",
+        "institution_name", "scanner", "scanner_id",
+    ),
+}  # fmt: skip
+FLAGS = {"age": "--age-column", "sex": "--sex-column", "site": "--site-column"}
+
+_SEXES = {
+    "F": ("f", "female", "woman", "girl", "w"),
+    "M": ("m", "male", "man", "boy"),
+    "O": ("o", "other", "intersex", "nonbinary", "diverse"),
+}
+_SEX_OF = {spelling: sex for sex, spellings in _SEXES.items() for spelling in spellings}
+
+
+@dataclass(frozen=True)
+class Person:
+    """What is known of a participant at a session; `reason` says why `age` is NaN."""
+
+    age: float
+    sex: str | None
+    site: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class People:
+    """Participants of a dataset.
+
+    Parameters
+    ----------
+    table : one row per participant and, where sessions have an age of their own, per session:
+        `participant_id` (``sub-01``), `session_id` (``ses-1``; None for all other sessions),
+        `age` in years (float64, NaN where there is none), `sex` ("F", "M", "O" or None), `site`
+        (str or None)
+    left_out : why an age is missing, by participant (``sub-01``) or session (``sub-01_ses-1``)
+    notes : what was taken otherwise than as it stands ("89+" as 89, ...)
+    source : the file, as messages name it
+    """
+
+    table: pd.DataFrame
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    source: str = "participants.tsv"
+
+    def find(self, participant_id: str, session_id: str | None = None) -> Person | None:
+        """Person at that session, else at any; None where the participant is not listed."""
+        for key in ((participant_id, session_id), (participant_id, None)):
+            if key in self._persons:
+                return self._persons[key]
+        return None
+
+    @property
+    def participants(self) -> list[str]:
+        """Participants in the order of the file."""
+        return list(dict.fromkeys(self.table["participant_id"]))
+
+    @cached_property
+    def _persons(self) -> dict[tuple[str, str | None], Person]:
+        persons = {}
+        columns = ("participant_id", "session_id", "age", "sex", "site")
+        for participant, session, age, sex, site in zip(
+            *(_plain(self.table[name]) for name in columns), strict=True
+        ):
+            name = participant if session is None else f"{participant}_{session}"
+            persons[participant, session] = Person(age, sex, site, self.left_out.get(name, ""))
+        return persons
+
+
+def read_people(
+    bids_dir: Path,
+    *,
+    age_column: str = "age",
+    sex_column: str = "sex",
+    site_column: str = "site",
+    require_age: bool = True,
+) -> People:
+    """Read participants.tsv, its sidecar, and the sessions' tables that have ages.
+
+    Ages are in years unless ``participants.json`` gives other Units or the column's name ends in
+    one. The age in ``sub-*/sub-*_sessions.tsv``, where there is one, goes before that of
+    participants.tsv. Columns are found in any case; where `sex_column` and so on are the defaults
+    and absent, the usual names are tried (gender, scanner_site, ...). Codes of the sex are read
+    where their meaning is plain, or where ``Levels`` of the sidecar explain them.
+
+    Parameters
+    ----------
+    bids_dir : Path
+        A raw dataset; images are not looked at.
+    age_column, sex_column, site_column : str
+    require_age : bool
+        False to read whoever is there, with or without age (to apply a model).
+
+    Raises
+    ------
+    NoInputError
+        If there is no participants.tsv (unless `require_age` is False: then there are no people).
+    TableError
+        If a table or sidecar is damaged; a participant is listed twice, or in two sites; the age
+        column is absent and required, or a column that was asked for by name is.
+    """
+    path = Path(bids_dir) / "participants.tsv"
+    if not path.is_file():
+        if not require_age:
+            return People(_table([]))
+        raise NoInputError(
+            f"{path}: is not there. The group level needs it, with the columns participant_id and "
+            "age (sex and site are optional)."
+        )
+    table = read_text_table(path)
+    sidecar = path.with_suffix(".json")
+    participants = _participants(table)
+    wanted = {"age": age_column, "sex": sex_column, "site": site_column}
+    columns = {key: choose_column(table, key, name) for key, name in wanted.items()}
+    if columns["age"] is None and require_age:
+        raise missing_age_column(table, age_column)
+    sites = table.column(columns["site"]) if columns["site"] else [None] * len(participants)
+    sessions = _session_column(table)
+    _check_unique(path, participants, sessions, sites)
+    notes: list[str] = []
+    sexes = read_sexes(table, columns["sex"], sidecar, notes)
+    left_out: dict[str, str] = {}
+    names = _names(participants, sessions)
+    ages = read_ages(table, columns["age"], sidecar, names, left_out, notes)
+    rows = {
+        (row[0], row[1]): row
+        for row in zip(participants, sessions, ages, sexes, sites, strict=True)
+    }
+    first = {row[0]: row for row in reversed(rows.values())}
+    for tsv in _session_tables(Path(bids_dir), first.keys()):
+        participant, _, _, sex, site = first[tsv.parent.name]
+        for session, age in _session_ages(tsv, age_column, left_out, notes):
+            rows[participant, session] = (participant, session, age, sex, site)
+            if not math.isnan(age):
+                left_out.pop(participant, None)
+    rows = list(rows.values())
+    return People(_table(rows), left_out, tuple(notes))
+
+
+def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
+    """Column of the age, sex or site (`key`) in a table; None where it has none.
+
+    Raises
+    ------
+    TableError
+        If a name other than the default was asked for and is absent.
+    """
+    by_default = wanted == DEFAULT_COLUMNS[key]
+    found = find_column(table.columns, wanted, USUAL_COLUMNS[key] if by_default else ())
+    if found is None and not by_default:
+        raise TableError(
+            f"{table.path}: no column {wanted!r} ({FLAGS[key]}). It has: "
+            f"{', '.join(table.columns)}."
+        )
+    return found
+
+
+def missing_age_column(table: TextTable, wanted: str) -> TableError:
+    """Error that says which columns there are."""
+    return TableError(
+        f"{table.path}: no column {wanted!r}. It has: {', '.join(table.columns)}. Name the one "
+        "that holds the ages with --age-column."
+    )
+
+
+def read_ages(
+    table: TextTable,
+    column: str | None,
+    sidecar: Path,
+    names: Sequence[str],
+    left_out: dict[str, str],
+    notes: list[str],
+) -> list[float]:
+    """Ages in years, NaN where there is none; why, goes to `left_out`, what was capped to `notes`.
+
+    Parameters
+    ----------
+    names : of the rows, for messages
+    """
+    if column is None:
+        return [math.nan] * len(table.rows)
+    unit = age_unit(column, sidecar)
+    if unit != "years":
+        notes.append(f"{table.path.name}: ages in {unit} were turned into years.")
+    ages, capped = [], []
+    for name, value in zip(names, table.column(column), strict=True):
+        age = parse_age(value, unit)
+        ages.append(age.years)
+        if age.reason:
+            left_out[name] = f"{table.path.name}, column {column!r}: {age.reason}"
+        if age.capped:
+            capped.append(f"{name} ({value})")
+    if capped:
+        notes.append(f"{table.path.name}: lower bounds were taken as ages: {some(capped)}.")
+    return ages
+
+
+def read_sexes(
+    table: TextTable, column: str | None, sidecar: Path, notes: list[str]
+) -> list[str | None]:
+    """Sexes ("F", "M", "O"), None where missing or where a code could mean either."""
+    if column is None:
+        return [None] * len(table.rows)
+    entry = column_entry(read_sidecar(sidecar), column)
+    levels = next((entry[key] for key in entry if plain_name(str(key)) == "levels"), None)
+    explained = {}
+    for code, meaning in levels.items() if isinstance(levels, dict) else ():
+        text = meaning if isinstance(meaning, str) else dict(meaning or {}).get("Description", "")
+        explained[str(code)] = _SEX_OF.get(plain_name(str(text)))
+    values = table.column(column)
+    sexes = [
+        None if value is None else explained.get(value) or _SEX_OF.get(plain_name(value))
+        for value in values
+    ]
+    unclear = Counter(v for v, sex in zip(values, sexes, strict=True) if v and sex is None)
+    if unclear:
+        notes.append(
+            f"{table.path.name}: {column!r} has codes of unknown meaning, taken as missing: "
+            f"{some([f'{value!r} ({count})' for value, count in unclear.items()])}. Explain them "
+            f"as Levels in {sidecar.name}."
+        )
+    return sexes
+
+
+def prefixed(label: str, entity: str = "sub") -> str:
+    """Label with its prefix.
+
+    Examples
+    --------
+    >>> prefixed("01"), prefixed("sub-01"), prefixed("1", "ses")
+    ('sub-01', 'sub-01', 'ses-1')
+    """
+    return label if label.startswith(f"{entity}-") else f"{entity}-{label}"
+
+
+def _participants(table: TextTable) -> list[str]:
+    column = find_column(table.columns, "participant_id")
+    if column is None:
+        raise TableError(
+            f"{table.path}: no column 'participant_id'. It has: {', '.join(table.columns)}."
+        )
+    labels = table.column(column)
+    without = [f"row {at + 1}" for at, label in enumerate(labels) if label is None]
+    if without:
+        raise TableError(f"{table.path}: no participant_id in {some(without)}.")
+    return [prefixed(label) for label in labels]
+
+
+def _session_column(table: TextTable) -> list[str | None]:
+    """Sessions of a participants.tsv with a row per session, which some datasets have."""
+    if "session_id" not in table.columns:
+        return [None] * len(table.rows)
+    return [None if s is None else prefixed(s, "ses") for s in table.column("session_id")]
+
+
+def _names(participants, sessions) -> list[str]:
+    return [p if s is None else f"{p}_{s}" for p, s in zip(participants, sessions, strict=True)]
+
+
+def _check_unique(path: Path, participants, sessions, sites) -> None:
+    at: dict[str, set[str]] = {}
+    for participant, site in zip(participants, sites, strict=True):
+        at.setdefault(participant, set()).update([site] if site else [])
+    two = [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]
+    if two:
+        raise TableError(
+            f"{path}: in more than one site: {some(two)}. A participant belongs to one site; "
+            "give people scanned at several sites one of them, or different ids."
+        )
+    counts = Counter(_names(participants, sessions))
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise TableError(f"{path}: listed more than once: {some(twice)}. Keep one row of each.")
+
+
+def _session_tables(bids_dir: Path, participants: Collection[str]) -> list[Path]:
+    """Tables ``sub-01/sub-01_sessions.tsv`` of listed participants, in their order."""
+    with os.scandir(bids_dir) as entries:
+        names = sorted(entry.name for entry in entries if entry.name in participants)
+    paths = (bids_dir / name / f"{name}_sessions.tsv" for name in names)
+    return [path for path in paths if path.is_file()]
+
+
+def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str, float]]:
+    """Sessions whose age the table tells, well or not; sessions of missing age are not named."""
+    table = read_text_table(tsv)
+    ages_in = find_column(table.columns, age_column, USUAL_COLUMNS["age"])
+    sessions_in = find_column(table.columns, "session_id")
+    if ages_in is None or sessions_in is None:
+        return []
+    sidecar = tsv.with_suffix(".json")
+    if not sidecar.is_file():
+        sidecar = tsv.parents[1] / "sessions.json"  # inherited
+    participant = tsv.parent.name
+    told = [
+        row
+        for row, session, age in zip(
+            table.rows, table.column(sessions_in), table.column(ages_in), strict=True
+        )
+        if session is not None and age is not None
+    ]
+    table = TextTable(tsv, table.columns, told)
+    sessions = [prefixed(session, "ses") for session in table.column(sessions_in)]
+    _check_unique(tsv, [participant] * len(sessions), sessions, [None] * len(sessions))
+    names = [f"{participant}_{session}" for session in sessions]
+    for name in names:
+        left_out.pop(name, None)  # what participants.tsv lacks is told here
+    ages = read_ages(table, ages_in, sidecar, names, left_out, notes)
+    return list(zip(sessions, ages, strict=True))
+
+
+def _table(rows: list[tuple]) -> pd.DataFrame:
+    columns = ["participant_id", "session_id", "age", "sex", "site"]
+    table = pd.DataFrame(rows, columns=columns).astype({"age": "float64"})
+    for name in ("participant_id", "session_id", "sex", "site"):
+        table[name] = table[name].astype(object).where(table[name].notna(), None)
+    return table
+
+
+def _plain(column: pd.Series) -> list:
+    """Values as Python's own, missing text as None."""
+    if column.dtype.kind == "f":
+        return column.tolist()
+    return [None if pd.isna(value) else value for value in column]

@@ -1,0 +1,193 @@
+"""The group level: gather, score, fit, write, report (wiring only)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.evaluate import evaluate_brain_age
+from bids_varaug.brainage.gather import gather_cohort, read_features_table
+from bids_varaug.brainage.model import BrainAgeModel, fit_brain_age
+from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.outputs import (
+    applied_sidecar,
+    applied_tables,
+    best_augmentation,
+    phenotype_sidecar,
+    phenotype_tables,
+    with_bids_labels,
+)
+from bids_varaug.brainage.population import (
+    compare_pipelines,
+    numerical_variability,
+    read_minimum_dice,
+)
+from bids_varaug.brainage.repeated_runs import read_repeated_runs
+from bids_varaug.brainage.study import Study
+from bids_varaug.cli.settings import Settings
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.logs import write_group_logs
+from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
+from bids_varaug.derivatives.write import write_json, write_table
+from bids_varaug.errors import FiltersError
+from bids_varaug.inputs.participants import People, read_people
+from bids_varaug.reports.citation import cite_group
+from bids_varaug.reports.group import ComparedPipeline, GroupContent, write_group_report
+
+MODEL = "models/brainage.skops"
+
+
+def run_group(settings: Settings) -> Path:
+    """Score the augmented brain-age model, or apply one; return the file to look at first.
+
+    Raises
+    ------
+    UserError
+        If there are too few people with age, or what was asked for does not fit the data.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    model = None if settings.apply_model is None else load_model(settings.apply_model)
+    people = _people(settings, model)
+    cohort = _select(_cohort(settings, people, model), settings)
+    notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
+    for name, reason in cohort.left_out.items():
+        print(f"Left out: {name}: {reason}", file=sys.stderr)
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
+    write_group_dataset_files(settings.bids_dir, settings.output_dir)
+    if model is not None:
+        return _apply(settings, model, cohort)
+    return _score(settings, cohort, notes)
+
+
+def _people(settings: Settings, model: BrainAgeModel | None) -> People | None:
+    """Ages, sex and site; None where a table of features may have its own."""
+    if settings.features_table and not (settings.bids_dir / "participants.tsv").exists():
+        return None
+    return read_people(
+        settings.bids_dir, age_column=settings.age_column, sex_column=settings.sex_column,
+        site_column=settings.site_column,
+        require_age=model is None and settings.features_table is None,
+    )  # fmt: skip
+
+
+def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | None) -> Cohort:
+    asked = {"features": None if model is None else model.names, "require_age": model is None}
+    if settings.features_table is None:
+        progress = _bar("Reading tables", settings)
+        return gather_cohort(settings.output_dir, people, progress=progress, **asked)
+    return read_features_table(
+        settings.features_table, people, age_column=settings.age_column,
+        sex_column=settings.sex_column, site_column=settings.site_column, **asked,
+    )  # fmt: skip
+
+
+def _bar(what: str, settings: Settings):
+    return lambda files: tqdm(files, desc=what, unit="file", disable=None)
+
+
+def _select(cohort: Cohort, settings: Settings) -> Cohort:
+    """Keep the participants and sessions that the labels on the command line name."""
+    participants = cohort.people["participant_id"].str.removeprefix("sub-")
+    chosen = ~participants.isin(settings.exclude_participant_labels)
+    if settings.participant_labels:
+        chosen &= participants.isin(settings.participant_labels)
+    if settings.session_labels:
+        sessions = cohort.people["session_id"].fillna("").str.removeprefix("ses-")
+        chosen &= sessions.isin(settings.session_labels)
+    if not chosen.any():
+        raise FiltersError(
+            f"{settings.output_dir}: the participant and session labels leave nobody of "
+            f"{len(cohort)} image(s). Check the spelling, or leave the filters out."
+        )
+    return cohort if chosen.all() else cohort.take(chosen.to_numpy())
+
+
+def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort) -> Path:
+    predicted = apply_model(model, cohort)
+    for note in predicted.attrs["notes"]:
+        print(f"Note: {note}", file=sys.stderr)
+    return _write_tables(settings, applied_tables(predicted), applied_sidecar(model))
+
+
+def _score(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> Path:
+    augmentations = None if settings.augmentation == "all" else (settings.augmentation,)
+    with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        study = evaluate_brain_age(
+            cohort, model=settings.brainage_model, augmentations=augmentations,
+            cv_folds=settings.cv_folds, seed=settings.random_seed, progress=progress,
+        )  # fmt: skip
+    numerics, compared = _numerics(settings, cohort)
+    best = best_augmentation(study)
+    model = fit_brain_age(cohort, settings.brainage_model, best, settings.random_seed)
+    path = settings.output_dir / MODEL
+    save_model(path, model, model_card(model, cohort, study))
+    _write_tables(settings, phenotype_tables(study), phenotype_sidecar(study))
+    tables = {"scores": study.scores, "gains": study.gains, "numerics": numerics}
+    tables |= {f"against_{other.name}": other.comparison for other in compared}
+    for name, table in tables.items():
+        if table is not None:
+            write_table(table, path.with_name(f"brainage_{name}.tsv"))
+    return _report(settings, cohort, study, numerics, compared, notes)
+
+
+def _numerics(
+    settings: Settings, cohort: Cohort
+) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
+    """Numerical against anatomical spread of each feature; of other pipelines beside it."""
+    if cohort.members is None:
+        return None, []
+    seed, dice = settings.random_seed, None
+    if settings.features_table is None:
+        observations = cohort.people.set_index("observation")["participant_id"].to_dict()
+        dice = read_minimum_dice(settings.output_dir, observations)
+    numerics = numerical_variability(cohort, seed, dice_min=dice)
+    compared = []
+    for name, path in settings.compare:
+        other = numerical_variability(read_repeated_runs(path), seed)
+        compared.append(ComparedPipeline(name, other, compare_pipelines(numerics, other)))
+    return numerics, compared
+
+
+def _write_tables(settings: Settings, tables, sidecar) -> Path:
+    """Write phenotype tables, each with the sidecar; return the first."""
+    for name, table in tables.items():
+        table = with_bids_labels(table)
+        path = write_table(table, settings.output_dir / name)
+        texts = {"source_id": {"Description": "participant_id as the features table has it"}}
+        extra = texts if "source_id" in table else {}
+        write_json(sidecar | extra, path.with_suffix(".json"))
+    return settings.output_dir / next(iter(tables))
+
+
+def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
+    versions = package_versions()
+    unit = f" [{cohort.unit}]" if cohort.unit else ""
+    what = "volumes of" if cohort.unit == "mm3" else "table of"
+    citation = cite_group(
+        study.settings, f"{what} {len(cohort.names)} features{unit}", versions,
+        has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
+        compared_with=[other.name for other in compared],
+    )  # fmt: skip
+    write_group_logs(settings, citation)
+    warnings = list(notes)
+    if not np.isfinite(cohort.age).all():
+        warnings.append("Some people have no age: they count for numerics, not for the model.")
+    content = GroupContent(
+        study, citation, numerics, compared, cohort.left_out, warnings, cohort.source,
+        settings={"level": "group", **study.settings}, versions=versions,
+        sloppy=bool(cohort.source.get("sloppy")),
+    )  # fmt: skip
+    return write_group_report(settings.output_dir / names.GROUP_REPORT, content)

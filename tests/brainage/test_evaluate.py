@@ -1,0 +1,147 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_varaug.brainage.evaluate import evaluate_brain_age
+from bids_varaug.brainage.reliability import intraclass_correlation
+from bids_varaug.brainage.scoring import agreement_scores, bootstrap_interval, sign_flip_p_values
+from bids_varaug.brainage.study import AUGMENTATIONS, SCORE_COLUMNS
+from bids_varaug.cli.exit_codes import ExitCode
+from bids_varaug.errors import UserError
+from tests.brainage.cohorts import simulated_cohort
+
+QUICK = {"n_bootstrap": 200, "n_permutations": 200}
+
+
+@pytest.fixture(scope="module")
+def study():
+    cohort = simulated_cohort(n=80, sessions=2, n_sites=4, noise=1.0)
+    return evaluate_brain_age(cohort, model="ridge", repeats=2, curve_sizes=(20, 40), **QUICK)
+
+
+def test_every_augmentation_and_both_baselines_are_scored(study):
+    assert tuple(study.scores.columns) == SCORE_COLUMNS
+    assert list(study.scores["augmentation"]) == [*AUGMENTATIONS, "mean_predictor", "ridge"]
+    assert (study.scores["n"] == 80).all()
+    mae = study.scores.set_index("augmentation")["mae"]
+    assert (mae[list(AUGMENTATIONS)] < 0.8 * mae["mean_predictor"]).all()
+    assert study.scores["mae"].between(study.scores["mae_low"], study.scores["mae_high"]).all()
+
+
+def test_each_observation_is_predicted_once_per_augmentation(study):
+    counts = study.predictions.groupby("augmentation")["observation"].agg(["size", "nunique"])
+    assert (counts == 160).all(axis=None)
+    assert (study.predictions["lower"] < study.predictions["upper"]).all()
+    assert (study.predictions["sd_num"] > 0).all()
+
+
+def test_gains_are_differences_of_the_scores(study):
+    mae = study.scores.set_index("augmentation")["mae"]
+    gains = study.gains.set_index("augmentation")["gain"]
+    for name, gain in gains.items():
+        assert gain == pytest.approx(mae["none"] - mae[name])
+    assert "none" not in gains
+
+
+def test_numerical_noise_in_the_baseline_is_averaged_away(study):
+    # The noise of one member is as large as the person-to-person variation here.
+    gains = study.gains.set_index("augmentation")
+    assert gains.loc["mean", "low"] > 0 and gains.loc["mean", "p_value"] < 0.05
+
+
+def test_bias_is_corrected_and_coverage_near_what_is_promised(study):
+    scores = study.scores.set_index("augmentation").loc[list(AUGMENTATIONS)]
+    assert (scores["bias_slope_corrected"].abs() < 0.15).all()
+    assert (scores["bias_slope"] < -0.1).all()
+    assert scores["coverage"].between(0.8, 0.99).all()
+
+
+def test_curve_sites_and_reliability_have_their_rows(study):
+    assert sorted(set(study.learning_curve["n_participants"])) == [20, 40, 64]
+    assert len(study.sites) == 4 and study.sites["n"].sum() == 80
+    kinds = study.reliability.groupby("kind").size()
+    assert kinds["prediction"] == len(AUGMENTATIONS) and kinds["feature"] == 6
+    assert study.reliability["icc"].between(0, 1).all()
+
+
+def test_same_seed_same_tables():
+    cohort = simulated_cohort(n=30)
+    options = {"model": "bayesian_ridge", "curve_sizes": None, **QUICK}
+    first, again = (evaluate_brain_age(cohort, **options) for _ in range(2))
+    pd.testing.assert_frame_equal(first.predictions, again.predictions)
+    pd.testing.assert_frame_equal(first.gains, again.gains)
+
+
+def test_folds_never_see_the_age_they_predict():
+    # With ages dealt out by chance nothing can be predicted; leakage, most of all through the
+    # second session, would show. The correlation over 60 people has a standard error of 0.13.
+    cohort = simulated_cohort(n=60, sessions=2, seed=1)
+    people = cohort.people.copy()
+    shuffled = np.random.default_rng(7).permutation(people["age"].to_numpy()[::2])
+    people["age"] = np.repeat(shuffled, 2)
+    cohort = type(cohort)(people, cohort.names, cohort.baseline)
+    study = evaluate_brain_age(cohort, model="auto", curve_sizes=None, **QUICK)
+    score = study.scores.set_index("augmentation").loc["none"]
+    assert not score["r"] > 0.35 and score["r2"] < 0.1
+
+
+def test_analytic_is_compared_with_its_own_kind_of_model():
+    cohort = simulated_cohort(n=40)
+    options = {"augmentations": ("analytic",), "curve_sizes": None, **QUICK}
+    svr = evaluate_brain_age(cohort, model="svr", **options)
+    linear = evaluate_brain_age(cohort, model="bayesian_ridge", **options)
+    assert svr.gains["against"].tolist() == ["none, linear model"]
+    assert linear.gains["against"].tolist() == ["none"]
+    assert svr.gains["gain"].item() == pytest.approx(linear.gains["gain"].item())
+    assert "none, linear model" not in set(svr.scores["augmentation"])
+
+
+def test_fewer_than_ten_participants_have_no_scores():
+    with pytest.raises(UserError, match="9 participants") as error:
+        evaluate_brain_age(simulated_cohort(n=9))
+    assert error.value.exit_code == ExitCode.DATA_ERROR == 65
+
+
+def test_ten_participants_are_enough():
+    study = evaluate_brain_age(simulated_cohort(n=10), model="ridge", **QUICK)
+    assert len(study.predictions) == 60 and study.learning_curve.empty
+
+
+def test_progress_ends_at_its_total():
+    seen = []
+    evaluate_brain_age(
+        simulated_cohort(n=20, n_members=0), model="ridge", curve_sizes=(10,), **QUICK,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+def test_scores_of_a_perfect_and_of_a_mean_prediction():
+    age, one = np.array([20.0, 40.0, 60.0]), np.ones(3)
+    perfect, mean = agreement_scores(age, age, one), agreement_scores(np.full(3, 40.0), age, one)
+    assert (perfect["mae"], perfect["r2"], perfect["bias_slope"]) == (0, 1, 0)
+    assert (mean["r2"], mean["bias_slope"]) == (0, -1) and np.isnan(mean["r"])
+
+
+def test_sign_flips_find_a_shift_and_not_its_absence():
+    rng = np.random.default_rng(0)
+    differences = rng.normal([0.0, 0.5], 1.0, (100, 2))
+    null, shifted = sign_flip_p_values(differences, rng, 999)
+    assert null > 0.05 and shifted == pytest.approx(0.001)
+    assert sign_flip_p_values(np.zeros((5, 1)), rng, 99).tolist() == [1.0]
+
+
+def test_bootstrap_has_the_width_of_the_standard_error():
+    rng = np.random.default_rng(0)
+    low, high = bootstrap_interval(rng.normal(0, 1, (400, 1)), rng, 1000)
+    assert high[0] - low[0] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def test_icc_is_that_of_shrout_and_fleiss():
+    # Table 2 of the paper: 6 targets, 4 judges, ICC(3,1) = 0.71.
+    table = np.array(
+        [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float
+    )
+    found = intraclass_correlation(table.ravel(), np.repeat(np.arange(6), 4))
+    assert found.icc == pytest.approx(0.715, abs=0.001)
+    assert found.low < 0.4 and found.high > 0.9

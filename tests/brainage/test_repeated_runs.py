@@ -1,0 +1,116 @@
+"""Reading other pipelines' repeated runs."""
+
+import numpy as np
+import pytest
+
+from bids_varaug.brainage.population import compare_pipelines, numerical_variability
+from bids_varaug.brainage.repeated_runs import read_aseg_stats, read_repeated_runs
+from bids_varaug.errors import NoInputError, UserError
+
+STATS = """\
+# Title Segmentation Statistics
+# Measure lhCortex, lhCortexVol, Left hemisphere cortical gray matter volume, {cortex}, mm^3
+# Measure SurfaceHoles, SurfaceHoles, Total number of defect holes, 29, unitless
+# ColHeaders  Index SegId NVoxels Volume_mm3 StructName normMean
+  1  17  4000  {hippocampus}  Left-Hippocampus  74.9
+  2  10  8000  {thalamus}  Left-Thalamus-Proper  74.9
+"""
+
+
+def write_stats(folder, value=0.0):
+    path = folder / "stats" / "aseg.stats"
+    path.parent.mkdir(parents=True)
+    path.write_text(STATS.format(cortex=240000.5 + value, hippocampus=4000.1 + value,
+                                 thalamus=8000.0 + 2 * value))  # fmt: skip
+    return path
+
+
+def test_stats_of_real_freesurfer(shared_data):
+    volumes = read_aseg_stats(shared_data / "t1w/bert/stats/aseg.stats")
+    assert volumes["Left-Hippocampus"] == 4422.1
+    assert volumes["Right-Cerebral-Cortex"] == 242689.917301
+    assert len(volumes) == 49  # 45 structures, and cortex and white matter of either side
+
+
+@pytest.mark.parametrize("layout", ["sub-0{p}/run-{r}", "sub-0{p}/ses-1/run-{r}", "sub-0{p}_{r}",
+                                    "run-{r}/sub-0{p}", "p{p}/{r}"])  # fmt: skip
+def test_layouts_of_stats_directories(tmp_path, layout):
+    for p in (1, 2, 3):
+        for r in (1, 2, 3):
+            write_stats(tmp_path / layout.format(p=p, r=r), value=10 * p + r)
+    cohort = read_repeated_runs(tmp_path)
+    assert len(cohort) == 3 and cohort.members.shape == (3, 3, 3)
+    assert set(cohort.names) == {"Left-Hippocampus", "Left-Thalamus", "Left-Cerebral-Cortex"}
+    hippocampus = cohort.members[:, :, cohort.names.index("Left-Hippocampus")]
+    assert np.allclose(hippocampus[1], 4020.1 + np.array([1, 2, 3]))
+    if "ses-1" in layout:
+        assert cohort.people["session_id"].tolist() == ["ses-1"] * 3
+
+
+def test_stats_end_in_a_comparison(tmp_path):
+    rng = np.random.default_rng(0)
+    for p in range(5):
+        for r in range(3):
+            write_stats(tmp_path / f"sub-{p}" / f"run-{r}", 100 * p + rng.normal())
+    table = numerical_variability(read_repeated_runs(tmp_path), n_boot=50)
+    assert (table["ratio"] < 0.1).all()
+    assert compare_pipelines(table, table)["n"].tolist() == [3, 3]
+
+
+def test_single_and_fewer_runs(tmp_path):
+    for run in "abc":
+        write_stats(tmp_path / "sub-1" / run)
+    for run in "ab":
+        write_stats(tmp_path / "sub-2" / run)
+    write_stats(tmp_path / "sub-3" / "a")
+    cohort = read_repeated_runs(tmp_path)
+    assert np.isnan(cohort.members[1, 2]).all() and np.isfinite(cohort.members[1, :2]).all()
+    assert list(cohort.left_out) == ["sub-3"]
+
+
+def test_table_of_members(tmp_path):
+    path = tmp_path / "runs.tsv"
+    path.write_text(
+        "participant_id\tmember\tHip\tAmy\n1\tb\t2.0\tn/a\n1\ta\t1.0\t5\n2\ta\t3\t6\n2\tb\t4\t7\n"
+    )
+    cohort = read_repeated_runs(path)
+    assert cohort.names == ("Hip",)  # Amy is missing in a run
+    assert cohort.members[:, :, 0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert cohort.people["participant_id"].tolist() == ["1", "2"]
+    assert read_repeated_runs(tmp_path).names == ("Hip",)  # the folder's only table
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("participant_id\tHip\n1\t2\n", "no column member"),
+        ("participant_id\tmember\tHip\n1\ta\t1\n1\ta\t2\n", "run a of 1 is there twice"),
+        ("participant_id\tmember\tHip\n1\ta\t1\n2\ta\t2\n", "nobody has two runs"),
+        ("participant_id\tmember\tHip\n1\ta\tx\n1\tb\t2\n", "Hip is not numeric"),
+        ("participant_id\tmember\tHip\n1\ta\t1\n1\t\t2\n", "line 3"),
+        ("participant_id\tmember\tHip\n1\ta\tn/a\n1\tb\t2\n", "no structure"),
+    ],
+)
+def test_bad_tables_are_explained(tmp_path, text, message):
+    path = tmp_path / "runs.tsv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_repeated_runs(path)
+    assert "runs.tsv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cut", ["# Title\n", STATS[:250], STATS.split("  2  10")[0] + "  2  10  8"]
+)
+def test_truncated_stats_are_named(tmp_path, cut):
+    path = write_stats(tmp_path / "sub-1" / "a")
+    path.write_text(cut.format(cortex=1, hippocampus=2, thalamus=3))
+    with pytest.raises(UserError, match="aseg.stats.*again"):
+        read_repeated_runs(tmp_path)
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(NoInputError, match="no such folder"):
+        read_repeated_runs(tmp_path / "x")
+    with pytest.raises(NoInputError, match="no aseg.stats"):
+        read_repeated_runs(tmp_path)

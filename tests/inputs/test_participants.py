@@ -1,0 +1,227 @@
+import json
+
+import numpy as np
+import pytest
+
+from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.inputs.participants import read_people
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Write participants.tsv and what stands beside it; a raw dataset without images."""
+
+    def write(text, sidecar=None, **more):
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "participants.tsv").write_bytes(data)
+        if sidecar is not None:
+            (tmp_path / "participants.json").write_text(json.dumps(sidecar))
+        for name, content in more.items():
+            path = tmp_path / f"sub-{name}" / f"sub-{name}_sessions.tsv"
+            path.parent.mkdir()
+            path.write_text(content)
+        return tmp_path
+
+    return write
+
+
+def ages(people):
+    return dict(zip(people.table["participant_id"], people.table["age"], strict=True))
+
+
+def test_age_sex_and_site_are_read(dataset):
+    people = read_people(
+        dataset("participant_id\tage\tsex\tsite\nsub-01\t30.5\tF\tNY\nsub-02\t41\tmale\tn/a\n")
+    )
+    assert people.table.to_dict("list") == {
+        "participant_id": ["sub-01", "sub-02"],
+        "session_id": [None, None],
+        "age": [30.5, 41.0],
+        "sex": ["F", "M"],
+        "site": ["NY", None],
+    }
+    assert not people.left_out and not people.notes
+
+
+def test_no_sex_and_no_site_is_fine(dataset):
+    people = read_people(dataset("participant_id\tage\nsub-01\t30\n"))
+    assert people.table["sex"].tolist() == people.table["site"].tolist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "years"),
+    [
+        ("years", "2", 2.0),
+        ("Years", "2", 2.0),
+        ("yr", "2", 2.0),
+        ("months", "30", 2.5),
+        ("mo", "30", 2.5),
+        ("weeks", "521.786", 10.0),
+        ("wk", "521.786", 10.0),
+        ("days", "3652.5", 10.0),
+        ("d", "3652.5", 10.0),
+    ],
+)
+def test_units_of_the_sidecar_are_turned_into_years(dataset, unit, value, years):
+    folder = dataset(f"participant_id\tage\nsub-01\t{value}\n", {"age": {"Units": unit}})
+    assert ages(read_people(folder))["sub-01"] == pytest.approx(years, abs=1e-4)
+
+
+def test_unknown_unit_is_refused(dataset):
+    folder = dataset("participant_id\tage\nsub-01\t3\n", {"age": {"Units": "moons"}})
+    with pytest.raises(UserError, match=r"participants.json: Units 'moons'.*years, months"):
+        read_people(folder)
+
+
+def test_unit_in_the_columns_name_counts_without_sidecar(dataset):
+    folder = dataset("participant_id\tage_months\nsub-01\t30\n")
+    people = read_people(folder, age_column="age_months")
+    assert ages(people)["sub-01"] == 2.5
+    assert "months" in people.notes[0]
+
+
+def test_lower_bound_is_taken_and_noted(dataset):
+    people = read_people(dataset("participant_id\tage\nsub-01\t89+\nsub-02\t>89\nsub-03\t7\n"))
+    assert people.table["age"].tolist() == [89, 89, 7]
+    assert "sub-01 (89+), sub-02 (>89)" in people.notes[0]
+
+
+@pytest.mark.parametrize("value", ["n/a", "", "NaN"])
+def test_missing_age_is_left_out_with_reason(dataset, value):
+    people = read_people(dataset(f"participant_id\tage\nsub-01\t{value}\nsub-02\t7\n"))
+    assert np.isnan(ages(people)["sub-01"])
+    assert list(people.left_out) == ["sub-01"]
+
+
+@pytest.mark.parametrize("value", ["young", "-3", "999", "3O", "25,5", "12-15"])
+def test_age_that_is_no_age_is_left_out_naming_value_and_file(dataset, value):
+    people = read_people(dataset(f"participant_id\tage\nsub-01\t{value}\nsub-02\t7\n"))
+    assert np.isnan(ages(people)["sub-01"])
+    assert value in people.left_out["sub-01"] and "participants.tsv" in people.left_out["sub-01"]
+    assert people.find("sub-01").reason == people.left_out["sub-01"]
+
+
+def test_missing_age_column_lists_the_columns_and_the_flag(dataset):
+    with pytest.raises(UserError, match=r"no column 'age'.*participant_id, iq.*--age-column"):
+        read_people(dataset("participant_id\tiq\nsub-01\t100\n"))
+
+
+def test_without_age_column_people_can_be_read_if_no_age_is_needed(dataset):
+    people = read_people(
+        dataset("participant_id\tsex\nsub-01\tF\n"), require_age=False, age_column="age"
+    )
+    assert people.find("sub-01").sex == "F" and np.isnan(people.find("sub-01").age)
+
+
+def test_column_asked_for_by_name_must_be_there(dataset):
+    folder = dataset("participant_id\tage\tsex\nsub-01\t3\tF\n")
+    with pytest.raises(UserError, match=r"'clinic'.*--site-column"):
+        read_people(folder, site_column="clinic")
+
+
+@pytest.mark.parametrize("name", ["Site", "SITE", "site_id", "Scanner_Site", "centre", "Center"])
+def test_usual_names_of_the_site_are_found(dataset, name):
+    people = read_people(dataset(f"participant_id\tage\t{name}\nsub-01\t3\tNY\n"))
+    assert people.find("sub-01").site == "NY"
+
+
+@pytest.mark.parametrize("name", ["Sex", "SEX", "gender", "Gender"])
+def test_usual_names_of_the_sex_are_found(dataset, name):
+    people = read_people(dataset(f"participant_id\tage\t{name}\nsub-01\t3\tFemale\n"))
+    assert people.find("sub-01").sex == "F"
+
+
+def test_ambiguous_codes_of_the_sex_are_missing_and_noted(dataset):
+    people = read_people(dataset("participant_id\tage\tsex\nsub-01\t3\t1\nsub-02\t3\tM\n"))
+    assert people.table["sex"].tolist() == [None, "M"]
+    assert "'1' (1)" in people.notes[0]
+
+
+def test_levels_of_the_sidecar_explain_codes(dataset):
+    folder = dataset(
+        "participant_id\tage\tsex\nsub-01\t3\t1\nsub-02\t3\t2\n",
+        {"sex": {"Levels": {"1": "male", "2": {"Description": "female"}}}},
+    )
+    assert read_people(folder).table["sex"].tolist() == ["M", "F"]
+
+
+def test_age_of_a_session_goes_before_that_of_the_participant(dataset):
+    people = read_people(
+        dataset(
+            "participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\t40\tM\n",
+            **{"01": "session_id\tage\nses-a\t31\nses-b\tn/a\n"},
+        )
+    )
+    assert people.find("sub-01", "ses-a").age == 31
+    assert people.find("sub-01", "ses-a").sex == "F"
+    assert people.find("sub-01", "ses-b").age == 30
+    assert people.find("sub-02", "ses-a").age == 40
+    assert people.find("sub-03") is None
+
+
+def test_sessions_sidecar_of_the_root_is_inherited(dataset):
+    folder = dataset("participant_id\tage\nsub-01\tn/a\n", **{"01": "session_id\tage\nses-a\t30\n"})
+    (folder / "sessions.json").write_text('{"age": {"Units": "months"}}')
+    people = read_people(folder)
+    assert people.find("sub-01", "ses-a").age == 2.5
+    assert not people.left_out
+
+
+def test_bad_age_of_a_session_costs_that_session_only(dataset):
+    people = read_people(
+        dataset(
+            "participant_id\tage\nsub-01\t30\n",
+            **{"01": "session_id\tage\nses-a\told\nses-b\t32\n"},
+        )
+    )
+    assert "sub-01_sessions.tsv" in people.left_out["sub-01_ses-a"]
+    assert np.isnan(people.find("sub-01", "ses-a").age)
+    assert people.find("sub-01", "ses-b").age == 32
+
+
+def test_duplicate_rows_are_refused_by_name(dataset):
+    folder = dataset("participant_id\tage\nsub-01\t3\nsub-02\t4\nsub-01\t3\n")
+    with pytest.raises(UserError, match="more than once: sub-01. "):
+        read_people(folder)
+
+
+def test_participant_in_two_sites_is_refused_by_name(dataset):
+    folder = dataset("participant_id\tage\tsite\nsub-01\t3\tA\nsub-01\t3\tB\n")
+    with pytest.raises(UserError, match=r"more than one site: sub-01 \(A, B\)"):
+        read_people(folder)
+
+
+def test_truncated_line_is_refused_by_number(dataset):
+    with pytest.raises(UserError, match=r"3 fields, but line 3 has 2"):
+        read_people(dataset("participant_id\tsex\tage\nsub-01\tF\t3\nsub-02\tM"))
+
+
+def test_no_participants_table_is_no_input(tmp_path):
+    with pytest.raises(NoInputError, match="participants.tsv: is not there"):
+        read_people(tmp_path)
+    assert len(read_people(tmp_path, require_age=False).table) == 0
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.encode("utf-8-sig").replace(b"\n", b"\r\n"),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.encode("latin-1").replace(b"\n", b"\r"),
+    ],
+)
+def test_encodings_and_line_ends_do_not_matter(dataset, encode):
+    text = "participant_id\tage\tsite\nsub-01\t3\tBesançon\n"
+    person = read_people(dataset(encode(text))).find("sub-01")
+    assert (person.age, person.site) == (3, "Besançon")
+
+
+def test_quotes_of_r_and_blank_lines_do_not_matter(dataset):
+    people = read_people(dataset('"participant_id"\t"age"\n"01"\t3\n\n'))
+    assert people.find("sub-01").age == 3
+
+
+def test_real_dataset_is_read(shared_data):
+    people = read_people(shared_data / "bids" / "ds002748-subset")
+    assert len(people.table) == 12 and people.table["age"].between(19, 55).all()
+    assert people.table["sex"].value_counts().to_dict() == {"F": 7, "M": 5}
