@@ -99,8 +99,9 @@ def plot(table: pd.DataFrame, published: pd.DataFrame | None, path: Path) -> Non
         values = table.loc[table["family"] == family, "dice_min"]
         axes.plot(values, [y] * len(values), "o", mfc="none", color="C0", label="a head" * (y == 0))
         axes.plot(values.mean(), y, "D", color="C0", label="mean of heads" * (y == 0))
-    for y, row in enumerate(() if published is None else published.itertuples(), len(labels)):
-        axes.plot(row.mean_min_dice, y, "s", color="C1", label="published" * (y == len(labels)))
+    for k, row in enumerate(() if published is None else published.itertuples()):
+        y = len(FAMILIES) + k
+        axes.plot(row.mean_min_dice, y, "s", color="C1", label="published" * (k == 0))
         labels.append(f"{row.ensemble}\n({row.source.removesuffix(' repository')})")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
