@@ -19,7 +19,7 @@ export PYTHONNOUSERSITE := 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   segment the MNI152 template at 1 mm; says where the report is"
+	@echo "make demo   segment the MNI152 template at 1 mm, then a simulated cohort; group report"
 	@echo "make test   run the tests"
 	@echo "make lint   run the linter"
 	@echo "make clean  remove what these made (distclean: the virtual environment too)"
@@ -28,7 +28,12 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/make_demo_dataset.py demo/bids
 	$(BIN)/bids_varaug demo/bids demo/derivatives participant -w demo/work $(DEMO_ARGS)
 	@test -s demo/derivatives/sub-mni152.html
-	@echo "Open the report: $(CURDIR)/demo/derivatives/sub-mni152.html"
+	$(BIN)/python examples/make_ageing_cohort.py \
+		demo/derivatives/sub-mni152/anat/*_desc-consensus_dseg.nii.gz demo/cohort --n 12 --size 2
+	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives participant --sloppy -w demo/work
+	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives group
+	@echo "Open the reports: $(CURDIR)/demo/derivatives/sub-mni152.html"
+	@echo "                  $(CURDIR)/demo/cohort_derivatives/group_brainage.html"
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -43,6 +43,8 @@ SAME = {
     "ensemble": "ensemble",
     "ensemble_version": "version of the ensemble",
     "sloppy": "--sloppy",
+    "relative_to": "what volumes are divided by",
+    "asymmetries": "asymmetries",
 }
 SHOWN = 10
 COLUMNS = (

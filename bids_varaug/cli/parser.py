@@ -22,6 +22,7 @@ from bids_varaug.errors import UsageError
 LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
+RELATIVE_TO = ("none", "brain", "intracranial")
 MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
 
 
@@ -259,6 +260,15 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
         help="features made elsewhere, one row per participant and member",
     )
     group.add_argument(
+        "--relative-to",
+        choices=RELATIVE_TO,
+        help="what volumes are divided by (default: brain, the sum of the structures; none for "
+        "--features-table)",
+    )
+    group.add_argument(
+        "--asymmetries", action="store_true", help="left-right asymmetries as further features"
+    )
+    group.add_argument(
         "--apply-model",
         type=values.existing_file,
         metavar="FILE",
@@ -348,6 +358,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         augmentation=given.augmentation,
         cv_folds=given.cv_folds,
         features_table=given.features_table,
+        relative_to=given.relative_to,
+        asymmetries=given.asymmetries,
         apply_model=given.apply_model,
         compare=_unique(given.compare),
     )

@@ -49,5 +49,7 @@ class Settings:
     augmentation: str = "all"
     cv_folds: int = 5
     features_table: Path | None = None
+    relative_to: str | None = None
+    asymmetries: bool = False
     apply_model: Path | None = None
     compare: tuple[tuple[str, Path], ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import evaluate_brain_age
+from bids_varaug.brainage.features import Asymmetries, RelativeVolumes, derive_features
 from bids_varaug.brainage.gather import gather_cohort, read_features_table
 from bids_varaug.brainage.model import BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
@@ -55,7 +57,8 @@ def run_group(settings: Settings) -> Path:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     people = _people(settings, model)
-    cohort = _select(_cohort(settings, people, model), settings)
+    volumes = _select(_cohort(settings, people, model), settings)
+    cohort = _derive(volumes, *_derivation(settings, model))
     notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
@@ -64,7 +67,7 @@ def run_group(settings: Settings) -> Path:
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
     if model is not None:
         return _apply(settings, model, cohort)
-    return _score(settings, cohort, notes)
+    return _score(settings, cohort, volumes, notes)
 
 
 def _people(settings: Settings, model: BrainAgeModel | None) -> People | None:
@@ -79,7 +82,8 @@ def _people(settings: Settings, model: BrainAgeModel | None) -> People | None:
 
 
 def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | None) -> Cohort:
-    asked = {"features": None if model is None else model.names, "require_age": model is None}
+    wanted = None if model is None else model.source.get("measured", model.names)
+    asked = {"features": wanted, "require_age": model is None}
     if settings.features_table is None:
         progress = _bar("Reading tables", settings)
         return gather_cohort(settings.output_dir, people, progress=progress, **asked)
@@ -87,6 +91,24 @@ def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | No
         settings.features_table, people, age_column=settings.age_column,
         sex_column=settings.sex_column, site_column=settings.site_column, **asked,
     )  # fmt: skip
+
+
+def _derivation(settings: Settings, model: BrainAgeModel | None) -> tuple[str, bool]:
+    """What volumes are divided by, and whether asymmetries are added; a model's own if it has."""
+    if model is not None:
+        return model.source.get("relative_to", "none"), model.source.get("asymmetries", False)
+    default = "none" if settings.features_table else "brain"
+    return settings.relative_to or default, settings.asymmetries
+
+
+def _derive(cohort: Cohort, relative_to: str, asymmetries: bool) -> Cohort:
+    derived = cohort
+    if asymmetries:  # first, as they know no head size
+        derived = derive_features(derived, Asymmetries(derived.names))
+    if relative_to != "none":
+        derived = derive_features(derived, RelativeVolumes(derived.names, relative_to))
+    source = cohort.source | {"relative_to": relative_to, "asymmetries": asymmetries}
+    return replace(derived, source=source | {"measured": list(cohort.names)})
 
 
 def _bar(what: str, settings: Settings):
@@ -117,7 +139,7 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort) -> Path:
     return _write_tables(settings, applied_tables(predicted), applied_sidecar(model))
 
 
-def _score(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> Path:
+def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[str]) -> Path:
     augmentations = None if settings.augmentation == "all" else (settings.augmentation,)
     with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
 
@@ -129,7 +151,7 @@ def _score(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> Path:
             cohort, model=settings.brainage_model, augmentations=augmentations,
             cv_folds=settings.cv_folds, seed=settings.random_seed, progress=progress,
         )  # fmt: skip
-    numerics, compared = _numerics(settings, cohort)
+    numerics, compared = _numerics(settings, volumes)
     best = best_augmentation(study)
     model = fit_brain_age(cohort, settings.brainage_model, best, settings.random_seed)
     path = settings.output_dir / MODEL
@@ -175,9 +197,11 @@ def _write_tables(settings: Settings, tables, sidecar) -> Path:
 def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
     versions = package_versions()
     unit = f" [{cohort.unit}]" if cohort.unit else ""
-    what = "volumes of" if cohort.unit == "mm3" else "table of"
+    what = "table of" if settings.features_table else "volumes of"
+    divided = cohort.source["relative_to"]
+    divided = "" if divided == "none" else f", divided by {divided} volume"
     citation = cite_group(
-        study.settings, f"{what} {len(cohort.names)} features{unit}", versions,
+        study.settings, f"{what} {len(cohort.names)} features{unit}{divided}", versions,
         has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip

@@ -113,7 +113,7 @@ def test_outputs_pass_the_validator(bids, output):
 
 
 def test_a_fitted_model_predicts_other_people(bids, output, tmp_path):
-    assert run(bids, output, "--augmentation", "members") == 0
+    assert run(bids, output, "--augmentation", "members", "--asymmetries") == 0
     model = output / "models/brainage.skops"
     others = write_derivatives(tmp_path / "others")
     (bids / "participants.tsv").unlink()  # their ages are not known
