@@ -207,8 +207,8 @@ def draw_gains(table: pd.DataFrame, path: Path) -> None:
         axis.set_xlabel("training participants")
         axis.set_title(f"{model}, noise x {scale:g}")
     axes[0, 0].set_ylabel("gain in MAE over none [years], 95 % interval")
-    axes[0, -1].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

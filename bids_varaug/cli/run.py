@@ -42,7 +42,9 @@ def run_group_level(settings: Settings) -> ExitCode:
     os.environ.setdefault("NO_ET", "1")
     from bids_varaug.workflows.group import run_group
 
-    print(f"Done. Open {run_group(settings)}.", file=sys.stderr)
+    first = run_group(settings)
+    if first is not None:
+        print(f"Done. Open {first}.", file=sys.stderr)
     return ExitCode.DONE
 
 

@@ -46,8 +46,10 @@ from bids_varaug.reports.group import ComparedPipeline, GroupContent, write_grou
 MODEL = "models/brainage.skops"
 
 
-def run_group(settings: Settings) -> Path:
+def run_group(settings: Settings) -> Path | None:
     """Score the augmented brain-age model, or apply one; return the file to look at first.
+
+    With ``--dry-run`` nothing is fitted or written, and there is no such file.
 
     Raises
     ------
@@ -64,6 +66,13 @@ def run_group(settings: Settings) -> Path:
         print(f"Left out: {name}: {reason}", file=sys.stderr)
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
+    if settings.dry_run:
+        people = cohort.people["participant_id"].nunique()
+        print(
+            f"{len(cohort)} image(s) of {people} participant(s), {len(cohort.names)} features by "
+            f"{len(cohort.member_ids)} perturbed member(s)"
+        )
+        return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
     if model is not None:
         return _apply(settings, model, cohort)

@@ -172,6 +172,13 @@ def test_requests_that_cannot_be_met(bids, output, flags, code, message, capsys)
     assert not (output / "group_brainage.html").exists()
 
 
+def test_dry_run_fits_and_writes_nothing(bids, output, capsys):
+    before = digests(output)
+    assert run(bids, output, "--dry-run") == 0
+    assert f"{N} image(s) of {N} participant(s), 4 features" in capsys.readouterr().out
+    assert digests(output) == before
+
+
 def test_output_of_nothing(bids, tmp_path, capsys):
     assert run(bids, tmp_path / "empty") == 66
     assert "participant" in capsys.readouterr().err
