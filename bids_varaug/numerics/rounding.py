@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -53,7 +54,8 @@ class MonteCarloArithmetic(TorchDispatchMode):
     NotImplementedError
         Inside, for tensors on devices other than CPU and CUDA.
     RuntimeError
-        If torch.jit.trace or torch.export would make it part of what they record, and, from torch
+        If torch.jit.trace or torch.export would make it part of what they record; inside, for a
+        backward pass that torch.compile made, and, from torch
         itself, inside: torch.jit.trace, functions compiled with ``fullgraph=True``.
 
     Notes
@@ -83,9 +85,10 @@ class MonteCarloArithmetic(TorchDispatchMode):
     its backward passes.
 
     *Compiled functions.* A function compiled by torch.compile runs uncompiled inside; functions of
-    torch.jit and torch.export run as they are: all of them round. Not so a backward pass compiled
-    by torch.compile whose forward pass ran outside: its fused loops are out of reach, without any
-    error. Run forward and backward pass inside.
+    torch.jit and torch.export run as they are: all of them round. A backward pass compiled by
+    torch.compile whose forward pass ran outside is refused by `Tensor.backward` and
+    `torch.autograd.grad`: its fused loops are out of reach. (`torch.autograd.backward` does not
+    notice.)
 
     *Zeros* stay zero in operators of one instruction, infinities and NaN in all, as do finite
     numbers finite.
@@ -123,13 +126,23 @@ class MonteCarloArithmetic(TorchDispatchMode):
         self.mode, self.precision, self.seed = mode, precision, seed
         self.accumulation, self.lanes, self.fma = accumulation, lanes, fma
         self.calls = 0
+        self._guard, self._guards = _NoCompiledBackward(), 0
         self._key = _mixed(seed)
         self._rules: dict[torch.dtype, Rule] = {}
 
     def __enter__(self):
         if torch.jit.is_tracing():
             raise RuntimeError(_TRACED)
+        if not self._guards:
+            self._guard.__enter__()
+        self._guards += 1
         return super().__enter__()
+
+    def __exit__(self, *failure):
+        self._guards -= 1
+        if not self._guards:
+            self._guard.__exit__(*failure)
+        return super().__exit__(*failure)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operator, then perturb what it computed."""
@@ -238,6 +251,33 @@ class MonteCarloArithmetic(TorchDispatchMode):
     def _next(self) -> int:
         self.calls += 1
         return _mixed(self._key + self.calls)
+
+
+class _NoCompiledBackward(TorchFunctionMode):
+    """Refuses backward passes that torch.compile made: their loops bypass the dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.backward, torch.autograd.grad) and _has_compiled_node(args[0]):
+            raise RuntimeError(
+                "Monte Carlo arithmetic cannot round a backward pass that torch.compile made: run "
+                "the forward pass inside too, where it is not compiled"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _has_compiled_node(outputs) -> bool:
+    """Whether the graph behind one or several tensors has a function of torch.compile."""
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().startswith("CompiledFunction"):
+            return True
+        following = {found for found, _ in node.next_functions if found is not None} - seen
+        seen |= following
+        waiting += following
+    return False
 
 
 def _mixed(number: int) -> int:

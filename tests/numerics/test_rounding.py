@@ -777,6 +777,18 @@ def test_compiled_functions_run_uncompiled_inside(compiled_before):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_backward_pass_is_refused():
+    x = torch.linspace(1, 2, 50, requires_grad=True)
+    compiled = torch.compile(lambda v: (v.exp() * v.sin()).sum(), backend="aot_eager")
+    for backward in (torch.Tensor.backward, lambda y: torch.autograd.grad(y, x)):
+        y = compiled(x)
+        with MonteCarloArithmetic(), pytest.raises(RuntimeError, match="run the forward pass"):
+            backward(y)
+    with MonteCarloArithmetic():
+        compiled(x).backward()
+    assert x.grad is not None
+
+
 def test_a_context_within_a_compiled_function_rounds_or_is_refused():
     x = normal(100)
     torch._dynamo.reset()
