@@ -28,8 +28,9 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/make_demo_dataset.py demo/bids
 	$(BIN)/bids_varaug demo/bids demo/derivatives participant -w demo/work $(DEMO_ARGS)
 	@test -s demo/derivatives/sub-mni152.html
-	$(BIN)/python examples/make_ageing_cohort.py \
-		demo/derivatives/sub-mni152/anat/*_desc-consensus_dseg.nii.gz demo/cohort --n 12 --size 2
+	@test -d demo/cohort || { rm -rf demo/cohort.part && $(BIN)/python \
+		examples/make_ageing_cohort.py demo/derivatives/sub-mni152/anat/*_desc-consensus_dseg.nii.gz \
+		demo/cohort.part --n 12 --size 2 && mv demo/cohort.part demo/cohort; }
 	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives participant --sloppy -w demo/work
 	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives group
 	@echo "Open the reports: $(CURDIR)/demo/derivatives/sub-mni152.html"
