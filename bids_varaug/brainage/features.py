@@ -1,4 +1,4 @@
-"""Features made of features: relative volumes, asymmetries, logarithms; and members' covariance.
+"""Features made of features: relative volumes, asymmetries, logarithms.
 
 The transformers are scikit-learn's kind, for arrays (n, F) whose columns have the `names` given at
 construction. `RelativeVolumes` and `Asymmetries` learn nothing from the data and may be applied
@@ -8,7 +8,7 @@ before folds are made (`derive_features`); `LogVolumes` does, and belongs into t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +26,6 @@ _NO_VOLUME = re.compile(
     re.IGNORECASE,
 )
 _SIDES = (("Left-", "Right-"), ("lh_", "rh_"), ("lh.", "rh."), ("lh", "rh"), ("left_", "right_"))
-_BLOCK = 1 << 22  # values that are copied at once
 
 
 class FeatureError(UserError):
@@ -269,82 +268,8 @@ def find_pairs(names: Sequence[str]) -> list[tuple[str, int, int]]:
     return pairs
 
 
-def member_covariance(members: np.ndarray, ddof: int = 1) -> np.ndarray:
-    """Numerical covariance of the features of each observation, over its members.
-
-    ``C_r = sum_m (x_rm - mean_r)(x_rm - mean_r)^T / (M - ddof)``.
-
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    ddof : 1: unbiased for members yet to be drawn; 0: of these members themselves
-
-    Returns
-    -------
-    (R, F, F) float64, squared unit of the features; 8 R F^2 bytes. For the sum over observations,
-    `summed_covariance` needs no more than F^2.
-
-    Examples
-    --------
-    >>> member_covariance(np.array([[[1.0, 2.0], [3.0, 2.0]]])).tolist()
-    [[[2.0, 0.0], [0.0, 0.0]]]
-    """
-    _check_members(members, ddof)
-    n, m, f = members.shape
-    covariance = np.empty((n, f, f))
-    for start, deviations in _deviations(members):
-        products = np.matmul(deviations.transpose(0, 2, 1), deviations)
-        covariance[start : start + len(products)] = products / (m - ddof)
-    return covariance
-
-
-def summed_covariance(
-    members: np.ndarray, weights: np.ndarray | None = None, ddof: int = 1
-) -> np.ndarray:
-    """Sum over the observations of their numerical covariances, ``sum_r w_r C_r``.
-
-    The penalty matrix of least squares on noisy copies, as their number grows [1]_.
-
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,) float64, default 1
-    ddof : as `member_covariance`
-
-    Returns
-    -------
-    (F, F) float64
-
-    References
-    ----------
-    .. [1] Bishop (1995), Neural Computation 7(1), 108-116.
-    """
-    _check_members(members, ddof)
-    n, m, f = members.shape
-    total = np.zeros((f, f))
-    for start, deviations in _deviations(members):
-        if weights is not None:
-            deviations *= np.sqrt(weights[start : start + len(deviations), None, None])
-        flat = deviations.reshape(-1, f)
-        total += flat.T @ flat
-    return total / (m - ddof)
-
-
 def _plain(name: str) -> str:
     return re.sub(r"(volume)?mm3$", "", plain_name(name))
-
-
-def _check_members(members: np.ndarray, ddof: int) -> None:
-    if members.ndim != 3 or members.shape[1] <= ddof:
-        raise ValueError(f"members of shape {members.shape}, not (R, M > {ddof}, F)")
-
-
-def _deviations(members: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Deviations from each observation's mean, a block of observations at a time."""
-    step = max(1, _BLOCK // max(1, members.shape[1] * members.shape[2]))
-    for start in range(0, len(members), step):
-        block = members[start : start + step]
-        yield start, block - block.mean(axis=1, keepdims=True)
 
 
 def _check(transformer, X, reset: bool = False) -> np.ndarray:  # noqa: N803

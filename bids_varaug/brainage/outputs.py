@@ -74,15 +74,7 @@ def _table(predictions: pd.DataFrame, chosen: str) -> pd.DataFrame:
         return rows.groupby("participant_id", sort=True)[list(AVERAGED)].mean()
 
     main = averaged(chosen)
-    columns = {
-        "age": main["age"],
-        "brain_age": main["predicted"],
-        "brain_age_corrected": main["corrected"],
-        "brain_age_gap": main["corrected"] - main["age"],
-        "lower": main["lower"],
-        "upper": main["upper"],
-        "sd_num": main["sd_num"],
-    }
+    columns = _columns(main)
     for name in AUGMENTATIONS:
         if (predictions["augmentation"] == name).any():
             columns[f"brain_age_{name}"] = averaged(name)["predicted"]
@@ -90,6 +82,19 @@ def _table(predictions: pd.DataFrame, chosen: str) -> pd.DataFrame:
     images = predictions[predictions["augmentation"] == chosen]
     table.insert(7, "n_images", images.groupby("participant_id").size())
     return table.reset_index()
+
+
+def _columns(means: pd.DataFrame) -> dict[str, pd.Series]:
+    """Columns that every table has, from means over a participant's images."""
+    return {
+        "age": means["age"],
+        "brain_age": means["predicted"],
+        "brain_age_corrected": means["corrected"],
+        "brain_age_gap": means["corrected"] - means["age"],
+        "lower": means["lower"],
+        "upper": means["upper"],
+        "sd_num": means["sd_num"],
+    }
 
 
 def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str, Any]:
@@ -158,16 +163,7 @@ def applied_tables(predicted: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _applied_table(predicted: pd.DataFrame) -> pd.DataFrame:
     people = predicted.groupby("participant_id", sort=True)
     means = people[list(AVERAGED)].mean()
-    columns = {
-        "age": means["age"],
-        "brain_age": means["predicted"],
-        "brain_age_corrected": means["corrected"],
-        "brain_age_gap": means["corrected"] - means["age"],
-        "lower": means["lower"],
-        "upper": means["upper"],
-        "sd_num": means["sd_num"],
-    }
-    table = pd.DataFrame(columns).astype(np.float64).round(4)
+    table = pd.DataFrame(_columns(means)).astype(np.float64).round(4)
     return table.assign(n_images=people.size()).reset_index()
 
 

@@ -14,8 +14,6 @@ from bids_varaug.brainage.features import (
     derive_features,
     find_reference,
     is_volume,
-    member_covariance,
-    summed_covariance,
 )
 
 NAMES = ("Left-Thalamus", "Right-Thalamus", "lh_MeanThickness", "eTIV")
@@ -112,26 +110,3 @@ def test_derived_cohort_keeps_members_apart():
     assert derived.names[-1] == "Thalamus_asymmetry"
     assert derived.members.shape == (2, 2, 5)
     np.testing.assert_allclose(derived.members[:, 1, -1], derived.baseline[:, -1])
-
-
-def test_member_covariance_is_numpys():
-    members = np.random.default_rng(0).normal(size=(3, 6, 4))
-    expected = [np.cov(one.T) for one in members]
-    np.testing.assert_allclose(member_covariance(members), expected)
-    np.testing.assert_allclose(member_covariance(members, ddof=0), np.array(expected) * 5 / 6)
-
-
-def test_summed_covariance_is_the_weighted_sum(monkeypatch):
-    monkeypatch.setattr("bids_varaug.brainage.features._BLOCK", 50)  # several blocks
-    members = np.random.default_rng(1).normal(size=(7, 6, 4))
-    weights = np.arange(7.0)
-    each = member_covariance(members)
-    np.testing.assert_allclose(summed_covariance(members), each.sum(axis=0))
-    np.testing.assert_allclose(
-        summed_covariance(members, weights), (weights[:, None, None] * each).sum(axis=0)
-    )
-
-
-def test_covariance_of_one_member_is_refused():
-    with pytest.raises(ValueError, match="M > 1"):
-        member_covariance(np.zeros((2, 1, 3)))

@@ -175,11 +175,12 @@ def test_deviations_follow_their_elements_in_any_layout(perturbed):
     assert (wide[..., 1::2] == 1).all()
 
 
-def test_empty_tensors_pass():
-    empty = torch.empty(0, 3)
-    perturb_(empty, empty, QUIET, 0)
-    round_(empty, QUIET, 0)
-    perturb_channels_(torch.empty(0, 3, 1, 1, 1), ChannelNoise(np.ones(3)), QUIET, 0)
+def test_empty_tensors_stay_as_they_are():
+    rows, image = torch.empty(0, 3), torch.empty(0, 3, 1, 1, 1)
+    perturb_(rows, torch.empty(0, 3), QUIET, 0)
+    round_(rows, QUIET, 0)
+    perturb_channels_(image, ChannelNoise(np.ones(3)), QUIET, 0)
+    assert (rows.shape, image.shape) == ((0, 3), (0, 3, 1, 1, 1))
 
 
 def test_streams_are_uncorrelated():
