@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
@@ -26,6 +24,7 @@ from bids_varaug.reports.group_figures import (
     signed,
 )
 from bids_varaug.reports.group_words import headline, percent, verdict
+from bids_varaug.reports.page import render_page
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,14 +168,10 @@ def write_group_report(path: Path, content: GroupContent) -> Path:
 
 def render_group_report(content: GroupContent) -> str:
     """Return the report as one HTML text; every value is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("bids_varaug") / "data" / "templates" / "group.html"
-    template = environment.from_string(source.read_text(encoding="utf-8"))
     study = content.study
     best = best_augmentation(study)
-    return template.render(
+    return render_page(
+        "group.html",
         title=content.title,
         sloppy=content.sloppy,
         warnings=list(content.warnings),

@@ -6,15 +6,14 @@ import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from bids_varaug.derivatives.write import replacing, write_text
 from bids_varaug.reports.citation import Citation
+from bids_varaug.reports.page import render_page
 from bids_varaug.reports.plausibility import LIMITS, SOURCE, judge_volume
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
 
@@ -178,13 +177,9 @@ def figure_name(prefix: str, name: str) -> str:
 
 def render_participant_report(content: ReportContent) -> str:
     """Return the report as one HTML text; every value is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("bids_varaug") / "data" / "templates" / "participant.html"
-    template = environment.from_string(source.read_text(encoding="utf-8"))
     ensemble = content.ensemble
-    return template.render(
+    return render_page(
+        "participant.html",
         subject=content.subject,
         sloppy=bool(content.settings.get("sloppy")),
         scans=[_scan_context(scan, n) for n, scan in enumerate(content.scans, start=1)],
