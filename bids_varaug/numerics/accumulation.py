@@ -24,6 +24,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from bids_varaug.compiled import compiled
+from bids_varaug.numerics.glances import flat_view
 from bids_varaug.numerics.noise import bits_of, float_of, like
 from bids_varaug.numerics.rules import Rule
 
@@ -193,9 +194,9 @@ def follow_sums(
         )  # fmt: skip
     else:
         out_view = out
-    flats, strides = zip(*map(_flat, operands), strict=True)
+    flats, strides = zip(*map(flat_view, operands), strict=True)
     flats += (None,) * (2 - len(flats))
-    strides = np.array(strides + ((0, 0, 0),) * (2 - len(strides)), np.int64)
+    strides = np.stack(strides * (3 - len(strides)))
     follow = _follow_serial if x.size < _SMALL else _follow_parallel
     follow(
         *flats, strides, x.shape[1], centres, x.dtype.type(scale * scale_other),
@@ -253,14 +254,6 @@ def _rough_scale(x: np.ndarray) -> float:
     """The same from some of the terms."""
     scale = _scale(x[:, :: max(1, x.shape[1] // 64)])
     return scale if scale != 1.0 or x.size < _SMALL else _scale(x)
-
-
-def _flat(x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The memory that an array looks at, from its first element on, and strides in elements."""
-    strides = [s // x.itemsize for s in x.strides]
-    extent = 1 + sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True))
-    flat = np.lib.stride_tricks.as_strided(x, (extent if x.size else 0,), (x.itemsize,))
-    return flat, tuple(strides)
 
 
 def _tasks(shape) -> np.ndarray:

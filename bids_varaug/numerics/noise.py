@@ -9,6 +9,7 @@ in memory: they do not depend on the number of threads.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from bids_varaug.compiled import compiled
 from bids_varaug.numerics.rules import DITHER, STOCHASTIC, Rule
 
 _BLOCK = 8192
+_LINE = 512  # elements of one channel that one loop handles
+_TOGETHER = 8  # channels that are handled with the same energies
 _SMALL = 4 * _BLOCK  # elements below which waking other threads takes longer than the work
 BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 510
 # What the largest of two numbers plus 0.414 times the smaller exceeds the root of their squares by,
@@ -36,12 +39,16 @@ class Finish(NamedTuple):
     width: np.floating  # of the dither, in units of 2^E for a number in [2^E, 2^(E+1))
     exponent_mask: np.integer
     grid_mask: np.integer  # the bits below the virtual precision
+    tame: np.integer  # exponents below this one are far from overflow
 
 
 # Bits of the exponent, for each width
 _EXPONENTS = {2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
+LARGE = 2.0**60
+_TAME = {4: (127 + 60) << 23, 8: (1023 + 60) << 52}  # the bits of `LARGE`
 
 
+@lru_cache
 def finish(rule: Rule, dtype: np.dtype) -> Finish:
     """Return what a rule means for arrays of a dtype (float32 or float64)."""
     integer = {4: np.int32, 8: np.int64}[dtype.itemsize]
@@ -50,6 +57,7 @@ def finish(rule: Rule, dtype: np.dtype) -> Finish:
         dtype.type(rule.width * 2.0 ** (1 - rule.digits)),
         integer(_EXPONENTS[dtype.itemsize]),
         integer((1 << rule.grid_bits) - 1),
+        integer(_TAME[dtype.itemsize]),
     )
 
 
@@ -102,12 +110,12 @@ def line_key(stream, line):
 def random_word(place, first, second):
     """32 random bits: a hash of an element's place in its line and the line's two keys.
 
-    A Weyl sequence, then two rounds of xorshift-multiply. Every step is cast to 32 bits, else
-    numba computes with 64 and the loop is four times as slow.
+    Two rounds of xorshift-multiply (constants by Ettinger's search, `lowbias32`), the second key
+    between them. Every step is cast to 32 bits, else numba computes with 64 and the loop is four
+    times as slow.
     """
-    word = np.uint32(np.uint32(place) * np.uint32(0x9E3779B1))
-    word = np.uint32(word + np.uint32(first))
-    word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+    word = np.uint32(np.uint32(place) + np.uint32(first))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(16)))
     word = np.uint32(np.uint32(word * np.uint32(0x21F0AAAD)) + np.uint32(second))
     word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
     word = np.uint32(word * np.uint32(0xD35A2D97))
@@ -294,10 +302,22 @@ def _root(energy):
 
 
 @compiled()
-def _added(y, noise):
-    """Y plus noise, rounded to nearest; as `dithered` where numbers are not finite."""
-    result, zero = y + noise, like(0.0, y)
-    return y + (noise if (result - result == zero) & (noise != zero) else -zero)
+def _is_tame(values, how):
+    """Whether all magnitudes are below `LARGE`."""
+    largest = like(0, how.exponent_mask)
+    for i in range(values.size):
+        exponent = like(bits_of(values[i]) & how.exponent_mask, how.exponent_mask)
+        largest = like(exponent if exponent > largest else largest, how.exponent_mask)
+    return largest < how.tame
+
+
+# For tame numbers: nothing overflows, so that the result needs no look
+
+
+@compiled()
+def _dither(y, word, how):
+    power = float_of(like(bits_of(y) & how.exponent_mask, how.exponent_mask))
+    return like(np.int32(word), y) * like(2.0**-32, y) * (how.width * power)
 
 
 @compiled()
@@ -307,7 +327,7 @@ def _row_without_energy(y, columns, start, first, second, how):
         word = random_word(start + np.uint32(c), first, second)
         noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
         noise += slope[c] * y[c] + intercept[c]
-        y[c] = dithered(y[c], noise, remixed(word, second), how)
+        y[c] += noise + _dither(y[c], remixed(word, second), how)
 
 
 @compiled()
@@ -317,7 +337,7 @@ def _row_with_others(y, others, columns, start, first, second, how):
         word = random_word(start + np.uint32(c), first, second)
         noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
         noise += slope[c] * others[c] + intercept[c]
-        y[c] = dithered(y[c], noise, remixed(word, second), how)
+        y[c] += noise + _dither(y[c], remixed(word, second), how)
 
 
 @compiled()
@@ -327,7 +347,7 @@ def _row_with_energies(y, columns, energies, are_roots, start, first, second):
         word = random_word(start + np.uint32(c), first, second)
         root = energies[c] if are_roots else _root(energies[c])
         noise = _deviation(y[c], offset[c], alpha[c], beta[c] * root)
-        y[c] = _added(y[c], noise * centred(word, y[c]))
+        y[c] += noise * centred(word, y[c])
 
 
 @compiled()
@@ -346,22 +366,25 @@ def _row(y, others, columns, energies, are_roots, start, first, second, how):
 
 
 @compiled()
-def _perturb_row(y, others, columns, energies, are_roots, start, first, second, how):
+def _perturb_row(y, others, columns, energies, are_roots, calm, start, first, second, how):
     """Choose the loop."""
-    if how.kind == DITHER and others.size == 0 and energies.size == 0:
-        _row_without_energy(y, columns, start, first, second, how)
-    elif how.kind == DITHER and energies.size == 0:
-        _row_with_others(y, others, columns, start, first, second, how)
-    elif how.kind == DITHER and others.size == 0 and are_roots:
-        _row_with_energies(y, columns, energies, True, start, first, second)
-    elif how.kind == DITHER and others.size == 0:
-        _row_with_energies(y, columns, energies, False, start, first, second)
-    else:
+    is_tame = calm and how.kind == DITHER and _is_tame(y, how) and _is_tame(others, how)
+    if not (is_tame and (are_roots or _is_tame(energies, how))):
         _row(y, others, columns, energies, are_roots, start, first, second, how)
+    elif others.size == 0 and energies.size == 0:
+        _row_without_energy(y, columns, start, first, second, how)
+    elif energies.size == 0:
+        _row_with_others(y, others, columns, start, first, second, how)
+    elif others.size > 0:
+        _row(y, others, columns, energies, are_roots, start, first, second, how)
+    elif are_roots:
+        _row_with_energies(y, columns, energies, True, start, first, second)
+    else:
+        _row_with_energies(y, columns, energies, False, start, first, second)
 
 
 @compiled()
-def _perturb_run(y, others, columns, energies, are_roots, start, key, how):
+def _perturb_run(y, others, columns, energies, are_roots, calm, start, key, how):
     """Elements that follow each other in memory, `columns` many at once."""
     first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
     length = columns.shape[1]
@@ -370,22 +393,18 @@ def _perturb_run(y, others, columns, energies, are_roots, start, key, how):
         place = np.uint32(start + np.uint32(begin))
         other = others[part] if others.size > 0 else others
         energy = energies[part] if energies.size > 0 else energies
-        _perturb_row(y[part], other, columns, energy, are_roots, place, first, second, how)
+        _perturb_row(y[part], other, columns, energy, are_roots, calm, place, first, second, how)
 
 
 @compiled()
-def _spread(values, shift, times, out):
-    """Repeat each value ``times << shift`` times, as far as there is room."""
-    step = times << shift
-    if step == 1:
-        out[:] = values
-        return
+def _spread(values, times, out):
+    """Repeat each value, as far as there is room."""
     for k in range(values.size):
-        out[k * step : min((k + 1) * step, out.size)] = values[k]
+        out[k * times : min((k + 1) * times, out.size)] = values[k]
 
 
 @compiled()
-def _perturb_rows_task(y, others, energies, columns, grid, coarse, shift, stream, how, task):
+def _perturb_rows_task(y, others, energies, columns, grid, coarse, shift, calm, stream, how, task):
     """Lines of memory that see the same coarse energies."""
     n_lines, length = grid[2], grid[3] * grid[4]
     n_groups = ((n_lines - 1) >> shift) + 1
@@ -394,33 +413,33 @@ def _perturb_rows_task(y, others, energies, columns, grid, coarse, shift, stream
     energy = np.empty(length if are_roots else 0, y.dtype)
     if are_roots:
         n, i = slab // grid[1], slab % grid[1]
-        _spread(coarse[n, i >> shift, group], shift, grid[4], energy)
+        _spread(coarse[n, i >> shift, group], grid[4] << shift, energy)
     for j in range(group << shift, min(n_lines, (group + 1) << shift)):
         line = slab * n_lines + j
         part = slice(line * length, (line + 1) * length)
         other = others[part] if others.size > 0 else others
         own = energies[part] if energies.size > 0 else energy
         key = line_key(stream, line)
-        _perturb_run(y[part], other, columns, own, are_roots, np.uint32(0), key, how)
+        _perturb_run(y[part], other, columns, own, are_roots, calm, np.uint32(0), key, how)
 
 
 @compiled(parallel=True)
-def _rows_parallel(y, others, energies, columns, grid, coarse, shift, stream, how):
+def _rows_parallel(y, others, energies, columns, grid, coarse, shift, calm, stream, how):
     for task in prange(grid[0] * grid[1] * (((grid[2] - 1) >> shift) + 1)):
         _perturb_rows_task(
-            y, others, energies, columns, grid, coarse, shift, stream, how, task
+            y, others, energies, columns, grid, coarse, shift, calm, stream, how, task
         )  # fmt: skip
 
 
 @compiled()
-def _rows_serial(y, others, energies, columns, grid, coarse, shift, stream, how):
+def _rows_serial(y, others, energies, columns, grid, coarse, shift, calm, stream, how):
     for task in range(grid[0] * grid[1] * (((grid[2] - 1) >> shift) + 1)):
         _perturb_rows_task(
-            y, others, energies, columns, grid, coarse, shift, stream, how, task
+            y, others, energies, columns, grid, coarse, shift, calm, stream, how, task
         )  # fmt: skip
 
 
-def perturb_rows(y, others, energies, columns, grid, coarse, shift, stream, how) -> None:
+def perturb_rows(y, others, energies, columns, grid, coarse, shift, calm, stream, how) -> None:
     """Add noise to channels that lie next to each other in memory.
 
     Parameters
@@ -435,34 +454,47 @@ def perturb_rows(y, others, energies, columns, grid, coarse, shift, stream, how)
     grid : (N, X, Y, Z, C), int64; N X Y Z = P
     coarse : (N, X', Y', Z'), root of the energy for all channels; a voxel looks at its coordinates
         shifted right by `shift` bits; or empty
+    calm : whether no noise of tame numbers is large
     """
     run = _rows_serial if y.size <= _SMALL else _rows_parallel
-    run(y, others, energies, columns, grid, coarse, shift, stream, how)
+    run(y, others, energies, columns, grid, coarse, shift, calm, stream, how)
 
 
 @compiled(parallel=True)
-def perturb_planes(y, others, energies, columns, grid, coarse, shift, stream, how):
+def perturb_planes(y, others, energies, columns, grid, coarse, shift, calm, stream, how):
     """Do the same where voxels of a channel lie next to each other: arrays (N, C, X Y Z).
 
-    `columns` is (C, 5, m), the same for the m voxels handled at once.
+    `columns` is (5, C).
     """
     n_x, n_y, n_z, n_channels = grid[1], grid[2], grid[3], grid[4]
     n_groups = ((n_x - 1) >> shift) + 1
+    n_blocks = (n_channels + _TOGETHER - 1) // _TOGETHER
     are_roots = coarse.size > 0
-    for task in prange(grid[0] * n_channels * n_groups):
-        plane, group = task // n_groups, task % n_groups
-        n, c = plane // n_channels, plane % n_channels
-        key = line_key(stream, plane)
+    for task in prange(grid[0] * n_blocks * n_groups):
+        n, block, group = (
+            task // (n_blocks * n_groups),
+            task // n_groups % n_blocks,
+            task % n_groups,
+        )
         energy = np.empty(n_y * n_z if are_roots else 0, y.dtype)
         if are_roots:
+            lines = energy.reshape(n_y, n_z)
             for j in range(n_y):
-                _spread(coarse[n, group, j >> shift], shift, 1, energy[j * n_z : (j + 1) * n_z])
-        for i in range(group << shift, min(n_x, (group + 1) << shift)):
-            part = slice(i * n_y * n_z, (i + 1) * n_y * n_z)
-            other = others[n, c, part] if others.size > 0 else energy[0:0]
-            own = energies[n, c, part] if energies.size > 0 else energy
-            start = np.uint32(i * n_y * n_z)
-            _perturb_run(y[n, c, part], other, columns[c], own, are_roots, start, key, how)
+                if j >> shift << shift == j:
+                    _spread(coarse[n, group, j >> shift], 1 << shift, lines[j])
+                else:
+                    lines[j] = lines[j - 1]
+        own = np.empty((5, min(_LINE, n_y * n_z)), y.dtype)
+        for c in range(block * _TOGETHER, min((block + 1) * _TOGETHER, n_channels)):
+            key = line_key(stream, n * n_channels + c)
+            for k in range(5):
+                own[k] = columns[k, c]
+            for i in range(group << shift, min(n_x, (group + 1) << shift)):
+                part = slice(i * n_y * n_z, (i + 1) * n_y * n_z)
+                other = others[n, c, part] if others.size > 0 else energy[0:0]
+                squares = energies[n, c, part] if energies.size > 0 else energy
+                start = np.uint32(i * n_y * n_z)
+                _perturb_run(y[n, c, part], other, own, squares, are_roots, calm, start, key, how)
 
 
 @compiled(parallel=True)

@@ -348,10 +348,10 @@ def perturb_layer_norm_gradient(dx, gradient, x, scale, mean, inverse, how: How)
     perturb_(dx, deviation, rule, stream)
 
 
-def scale_and_shift_deviations(
+def scale_and_shift_variances(
     gradient, x, mean, inverse, how: How
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations of the gradients with respect to scale and shift.
+    """Variances of the gradients with respect to scale and shift.
 
     Parameters
     ----------
@@ -366,4 +366,4 @@ def scale_and_shift_deviations(
         x = (x - mean) * inverse
         mean, inverse = np.zeros(len(x)), np.ones(len(x))
     found = totals(gradient, x, mean, inverse, how)
-    return np.sqrt(found.product_variance), np.sqrt(found.slope_variance)
+    return found.product_variance, found.slope_variance

@@ -44,7 +44,7 @@ EXACT = frozenset(
     topk argmax argmin argsort kthvalue median mode unique_consecutive nonzero embedding
     scalar_tensor frexp ldexp logical_and logical_or logical_not logical_xor isclose equal
     nan_to_num nan_to_num_ complex real imag view_as_real _conj _pack_padded_sequence
-    _resize_output_ searchsorted bucketize device layout
+    _resize_output_ _unsafe_index searchsorted bucketize device layout
     """.split()
 )
 
@@ -96,7 +96,7 @@ def is_exact(name: str, given: dict) -> bool:
         return _number(given.get("other")) == 0
     if name == "pow":
         return _number(given.get("exponent")) in (0, 1)
-    if name in ("index_put", "scatter_reduce", "put"):
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put", "scatter_reduce", "put"):
         return not given.get("accumulate") and given.get("reduce") in (None, "amax", "amin")
     return False
 
@@ -405,23 +405,22 @@ def _batch_norm_backward(given, result, context: Context) -> None:
     if found is None:
         rows = [normalisation._channel_rows(t) for t in (gradient, x)]
         found = normalisation.totals(*rows, mean, inverse, context.how())
-    deviations = np.sqrt(found.product_variance), np.sqrt(found.slope_variance)
-    _perturb_pair((of_scale, of_shift), deviations, context)
+    _perturb_sums((of_scale, of_shift), (found.product_variance, found.slope_variance), context)
 
 
 def _perturb_scale_and_shift(of_scale, of_shift, gradient, x, mean, inverse, context) -> None:
     if of_scale is None and of_shift is None:
         return
-    deviations = normalisation.scale_and_shift_deviations(gradient, x, mean, inverse, context.how())
-    _perturb_pair((of_scale, of_shift), deviations, context)
+    variances = normalisation.scale_and_shift_variances(gradient, x, mean, inverse, context.how())
+    _perturb_sums((of_scale, of_shift), variances, context)
 
 
-def _perturb_pair(tensors, deviations, context) -> None:
-    for number, (tensor, deviation) in enumerate(zip(tensors, deviations, strict=True)):
+def _perturb_sums(tensors, variances, context) -> None:
+    """Perturb sums, whose variances have the last rounding in them; None where nobody wants one."""
+    for number, (tensor, variance) in enumerate(zip(tensors, variances, strict=True)):
         if tensor is not None:
-            spread = torch.as_tensor(deviation, dtype=tensor.dtype, device=tensor.device)
-            stream = context.how(1 + number).stream
-            perturb_(tensor, spread.reshape(tensor.shape), context.rule, stream)
+            deviation = reductions.deviation_before_last(variance, tensor, context.rule)
+            perturb_(tensor, deviation, context.rule, context.how(1 + number).stream)
 
 
 def _group_norm_backward(given, result, context: Context) -> None:

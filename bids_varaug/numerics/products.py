@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,14 @@ from bids_varaug.numerics.accumulation import (
     modelled_variance,
     unthinned,
 )
+from bids_varaug.numerics.glances import (
+    Geometry,
+    coarse_energy,
+    gather_patches,
+    mean_square,
+    row_energy,
+    some_rows,
+)
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
 from bids_varaug.numerics.reductions import follow
 from bids_varaug.numerics.rules import DITHER, How
@@ -32,16 +39,8 @@ DIRECT = {True: 2**22, False: 2**20}  # exact, fast
 SAMPLED = {True: 2**22, False: 2**19}
 VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
 _SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
-_STEP = 8  # of its voxels along the last axis, at most every 8th is looked at, if not exact
+_STEP = 16  # of its voxels along the last axis, at most every 16th is looked at, if not exact
 _LONG = 2**15  # terms of a matrix product from which on they are looked at like those of sums
-
-
-class Geometry(NamedTuple):
-    """Of a convolution over three axes."""
-
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,23 +63,21 @@ def perturb_matrix_product(
     if not m * n * k:
         return
     rule = how.rule
-    total = y if bias is None else y - bias
     if m * n * k <= DIRECT[how.exact]:
         variance = follow_products(_numpy(a), _numpy(b), rule).variance
-        _perturb_by_variance(y, torch.as_tensor(variance), bias is None, how)
+        _perturb_by_variance(y, variance, bias is None, how)
         return
     rng = np.random.default_rng(how.stream)
     rows, columns = _sample(
         rng, (m, n), k, SAMPLED[how.exact] // (1 if how.exact else 4), how.exact
     )
-    index, other = (torch.from_numpy(i).to(a.device) for i in (rows, columns))
     is_long = k >= _LONG and not how.exact
     step = _STEP if is_long else 1
-    sampled_a = _numpy(a[index][:, step // 2 :: step])
-    sampled_b = _numpy(b[step // 2 :: step].T[other].T)
-    total = _numpy(total[index][:, other]).astype("f8")
+    terms = slice(step // 2, None, step)
+    sampled_a, sampled_b = some_rows(a, rows, terms), some_rows(b.T, columns, terms).T
     if is_long:
-        walk = _follow_long(sampled_a, sampled_b, step, total, how)
+        total = some_rows(y if bias is None else y - bias, rows, slice(None))[:, columns]
+        walk = _follow_long(sampled_a, sampled_b, step, total.astype("f8"), how)
     else:
         walk = follow_products(sampled_a, sampled_b, rule)
     truth = walk.variance
@@ -88,11 +85,10 @@ def perturb_matrix_product(
         energy, column_energy = (a * a) @ (b * b), None
         sampled_energy = walk.energy
     else:
-        some = slice(None, None, max(1, k // 512))
-        energy = a[:, some].square().mean(1, keepdim=True) * k
-        column_energy = _numpy(b[some].square().mean(0)).astype("f8")
-        sampled_energy = _numpy(energy[index]).astype("f8") * column_energy[columns]
-    model = modelled_variance(total, sampled_energy, k, rule)
+        energy = row_energy(a)
+        column_energy = _numpy(row_energy(b.T))[:, 0].astype("f8") / k
+        sampled_energy = some_rows(energy, rows, slice(None)).astype("f8") * column_energy[columns]
+    model = modelled_variance(walk.total, sampled_energy, k, rule)
     factor = np.full(n, _ratio(truth.sum(), model.sum()))
     if len(columns) == n:
         factor = _ratio(truth.sum(0), model.sum(0))
@@ -160,16 +156,15 @@ def perturb_convolution(
     n_terms = weight[0].numel()
     n_voxels = y.numel() // n_out
     offset = None if bias is None else _numpy(bias).astype("f8")
-    kernels = _numpy(weight.reshape(n_out, -1).T)
     if groups == 1 and n_voxels * n_terms * n_out <= DIRECT[how.exact]:
         voxels = np.arange(n_voxels)
-        patches = _numpy(gather_patches(x, _places(voxels, y), weight.shape[2:], geometry))
-        variance = follow_products(patches, kernels, rule).variance
-        variance = torch.as_tensor(variance).to(y.device)
-        variance = variance.reshape(y.shape[0], *y.shape[2:], n_out).movedim(-1, 1)
+        patches = gather_patches(x, _places(voxels, y), weight.shape[2:], geometry)
+        variance = follow_products(patches, _as_columns(weight), rule).variance
+        variance = np.moveaxis(variance.reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
         _perturb_by_variance(y, variance, bias is None, how)
         return
-    column_energy = (kernels.astype("f8") ** 2).mean(0)
+    column_energy = _numpy(torch.linalg.vector_norm(weight, dim=(1, 2, 3, 4), dtype=torch.float64))
+    column_energy = column_energy**2 / n_terms
     if how.exact:
         energy, shift = squares(), 0
     else:
@@ -179,21 +174,22 @@ def perturb_convolution(
     if groups == 1:
         rng = np.random.default_rng(how.stream)
         voxels, channels = _sample(rng, (n_voxels, n_out), n_terms, SAMPLED[how.exact], how.exact)
-        sampled_kernels = kernels[:, channels]
+        is_all = len(channels) == n_out
+        chosen = weight if is_all else weight[torch.from_numpy(channels).to(weight.device)]
         places = _places(voxels, y)
-        patches = _numpy(gather_patches(x, places, weight.shape[2:], geometry))
-        walk = follow_products(patches, sampled_kernels, rule)
+        patches = gather_patches(x, places, weight.shape[2:], geometry)
+        walk = follow_products(patches, _as_columns(chosen), rule)
         sampled_energy = walk.energy
         if not how.exact:
             coarse = [
                 torch.from_numpy(p >> (shift if axis else 0)) for axis, p in enumerate(places.T)
             ]
-            chosen = energy[:, 0][tuple(c.to(y.device) for c in coarse)]
-            sampled_energy = _numpy(chosen).astype("f8")[:, None] * column_energy[channels]
+            seen = energy[:, 0][tuple(c.to(y.device) for c in coarse)]
+            sampled_energy = _numpy(seen).astype("f8")[:, None] * column_energy[channels]
         model = modelled_variance(walk.total, sampled_energy, n_terms, rule)
         truth = walk.variance
         factor = np.full(n_out, _ratio(truth.sum(), model.sum()))
-        if len(channels) == n_out:
+        if is_all:
             factor = _ratio(truth.sum(0), model.sum(0))
     noise = _channel_noise(factor, n_terms, how, None if how.exact else column_energy, bias is None)
     given = ChannelNoise(*noise, offset=offset, energy=energy, shift=shift)
@@ -226,16 +222,16 @@ def perturb_weight_gradient(
     if how.exact:
         energy = squares()
     else:
-        energy_x = _mean_square(x).reshape(groups, 1, n_in).expand(-1, n_out // groups, -1)
-        energy = n_terms * _mean_square(gradient)[:, None] * energy_x.reshape(n_out, n_in)
-        energy = energy[..., None, None, None]
+        of_inputs = mean_square(x).reshape(groups, n_in).repeat(n_out // groups, axis=0)
+        energy = n_terms * mean_square(gradient)[:, None] * of_inputs
+        energy = torch.from_numpy(energy[..., None, None, None]).to(y.device, y.dtype)
     variance = modelled_variance(y, energy, n_terms, rule)
     if groups == 1:
         truth, model = 0.0, 0.0
         rng = np.random.default_rng(how.stream)
         width = min(_SIDE_BY_SIDE, n_in)
         step = 1 if how.exact else max(1, min(_STEP, gradient.shape[4] // 8))
-        most = 32 if how.exact else 8
+        most = 32 if how.exact else 4
         n_sampled = int(np.clip(step * SAMPLED[how.exact] // (n_terms * width), 1, most))
         sizes = (n_out, n_in - width + 1, *y.shape[2:])
         for out, first, *tap in rng.integers(0, sizes, (n_sampled, 5)).tolist():
@@ -280,72 +276,6 @@ def _variance_of_column(
     return walk.variance
 
 
-def _mean_square(x: torch.Tensor) -> torch.Tensor:
-    """Over all but the channels, (C,); of every second voxel along long axes."""
-    thinned = x[
-        (slice(None), slice(None), *(slice(None, None, 1 + (n >= 32)) for n in x.shape[2:]))
-    ]
-    return thinned.square().mean((0, 2, 3, 4))
-
-
-def gather_patches(
-    x: torch.Tensor, places: np.ndarray, kernel: tuple[int, ...], geometry: Geometry
-) -> torch.Tensor:
-    """What lies under the kernel, for some voxels of a convolution's result.
-
-    Parameters
-    ----------
-    x : (N, C, X, Y, Z)
-    places : (S, 4) int64: sample and voxel of the result
-    kernel : KX, KY, KZ
-
-    Returns
-    -------
-    (S, C KX KY KZ), 0 where the kernel lies on padding
-    """
-    places = torch.from_numpy(places).to(x.device)
-    index, inside = [places[:, 0].reshape(-1, 1, 1, 1)], torch.ones((), device=x.device)
-    for axis, size in enumerate(kernel):
-        taps = torch.arange(size, device=x.device) * geometry.dilation[axis]
-        place = places[:, 1 + axis, None] * geometry.stride[axis] - geometry.padding[axis] + taps
-        shape = [-1, 1, 1, 1]
-        shape[1 + axis] = size
-        inside = inside * ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
-        index.append(place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
-    patches = x.detach().movedim(1, -1)[tuple(index)] * inside[..., None].to(x.dtype)
-    return patches.movedim(-1, 1).reshape(len(places), -1)
-
-
-def coarse_energy(x: torch.Tensor, shape, stride) -> tuple[torch.Tensor, int]:
-    """Sum of squares over channels, at some voxels of a grid that is coarser by a power of two.
-
-    Parameters
-    ----------
-    x : (N, C, X, Y, Z)
-    shape : of the grid that looks at the energy
-    stride : voxels of x per voxel of that grid
-
-    Returns
-    -------
-    energy : (N, 1, X', Y', Z')
-    shift : voxel v of `shape` looks at ``v >> shift``
-    """
-    shift = 2 if min(shape) >= 32 else 1 if min(shape) >= 4 else 0
-    for axis, size in enumerate(shape):
-        step, n = stride[axis] << shift, ((size - 1) >> shift) + 1
-        start = step // 2
-        if start + (n - 1) * step < x.shape[2 + axis]:
-            part = slice(start, start + (n - 1) * step + 1, step)
-            x = x[(slice(None),) * (2 + axis) + (part,)]
-        else:
-            index = (torch.arange(n, device=x.device) * step + start).clamp_max(
-                x.shape[2 + axis] - 1
-            )
-            x = x.index_select(2 + axis, index)
-    x = x.detach().movedim(1, -1)
-    return torch.linalg.vecdot(x, x)[:, None], shift
-
-
 # --------------------------------------------------------------------------------------------------
 
 
@@ -378,18 +308,23 @@ def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
     return quadratic, linear if column_energy is None else linear * column_energy
 
 
-def _perturb_by_variance(y, variance: torch.Tensor, is_last: bool, how: How) -> None:
+def _perturb_by_variance(y, variance: np.ndarray, is_last: bool, how: How) -> None:
+    values = _numpy(y)
     if is_last:
-        _, exponent = torch.frexp(y)
-        last = how.rule.of_result * how.rule.unit * torch.exp2(2.0 * exponent.double())
-        variance = variance - last.to(variance.device)
-    deviation = variance.clamp_min(0).sqrt_().to(y.device, y.dtype)
-    perturb_(y, deviation, how.rule, how.stream)
+        last = how.rule.of_result * how.rule.unit
+        variance = variance - last * np.exp2(2.0 * np.frexp(values)[1])
+    deviation = np.sqrt(np.maximum(variance, 0)).astype(values.dtype)
+    perturb_(y, torch.from_numpy(deviation).to(y.device), how.rule, how.stream)
 
 
 def _places(voxels: np.ndarray, y: torch.Tensor) -> np.ndarray:
     """(S,) -> (S, 4): sample and voxel of an element's place within a channel."""
     return np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
+
+
+def _as_columns(weight: torch.Tensor) -> np.ndarray:
+    """(O, C, KX, KY, KZ) -> (C KX KY KZ, O)."""
+    return _numpy(weight.reshape(len(weight), -1).T)
 
 
 def _as_image(y: torch.Tensor) -> torch.Tensor:

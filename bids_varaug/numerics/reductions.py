@@ -119,8 +119,7 @@ def _follow_with_torch(x, rule: Rule, other, centre, other_centre) -> Walk:
 def deviation_of_sum(x, dims, result, how: How) -> torch.Tensor:
     """Standard deviation of `torch.sum`, without its last rounding; the shape of `result`."""
     walk = follow(x, dims, how, total=_numpy(result))
-    variance = torch.as_tensor(walk.variance).reshape(result.shape)
-    return _root(variance - _last(result.double(), how.rule).cpu(), result)
+    return deviation_before_last(walk.variance, result, how.rule)
 
 
 def deviation_of_mean(x, dims, result, how: How) -> torch.Tensor:
@@ -166,9 +165,11 @@ def deviation_of_positive_sum(result: torch.Tensor, n_terms: float, rule: Rule) 
     return result.detach().abs() * math.sqrt(max(variance, 0.0) * rule.per_energy)
 
 
-def _last(result: torch.Tensor, rule: Rule) -> torch.Tensor:
-    _, exponent = torch.frexp(result)
-    return rule.of_result * rule.unit * torch.exp2(2.0 * exponent.double())
+def deviation_before_last(variance, result: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Standard deviation of a sum without its last rounding; the shape of `result`."""
+    _, exponent = torch.frexp(result.detach().cpu().double())
+    last = rule.of_result * rule.unit * torch.exp2(2.0 * exponent.double())
+    return _root(torch.as_tensor(variance).reshape(result.shape) - last, result)
 
 
 def _root(variance: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

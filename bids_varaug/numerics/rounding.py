@@ -7,6 +7,8 @@ backward pass and optimiser step, on any tensor that torch computes with.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
-from bids_varaug.numerics.operators import MODELS, Context, is_exact, schema_of
+from bids_varaug.numerics.operators import EXACT, MODELS, Context, is_exact, schema_of
 from bids_varaug.numerics.perturb import round_
 from bids_varaug.numerics.rules import DIGITS, MODES, Rule
 
@@ -147,7 +149,9 @@ class MonteCarloArithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operator, then perturb what it computed."""
         kwargs = kwargs or {}
-        if FakeTensor not in types and func._can_decompose() and _is_composite(func):
+        if func.overloadpacket.__name__ in EXACT:  # as it is: its parts may be slower
+            return func(*args, **kwargs)
+        if _is_composite(func) and FakeTensor not in types:
             with self:  # inference mode hands over operators that consist of others
                 return func.decompose(*args, **kwargs)
         if any(isinstance(m, MonteCarloArithmetic) for m in _get_current_dispatch_mode_stack()):
@@ -293,8 +297,12 @@ def _base(name: str) -> str:
     return name[:-1] if name.endswith("_") and name[:-1] in MODELS else name
 
 
+@cache
 def _is_composite(func) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    """Whether an operator consists of others that torch can be asked for."""
+    key = "CompositeImplicitAutograd"
+    has_parts = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return has_parts and func._can_decompose()
 
 
 def _rounds(value) -> bool:

@@ -164,6 +164,24 @@ def _square_ulp_if(value, inexact):
     return 4.0 * power * power if inexact else 0.0
 
 
+@compiled(fastmath={"reassoc"})
+def _sum(values):
+    """In any order."""
+    total = values[0] * 0
+    for value in values:
+        total += value
+    return total
+
+
+@compiled(fastmath={"reassoc"})
+def _sum_squares(values):
+    """In any order, float64."""
+    total = 0.0
+    for value in values:
+        total += np.float64(value) * np.float64(value)
+    return total
+
+
 @compiled()
 def _softmax_row(y, is_log, k, key, how, distance, power, relative):
     """One row; the last three arrays are working memory of its length, float32."""
@@ -192,12 +210,10 @@ def _softmax_row(y, is_log, k, key, how, distance, power, relative):
         shared = power[i] * (of_distance + of_power) * inexact
         relative[i] = (of_distance if is_log else of_distance + of_power) * inexact
         distance[i] = shared
-    total, ulps, shared = np.float32(0), np.float32(0), np.float32(0)
-    for i in range(n):
-        shared += distance[i]
+    total, ulps, shared = power[0], np.float32(0), _sum(distance)
+    for i in range(1, n):
         total += power[i]
-        if i > 0:
-            ulps += _square_ulp(total)
+        ulps += _square_ulp(total)
     if k.lanes > 1:
         ulps = np.float32(_follow(power, k.lanes)[1])
     word = random_word(np.uint32(2 * n), first, second)
@@ -229,12 +245,11 @@ def _gradient_row(dx, gradient, y, is_log, k, key, how, factor, terms):
     for i in range(n):
         factor[i] = like(_exp2(np.float32(y[i]) * np.float32(1.442695)), one) if is_log else y[i]
         terms[i] = gradient[i] if is_log else gradient[i] * y[i]
-    total, ulps, products = like(0.0, one), 0.0, 0.0
-    for i in range(n):
+    total, ulps, products = terms[0], 0.0, _sum_squares(terms)
+    for i in range(1, n):
         total += terms[i]
-        if i > 0 and terms[i] != 0:
+        if terms[i] != 0:
             ulps += np.float64(total) * np.float64(total)
-        products += np.float64(terms[i]) * np.float64(terms[i])
     # Squares times their mean squared ulp: the same on average, and without underflow
     ratio = k.of_value / k.of_ulp
     if k.lanes > 1:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bids_varaug.numerics import MonteCarloArithmetic, reference
 from bids_varaug.numerics.reference import Arithmetic
 
-SEEDS = 14
+SEEDS = 28
 WITHIN = {"exact": (0.8, 1.25), "fast": (0.5, 2.0)}
 KINDS = ("random", "positive", "cancelling")
 SETTINGS = {

@@ -6,12 +6,14 @@ Both are held to the same statistics. Bounds are 5 standard errors, seeds are fi
 from __future__ import annotations
 
 import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from bids_varaug.numerics import perturb
+from bids_varaug.numerics import plain_torch
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_, round_
 from bids_varaug.numerics.rules import DIGITS, Rule, dither_width
 from tests.numerics.bounds import (
@@ -30,20 +32,27 @@ N = 100_000
 QUIET = Rule("pb", 24, 24)  # its last rounding adds nothing
 
 
-def round_with_torch(tensor, rule, stream):
-    perturb._finish_with_torch(tensor, None, rule, stream)
+try:  # its interpreter runs the kernel on the CPU; on a GPU test_rounding runs it
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from bids_varaug.numerics import triton_kernel
 
-
-def perturb_with_torch(tensor, deviation, rule, stream):
-    rng = torch.Generator().manual_seed(perturb._torch_seed(stream, 1))
-    draws = torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype)
-    perturb._finish_with_torch(tensor, draws * deviation, rule, stream)
-
-
-ROUND = pytest.mark.parametrize("rounded", [round_, round_with_torch])
-PERTURB = pytest.mark.parametrize("perturbed", [perturb_, perturb_with_torch])
+    triton_kernel.BLOCK = 2**15  # the interpreter takes long for each block
+except ImportError:
+    triton_kernel = SimpleNamespace(round_=None, perturb_=None, perturb_channels_=None)
+NEEDS_TRITON = pytest.mark.skipif(
+    triton_kernel.round_ is None or torch.cuda.is_available(),
+    reason="needs Triton (pip install triton) and, for its interpreter, no CUDA device",
+)
+_KERNEL = {name: pytest.param(getattr(triton_kernel, name), marks=NEEDS_TRITON, id="triton")
+           for name in ("round_", "perturb_", "perturb_channels_")}  # fmt: skip
+ROUND = pytest.mark.parametrize("rounded", [round_, plain_torch.round_, _KERNEL["round_"]])
+PERTURB = pytest.mark.parametrize(
+    "perturbed", [perturb_, plain_torch.perturb_, _KERNEL["perturb_"]]
+)
 CHANNELS = pytest.mark.parametrize(
-    "perturbed", [perturb_channels_, perturb._perturb_channels_with_torch]
+    "perturbed",
+    [perturb_channels_, plain_torch.perturb_channels_, _KERNEL["perturb_channels_"]],
 )
 
 

@@ -530,9 +530,9 @@ def test_same_seed_same_bits_and_another_seed_other_bits(mode, accumulation):
     options = {"mode": mode, "precision": 18, "accumulation": accumulation}
     first, again, other = (small_step(seed, **options) for seed in (1, 1, 2))
     plain = small_step(None)
-    for number, (a, b, c, d) in enumerate(zip(first, again, other, plain, strict=True)):
+    for a, b, c, d in zip(first, again, other, plain, strict=True):
         assert torch.equal(a, b)
-        if number:  # two losses, one number each, may be the same
+        if a.numel() >= 8:  # of fewer numbers all may be the same
             assert not torch.equal(a, c) and not torch.equal(a, d)
         torch.testing.assert_close(a, d, rtol=0.01, atol=0.01 * float(d.abs().max()))
 
