@@ -23,8 +23,9 @@ class Window:
 class Stage:
     """A run of steps; the learning rate falls linearly from `lr` to `lr_end`.
 
-    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast, `balanced` the loss that
-    favours small structures, `body_only` trains the network's body on images of its own grid.
+    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast where the device has it,
+    `balanced` the loss that favours small structures, `body_only` trains the network's body on
+    images of its own grid.
     """
 
     name: str

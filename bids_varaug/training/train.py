@@ -121,7 +121,8 @@ def _draw(heads, randomiser, stage: Stage, key: tuple[int, int]):
 
 def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: int) -> float:
     optimiser.zero_grad()
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=stage.bf16):
+    bf16 = stage.bf16 and has_bfloat16(image.device)
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
         loss = training_loss(network, image, target, phase, stage.balanced, stage.body_only)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
@@ -129,3 +130,10 @@ def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: in
     if math.isfinite(value):
         optimiser.step()
     return value
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; a CPU that does not takes 200 times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
