@@ -14,11 +14,20 @@ donor's covariance over members, one draw as the unperturbed baseline and M as m
 trained on n participants drawn from the training folds, and tested on all held-out ones, for every
 augmentation and control on the same people. Without ``--members``, deviations are independent over
 structures with the coefficients of variation of ``--cv`` (a stand-in for trying things out).
+
+    python examples/make_ageing_cohort.py LABELS.nii.gz cohort --n 20
+    bids_varaug cohort cohort_out participant -w work
+    python benchmarks/brain_age.py simulated cohort cohort_out
+
+``simulated``: what a simulated cohort of known volumes and ages gives: how measured volumes follow
+the true ones, how large numerical is beside anatomical spread, the errors and paired gains of
+repeated cross-validation, and the error with the true volumes as features, the floor for all.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -27,12 +36,15 @@ import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import evaluate_brain_age
+from bids_varaug.brainage.features import RelativeVolumes, derive_features
 from bids_varaug.brainage.folds import grouped_folds
-from bids_varaug.brainage.gather import ENDING, read_features_table
+from bids_varaug.brainage.gather import ENDING, gather_cohort, read_features_table
 from bids_varaug.brainage.model import fit_estimator, predict_ages
+from bids_varaug.brainage.population import numerical_variability
 from bids_varaug.brainage.scoring import bootstrap_interval, sign_flip_p_values
 from bids_varaug.brainage.study import AUGMENTATIONS
 from bids_varaug.brainage.tune import closed_form_model
+from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -67,7 +79,7 @@ def bench_tables(options: argparse.Namespace) -> None:
         for model in options.models:
             study = evaluate_brain_age(
                 cohort, model=model, seed=options.seed, repeats=options.repeats,
-                curve_sizes=None, leave_site_out=options.sites,
+                log_volumes=options.log_volumes, curve_sizes=None, leave_site_out=options.sites,
             )  # fmt: skip
             scores = study.scores.copy()
             scores.insert(0, "table", path.stem)
@@ -235,6 +247,41 @@ def bench_transplant(options: argparse.Namespace) -> None:
             draw_gains(done, options.figure)
 
 
+# --- simulated ----------------------------------------------------------------------------------
+
+
+def bench_simulated(options: argparse.Namespace) -> None:
+    """Print truth against measurement, numerical spread, errors and gains."""
+    measured = gather_cohort(options.derivatives, read_people(options.bids_dir))
+    truth = pd.read_csv(options.bids_dir / "sourcedata" / "truth.tsv", sep="\t")
+    truth = truth.set_index("participant_id").loc[measured.people["participant_id"]]
+    true = truth[list(measured.names)].to_numpy(np.float64)
+    numerics = numerical_variability(measured, options.seed).set_index("name")
+    table = numerics[["mean", "cv", "ratio"]].assign(
+        r_true=[np.corrcoef(a, b)[0, 1] for a, b in zip(measured.baseline.T, true.T, strict=True)],
+        bias_percent=100 * (measured.baseline / true - 1).mean(axis=0),
+    )
+    print(f"{len(measured)} people, {len(measured.member_ids)} perturbed members")
+    print(table.round(4).to_string())
+    print(table.describe().loc[["min", "50%", "max"]].round(4).to_string(), flush=True)
+    exact = replace(measured, baseline=true, members=None, member_ids=())
+    for what, cohort in (("measured", measured), ("true volumes", exact)):
+        for relative, one in (("", cohort), (" / brain", by_brain(cohort))):
+            study = evaluate_brain_age(
+                one, model=options.model, seed=options.seed, repeats=options.repeats,
+                curve_sizes=None, leave_site_out=False,
+            )  # fmt: skip
+            print(f"{what}{relative}, {options.model}, {options.repeats} repeats")
+            shown = study.scores[["augmentation", "n", "mae", "mae_low", "mae_high", "r"]]
+            print(shown.round(3).to_string(index=False))
+            print(study.gains.round(3).to_string(index=False), flush=True)
+
+
+def by_brain(cohort: Cohort) -> Cohort:
+    """Volumes divided by their sum."""
+    return derive_features(cohort, RelativeVolumes(cohort.names, "sum"))
+
+
 def main() -> None:
     """Run the part that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -244,6 +291,7 @@ def main() -> None:
     part.add_argument("--models", nargs="+", default=["auto"])
     part.add_argument("--repeats", type=int, default=1)
     part.add_argument("--sites", action="store_true", help="also leave out site after site")
+    part.add_argument("--log-volumes", action="store_true", help="logarithms of volumes")
     part.add_argument("--seed", type=int, default=0)
     part.add_argument("--out", type=Path)
     part.set_defaults(run=bench_tables)
@@ -267,6 +315,13 @@ def main() -> None:
     part.add_argument("--out", type=Path, default=Path("transplant.tsv"))
     part.add_argument("--figure", type=Path, default=Path("transplant.png"))
     part.set_defaults(run=bench_transplant)
+    part = parts.add_parser("simulated", help="a simulated cohort of known volumes and ages")
+    part.add_argument("bids_dir", type=Path, help="of examples/make_ageing_cohort.py")
+    part.add_argument("derivatives", type=Path, help="of the participant level")
+    part.add_argument("--model", default="bayesian_ridge")
+    part.add_argument("--repeats", type=int, default=10)
+    part.add_argument("--seed", type=int, default=0)
+    part.set_defaults(run=bench_simulated)
     options = parser.parse_args()
     options.run(options)
 

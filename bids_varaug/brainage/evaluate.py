@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.features import LogVolumes
 from bids_varaug.brainage.folds import grouped_folds, known_sites, participant_weights
 from bids_varaug.brainage.model import (
     MIN_PARTICIPANTS,
@@ -57,6 +58,7 @@ def evaluate_brain_age(
     cv_folds: int = 5,
     repeats: int = 1,
     seed: int = 0,
+    log_volumes: bool = False,
     coverage: float = 0.9,
     curve_sizes: Sequence[int] | None = CURVE_SIZES,
     curve_repeats: int = 1,
@@ -79,6 +81,7 @@ def evaluate_brain_age(
         the cohort has members, otherwise ``none`` alone
     cv_folds, repeats : repeat r deals out participants with ``seed + r``
     seed : of folds, drawn noise, bootstrap and permutations
+    log_volumes : as `fit_brain_age`; of the row ``ridge`` too
     coverage : of the prediction intervals
     curve_sizes : numbers of training participants of the learning curve, besides all of a
         training fold; those that a training fold does not have are left out. None: no curve
@@ -105,7 +108,9 @@ def evaluate_brain_age(
         known = check_trainable(cohort, augmentation, MIN_PARTICIPANTS)
     cohort = known
     sites = known_sites(cohort.groups, cohort.people["site"].to_numpy())
-    task = _Task(cohort, model, augmentations, cv_folds, repeats, seed, coverage, sites)
+    task = _Task(
+        cohort, model, augmentations, cv_folds, repeats, seed, log_volumes, coverage, sites
+    )
     sizes = _curve_sizes(task, curve_sizes)
     n_sites = 0 if sites is None or not leave_site_out else len(np.unique(sites))
     n_fits = len(augmentations) * (
@@ -120,7 +125,8 @@ def evaluate_brain_age(
     site_table = _leave_sites_out(task, tick) if n_sites else pd.DataFrame(columns=SITE_COLUMNS)
     chosen = {}
     for augmentation in augmentations:
-        chosen[augmentation] = fit_estimator(cohort, model, augmentation, seed)[1].as_dict()
+        choice = task.fit_estimator(cohort, model, augmentation, seed)[1]
+        chosen[augmentation] = choice.as_dict()
         tick()
     return Study(
         predictions=_prediction_table(task, held_out),
@@ -136,6 +142,7 @@ def evaluate_brain_age(
             "cv_folds": cv_folds,
             "repeats": repeats,
             "seed": seed,
+            "log_volumes": log_volumes,
             "coverage": coverage,
             "n_participants": len(np.unique(cohort.groups)),
             "n_observations": len(cohort),
@@ -156,6 +163,7 @@ class _Task:
     cv_folds: int
     repeats: int
     seed: int
+    log_volumes: bool
     coverage: float
     sites: np.ndarray | None
 
@@ -168,6 +176,9 @@ class _Task:
         """The model that ``analytic`` is to be compared with, where it is not the one asked for."""
         other = closed_form_model(self.model)
         return other if "analytic" in self.augmentations and other != self.model else None
+
+    def fit_estimator(self, train: Cohort, model: str, augmentation: str, seed: int):
+        return fit_estimator(train, model, augmentation, seed, log_volumes=self.log_volumes)
 
     def folds(self, repeat: int) -> np.ndarray:
         return grouped_folds(self.cohort.groups, self.cv_folds, self.seed + repeat)
@@ -223,11 +234,12 @@ def _cross_validate(task: _Task, tick: _Ticker) -> dict[str, _HeldOut]:
         folds = task.folds(repeat)
         for k in range(folds.max() + 1):
             train, test = cohort.take(folds != k), cohort.take(folds == k)
-            _fill_baselines(results, repeat, folds == k, train, test)
+            _fill_baselines(task, results, repeat, folds == k, train, test)
             for augmentation in task.augmentations:
                 fitted = fit_brain_age(
-                    train, task.model, augmentation, task.seed + repeat, min_participants=2
-                )
+                    train, task.model, augmentation, task.seed + repeat,
+                    log_volumes=task.log_volumes, min_participants=2,
+                )  # fmt: skip
                 here, rows = results[augmentation], (repeat, folds == k)
                 here.predicted[rows] = fitted.predict(test)
                 here.corrected[rows] = fitted.correct(here.predicted[rows])
@@ -237,7 +249,7 @@ def _cross_validate(task: _Task, tick: _Ticker) -> dict[str, _HeldOut]:
                     here.sd_num[rows] = fitted.predict_members(test).std(axis=1, ddof=1)
                 tick()
             if task.linear_reference:
-                estimator, _ = fit_estimator(
+                estimator, _ = task.fit_estimator(
                     train, task.linear_reference, "none", task.seed + repeat
                 )
                 predicted = predict_ages(estimator, test, "none")
@@ -245,10 +257,13 @@ def _cross_validate(task: _Task, tick: _Ticker) -> dict[str, _HeldOut]:
     return results
 
 
-def _fill_baselines(results, repeat: int, held_out: np.ndarray, train: Cohort, test: Cohort):
+def _fill_baselines(
+    task: _Task, results, repeat: int, held_out: np.ndarray, train: Cohort, test: Cohort
+):
     weights = participant_weights(train.groups)
     results["mean_predictor"].predicted[repeat, held_out] = np.average(train.age, weights=weights)
-    plain = make_pipeline(StandardScaler(), RidgeCV(ALPHAS))
+    logs = [LogVolumes(train.names)] if task.log_volumes else []
+    plain = make_pipeline(*logs, StandardScaler(), RidgeCV(ALPHAS))
     plain.fit(train.baseline, train.age, ridgecv__sample_weight=weights)
     results["ridge"].predicted[repeat, held_out] = plain.predict(test.baseline)
 
@@ -345,7 +360,7 @@ def _learning_curve(
                 train = cohort.take(_some_participants(cohort.groups, folds != k, size, drawn))
                 test = cohort.take(folds == k)
                 for name in task.augmentations:
-                    estimator, _ = fit_estimator(train, task.model, name, task.seed + repeat)
+                    estimator, _ = task.fit_estimator(train, task.model, name, task.seed + repeat)
                     predicted[name][repeat, folds == k] = predict_ages(estimator, test, name)
                     tick()
         rows += _curve_rows(task, size, predicted, rng)
@@ -377,7 +392,7 @@ def _leave_sites_out(task: _Task, tick: _Ticker) -> pd.DataFrame:
         train, test = cohort.take(task.sites != site), cohort.take(task.sites == site)
         errors = {}
         for name in task.augmentations:
-            estimator, _ = fit_estimator(train, task.model, name, task.seed)
+            estimator, _ = task.fit_estimator(train, task.model, name, task.seed)
             errors[f"mae_{name}"] = np.abs(predict_ages(estimator, test, name) - test.age)
             tick()
         mean = np.average(train.age, weights=participant_weights(train.groups))

@@ -2,7 +2,7 @@
 
 The transformers are scikit-learn's kind, for arrays (n, F) whose columns have the `names` given at
 construction. `RelativeVolumes` and `Asymmetries` learn nothing from the data and may be applied
-before folds are made (`derive_features`); `LogVolumes` does, and belongs into the pipeline.
+before folds are made (`derive_features`); `LogVolumes` does, and is fitted with each model.
 """
 
 from __future__ import annotations
@@ -150,12 +150,17 @@ class Asymmetries(TransformerMixin, BaseEstimator):
 
 
 class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Natural logarithm of the features that are never negative in training.
+    """Natural logarithm of volumes.
 
-    Volumes are closer to log-normal than to normal, and their effects multiply. Where a feature is
-    0 for somebody in training, half of its smallest positive value is added first, to everybody.
-    Features with negative values, or 0 for all, stay as they are; a negative value of a feature
-    that was never so in training counts as 0.
+    Volumes are closer to log-normal than to normal, and their effects multiply. Where one is 0 for
+    somebody in training, half of its smallest positive value is added first, to everybody. What
+    is no volume by its name (see `is_volume`), has negative values, or is 0 for all stays as it is;
+    a negative value of a volume that was never so in training counts as 0.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the F features.
 
     Attributes
     ----------
@@ -165,15 +170,19 @@ class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     Examples
     --------
-    >>> LogVolumes().fit_transform([[1.0, -1.0], [np.e, 2.0]]).round(6).tolist()
-    [[0.0, -1.0], [1.0, 2.0]]
+    >>> LogVolumes(["CSF", "lh_thickness"]).fit_transform([[1.0, 3.0], [np.e, 2.0]]).tolist()
+    [[0.0, 3.0], [1.0, 2.0]]
     """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
 
     def fit(self, X, y=None) -> LogVolumes:  # noqa: N803
         """Find what can be logged."""
-        X = validate_data(self, X, dtype=np.float64)
+        X = _check(self, X, reset=True)
         smallest = np.where(X > 0, X, np.inf).min(axis=0)
-        self.logged_ = (X.min(axis=0) >= 0) & np.isfinite(smallest)
+        volumes = np.array([is_volume(name) for name in self.names])
+        self.logged_ = volumes & (X.min(axis=0) >= 0) & np.isfinite(smallest)
         # A value that was always positive may still be 0 for a new person.
         needed = self.logged_ & (X.min(axis=0) == 0)
         self.offset_ = np.where(needed, smallest / 2, 0.0)
@@ -183,7 +192,7 @@ class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def transform(self, X) -> np.ndarray:  # noqa: N803
         """Take logarithms; (n, F) float64."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False).copy()
+        X = _check(self, X).copy()
         shifted = np.maximum(X, 0) + self.offset_
         positive = np.where(shifted > 0, shifted, self.lowest_)
         X[:, self.logged_] = np.log(positive[:, self.logged_])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bids_varaug.brainage.augment import (
@@ -31,6 +32,7 @@ from bids_varaug.brainage.estimators import (
     from_scale,
     to_scale,
 )
+from bids_varaug.brainage.features import LogVolumes
 from bids_varaug.brainage.folds import grouped_folds, known_sites, participant_weights
 from bids_varaug.brainage.tune import ALPHAS, MAX_KERNEL_ROWS, closed_form_model, tune
 from bids_varaug.errors import UserError
@@ -47,7 +49,7 @@ class BrainAgeModel:
     Attributes
     ----------
     names : of the F features, in order
-    estimator : predicts years from (R, F) features
+    estimator : predicts years from (R, F) features, of which it takes logarithms itself if asked to
     fold_estimators : one per inner fold of participants, fitted without it
     residuals : (N,) float64, absolute errors of the fold estimators on the participants held out,
         on the model's scale of age
@@ -165,6 +167,7 @@ def fit_brain_age(
     augmentation: str = "none",
     seed: int = 0,
     *,
+    log_volumes: bool = False,
     min_participants: int = MIN_PARTICIPANTS,
 ) -> BrainAgeModel:
     """Fit a model of age to a cohort.
@@ -183,6 +186,8 @@ def fit_brain_age(
     augmentation : one of `study.AUGMENTATIONS`, see `augment`; ``analytic`` fits linear models
         only: ``bayesian_ridge`` in place of ``svr`` and ``gpr``
     seed : of folds and drawn noise
+    log_volumes : whether to take logarithms of volumes first, see `features.LogVolumes`; numerical
+        noise is then augmented as it stands on the logarithmic scale
     min_participants : fewer with age are refused; training folds of a study pass less
 
     Raises
@@ -192,7 +197,7 @@ def fit_brain_age(
         finite, or an augmentation that needs members where there are none.
     """
     cohort = check_trainable(cohort, augmentation, min_participants)
-    training = _Training(cohort, augmentation, seed)
+    training = _Training(cohort, augmentation, seed, log_volumes)
     chosen = training.choose(model)
     estimator = training.fit(chosen, np.arange(len(cohort)))
     fold_estimators = []
@@ -225,14 +230,14 @@ def fit_brain_age(
 
 
 def fit_estimator(
-    cohort: Cohort, model: str, augmentation: str, seed: int
+    cohort: Cohort, model: str, augmentation: str, seed: int, *, log_volumes: bool = False
 ) -> tuple[BaseEstimator, Choice]:
     """Choose and fit as `fit_brain_age` does, without intervals and correction.
 
     For learning curves and left-out sites, where only predictions are wanted.
     """
     cohort = check_trainable(cohort, augmentation, 2)
-    training = _Training(cohort, augmentation, seed)
+    training = _Training(cohort, augmentation, seed, log_volumes)
     chosen = training.choose(model)
     return training.fit(chosen, np.arange(len(cohort))), chosen
 
@@ -279,11 +284,19 @@ def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) ->
 class _Training:
     """A cohort made ready for fitting with one augmentation: rows, weights, folds."""
 
-    def __init__(self, cohort: Cohort, augmentation: str, seed: int):
+    def __init__(self, cohort: Cohort, augmentation: str, seed: int, log_volumes: bool):
         self.cohort = cohort
         self.augmentation = augmentation
         self.seed = seed
         self.x = centers(cohort, augmentation)
+        self.logs = LogVolumes(cohort.names).fit(self.x) if log_volumes else None
+        if self.logs is not None:
+            self.cohort = _logged(cohort, self.logs)
+            # As in `predict_ages`: the logarithm of a mean, or the mean of the members' logarithms.
+            if augmentation in USES_MEMBERS:
+                self.x = centers(self.cohort, augmentation)
+            else:
+                self.x = self.logs.transform(self.x)
         self.age = cohort.age
         self.groups = cohort.groups
         self.weights = participant_weights(self.groups)
@@ -326,6 +339,10 @@ class _Training:
 
     def fit(self, choice: Choice, rows: np.ndarray) -> BaseEstimator:
         """Fit what was chosen to these observations' augmented rows."""
+        fitted = self._fit(choice, rows)
+        return fitted if self.logs is None else make_pipeline(self.logs, fitted)
+
+    def _fit(self, choice: Choice, rows: np.ndarray) -> BaseEstimator:
         if choice.model in LINEAR_MODELS and self.augmentation not in ROW_AUGMENTATIONS:
             alpha = choice.hyperparameters.get("alpha")
             scatter = self._scatter(rows) if self.augmentation == "analytic" else None
@@ -349,6 +366,14 @@ class _Training:
     def _scatter(self, rows: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         return summed_covariances(self.cohort.members, self.weights, rows)
+
+
+def _logged(cohort: Cohort, logs: LogVolumes) -> Cohort:
+    members = cohort.members
+    if members is not None:
+        flat = members.reshape(-1, members.shape[2])
+        members = logs.transform(flat).reshape(members.shape)
+    return replace(cohort, baseline=logs.transform(cohort.baseline), members=members)
 
 
 def _predict_members(estimator: BaseEstimator, members: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ TRUSTED = (
     "bids_varaug.brainage.estimators.MomentRidge",
     "bids_varaug.brainage.estimators.from_scale",
     "bids_varaug.brainage.estimators.to_scale",
+    "bids_varaug.brainage.features.LogVolumes",
     "bids_varaug.brainage.model.BrainAgeModel",
     # These are scikit-learn's, but skops does not trust them by itself.
     "sklearn.utils._bunch.Bunch",
@@ -45,6 +46,7 @@ SAME = {
     "sloppy": "--sloppy",
     "relative_to": "what volumes are divided by",
     "asymmetries": "asymmetries",
+    "log_volumes": "logarithms of volumes",
 }
 SHOWN = 10
 COLUMNS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,7 @@ def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str
     chosen = augmentation or best_augmentation(study)
     nominal = f"{100 * study.settings.get('coverage', 0.9):.0f} % nominal"
     model = study.chosen.get(chosen, {}).get("model", study.settings.get("model", ""))
+    features = _features_words(study.settings)
     texts = {
         "age": "Age at the image",
         "brain_age": f"Predicted age, augmentation '{chosen}', out of sample, not corrected for "
@@ -123,7 +125,7 @@ def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str
     }
     content: dict[str, Any] = {
         "MeasurementToolMetadata": {
-            "Description": "Age predicted from features of T1-weighted images by bids_varaug; "
+            "Description": f"Age predicted from {features} by bids_varaug; "
             f"model of all participants: {model}, cross-validated by participant. For research "
             "only."
         }
@@ -138,6 +140,11 @@ def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str
         )
         content[column] = {"Description": text, "Units": "year"}
     return content
+
+
+def _features_words(made: Mapping[str, Any]) -> str:
+    logs = ", volumes as natural logarithms," if made.get("log_volumes") else ""
+    return f"features of T1-weighted images{logs}"
 
 
 def applied_tables(predicted: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -181,7 +188,7 @@ def applied_sidecar(model: BrainAgeModel, coverage: float = 0.9) -> dict[str, An
     }
     content: dict[str, Any] = {
         "MeasurementToolMetadata": {
-            "Description": "Age predicted from features of T1-weighted images by a model of "
+            "Description": f"Age predicted from {_features_words(model.source)} by a model of "
             f"bids_varaug fitted to other people ({model.chosen.get('model', '')}, augmentation "
             f"{model.augmentation}). For research only."
         },

@@ -71,6 +71,42 @@ def read_repeated_runs(path: Path) -> Cohort:
     )
 
 
+def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
+    """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
+
+    Parameters
+    ----------
+    path : Path
+        With commas; regions by FreeSurfer's names, and a column of ids (not numbers, or called
+        ``subjectID``).
+
+    Returns
+    -------
+    one row per region, the columns of `population.compare_pipelines`
+        name, dice_min (mean over people), n_participants; ratio and cv are NaN
+
+    Raises
+    ------
+    UserError
+        If it cannot be read, or holds anything but Dice coefficients.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table with commas ({error}).") from error
+    dice = table.drop(columns="subjectID", errors="ignore").select_dtypes("number")
+    dice = dice.rename(columns=RENAMED).dropna(axis=1, how="all")
+    if dice.empty or not (dice.isna() | ((dice >= 0) & (dice <= 1))).all(axis=None):
+        raise UserError(
+            f"{path}: no table of minimum Dice (a row per person, a column per region, values from "
+            "0 to 1). Repeated runs of volumes are a table with tabs, .tsv."
+        )
+    return pd.DataFrame(
+        {"name": dice.columns, "dice_min": dice.mean().to_numpy(), "ratio": np.nan, "cv": np.nan,
+         "n_participants": dice.notna().sum().to_numpy()}
+    )  # fmt: skip
+
+
 def read_aseg_stats(path: Path) -> dict[str, float]:
     """Volumes [mm3] of one FreeSurfer or FastSurfer ``aseg.stats``, by structure.
 

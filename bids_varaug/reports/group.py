@@ -180,21 +180,21 @@ def render_group_report(content: GroupContent) -> str:
         tiles=_tiles(study, best),
         best=best,
         figures=_figures(content, best),
-        scores=_table(study.scores, SCORES, highlight=best),
-        gains=_table(study.gains, GAINS),
-        sites=_table(study.sites, _site_columns(study.sites)),
-        reliability=_table(study.reliability, RELIABILITY),
-        numerics=None if content.numerics is None else _table(content.numerics, NUMERICS),
+        scores=tabulate(study.scores, SCORES, highlight=best),
+        gains=tabulate(study.gains, GAINS),
+        sites=tabulate(study.sites, _site_columns(study.sites)),
+        reliability=tabulate(study.reliability, RELIABILITY),
+        numerics=None if content.numerics is None else tabulate(content.numerics, NUMERICS),
         compared=[
-            {"name": other.name, "table": _table(other.comparison, COMPARISON),
+            {"name": other.name, "table": tabulate(other.comparison, COMPARISON),
              "sentences": _comparison_words(other)}
             for other in content.compared
         ],
         left_out=sorted(content.left_out.items()),
-        chosen=[(name, _plain(choice)) for name, choice in study.chosen.items()],
-        source=[(key, _plain(v)) for key, v in content.source.items() if key != "sha256"],
-        study_settings=[(key, _plain(value)) for key, value in study.settings.items()],
-        settings=[(key, _plain(value)) for key, value in content.settings.items()],
+        chosen=[(name, plain(choice)) for name, choice in study.chosen.items()],
+        source=[(key, plain(v)) for key, v in content.source.items() if key != "sha256"],
+        study_settings=[(key, plain(value)) for key, value in study.settings.items()],
+        settings=[(key, plain(value)) for key, value in content.settings.items()],
         versions=dict(content.versions),
         citation=content.citation,
     )  # fmt: skip
@@ -250,8 +250,17 @@ def _figures(content: GroupContent, best: str) -> dict[str, str]:
     if not study.learning_curve.empty:
         drawn["curve"] = draw_learning_curve(study.learning_curve)
     if content.numerics is not None and content.numerics["ratio"].notna().any():
-        others = [(other.name, other.numerics) for other in content.compared]
+        others = [
+            (other.name, other.numerics)
+            for other in content.compared
+            if other.numerics["ratio"].notna().any()
+        ]
         drawn["ratios"] = draw_ratios(content.numerics, others)
+    return data_uris(drawn)
+
+
+def data_uris(drawn: Mapping[str, str]) -> dict[str, str]:
+    """SVG texts as they stand in a page."""
     return {
         name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
         for name, svg in drawn.items()
@@ -280,6 +289,8 @@ def _comparison_words(other: ComparedPipeline) -> list[str]:
             f"with {other.name}"
             + (f" (p {p_text(row.p_value)}{limits})." if sure else
                f", but this may be chance (p {p_text(row.p_value)}{limits}).")
+            + (" It grows with the number of runs: fair only between equal numbers."
+               if row.measure == "1 - dice_min" else "")
         )  # fmt: skip
     return sentences
 
@@ -296,7 +307,7 @@ def _site_columns(sites: pd.DataFrame) -> dict[str, Column]:
     return columns
 
 
-def _table(
+def tabulate(
     table: pd.DataFrame, columns: Mapping[str, Column], highlight: str | None = None
 ) -> dict[str, Any]:
     """Headings and rows of cells with text, sort key and kind."""
@@ -335,7 +346,7 @@ def _cell(value: Any, column: Column) -> dict[str, Any]:
     return {"text": text, "key": repr(number), "numeric": True}
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A setting as a reader writes it."""
     if value is None or value == () or value == {} or value == []:
         return "–"
@@ -344,7 +355,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(v) for v in value)
+        return ", ".join(plain(v) for v in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items())
     return str(value)

@@ -95,6 +95,42 @@ def draw_ages(predictions: pd.DataFrame) -> str:
         return _svg(figure)
 
 
+def draw_ranked(predictions: pd.DataFrame) -> str:
+    """Predicted ages in ascending order, with intervals and numerical spread; no age is needed.
+
+    Parameters
+    ----------
+    predictions : of `model_file.apply_model`
+
+    Returns
+    -------
+    SVG
+    """
+    table = predictions.sort_values("predicted", kind="stable")
+    rank, predicted = np.arange(1, len(table) + 1), table["predicted"]
+    with _style():
+        figure = Figure(figsize=(7.6, 4.8))
+        axes = figure.add_axes((0.1, 0.13, 0.88, 0.76))
+        if table["lower"].notna().any():
+            axes.vlines(rank, table["lower"], table["upper"], color="#9ecae1", linewidth=1.2,
+                        label="prediction interval")  # fmt: skip
+        axes.plot(
+            rank, predicted, "o", color=COLORS["mean"], alpha=0.75, markeredgewidth=0,
+            markersize=_marker_size(len(table)), rasterized=len(table) > RASTER_FROM,
+            label="image",
+        )  # fmt: skip
+        if table["sd_num"].notna().any():
+            axes.vlines(rank, predicted - table["sd_num"], predicted + table["sd_num"],
+                        color=COLORS["members"], linewidth=1.8, zorder=4,
+                        label="± numerical standard deviation")  # fmt: skip
+        axes.set_xlabel("image, in the order of predicted age")
+        axes.set_ylabel("predicted age [years]")
+        _bare(axes)
+        figure.legend(loc="upper left", bbox_to_anchor=(0.09, 1.0), ncols=3, frameon=False,
+                      fontsize=FONT - 0.5)  # fmt: skip
+        return _svg(figure)
+
+
 def draw_gains(gains: pd.DataFrame) -> str:
     """Paired gain of each augmentation with its 95 % limits; controls apart.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.covariance import (
+    COVARIANCE_TABLE,
+    covariance_sidecar,
+    numerical_covariance,
+)
 from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.features import Asymmetries, RelativeVolumes, derive_features
 from bids_varaug.brainage.gather import gather_cohort, read_features_table
@@ -31,25 +37,29 @@ from bids_varaug.brainage.population import (
     numerical_variability,
     read_minimum_dice,
 )
-from bids_varaug.brainage.repeated_runs import read_repeated_runs
+from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
 from bids_varaug.derivatives.write import write_json, write_table
-from bids_varaug.errors import FiltersError
+from bids_varaug.errors import FiltersError, UserError
 from bids_varaug.inputs.participants import People, read_people
 from bids_varaug.reports.citation import cite_group
 from bids_varaug.reports.group import ComparedPipeline, GroupContent, write_group_report
+from bids_varaug.reports.group_applied import AppliedContent, cite_applied, write_applied_report
+from bids_varaug.reports.group_saved import load_content, save_content
 
 MODEL = "models/brainage.skops"
+REPORT_CONTENT = "group_brainage.json"  # in the folder of logs
 
 
 def run_group(settings: Settings) -> Path | None:
     """Score the augmented brain-age model, or apply one; return the file to look at first.
 
-    With ``--dry-run`` nothing is fitted or written, and there is no such file.
+    With ``--dry-run`` nothing is fitted or written, and there is no such file. With
+    ``--reports-only`` the page of the last run is made again from what that run left.
 
     Raises
     ------
@@ -57,10 +67,13 @@ def run_group(settings: Settings) -> Path | None:
         If there are too few people with age, or what was asked for does not fit the data.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    if settings.reports_only:
+        content = load_content(names.logs(settings.output_dir) / REPORT_CONTENT)
+        return None if settings.dry_run else _write_page(settings, content)
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     people = _people(settings, model)
     volumes = _select(_cohort(settings, people, model), settings)
-    cohort = _derive(volumes, *_derivation(settings, model))
+    cohort = _derive(volumes, **_derivation(settings, model))
     notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
@@ -75,7 +88,7 @@ def run_group(settings: Settings) -> Path | None:
         return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
     if model is not None:
-        return _apply(settings, model, cohort)
+        return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
 
 
@@ -102,22 +115,28 @@ def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | No
     )  # fmt: skip
 
 
-def _derivation(settings: Settings, model: BrainAgeModel | None) -> tuple[str, bool]:
-    """What volumes are divided by, and whether asymmetries are added; a model's own if it has."""
+def _derivation(settings: Settings, model: BrainAgeModel | None) -> dict[str, object]:
+    """How features are made of volumes: as asked for, or as those of the model were."""
     if model is not None:
-        return model.source.get("relative_to", "none"), model.source.get("asymmetries", False)
-    default = "none" if settings.features_table else "brain"
-    return settings.relative_to or default, settings.asymmetries
+        made = {"relative_to": "none", "asymmetries": False, "log_volumes": False}
+        return {key: model.source.get(key, default) for key, default in made.items()}
+    return {
+        "relative_to": settings.relative_to or ("none" if settings.features_table else "brain"),
+        "asymmetries": settings.asymmetries,
+        "log_volumes": settings.log_volumes,
+    }
 
 
-def _derive(cohort: Cohort, relative_to: str, asymmetries: bool) -> Cohort:
+def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bool) -> Cohort:
+    """Features that need nothing learnt; logarithms are only noted, the models take them."""
     derived = cohort
     if asymmetries:  # first, as they know no head size
         derived = derive_features(derived, Asymmetries(derived.names))
     if relative_to != "none":
         derived = derive_features(derived, RelativeVolumes(derived.names, relative_to))
-    source = cohort.source | {"relative_to": relative_to, "asymmetries": asymmetries}
-    return replace(derived, source=source | {"measured": list(cohort.names)})
+    made = {"relative_to": relative_to, "asymmetries": asymmetries, "log_volumes": log_volumes}
+    source = cohort.source | made | {"measured": list(cohort.names)}
+    return replace(derived, source=source)
 
 
 def _bar(what: str, settings: Settings):
@@ -141,11 +160,28 @@ def _select(cohort: Cohort, settings: Settings) -> Cohort:
     return cohort if chosen.all() else cohort.take(chosen.to_numpy())
 
 
-def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort) -> Path:
+def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequence[str]) -> Path:
     predicted = apply_model(model, cohort)
     for note in predicted.attrs["notes"]:
         print(f"Note: {note}", file=sys.stderr)
-    return _write_tables(settings, applied_tables(predicted), applied_sidecar(model))
+    _write_tables(settings, applied_tables(predicted), applied_sidecar(model))
+    described = {
+        "file": settings.apply_model.name,
+        "sha256": hashlib.sha256(settings.apply_model.read_bytes()).hexdigest(),
+        **model.chosen,
+        "augmentation": model.augmentation,
+        **model.training,
+        **{f"trained on: {key}": value for key, value in model.source.items()
+           if key in ("table", "ensemble", "ensemble_version", "bids_varaug", "members")},
+    }  # fmt: skip
+    versions = package_versions()
+    citation = cite_applied(described, _features_text(settings, cohort), versions)
+    write_group_logs(settings, citation)
+    content = AppliedContent(
+        predicted, citation, described, cohort.left_out, [*notes, *predicted.attrs["notes"]],
+        cohort.source, {"level": "group"}, versions, sloppy=bool(cohort.source.get("sloppy")),
+    )  # fmt: skip
+    return _write_page(settings, content, save=True)
 
 
 def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[str]) -> Path:
@@ -158,11 +194,15 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
 
         study = evaluate_brain_age(
             cohort, model=settings.brainage_model, augmentations=augmentations,
-            cv_folds=settings.cv_folds, seed=settings.random_seed, progress=progress,
+            cv_folds=settings.cv_folds, seed=settings.random_seed,
+            log_volumes=settings.log_volumes, progress=progress,
         )  # fmt: skip
     numerics, compared = _numerics(settings, volumes)
     best = best_augmentation(study)
-    model = fit_brain_age(cohort, settings.brainage_model, best, settings.random_seed)
+    model = fit_brain_age(
+        cohort, settings.brainage_model, best, settings.random_seed,
+        log_volumes=settings.log_volumes,
+    )  # fmt: skip
     path = settings.output_dir / MODEL
     save_model(path, model, model_card(model, cohort, study))
     _write_tables(settings, phenotype_tables(study), phenotype_sidecar(study))
@@ -171,6 +211,10 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
     for name, table in tables.items():
         if table is not None:
             write_table(table, path.with_name(f"brainage_{name}.tsv"))
+    if volumes.members is not None:
+        path = settings.output_dir / COVARIANCE_TABLE
+        write_table(numerical_covariance(volumes), path)
+        write_json(covariance_sidecar(volumes), path.with_suffix(".json"))
     return _report(settings, cohort, study, numerics, compared, notes)
 
 
@@ -187,9 +231,21 @@ def _numerics(
     numerics = numerical_variability(cohort, seed, dice_min=dice)
     compared = []
     for name, path in settings.compare:
-        other = numerical_variability(read_repeated_runs(path), seed)
-        compared.append(ComparedPipeline(name, other, compare_pipelines(numerics, other)))
+        other = _compared(path, seed)
+        comparison = compare_pipelines(numerics, other)
+        if comparison.empty:
+            raise UserError(
+                f"--compare {name}={path}: holds minimum Dice alone, which these features lack. "
+                "Compare it with the volumes of the participant level."
+            )
+        compared.append(ComparedPipeline(name, other, comparison))
     return numerics, compared
+
+
+def _compared(path: Path, seed: int) -> pd.DataFrame:
+    if path.suffix == ".csv":
+        return read_minimum_dice_csv(path)
+    return numerical_variability(read_repeated_runs(path), seed)
 
 
 def _write_tables(settings: Settings, tables, sidecar) -> Path:
@@ -203,14 +259,19 @@ def _write_tables(settings: Settings, tables, sidecar) -> Path:
     return settings.output_dir / next(iter(tables))
 
 
+def _features_text(settings: Settings, cohort: Cohort) -> str:
+    unit = f" [{cohort.unit}]" if cohort.unit else ""
+    what = "a table of" if settings.features_table else "volumes of"
+    text = f"{what} {len(cohort.names)} features{unit}"
+    if cohort.source["relative_to"] != "none":
+        text += f", divided by {cohort.source['relative_to']} volume"
+    return text + (", volumes as natural logarithms" if cohort.source["log_volumes"] else "")
+
+
 def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
     versions = package_versions()
-    unit = f" [{cohort.unit}]" if cohort.unit else ""
-    what = "table of" if settings.features_table else "volumes of"
-    divided = cohort.source["relative_to"]
-    divided = "" if divided == "none" else f", divided by {divided} volume"
     citation = cite_group(
-        study.settings, f"{what} {len(cohort.names)} features{unit}{divided}", versions,
+        study.settings, _features_text(settings, cohort), versions,
         has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip
@@ -223,4 +284,13 @@ def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -
         settings={"level": "group", **study.settings}, versions=versions,
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    return write_group_report(settings.output_dir / names.GROUP_REPORT, content)
+    return _write_page(settings, content, save=True)
+
+
+def _write_page(
+    settings: Settings, content: GroupContent | AppliedContent, save: bool = False
+) -> Path:
+    if save:
+        save_content(names.logs(settings.output_dir) / REPORT_CONTENT, content)
+    write = write_group_report if isinstance(content, GroupContent) else write_applied_report
+    return write(settings.output_dir / names.GROUP_REPORT, content)

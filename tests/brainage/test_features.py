@@ -84,19 +84,20 @@ def test_features_without_sides_are_refused():
 
 
 def test_log_leaves_negative_features_and_takes_zeros():
-    train = np.array([[0.0, -1.0, 2.0], [4.0, 1.0, 8.0]])
-    logs = LogVolumes().fit(train)
+    train = np.array([[0.0, -1.0, 2.0, 3.0], [4.0, 1.0, 8.0, 2.0]])
+    logs = LogVolumes(["CSF", "residual", "Left-Thalamus", "lh_thickness"]).fit(train)
     np.testing.assert_allclose(
-        logs.transform(train), [[np.log(2), -1, np.log(2)], [np.log(6), 1, np.log(8)]]
+        logs.transform(train), [[np.log(2), -1, np.log(2), 3], [np.log(6), 1, np.log(8), 2]]
     )
     # Smaller than anything in training, and 0 where training had none.
-    np.testing.assert_allclose(logs.transform([[0.0, 0.0, 0.5]])[0, 2], np.log(0.5))
-    assert np.isfinite(logs.transform([[0.0, 0.0, 0.0]])).all()
+    np.testing.assert_allclose(logs.transform([[0.0, 0.0, 0.5, 1.0]])[0, 2], np.log(0.5))
+    assert np.isfinite(logs.transform([[0.0, 0.0, 0.0, 0.0]])).all()
 
 
 def test_transformers_are_scikit_learns():
+    logs = LogVolumes([*NAMES, "Thalamus_asymmetry"])
     pipeline = make_pipeline(
-        RelativeVolumes(NAMES, "eTIV"), Asymmetries(NAMES), LogVolumes(), StandardScaler()
+        RelativeVolumes(NAMES, "eTIV"), Asymmetries(NAMES), logs, StandardScaler()
     )
     fitted = clone(pipeline).fit(VALUES)
     assert fitted.transform(VALUES).shape == (2, 5)

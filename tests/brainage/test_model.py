@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,25 @@ def test_analytic_and_members_choose_and_predict_the_same(cohort):
 def test_shuffled_equals_members_for_a_linear_model(cohort):
     members, shuffled = (fit_brain_age(cohort, "ridge", name) for name in ("members", "shuffled"))
     np.testing.assert_allclose(members.predict(cohort), shuffled.predict(cohort), atol=1e-5)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "members", "analytic"])
+def test_logarithms_are_taken_of_every_member_and_undone_by_nobody(augmentation):
+    cohort = simulated_cohort(n=30, n_members=4)
+    logged = replace(cohort, baseline=np.log(cohort.baseline), members=np.log(cohort.members))
+    wanted = fit_brain_age(logged, "ridge", augmentation)
+    fitted = fit_brain_age(cohort, "ridge", augmentation, log_volumes=True)
+    np.testing.assert_allclose(fitted.predict(cohort), wanted.predict(logged))
+    np.testing.assert_allclose(fitted.predict_interval(cohort), wanted.predict_interval(logged))
+    np.testing.assert_allclose(fitted.predict_members(cohort), wanted.predict_members(logged))
+
+
+def test_with_logarithms_the_mean_is_that_of_volumes():
+    cohort = simulated_cohort(n=30, n_members=4)
+    averaged = replace(cohort, baseline=cohort.members.mean(axis=1))
+    fitted = fit_brain_age(cohort, "ridge", "mean", log_volumes=True)
+    wanted = fit_brain_age(averaged, "ridge", "none", log_volumes=True)
+    np.testing.assert_allclose(fitted.predict(cohort), wanted.predict(averaged))
 
 
 def test_analytic_replaces_kernel_models_and_says_so(cohort):

@@ -54,6 +54,14 @@ def test_every_kind_of_model_predicts_the_same_after_reading(cohort, tmp_path, n
     assert (tmp_path / "models" / "brainage.md").read_text() == "# card\n"
 
 
+@pytest.mark.parametrize("name", ["ridge", "svr"])
+def test_a_model_of_logarithms_takes_them_after_reading(cohort, tmp_path, name):
+    model = fit_brain_age(cohort, name, "members", log_volumes=True)
+    read = load_model(save_model(tmp_path / "brainage.skops", model, ""))
+    assert np.array_equal(read.predict(cohort), model.predict(cohort))
+    assert not np.allclose(read.predict(cohort), fit_brain_age(cohort, name).predict(cohort))
+
+
 def test_no_pickle_inside(model, tmp_path):
     path = save_model(tmp_path / "m.skops", model, "")
     names = zipfile.ZipFile(path).namelist()

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from bids_varaug.brainage.population import compare_pipelines, numerical_variability
-from bids_varaug.brainage.repeated_runs import read_aseg_stats, read_repeated_runs
+from bids_varaug.brainage.repeated_runs import (
+    read_aseg_stats,
+    read_minimum_dice_csv,
+    read_repeated_runs,
+)
 from bids_varaug.errors import NoInputError, UserError
 
 STATS = """\
@@ -114,3 +118,29 @@ def test_nothing_to_read(tmp_path):
         read_repeated_runs(tmp_path / "x")
     with pytest.raises(NoInputError, match="no aseg.stats"):
         read_repeated_runs(tmp_path)
+
+
+def test_minimum_dice_is_averaged_over_people_and_regions_are_named_as_ours(tmp_path):
+    path = tmp_path / "dice.csv"
+    path.write_text("Left-Thalamus-Proper,CSF,subjectID\n0.9,0.5,25531\n0.7,,25532\n")
+    table = read_minimum_dice_csv(path).set_index("name")
+    assert table["dice_min"].to_dict() == pytest.approx({"Left-Thalamus": 0.8, "CSF": 0.5})
+    assert table["n_participants"].to_dict() == {"Left-Thalamus": 2, "CSF": 1}
+
+
+@pytest.mark.parametrize("text", ["", "a\tb\n1\t2\n", "subjectID,CSF\n1,1.5\n", "subjectID\n1\n"])
+def test_what_holds_no_dice_is_refused(tmp_path, text):
+    path = tmp_path / "dice.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match="dice.csv"):
+        read_minimum_dice_csv(path)
+
+
+def test_published_tables_have_the_means_that_were_published(shared_data):
+    root = shared_data / "paper_tables/structural_mri_uncertainty"
+    fs, fast = (
+        read_minimum_dice_csv(root / f"{tool}_min_dice_scores.csv") for tool in ("fs", "fast")
+    )
+    assert fs["dice_min"].mean() == pytest.approx(0.923, abs=5e-4)  # arXiv:2308.01939
+    row = compare_pipelines(fast, fs).iloc[0]
+    assert row["measure"] == "1 - dice_min" and row["high"] < 0.05 and row["p_value"] < 1e-6

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from bids_varaug.brainage.gather import ENDING
 from bids_varaug.cli.run import main
+from bids_varaug.inputs.validation import find_validator, run_validator
 
 STRUCTURES = ("Left-Hippocampus", "Right-Hippocampus", "Left-Lateral-Ventricle", "3rd-Ventricle")
 MEMBERS = ("ieee", "mca01", "mca02", "seed01", "seed02")
@@ -95,6 +95,13 @@ def test_brain_age_is_predicted_scored_and_reported(bids, output, capsys):
     assert numerics.loc["Left-Hippocampus", "sd_num"] == pytest.approx(60, rel=0.3)
     page = (output / "group_brainage.html").read_text()
     assert "Left-Hippocampus" in page and 'src="http' not in page
+    covariance = pd.read_csv(output / "models/brainage_covariance.tsv", sep="\t")
+    assert set(covariance["family"]) == {"all", "mca", "seed"}
+    assert len(covariance) == 3 * len(STRUCTURES) * (len(STRUCTURES) + 1) / 2
+    variance = covariance.query("family == 'all' and name == other").set_index("name")["covariance"]
+    np.testing.assert_allclose(np.sqrt(variance), numerics["sd_num"][variance.index], rtol=1e-4)
+    sidecar = json.loads((output / "models/brainage_covariance.json").read_text())
+    assert sidecar["covariance"]["Units"] == "mm^6"
     assert (output / "logs/CITATION_group.md").exists()
     after = digests(output)
     assert {name: after[name] for name in before} == before  # the participant level's files
@@ -102,26 +109,35 @@ def test_brain_age_is_predicted_scored_and_reported(bids, output, capsys):
     assert digests(output) == after  # the same bits
 
 
+@pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
 def test_outputs_pass_the_validator(bids, output):
     assert run(bids, output, "--augmentation", "none") == 0
-    validator = Path(__import__("sys").executable).with_name("bids-validator-deno")
-    done = subprocess.run(
-        [validator, "--format", "json", str(output)], capture_output=True, text=True, check=False
-    )
-    issues = json.loads(done.stdout)["issues"]["issues"]
-    assert [i for i in issues if i["severity"] == "error"] == []
+    assert (output / "models/brainage_covariance.tsv").exists()
+    assert (output / "logs/group_brainage.json").exists()
+    assert run_validator(output) == []
 
 
 def test_a_fitted_model_predicts_other_people(bids, output, tmp_path):
-    assert run(bids, output, "--augmentation", "members", "--asymmetries") == 0
+    made = ("--augmentation", "members", "--asymmetries", "--log-volumes")
+    assert run(bids, output, *made) == 0
+    assert "natural logarithms" in (output / "logs/CITATION_group.md").read_text()
+    assert "logarithms" in (output / "phenotype/brainage.json").read_text()
     model = output / "models/brainage.skops"
     others = write_derivatives(tmp_path / "others")
     (bids / "participants.tsv").unlink()  # their ages are not known
+    (others / "sub-03/anat" / f"sub-03{ENDING}").write_text("member\n")
     assert run(bids, others, "--apply-model", str(model)) == 0
     table = pd.read_csv(others / "phenotype/brainage.tsv", sep="\t")
-    assert len(table) == N
+    assert len(table) == N - 1
     assert table["brain_age"].between(10, 100).all() and table["age"].isna().all()
+    fitted = pd.read_csv(output / "phenotype/brainage.tsv", sep="\t")
+    truth = fitted.set_index("participant_id")["age"][table["participant_id"]]
+    assert np.corrcoef(truth, table["brain_age"])[0, 1] > 0.9  # logarithms were taken here too
     assert not (others / "models").exists()
+    page = (others / "group_brainage.html").read_text()
+    assert "ages of these 29 participants are not known" in page
+    assert hashlib.sha256(model.read_bytes()).hexdigest() in page
+    assert "sub-30" in page and f"sub-03{ENDING}" in page
 
 
 def test_features_of_another_tool_need_no_derivatives(bids, tmp_path):
@@ -154,6 +170,35 @@ def test_another_pipeline_is_compared(bids, output, tmp_path):
     assert run(bids, output, "--augmentation", "none", "--compare", f"noisy={table}") == 0
     assert "noisy" in (output / "group_brainage.html").read_text()
     assert (output / "models/brainage_against_noisy.tsv").exists()
+
+
+def test_published_minimum_dice_is_compared(bids, output, tmp_path):
+    lines = ["name\tdice_min", *(f"{name}\t0.9" for name in STRUCTURES)]
+    for person in output.glob("sub-*"):
+        table = person / f"anat/{person.name}_seg-varaug_desc-consensus_dseg.tsv"
+        table.write_text("\n".join(lines) + "\n")
+    published = tmp_path / "dice.csv"
+    published.write_text(",".join(("subjectID", *STRUCTURES)) + "\n0025531,0.7,0.7,0.8,0.8\n")
+    assert run(bids, output, "--augmentation", "none", "--compare", f"fs={published}") == 0
+    row = pd.read_csv(output / "models/brainage_against_fs.tsv", sep="\t").iloc[0]
+    assert (row["measure"], row["n"]) == ("1 - dice_min", len(STRUCTURES))
+    assert row["median_ours"] == pytest.approx(0.1) and row["median_other"] == pytest.approx(0.25)
+
+
+def test_reports_only_makes_the_same_page_without_fitting(bids, output, capsys):
+    assert run(bids, output, "--reports-only") == 66
+    assert "group_brainage.json" in capsys.readouterr().err
+    assert run(bids, output) == 0
+    before = digests(output)
+    page = output / "group_brainage.html"
+    page.unlink()
+    for person in output.glob("sub-*/anat"):
+        person.rename(person.with_name("gone"))  # nothing but what the group run left is read
+    assert run(bids, output, "--reports-only", "--dry-run") == 0 and not page.exists()
+    assert run(bids, output, "--reports-only") == 0
+    after = digests(output)
+    assert after["group_brainage.html"] == before["group_brainage.html"]
+    assert after["models/brainage.skops"] == before["models/brainage.skops"]
 
 
 @pytest.mark.parametrize(
