@@ -1,5 +1,4 @@
-# docker build -t bids_varaug:0.1.0 .
-# With CUDA: --build-arg TORCH_INDEX=https://pypi.org/simple, then docker run --gpus all.
+# docker build -t bids_varaug:0.1.0 .     docs/containers.md has the rest: podman, Apptainer, CUDA.
 # tests/container/build_and_run.sh builds this file and tries the image, without a docker engine.
 ARG BASE=debian:bookworm-slim
 
@@ -30,9 +29,11 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
     && find /opt/venv/lib -path '*/site-packages/*/tests' -type d -prune -exec rm -rf {} +
 # Bytecode of what a run imports: nobody else could write it. Of everything it were 185 MB.
 RUN NO_ET=1 MPLCONFIGDIR=/tmp NUMBA_CACHE_DIR=/tmp /opt/venv/bin/python -c "import importlib.metadata, \
-bids.layout, jinja2, matplotlib.pyplot, mpl_toolkits.axes_grid1, nibabel.processing, \
-nipype.pipeline.engine, nipype.pipeline.plugins, numba, pandas, PIL.Image, safetensors.torch, \
-scipy.ndimage, scipy.stats, significantdigits, sqlite3, torch.utils.data, tqdm, yaml"
+bids.layout, jinja2, matplotlib.backends.backend_svg, matplotlib.pyplot, mpl_toolkits.axes_grid1, \
+nibabel.processing, nipype.pipeline.engine, nipype.pipeline.plugins, numba, pandas, PIL.features, \
+safetensors.numpy, safetensors.torch, scipy.ndimage, scipy.stats, significantdigits, skops.io, \
+sklearn.compose, sklearn.ensemble, sklearn.gaussian_process, sklearn.linear_model, \
+sklearn.model_selection, sklearn.pipeline, sklearn.svm, sqlite3, torch.utils.data, tqdm, yaml"
 
 FROM dependencies AS package
 COPY README.md LICENSE NOTICE ./
@@ -57,17 +58,16 @@ LABEL org.opencontainers.image.title="bids_varaug" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# No telemetry, nothing from the host user's ~/.local; what must be written goes below /tmp, as any
-# user id may run the image, with a read-only root and no home.
+# No telemetry, nothing from the user's ~/.local and ~/.nipype, which Apptainer shows. Any user id may
+# run the image, with a read-only root and no home: caches lie in the work directory.
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 \
     NO_ET=1 \
     PYTHONNOUSERSITE=1 \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     MPLBACKEND=Agg \
-    MPLCONFIGDIR=/tmp/varaug-matplotlib \
-    NUMBA_CACHE_DIR=/tmp/varaug-numba \
-    NIPYPE_CONFIG_DIR=/tmp/varaug-nipype \
+    NIPYPE_CONFIG_DIR=/nonexistent \
     BIDS_VARAUG_DOCKER_TAG=bids_varaug:${VERSION}
 
 # The default -w lies below it.

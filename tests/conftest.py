@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from bids_varaug.cli.places import keep_caches_below
+
 ROOT = Path(__file__).resolve().parents[1]
+# One for all: a run of the app would otherwise compile anew in each work directory.
+keep_caches_below(ROOT / ".pytest_cache")
 
 
 @pytest.fixture(scope="session")

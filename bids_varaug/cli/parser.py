@@ -269,6 +269,9 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
         "--asymmetries", action="store_true", help="left-right asymmetries as further features"
     )
     group.add_argument(
+        "--log-volumes", action="store_true", help="logarithms of volumes in place of volumes"
+    )
+    group.add_argument(
         "--apply-model",
         type=values.existing_file,
         metavar="FILE",
@@ -280,7 +283,8 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME=DIR",
         default=[],
-        help="another pipeline's repeated runs: FreeSurfer stats folders, or a members table",
+        help="another pipeline's repeated runs: FreeSurfer stats folders, a members table, or a "
+        "table of minimum Dice (.csv)",
     )
 
 
@@ -360,6 +364,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         features_table=given.features_table,
         relative_to=given.relative_to,
         asymmetries=given.asymmetries,
+        log_volumes=given.log_volumes,
         apply_model=given.apply_model,
         compare=_unique(given.compare),
     )

@@ -8,6 +8,25 @@ from pathlib import Path
 
 from bids_varaug.errors import NoInputError, OutputError, UsageError
 
+CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
+"""Environment variable -> folder of a cache; deno runs the validator."""
+
+
+def caches_below(work_dir: Path) -> Path:
+    """Folder of what may be removed at any time, and is shared by the runs with this ``-w``."""
+    return work_dir / "caches"
+
+
+def keep_caches_below(work_dir: Path) -> None:
+    """Have compiled kernels and lists of fonts kept in the work directory, for this process.
+
+    Otherwise they are written to the home or the installed package, which may be read-only or
+    another user's. Variables that the user has set stay as they are. Before numba and matplotlib
+    are imported: they look at these variables once.
+    """
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(caches_below(work_dir) / name))
+
 
 def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     """Refuse directories that would lose or mix up data.

@@ -9,11 +9,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from bids_varaug.cli.exit_codes import ExitCode
 from bids_varaug.cli.parser import parse_settings
+from bids_varaug.cli.places import caches_below, keep_caches_below
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError, UserError
 
@@ -32,14 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings) -> ExitCode:
     """Dispatch on the level of analysis."""
-    if settings.level == "group":
-        return run_group_level(settings)
-    return run_participants(settings)
+    os.environ.setdefault("NO_ET", "1")
+    run_level = run_group_level if settings.level == "group" else run_participants
+    # A dry run leaves nothing in the work directory.
+    place = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(settings.work_dir)
+    with place as folder:
+        keep_caches_below(Path(folder))
+        return run_level(settings)
 
 
 def run_group_level(settings: Settings) -> ExitCode:
     """Score, fit or apply the brain-age model on what the participant level left."""
-    os.environ.setdefault("NO_ET", "1")
     from bids_varaug.workflows.group import run_group
 
     first = run_group(settings)
@@ -50,9 +55,14 @@ def run_group_level(settings: Settings) -> ExitCode:
 
 def run_participants(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select."""
-    os.environ.setdefault("NO_ET", "1")
     _ensure_home()
     # Imported here: --help must not wait for torch, pybids and nipype.
+    from bids_varaug.derivatives import names
+    from bids_varaug.workflows.plugins import configure_nipype, start_worker_server
+
+    configure_nipype(settings, names.logs(settings.output_dir))
+    if not (settings.dry_run or settings.reports_only):
+        start_worker_server(settings)
     from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
     from bids_varaug.models.ensemble import (
@@ -69,15 +79,15 @@ def run_participants(settings: Settings) -> ExitCode:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
-    _check_resources(settings)
+    _check_resources(settings, ensemble)
     # Before the validator, which takes its time with a large dataset.
     participants = select_participants(settings)
     if not settings.skip_bids_validation:
         chosen = settings.participant_labels or settings.exclude_participant_labels
         validate_input(settings.bids_dir, participants if chosen else ())
     selection = find_scans(settings)
-    for _, error in selection.unavailable:
-        print(f"ERROR: {error}", file=sys.stderr)
+    for complaint in selection.complaints:
+        print(f"ERROR: {complaint}", file=sys.stderr)
     for subject in selection.participants_without_t1w:
         print(
             f"ERROR: sub-{subject}: no sub-{subject}/[ses-<label>/]anat/*_T1w.nii[.gz], or none "
@@ -110,16 +120,34 @@ def _ensure_home() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
 
 
-def _check_resources(settings: Settings) -> None:
+def _check_resources(settings: Settings, ensemble) -> None:
     """Refuse, before anything is written, a plugin or a memory limit with which no step can run."""
-    from bids_varaug.workflows.participant import LARGEST_STEP_GB
-    from bids_varaug.workflows.plugins import check_plugin
+    from bids_varaug.models.memory import memory_bound
+    from bids_varaug.workflows.participant import WRITE_GB, segment_gb
+    from bids_varaug.workflows.plugins import check_plugin, runs_here
 
     check_plugin(settings)
-    if settings.mem_gb is not None and settings.mem_gb < LARGEST_STEP_GB:
+    need = max(segment_gb(settings, ensemble), WRITE_GB)
+    if settings.mem_gb is not None and settings.mem_gb < need:
         raise UsageError(
-            f"--mem {settings.mem_gb:g}G: the largest step needs {LARGEST_STEP_GB} GB. Give it at "
+            f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Give it at "
             "least that, or leave --mem out."
+        )
+    if settings.dry_run or settings.reports_only or not runs_here(settings):
+        return
+    bound = memory_bound()
+    if bound.total < need:
+        raise UsageError(
+            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and "
+            f"there are {bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for "
+            "more (docker --memory, sbatch --mem, ulimit -v), or give --sloppy for a first look."
+        )
+    if bound.free < need:
+        print(
+            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of "
+            f"{bound.total:.1f} GB are free ({bound.source}). If it is killed, give the same -w "
+            "to go on.",
+            file=sys.stderr,
         )
 
 
@@ -137,13 +165,28 @@ def _print_plan(scans, members) -> None:
 
 
 def _segment(settings: Settings, scans, ensemble, members) -> bool:
+    """Segment what no other process works on now; return whether every scan succeeded."""
+    from bids_varaug.derivatives import names
+    from bids_varaug.workflows.locks import hold_participants
+
+    folders = (names.logs(settings.output_dir), settings.work_dir)
+    with hold_participants({scan.subject for scan in scans}, folders) as held:
+        free = [scan for scan in scans if scan.subject in held]
+        complete = _run_steps(settings, free, ensemble, members) if free else False
+    return complete and len(free) == len(scans)
+
+
+def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     """Run the workflow; return whether every scan succeeded."""
     from bids_varaug.derivatives import names
     from bids_varaug.workflows.participant import init_participants_wf, node_name
-    from bids_varaug.workflows.plugins import ProgressLog, configure_nipype, run_workflow
+    from bids_varaug.workflows.plugins import (
+        ProgressLog,
+        run_workflow,
+        submits_only,
+    )
 
     log_dir = names.logs(settings.output_dir)
-    configure_nipype(settings, log_dir)
     workflow = init_participants_wf(settings, scans, ensemble, members)
     root = settings.work_dir / workflow.name
     progress = ProgressLog(root, len(scans), len(members))
@@ -152,6 +195,9 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
         file=sys.stderr,
     )
     if run_workflow(workflow, settings, progress):
+        if submits_only(settings):
+            print("Submitted. The reports come when the jobs are done.", file=sys.stderr)
+            return True
         if settings.clean_workdir:
             _remove_work(root, workflow)
         subjects = sorted({scan.subject for scan in scans})
@@ -175,6 +221,7 @@ def _remove_work(root: Path, workflow) -> None:
         shutil.rmtree(root / folder, ignore_errors=True)
     try:
         root.rmdir()
+        shutil.rmtree(caches_below(root.parent), ignore_errors=True)
     except OSError:
         print(f"{root}: not removed, it is not empty.", file=sys.stderr)
 

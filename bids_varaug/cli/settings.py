@@ -51,5 +51,6 @@ class Settings:
     features_table: Path | None = None
     relative_to: str | None = None
     asymmetries: bool = False
+    log_volumes: bool = False
     apply_model: Path | None = None
     compare: tuple[tuple[str, Path], ...] = ()

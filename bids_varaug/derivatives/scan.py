@@ -10,8 +10,8 @@ import nibabel as nib
 import numba
 import numpy as np
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.sidecars import package_version, sidecar
 from bids_varaug.derivatives.write import (
     write_image,
@@ -23,8 +23,7 @@ from bids_varaug.images.conform import to_native_scalar
 from bids_varaug.images.crop import insert
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
-from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import BASELINE, Ensemble, Member
+from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.regions import RegionCounts, members_table, region_table
@@ -33,26 +32,6 @@ from bids_varaug.variability.regions import RegionCounts, members_table, region_
 _SKULL_STRIPPED_BELOW = 1.7
 # What a map is outside the head box, where every member says background with certainty.
 _OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
-
-
-@dataclass(frozen=True)
-class ScanRequest:
-    """Whose derivatives to write, and from which members (in the order of the counts)."""
-
-    settings: Settings
-    scan: Scan
-    ensemble: Ensemble
-    members: tuple[Member, ...]
-
-    @property
-    def perturbed(self) -> tuple[Member, ...]:
-        """Members of consensus and spread; the baseline alone where there is no other."""
-        return tuple(m for m in self.members if not m.is_baseline) or self.members
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether there are two perturbed members to disagree."""
-        return len(self.perturbed) > 1
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from bids_varaug.errors import ScanError
+from bids_varaug.models.memory import GIB, memory_bound
 
 MAX_VOXELS = 400_000_000
 """More voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32."""
+BYTES_PER_VOXEL = 16
+"""Most memory that reading and conforming take: four float32 copies at once."""
 VOXEL_SIZE_RANGE = (0.3, 5.0)
 """mm. Structures are a few mm thick: larger voxels do not show them."""
 FIELD_OF_VIEW_RANGE = (70.0, 600.0)
@@ -85,6 +88,7 @@ def load_t1w(path: Path) -> Volume:
             header = _read_header(path, stream)
             shape = _check_shape(path, header)
             affine = _check_affine(path, header, shape)
+            _check_memory(path, shape)
             data = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
         raise ScanError(
@@ -214,6 +218,18 @@ def _check_affine(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, i
             f"(at most {high:g} mm). Crop the image, or mend the voxel size in its header."
         )
     return affine
+
+
+def _check_memory(path: Path, shape: tuple[int, int, int]) -> None:
+    """Refuse what the kernel would kill us for."""
+    need = BYTES_PER_VOXEL * math.prod(shape) / GIB
+    bound = memory_bound()
+    if need > bound.free:
+        raise ScanError(
+            f"{path.name}: {_times(shape, '.0f')} voxels need about {need:.1f} GB of memory, and "
+            f"{bound.free:.1f} GB of {bound.total:.1f} are free ({bound.source}). Give more "
+            "memory, run fewer steps at once (--nprocs), or resample the image."
+        )
 
 
 def _read_data(

@@ -1,7 +1,7 @@
 """Where pybids meets the dataset: only the ``anat`` folders of the requested participants.
 
 pybids takes minutes to index a large dataset, so the participants are read from the directory
-listing and nothing but their ``anat`` folders is handed to it.
+listing and nothing but the images of their ``anat`` folders is handed to it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def list_participants(bids_dir: Path) -> list[str]:
 
 
 def _ignore_patterns(participants: Iterable[str], existing: Iterable[str]) -> list[re.Pattern]:
-    """Patterns that keep pybids out of everything but the participants' ``anat`` folders."""
+    """Patterns that keep pybids to the NIfTI files of the participants' ``anat`` folders."""
     chosen = set(participants)
     # One short pattern where nobody is left out: it is matched against every path.
     labels = "[^/]+" if chosen.issuperset(existing) else "|".join(map(re.escape, sorted(chosen)))
@@ -79,6 +79,8 @@ def _ignore_patterns(participants: Iterable[str], existing: Iterable[str]) -> li
         re.compile(rf"^/(?!sub-(?:{labels})(?:/|$))"),
         re.compile(r"^/sub-[^/]+/(?!ses-[^/]+(?:/|$)|anat(?:/|$))"),
         re.compile(r"^/sub-[^/]+/ses-[^/]+/(?!anat(?:/|$))"),
+        # Sidecars are as many again, and nothing asks for them.
+        re.compile(r"/anat/.*(?<!\.nii)(?<!\.nii\.gz)$"),
     ]
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.ages import age_unit, column_entry, parse_age, read_sidecar
+from bids_varaug.inputs.annex import datalad_command
 from bids_varaug.inputs.tables import (
     TableError,
     TextTable,
@@ -133,9 +134,10 @@ def read_people(
     if not path.is_file():
         if not require_age:
             return People(_table([]))
+        fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}"
         raise NoInputError(
             f"{path}: is not there. The group level needs it, with the columns participant_id and "
-            "age (sex and site are optional)."
+            f"age (sex and site are optional).{fetch if path.is_symlink() else ''}"
         )
     table = read_text_table(path)
     sidecar = path.with_suffix(".json")

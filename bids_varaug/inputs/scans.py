@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import FiltersError, NoInputError, ScanError
+from bids_varaug.inputs.annex import MANY, datalad_command, is_absent
 from bids_varaug.inputs.layout import (
     filter_value,
     list_participants,
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".nii", ".nii.gz")
 PARTS_WITHOUT_CONTRAST = {"phase", "real", "imag"}
-MANY = 20  # more names than this are not printed one by one
 
 _ANAT_FILE = re.compile(r"sub-[^/]+/(ses-[^/]+/)?anat/[^/]+")
 _ENDING = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
@@ -83,11 +82,15 @@ class Selection:
         Images without content (dangling links, two files of one name); the error says what to do.
     participants_without_t1w : tuple of str
         Participants that were asked for and have no T1w image; the run ends with exit code 1.
+    complaints : tuple of str
+        What to tell about `unavailable`: one message, with one command, for all that only has to
+        be fetched.
     """
 
     scans: tuple[Scan, ...]
     unavailable: tuple[tuple[Scan, ScanError], ...] = ()
     participants_without_t1w: tuple[str, ...] = ()
+    complaints: tuple[str, ...] = ()
 
 
 def find_scans(settings: Settings) -> Selection:
@@ -111,8 +114,9 @@ def find_scans(settings: Settings) -> Selection:
     filters = dict(settings.bids_filters.get("t1w", {}))
     everything, wanted = [], []
     for each in (layout, *extra):
-        everything += _query(each, bids_dir, participants, {})
-        wanted += _query(each, bids_dir, participants, filters)
+        found = _query(each, bids_dir, participants, {})
+        everything += found
+        wanted += _query(each, bids_dir, participants, filters) if filters else found
     if not everything:
         _refuse_empty(bids_dir, participants, settings.participant_labels)
     wanted = _restrict_sessions(wanted, everything, settings.session_labels)
@@ -129,7 +133,8 @@ def find_scans(settings: Settings) -> Selection:
     scans, unavailable = _split_available(bids_dir, sorted(wanted, key=_scan_key))
     if not scans:
         _refuse_unavailable(bids_dir, unavailable, whole_dataset=not named)
-    return Selection(tuple(scans), tuple(unavailable), tuple(without))
+    complaints = _complaints(bids_dir, unavailable, whole_dataset=not named)
+    return Selection(tuple(scans), tuple(unavailable), tuple(without), complaints)
 
 
 def select_participants(settings: Settings) -> list[str]:
@@ -222,15 +227,6 @@ def _scan_key(scan: Scan) -> tuple:
     return natural_key(scan.relative), scan.relative
 
 
-def _is_absent(path: Path) -> bool:
-    """Whether git-annex (or a cleanup) left a name without content."""
-    if not path.exists():
-        return True
-    # Unlocked annexed files hold a one-line pointer instead of being a dangling link.
-    with path.open("rb") as stream:
-        return stream.read(15) == b"/annex/objects/"
-
-
 def _split_available(
     bids_dir: Path, scans: list[Scan]
 ) -> tuple[list[Scan], list[tuple[Scan, ScanError]]]:
@@ -239,7 +235,7 @@ def _split_available(
     unavailable = []
     for scan in scans:
         try:
-            absent = _is_absent(scan.path)
+            absent = is_absent(scan.path)
         except OSError as error:
             message = f"{scan.relative}: cannot read it: {error.strerror}. It is skipped."
             unavailable.append((scan, ScanError(message)))
@@ -268,30 +264,28 @@ class _AbsentError(ScanError):
         )
 
 
-def datalad_command(bids_dir: Path, relatives: Iterable[str], whole_dataset: bool = False) -> str:
-    """Shell command that fetches the content of annexed files.
-
-    Parameters
-    ----------
-    bids_dir : Path
-    relatives : iterable of str
-        Paths relative to `bids_dir`.
-    whole_dataset : bool
-        Whether the files are of all participants: many are then written as patterns.
-    """
-    relatives = list(relatives)
-    targets = " ".join(shlex.quote(relative) for relative in relatives)
-    if whole_dataset and len(relatives) > MANY:
-        patterns = {"*/" * relative.count("/") + "*_T1w.nii*" for relative in relatives}
-        targets = " ".join(sorted(f"sub-{pattern}" for pattern in patterns))
-    return f"cd {shlex.quote(str(bids_dir))} && datalad get {targets}"
-
-
 def _refuse_empty(bids_dir: Path, participants: list[str], requested: Iterable[str]) -> None:
     who = f"participant {_some(participants)}" if tuple(requested) else "any participant"
     raise NoInputError(
         f"{bids_dir}: no T1w image of {who}. "
         "Expected sub-<label>/[ses-<label>/]anat/*_T1w.nii[.gz]."
+    )
+
+
+def _complaints(
+    bids_dir: Path, unavailable: list[tuple[Scan, ScanError]], whole_dataset: bool
+) -> tuple[str, ...]:
+    """Message of each image; of a sparse clone's many links, only one message and command."""
+    absent = [scan for scan, error in unavailable if isinstance(error, _AbsentError)]
+    if len(absent) < 2:
+        return tuple(str(error) for _, error in unavailable)
+    others = [str(error) for _, error in unavailable if not isinstance(error, _AbsentError)]
+    subjects = dict.fromkeys(f"sub-{scan.subject}" for scan in absent)
+    command = datalad_command(bids_dir, [scan.relative for scan in absent], whole_dataset)
+    return (
+        *others,
+        f"{len(absent)} T1w images of {_some(subjects)} are skipped: only links are here, their "
+        f"content was not fetched. To fetch it:\n  {command}",
     )
 
 

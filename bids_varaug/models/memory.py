@@ -1,12 +1,94 @@
-"""Let the C library keep freed memory, so that large tensors are not zeroed anew by the kernel."""
+"""Memory: how much this process may use, and keeping what was freed.
+
+Freed memory is kept by the C library so that large tensors are not zeroed anew by the kernel.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+GIB = 2**30
+_NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+class MemoryBound(NamedTuple):
+    """GiB that this process and its children may use, how much of it is free, and who says so."""
+
+    total: float
+    free: float
+    source: str
+
+
+def memory_bound(root: Path = Path("/")) -> MemoryBound:
+    """The tightest of the machine's memory, the limits of its control groups, and ``ulimit -v``.
+
+    The kernel kills a process beyond the first two without a word; beyond the last, an allocation
+    fails. `root` is where ``proc`` and ``sys`` are.
+    """
+    return min(_bounds(root), key=lambda bound: bound.total)
+
+
+def _bounds(root: Path) -> Iterator[MemoryBound]:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    free = pages
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        pages, free = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux
+    yield MemoryBound(pages, free, "the machine's memory")
+    for folder in _control_groups(root):
+        # Version 2, then version 1.
+        for limit, usage in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                total = int((folder / limit).read_text())
+                used = int((folder / usage).read_text()) - _file_cache(folder)
+            except (OSError, ValueError):
+                continue  # "max": no limit
+            if total < _NO_LIMIT:
+                left = max(0, total - used) / GIB
+                yield MemoryBound(total / GIB, min(left, free), f"limit in {folder / limit}")
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY:
+        yield MemoryBound(soft / GIB, min(soft / GIB, free), "ulimit -v")
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Folders of this process's memory control groups and those above them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        # In a container the path may be the host's, of which only the top is seen.
+        folder = top / path.lstrip("/")
+        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
+
+
+def _file_cache(folder: Path) -> int:
+    """Bytes that count as used and are given back when they are needed."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, value = line.split()
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def keep_freed_memory() -> bool:

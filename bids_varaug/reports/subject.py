@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +18,7 @@ from bids_varaug.images.conform import conform
 from bids_varaug.images.crop import is_probably_cropped
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.models.ensemble import Member
 from bids_varaug.reports import figures
 from bids_varaug.reports.citation import cite
 from bids_varaug.reports.participant import (
@@ -27,26 +27,19 @@ from bids_varaug.reports.participant import (
     write_participant_report,
 )
 from bids_varaug.reports.plausibility import find_warnings
+from bids_varaug.reports.request import ReportRequest
 from bids_varaug.reports.volume_plot import draw_volumes
 
-# Where and how fast it ran (a report must not depend on it), and what the group level is asked.
+# Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same
+# one), and what the group level is asked.
 _NOT_SHOWN = frozenset(
     """
     output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only
-    clean_workdir stop_on_first_crash age_column site_column sex_column brainage_model augmentation
-    cv_folds features_table apply_model
+    clean_workdir stop_on_first_crash participant_labels exclude_participant_labels
+    skip_bids_validation bids_database_dir age_column site_column sex_column brainage_model
+    augmentation cv_folds features_table apply_model
     """.split()
 )
-
-
-@dataclass(frozen=True)
-class ReportRequest:
-    """Whose report to draw: all scans of one participant."""
-
-    settings: Settings
-    ensemble: Ensemble
-    members: tuple[Member, ...]
-    scans: tuple[Scan, ...]
 
 
 def write_subject_report(request: ReportRequest) -> Path:

@@ -45,6 +45,16 @@ class _Step(SimpleInterface):
                 flush=True,
             )
             raise
+        except (MemoryError, RuntimeError) as error:
+            # torch has no error of its own for this on the CPU.
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                print(
+                    f"ERROR: {runtime.cwd}: not enough memory for this step ({error}). Give more "
+                    "memory, or run fewer steps at once (--nprocs); the same -w goes on from here.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            raise
         return runtime
 
 

@@ -10,10 +10,10 @@ from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
 from bids_varaug.cli.settings import Settings
-from bids_varaug.derivatives.scan import ScanRequest
+from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.reports.subject import ReportRequest
+from bids_varaug.reports.request import ReportRequest
 from bids_varaug.workflows.interfaces import (
     Conform,
     FuseMembers,
@@ -26,6 +26,7 @@ from bids_varaug.workflows.interfaces import (
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 3.0, 1.2, 1.6, 1.0
 LARGEST_STEP_GB = SEGMENT_GB
+LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -51,6 +52,7 @@ def init_participants_wf(
         subjects.setdefault(scan.subject, []).append(scan)
     for subject, theirs in subjects.items():
         gather = Node(Merge(len(theirs)), f"gather_{node_name('sub-' + subject)}")
+        gather.run_without_submitting = True  # not worth a job
         report = _node(
             WriteReport(request=ReportRequest(settings, ensemble, tuple(members), tuple(theirs))),
             f"report_{node_name('sub-' + subject)}", 1, REPORT_GB,
@@ -60,6 +62,17 @@ def init_participants_wf(
             workflow.connect(scan_wf, "outputnode.derivatives", gather, f"in{number}")
         workflow.connect(gather, "out", report, "derivatives")
     return workflow
+
+
+def segment_gb(settings: Settings, ensemble: Ensemble) -> float:
+    """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
+    voxels = (SEGMENT_GB - LIBRARIES_GB) / network_voxel_size(settings, ensemble) ** 3
+    return LIBRARIES_GB + voxels
+
+
+def network_voxel_size(settings: Settings, ensemble: Ensemble) -> float:
+    """Voxel size of the network grid, mm."""
+    return ensemble.voxel_size * (2 if settings.sloppy else 1)
 
 
 def init_scan_wf(
@@ -76,7 +89,7 @@ def init_scan_wf(
     derivatives : files written for this scan
     """
     threads = settings.omp_nthreads
-    voxel_size = ensemble.voxel_size * (2 if settings.sloppy else 1)
+    voxel_size = network_voxel_size(settings, ensemble)
     conform = _node(
         Conform(in_file=str(scan.path), voxel_size=voxel_size, multiple=ensemble.network.multiple),
         "conform", 1, CONFORM_GB,
@@ -88,7 +101,7 @@ def init_scan_wf(
         iterfield=["member"],
         name="segment",
         n_procs=threads,
-        mem_gb=SEGMENT_GB,
+        mem_gb=segment_gb(settings, ensemble),
     )
     segment.inputs.member = list(members)
     fuse = _node(FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB)

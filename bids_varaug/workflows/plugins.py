@@ -11,16 +11,27 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import networkx as nx
 from nipype import Workflow, config, logging
 from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
-from bids_varaug.models.ensemble import Member
+from bids_varaug.models.memory import memory_bound
 from bids_varaug.workflows.interfaces import LOG_LEVEL
+from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
+
+if TYPE_CHECKING:
+    from bids_varaug.models.ensemble import Member
+
+LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")
+MEMORY_SHARE = 0.9  # for the steps; the rest is for this process and what else runs
+SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")
 
 KILLED = (
     "ERROR: a worker process was killed, most likely because memory ran out. Give a smaller "
@@ -32,6 +43,7 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
     """Set nipype's global configuration; it has no other kind."""
     level = ("CRITICAL", "INFO", "DEBUG")[min(settings.verbosity, 2)]
     os.environ[LOG_LEVEL] = level  # for the workers, which do not inherit this configuration
+    os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
     config.update_config({
         "logging": {
             "log_to_file": False,
@@ -46,14 +58,27 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
             "check_version": False,
             "create_report": False,  # its files lie where jobs that share -w would collide
             "remove_unnecessary_outputs": False,
-            "poll_sleep_duration": 0.1,
+            # A batch system is not to be flooded.
+            "poll_sleep_duration": 0.1 if runs_here(settings) else 2,
         },
     })  # fmt: skip
     logging.update_logging(config)
 
 
+def start_worker_server(settings: Settings) -> None:
+    """Start the server that workers are forked from, which imports torch and nipype for all.
+
+    That takes seconds, in which this process can look for images. After `configure_nipype`.
+    """
+    if settings.plugin is None or settings.plugin["plugin"] == "MultiProc":
+        multiprocessing.set_forkserver_preload(
+            ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
+        )
+        forkserver.ensure_running()
+
+
 def check_plugin(settings: Settings) -> None:
-    """Refuse a ``--use-plugin`` that nipype does not have.
+    """Refuse a ``--use-plugin`` that nipype does not have, or that cannot do what is asked for.
 
     Raises
     ------
@@ -66,29 +91,49 @@ def check_plugin(settings: Settings) -> None:
             f"--use-plugin: nipype has no plugin {settings.plugin['plugin']!r}. "
             f"It has {', '.join(known)}."
         )
+    if settings.clean_workdir and submits_only(settings):
+        raise UsageError(
+            f"--clean-workdir: with {settings.plugin['plugin']} the jobs still need the work "
+            "directory when this command ends. Leave one of the two out."
+        )
+
+
+def runs_here(settings: Settings) -> bool:
+    """Whether steps run on this machine, not on those of a batch system."""
+    return settings.plugin is None or settings.plugin["plugin"] in LOCAL
+
+
+def submits_only(settings: Settings) -> bool:
+    """Whether the plugin ends when the jobs are submitted, not when they are done."""
+    return settings.plugin is not None and settings.plugin["plugin"] in SUBMIT_ONLY
 
 
 def plugin_of(settings: Settings, status_callback: Callable) -> dict:
     """Return the arguments of ``Workflow.run``: MultiProc, or what --use-plugin says."""
     given = settings.plugin or {"plugin": "MultiProc"}
     arguments = {"status_callback": status_callback} | dict(given.get("plugin_args", {}))
+    if given["plugin"] == "SLURM":
+        return {"plugin": SlurmPlugin(arguments)}
+    if given["plugin"] in SUBMIT_ONLY:
+        del arguments["status_callback"]  # there is nobody left to call
     if given["plugin"] != "MultiProc":
         return {"plugin": given["plugin"], "plugin_args": arguments}
-    # Imported once, in the server that workers are forked from, instead of in each of them.
-    multiprocessing.set_forkserver_preload(
-        ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
-    )
-    limits = {"n_procs": settings.nprocs, "raise_insufficient": False}
-    if settings.mem_gb is not None:
-        limits["memory_gb"] = settings.mem_gb
+    # nipype would count the whole machine's, of which a container may have a small part.
+    memory = settings.mem_gb or MEMORY_SHARE * memory_bound().total
+    limits = {"n_procs": settings.nprocs, "memory_gb": memory, "raise_insufficient": False}
     return {"plugin": WorkersPlugin(limits | arguments)}
+
+
+# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long.
+plugins.base.time = time.monotonic
 
 
 class WorkersPlugin(MultiProcPlugin):
     """nipype's MultiProc, but it survives a worker that is killed, and no worker survives it.
 
     MultiProc waits for ever for the result of a worker that the kernel killed to free memory. Here
-    the steps that were running fail, and new workers do the others.
+    the steps that were running fail, and new workers do the others. It would also run the first
+    step of all scans, then the second: of an interrupted run of hundreds, none would be done.
     """
 
     def __init__(self, plugin_args: dict | None = None):
@@ -99,6 +144,19 @@ class WorkersPlugin(MultiProcPlugin):
         # Forking a process in which OpenMP has run may hang the child.
         context = multiprocessing.get_context(self.plugin_args.get("mp_context", "forkserver"))
         return ProcessPoolExecutor(self.processors, context, _start_worker, (self._cwd,))
+
+    def _generate_dependency_list(self, graph):
+        super()._generate_dependency_list(graph)
+        generations = enumerate(nx.topological_generations(graph))
+        self.stages = {node: stage for stage, nodes in generations for node in nodes}
+
+    def _sort_jobs(self, jobids, scheduler=None):
+        """Put first what is nearest to its end."""
+
+        def stage(job: int) -> int:  # of a member, that of its MapNode
+            return self.stages[self.procs[self.mapnodesubids.get(job, job)]]
+
+        return sorted(jobids, key=lambda job: (-stage(job), job))
 
     def _submit_job(self, node, updatehash=False):
         try:
@@ -155,7 +213,9 @@ class ProgressLog:
         if status not in ("end", "exception"):
             return
         # <root>/<scan>/<step>, and below it the members' own folders.
-        where, step = (*Path(node.output_dir()).relative_to(self.root).parts, "")[:2]
+        # nipype follows links, of which the work directory may be one.
+        folder = Path(os.path.realpath(node.output_dir()))
+        where, step = (*folder.relative_to(os.path.realpath(self.root)).parts, "")[:2]
         if where in self.failed:
             return  # some plugins report what they skip as ended
         if status == "exception":
@@ -195,6 +255,8 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
 
     A failed node takes only those that depend on it along.
     """
+    if settings.plugin is not None and settings.plugin["plugin"].startswith("SLURM"):
+        request_resources(workflow, settings.plugin["plugin_args"].get("sbatch_args", ""))
     try:
         workflow.run(**plugin_of(settings, progress))
     except Exception as error:

@@ -39,6 +39,21 @@ def test_dangling_links_and_empty_images_pass(bids_dir):
 
 
 @needs_validator
+def test_description_that_was_not_fetched_is_a_warning(bids_dir, capsys):
+    description = bids_dir / "dataset_description.json"
+    description.unlink()
+    description.symlink_to(".git/annex/objects/xx/MD5E-s123--abc.json")
+    assert validation.validate_input(bids_dir) is None
+    assert "datalad get dataset_description.json" in capsys.readouterr().err
+
+
+@needs_validator
+def test_participants_whose_folders_were_removed_do_not_count_where_others_are_named(bids_dir):
+    (bids_dir / "participants.tsv").write_text("participant_id\nsub-01\nsub-02\nsub-03\n")
+    assert validation.validate_input(bids_dir, participant_labels=["01"]) is None
+
+
+@needs_validator
 def test_wrong_name_is_told_with_code_file_and_way_out(bids_dir):
     (bids_dir / "sub-01/anat/sub-01_foo.nii.gz").write_bytes(b"x")
     with pytest.raises(InvalidBidsError, match="sub-01_foo.nii.gz") as caught:

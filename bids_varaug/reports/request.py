@@ -1,0 +1,19 @@
+"""What a participant's report is asked for; light, so that a graph is wired without the tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bids_varaug.cli.settings import Settings
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.models.ensemble import Ensemble, Member
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """Whose report to draw: all scans of one participant."""
+
+    settings: Settings
+    ensemble: Ensemble
+    members: tuple[Member, ...]
+    scans: tuple[Scan, ...]

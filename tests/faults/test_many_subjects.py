@@ -1,0 +1,66 @@
+"""Memory does not grow with the number of participants done, who are finished one by one."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.conftest import App, work_of
+from tests.workflows.conftest import describe, head, write_t1w
+
+ALLOCATOR_NOISE_MIB = 25
+MIB_PER_PARTICIPANT = 0.3
+
+
+def private_memory(pid: int) -> float:
+    """MiB of a process and its descendants that they share with nobody."""
+    total = 0.0
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                total += private_memory(int(child))
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it ended meanwhile
+    return total
+
+
+def watch(process: subprocess.Popen, out: Path) -> dict[int, tuple[float, int]]:
+    """Participants whose report is written -> MiB just then, and participants begun."""
+    seen: dict[int, tuple[float, int]] = {}
+    while process.poll() is None:
+        done = len(list(out.glob("sub-*.html")))
+        if done not in seen:
+            begun = len(list(work_of(out).glob("*/*/conform")))
+            seen[done] = private_memory(process.pid), begun
+        time.sleep(0.05)
+    return seen
+
+
+def test_memory_does_not_grow_with_participants(tmp_path, small_ensemble, full):
+    n_participants = 200 if full else 6
+    bids_dir, out = describe(tmp_path / "bids"), tmp_path / "out"
+    first = write_t1w(bids_dir, "sub-001", head(1))
+    for number in range(2, n_participants + 1):
+        path = bids_dir / f"sub-{number:03d}" / "anat" / f"sub-{number:03d}_T1w.nii.gz"
+        path.parent.mkdir(parents=True)
+        os.link(first, path)
+    code = "import sys; from bids_varaug.cli.run import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *App(bids_dir, small_ensemble, ()).arguments(out)]
+    started = time.monotonic()
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+        seen = watch(process, out)
+    assert process.returncode == 0, (tmp_path / "errors").read_text()[-2000:]
+    half = n_participants // 2
+    early = max(memory for done, (memory, _) in seen.items() if 0 < done <= half)
+    late = max(memory for done, (memory, _) in seen.items() if done > half)
+    print(f"{n_participants} participants in {time.monotonic() - started:.0f} s; most memory in "
+          f"the first half {early:.0f} MiB, in the second {late:.0f} MiB")  # fmt: skip
+    for done in sorted(seen)[:: max(1, n_participants // 20)]:
+        print(f"  after {done:4d}: {seen[done][0]:.0f} MiB, begun {seen[done][1]}")
+    assert late - early < ALLOCATOR_NOISE_MIB + MIB_PER_PARTICIPANT * half
+    # Of a run that is interrupted, most of those who were begun are done.
+    assert all(begun <= done + 3 for done, (_, begun) in seen.items())
