@@ -194,10 +194,13 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
         f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}",
         file=sys.stderr,
     )
-    if run_workflow(workflow, settings, progress):
-        if submits_only(settings):
-            print("Submitted. The reports come when the jobs are done.", file=sys.stderr)
-            return True
+    no_error = run_workflow(workflow, settings, progress)
+    if no_error and submits_only(settings):
+        print("Submitted. The reports come when the jobs are done.", file=sys.stderr)
+        return True
+    # nipype raises nothing where it fails to read what a step left.
+    progress.failed |= {node_name(scan.prefix) for scan in scans} - progress.scans_done
+    if no_error and not progress.failed:
         if settings.clean_workdir:
             _remove_work(root, workflow)
         subjects = sorted({scan.subject for scan in scans})

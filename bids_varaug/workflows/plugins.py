@@ -19,6 +19,7 @@ import networkx as nx
 from nipype import Workflow, config, logging
 from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
+from nipype.utils import filemanip
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
@@ -124,8 +125,9 @@ def plugin_of(settings: Settings, status_callback: Callable) -> dict:
     return {"plugin": WorkersPlugin(limits | arguments)}
 
 
-# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long.
-plugins.base.time = time.monotonic
+# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long. It
+# waits for files by that clock too: one that is set forward would end the wait at once.
+plugins.base.time = filemanip.time = time.monotonic
 
 
 class WorkersPlugin(MultiProcPlugin):
