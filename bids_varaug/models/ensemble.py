@@ -91,7 +91,7 @@ def find_ensemble(name: str) -> Path:
     shipped = Path(str(files("bids_varaug"))) / "data" / "ensembles"
     for folder in (shipped / name if "/" not in name else None, Path(name)):
         if folder is not None and (folder / MANIFEST).is_file():
-            return folder
+            return folder.absolute()  # workers run elsewhere
     known = sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))
     raise EnsembleError(
         f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a "

@@ -11,6 +11,7 @@ from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
+    find_ensemble,
     load_ensemble,
     load_member,
     round_inference,
@@ -150,3 +151,10 @@ def test_damaged_manifest_is_refused(ensemble, text):
     (ensemble.directory / "manifest.json").write_text(text)
     with pytest.raises(EnsembleError, match=r"manifest\.json"):
         load_ensemble(str(ensemble.directory))
+
+
+def test_folder_below_the_current_one_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert find_ensemble("mine") == tmp_path / "mine"
