@@ -43,16 +43,13 @@ class ComparedPipeline:
     comparison: pd.DataFrame
 
 
-@dataclass(frozen=True, eq=False)
-class GroupContent:
-    """What is shown of a group.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PageContent:
+    """What every page of the group level shows.
 
     Attributes
     ----------
-    study : scores and predictions
     citation : how to cite
-    numerics : table of `population.numerical_variability`; None without members
-    compared : other pipelines
     left_out : reason by participant or observation
     warnings : sentences shown at the top
     source : what the features are, shown as a list of name and value
@@ -61,10 +58,7 @@ class GroupContent:
     sloppy : whether made with --sloppy
     """
 
-    study: Study
     citation: Citation
-    numerics: pd.DataFrame | None = None
-    compared: Sequence[ComparedPipeline] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +66,35 @@ class GroupContent:
     versions: Mapping[str, str] = field(default_factory=dict)
     title: str = "Brain age"
     sloppy: bool = False
+
+    def values(self) -> dict[str, Any]:
+        """The same as the templates take it."""
+        return {
+            "citation": self.citation,
+            "left_out": sorted(self.left_out.items()),
+            "warnings": list(self.warnings),
+            "source": [(key, plain(v)) for key, v in self.source.items() if key != "sha256"],
+            "settings": [(key, plain(value)) for key, value in self.settings.items()],
+            "versions": dict(self.versions),
+            "title": self.title,
+            "sloppy": self.sloppy,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GroupContent(PageContent):
+    """What is shown of a group.
+
+    Attributes
+    ----------
+    study : scores and predictions
+    numerics : table of `population.numerical_variability`; None without members
+    compared : other pipelines
+    """
+
+    study: Study
+    numerics: pd.DataFrame | None = None
+    compared: Sequence[ComparedPipeline] = ()
 
 
 @dataclass(frozen=True)
@@ -172,9 +195,7 @@ def render_group_report(content: GroupContent) -> str:
     best = best_augmentation(study)
     return render_page(
         "group.html",
-        title=content.title,
-        sloppy=content.sloppy,
-        warnings=list(content.warnings),
+        **content.values(),
         verdict=verdict(study),
         sentences=headline(study, content.numerics),
         tiles=_tiles(study, best),
@@ -190,13 +211,8 @@ def render_group_report(content: GroupContent) -> str:
              "sentences": _comparison_words(other)}
             for other in content.compared
         ],
-        left_out=sorted(content.left_out.items()),
         chosen=[(name, plain(choice)) for name, choice in study.chosen.items()],
-        source=[(key, plain(v)) for key, v in content.source.items() if key != "sha256"],
         study_settings=[(key, plain(value)) for key, value in study.settings.items()],
-        settings=[(key, plain(value)) for key, value in content.settings.items()],
-        versions=dict(content.versions),
-        citation=content.citation,
     )  # fmt: skip
 
 

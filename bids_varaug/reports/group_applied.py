@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, applied_tables
 from bids_varaug.brainage.scoring import bootstrap_interval
 from bids_varaug.derivatives.write import write_text
 from bids_varaug.reports.citation import GROUP_REFERENCES, REFERENCES, Citation
-from bids_varaug.reports.group import Column, data_uris, plain, tabulate
+from bids_varaug.reports.group import Column, PageContent, data_uris, plain, tabulate
 from bids_varaug.reports.group_figures import draw_ages, draw_ranked, signed
 from bids_varaug.reports.group_words import percent
 from bids_varaug.reports.page import render_page
@@ -34,31 +34,18 @@ PEOPLE = {
 
 
 @dataclass(frozen=True, eq=False)
-class AppliedContent:
+class AppliedContent(PageContent):
     """What is shown of a model applied to people.
 
     Attributes
     ----------
     predicted : of `model_file.apply_model`
-    citation : how to cite
     model : what was applied, shown as a list of name and value
-    left_out : reason by participant or observation
-    warnings : sentences shown at the top
-    source : what the features are, shown as a list of name and value
-    settings, versions : of the run, and of packages
-    title, sloppy : as in `group.GroupContent`
     """
 
     predicted: pd.DataFrame
-    citation: Citation
     model: Mapping[str, Any] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    title: str = "Brain age by a model fitted before"
-    sloppy: bool = False
+    title: str = field(default="Brain age by a model fitted before", kw_only=True)
 
 
 def write_applied_report(path: Path, content: AppliedContent) -> Path:
@@ -80,21 +67,14 @@ def render_applied_report(content: AppliedContent) -> str:
     figure = draw_ages(known) if len(known) else draw_ranked(predicted)
     return render_page(
         "group_applied.html",
-        title=content.title,
-        sloppy=content.sloppy,
-        warnings=list(content.warnings),
+        **content.values(),
         sentences=_sentences(people, content.model.get("inner_mae")),
         tiles=_tiles(people),
         has_ages=bool(len(known)),
         figures=data_uris({"ages": figure}),
         people=tabulate(people, PEOPLE),
         has_sessions=bool(predicted["session_id"].notna().any()),
-        left_out=sorted(content.left_out.items()),
         model=[(key, plain(v)) for key, v in content.model.items()],
-        source=[(key, plain(v)) for key, v in content.source.items() if key != "sha256"],
-        settings=[(key, plain(value)) for key, value in content.settings.items()],
-        versions=dict(content.versions),
-        citation=content.citation,
     )
 
 

@@ -178,8 +178,9 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequ
     citation = cite_applied(described, _features_text(settings, cohort), versions)
     write_group_logs(settings, citation)
     content = AppliedContent(
-        predicted, citation, described, cohort.left_out, [*notes, *predicted.attrs["notes"]],
-        cohort.source, {"level": "group"}, versions, sloppy=bool(cohort.source.get("sloppy")),
+        predicted, described, citation=citation, left_out=cohort.left_out,
+        warnings=[*notes, *predicted.attrs["notes"]], source=cohort.source,
+        settings={"level": "group"}, versions=versions, sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
     return _write_page(settings, content, save=True)
 
@@ -280,7 +281,8 @@ def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -
     if not np.isfinite(cohort.age).all():
         warnings.append("Some people have no age: they count for numerics, not for the model.")
     content = GroupContent(
-        study, citation, numerics, compared, cohort.left_out, warnings, cohort.source,
+        study, numerics, compared, citation=citation, left_out=cohort.left_out,
+        warnings=warnings, source=cohort.source,
         settings={"level": "group", **study.settings}, versions=versions,
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip

@@ -25,7 +25,6 @@ from bids_varaug.workflows.interfaces import (
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 3.0, 1.2, 1.6, 1.0
-LARGEST_STEP_GB = SEGMENT_GB
 LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
 
 # With the version: what another one left in the work directory may be of another kind.

@@ -103,9 +103,9 @@ def test_defaults_agree(inputs, actions):
 
 
 def test_suggested_memory_is_enough_for_the_largest_step(descriptor):
-    from bids_varaug.workflows.participant import LARGEST_STEP_GB
+    from bids_varaug.workflows.participant import SEGMENT_GB
 
-    assert descriptor["suggested-resources"]["ram"] >= LARGEST_STEP_GB
+    assert descriptor["suggested-resources"]["ram"] >= SEGMENT_GB
 
 
 def test_error_codes_are_those_of_the_program(descriptor):
