@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,8 +73,10 @@ def run_group(settings: Settings) -> Path | None:
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     people = _people(settings, model)
     volumes = _select(_cohort(settings, people, model), settings)
-    cohort = _derive(volumes, **_derivation(settings, model))
+    made = _derivation(settings, model)
+    cohort = _derive(volumes, **made)
     notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
+    notes += _unused(settings, made)
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
     for note in notes:
@@ -125,6 +127,15 @@ def _derivation(settings: Settings, model: BrainAgeModel | None) -> dict[str, ob
         "asymmetries": settings.asymmetries,
         "log_volumes": settings.log_volumes,
     }
+
+
+def _unused(settings: Settings, made: Mapping[str, object]) -> list[str]:
+    """What was asked for of features that a model fitted before makes otherwise."""
+    return [
+        f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
+        for name, value in made.items()
+        if getattr(settings, name) not in (None, False, value)
+    ]
 
 
 def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bool) -> Cohort:

@@ -56,7 +56,8 @@ def test_memory_does_not_grow_with_participants(tmp_path, small_ensemble, full):
     assert process.returncode == 0, (tmp_path / "errors").read_text()[-2000:]
     half = n_participants // 2
     early = max(memory for done, (memory, _) in seen.items() if 0 < done <= half)
-    late = max(memory for done, (memory, _) in seen.items() if done > half)
+    # Without the last: what ends a run (its logs, its summary) comes once, however many they were.
+    late = max(memory for done, (memory, _) in seen.items() if half < done < n_participants)
     print(f"{n_participants} participants in {time.monotonic() - started:.0f} s; most memory in "
           f"the first half {early:.0f} MiB, in the second {late:.0f} MiB")  # fmt: skip
     for done in sorted(seen)[:: max(1, n_participants // 20)]:

@@ -117,7 +117,7 @@ def test_outputs_pass_the_validator(bids, output):
     assert run_validator(output) == []
 
 
-def test_a_fitted_model_predicts_other_people(bids, output, tmp_path):
+def test_a_fitted_model_predicts_other_people(bids, output, tmp_path, capsys):
     made = ("--augmentation", "members", "--asymmetries", "--log-volumes")
     assert run(bids, output, *made) == 0
     assert "natural logarithms" in (output / "logs/CITATION_group.md").read_text()
@@ -126,7 +126,10 @@ def test_a_fitted_model_predicts_other_people(bids, output, tmp_path):
     others = write_derivatives(tmp_path / "others")
     (bids / "participants.tsv").unlink()  # their ages are not known
     (others / "sub-03/anat" / f"sub-03{ENDING}").write_text("member\n")
-    assert run(bids, others, "--apply-model", str(model)) == 0
+    ignored = ("--relative-to", "none", "--log-volumes")  # logarithms are the model's own too
+    assert run(bids, others, "--apply-model", str(model), *ignored) == 0
+    messages = capsys.readouterr().err
+    assert "--relative-to has no effect" in messages and "--log-volumes" not in messages
     table = pd.read_csv(others / "phenotype/brainage.tsv", sep="\t")
     assert len(table) == N - 1
     assert table["brain_age"].between(10, 100).all() and table["age"].isna().all()
