@@ -16,23 +16,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import prange, types
-from numba.extending import intrinsic
 
-from bids_varaug.compiled import compiled
 from bids_varaug.numerics.glances import flat_view
-from bids_varaug.numerics.noise import bits_of, float_of, like
+from bids_varaug.numerics.partial_sums import (
+    WIDTH,
+    follow_parallel,
+    follow_serial,
+    loop_of,
+    products_parallel,
+    products_serial,
+    tasks_of,
+)
 from bids_varaug.numerics.rules import Rule
 
-_EXPONENTS = {4: np.int32(0x7F800000), 8: np.int64(0x7FF0000000000000)}
 _SMALL = 2**15  # terms below which waking other threads takes longer than the work
-_WIDTH = 8  # sums that are followed side by side, as vector instructions
-_SQUARES, _ENERGY, _COUNT, _CENTRE, _OTHER_CENTRE, _LANES = range(6)  # rows of their state
-_RUN = 4096  # terms whose squares are added up in the terms' own format
 
 
 def bridge(n_terms, lanes: int = 1):
@@ -81,18 +80,6 @@ def modelled_variance(y, energy, n_terms: float, rule: Rule):
     a, b = bridge(n_terms, rule.lanes)
     c_sum, c_product = rule.of_partial_sum, rule.of_product
     return rule.per_energy * (c_sum * a * y**2 + (c_sum * b + c_product) * energy)
-
-
-class Loop(NamedTuple):
-    """How compiled loops follow sums."""
-
-    exponent_mask: np.integer
-    rounds_exact: np.integer  # 0 or 1, see `Rule`
-    lanes: int
-
-
-def _loop(rule: Rule, dtype: np.dtype) -> Loop:
-    return Loop(_EXPONENTS[dtype.itemsize], np.int8(rule.rounds_exact), rule.lanes)
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,7 @@ def follow_sums(
             row[:] = given
     out = np.zeros((4, *shape))
     operands = (x,) if other is None else (x, other)
-    if shape[1] < min(shape[0], _WIDTH):  # the many sums side by side
+    if shape[1] < min(shape[0], WIDTH):  # the many sums side by side
         operands, centres, out_view = (
             [v.swapaxes(0, 2) for v in operands], centres.swapaxes(1, 2), out.swapaxes(1, 2)
         )  # fmt: skip
@@ -197,10 +184,10 @@ def follow_sums(
     flats, strides = zip(*map(flat_view, operands), strict=True)
     flats += (None,) * (2 - len(flats))
     strides = np.stack(strides * (3 - len(strides)))
-    follow = _follow_serial if x.size < _SMALL else _follow_parallel
+    follow = follow_serial if x.size < _SMALL else follow_parallel
     follow(
         *flats, strides, x.shape[1], centres, x.dtype.type(scale * scale_other),
-        _loop(rule, x.dtype), _tasks(out_view.shape[1:]), out_view,
+        loop_of(rule, x.dtype), tasks_of(out_view.shape[1:]), out_view,
     )  # fmt: skip
     sums, energy, total = out[0], out[1], out[2]
     squared = (scale * scale_other) ** 2
@@ -228,13 +215,13 @@ def follow_products(x: np.ndarray, weight: np.ndarray, rule: Rule) -> Walk:
     """
     scales = _scale(x), _scale(weight)
     n_out, scale = weight.shape[1], math.prod(scales)
-    padded = np.zeros((len(weight), -(-n_out // _WIDTH) * _WIDTH), x.dtype)
+    padded = np.zeros((len(weight), -(-n_out // WIDTH) * WIDTH), x.dtype)
     padded[:, :n_out] = weight * x.dtype.type(scales[1])
     x = np.ascontiguousarray(x * x.dtype.type(scales[0]))
     found = np.empty((3, x.shape[0], padded.shape[1]), x.dtype)
     small = x.size * n_out < 16 * _SMALL
-    follow = _follow_products_serial if small else _follow_products
-    follow(x, padded, _loop(rule, x.dtype), found)
+    follow = products_serial if small else products_parallel
+    follow(x, padded, loop_of(rule, x.dtype), found)
     squares, energy, total = found[:, :, :n_out].astype("f8")
     sums = rule.of_partial_sum * squares * (4 * rule.unit / scale**2)
     energy /= scale**2
@@ -254,203 +241,3 @@ def _rough_scale(x: np.ndarray) -> float:
     """The same from some of the terms."""
     scale = _scale(x[:, :: max(1, x.shape[1] // 64)])
     return scale if scale != 1.0 or x.size < _SMALL else _scale(x)
-
-
-def _tasks(shape) -> np.ndarray:
-    """(T, 3): rows and columns of the sums that are followed side by side."""
-    starts = range(0, shape[1], _WIDTH)
-    rows = [(a, b, min(b + _WIDTH, shape[1])) for a in range(shape[0]) for b in starts]
-    return np.array(rows, np.int64).reshape(-1, 3)
-
-
-# --------------------------------------------------------------------------------------------------
-# Loops. Squares are those of 2^E for numbers in [2^E, 2^(E+1)): a quarter of 4^e. Adding 0 rounds
-# nothing, nor does the first term of a lane, but by some rules (`Rule.rounds_exact`).
-
-
-@compiled()
-def _power(value, exponent_mask):
-    return float_of(like(bits_of(value) & exponent_mask, exponent_mask))
-
-
-@intrinsic
-def _add_terms(
-    typing_context, x, start, other, start_other, state, base, lane, factor, mask, always
-):
-    """Add one term to each of `_WIDTH` sums, as vector instructions.
-
-    Written out, since numba makes scalar ones of such a loop. Terms are ``x[start:]`` times
-    ``other[start_other:]``, which may be None. ``state[base:]`` holds rows of `_WIDTH` numbers:
-    squares of 2^E, energy, count, the two centres, then the partial sums of each lane; those of
-    this lane are at ``state[lane:]``. Where `always` is not 0, adding to 0, or 0, counts too.
-    """
-    signature = types.void(x, start, other, start_other, state, base, lane, factor, mask, always)
-
-    def build(context, builder, signature, arguments):
-        element = context.get_value_type(x.dtype)
-        vector = ir.VectorType(element, _WIDTH)
-        integers = ir.VectorType(arguments[8].type, _WIDTH)
-
-        def pointer(array_type, array, place):
-            data = context.make_array(array_type)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
-
-        def load(where):
-            return builder.load(where, align=x.dtype.bitwidth // 8)
-
-        def row(number):
-            place = builder.add(arguments[5], context.get_constant(types.intp, number * _WIDTH))
-            return pointer(state, arguments[4], place)
-
-        def same(scalar, vector):
-            filled = ir.Constant(vector, ir.Undefined)
-            for place in range(_WIDTH):
-                index = ir.Constant(ir.IntType(32), place)
-                filled = builder.insert_element(filled, scalar, index)
-            return filled
-
-        def add(where, value):
-            builder.store(builder.fadd(load(where), value), where, align=x.dtype.bitwidth // 8)
-
-        zeros, ones = (ir.Constant(vector, [value] * _WIDTH) for value in (0.0, 1.0))
-        terms = load(pointer(x, arguments[0], arguments[1]))
-        if other is not types.none:
-            others = load(pointer(other, arguments[2], arguments[3]))
-            others = builder.fsub(others, load(row(_OTHER_CENTRE)))
-            terms = builder.fmul(builder.fsub(terms, load(row(_CENTRE))), others)
-        terms = builder.fmul(terms, same(arguments[7], vector))
-        partial = pointer(state, arguments[4], arguments[6])
-        before = load(partial)
-        after = builder.fadd(before, terms)
-        builder.store(after, partial, align=x.dtype.bitwidth // 8)
-        bits = builder.and_(builder.bitcast(after, integers), same(arguments[8], integers))
-        power = builder.bitcast(bits, vector)
-        every = builder.trunc(arguments[9], ir.IntType(1))
-        every = same(every, ir.VectorType(ir.IntType(1), _WIDTH))
-        present = builder.or_(every, builder.fcmp_unordered("!=", terms, zeros))
-        was = builder.or_(every, builder.fcmp_unordered("!=", before, zeros))
-        inexact = builder.and_(present, was)
-        squares = builder.fmul(power, power)
-        add(row(_SQUARES), builder.select(inexact, squares, zeros))
-        add(row(_ENERGY), builder.fmul(terms, terms))
-        add(row(_COUNT), builder.select(present, ones, zeros))
-        return context.get_dummy_value()
-
-    return signature, build
-
-
-@compiled()
-def _gather(flat, start, stride, width, row):
-    for b in range(width):
-        row[b] = flat[start + b * stride]
-
-
-@compiled()
-def _join(partial, n_terms, sums, how):
-    """Add the lanes (L, B) pairwise, those that have terms."""
-    joined, n = partial.shape[0] // 2, min(partial.shape[0], n_terms)
-    while joined >= 1:
-        for lane in range(n - joined):
-            for b in range(partial.shape[1]):
-                value = partial[lane, b] + partial[lane + joined, b]
-                inexact = partial[lane, b] != 0 and partial[lane + joined, b] != 0
-                if inexact or how.rounds_exact:
-                    unit = np.float64(_power(value, how.exponent_mask))
-                    sums[b] += unit * unit
-                partial[lane, b] = value
-        n, joined = min(n, joined), joined // 2
-
-
-@compiled()
-def _follow_task(x, other, strides, n_terms, given, factor, how, task, out):
-    a, start, stop = task
-    width = stop - start
-    lanes, mask = how.lanes, how.exponent_mask
-    state = np.zeros((_LANES + lanes) * _WIDTH, x.dtype)
-    terms, others = np.zeros(_WIDTH, x.dtype), np.zeros(_WIDTH, x.dtype)
-    for b in range(width):
-        state[_CENTRE * _WIDTH + b] = given[0, a, start + b]
-        state[_OTHER_CENTRE * _WIDTH + b] = given[1, a, start + b]
-    place, step, stride = a * strides[0, 0] + start * strides[0, 2], strides[0, 1], strides[0, 2]
-    place_other, step_other = a * strides[1, 0] + start * strides[1, 2], strides[1, 1]
-    as_it_is = width == _WIDTH and stride == 1 and (other is None or strides[1, 2] == 1)
-    for begin in range(0, n_terms, _RUN):
-        for i in range(begin, min(begin + _RUN, n_terms)):
-            lane = (_LANES + (i & (lanes - 1))) * _WIDTH
-            always = how.rounds_exact if i >= lanes else np.int8(0)
-            if as_it_is:
-                _add_terms(x, place, other, place_other, state, 0, lane, factor, mask, always)
-            else:
-                _gather(x, place, stride, width, terms)
-                if other is None:
-                    _add_terms(terms, 0, other, 0, state, 0, lane, factor, mask, always)
-                else:
-                    _gather(other, place_other, strides[1, 2], width, others)
-                    _add_terms(terms, 0, others, 0, state, 0, lane, factor, mask, always)
-            place += step
-            place_other += step_other
-        for b in range(width):
-            out[0, a, start + b] += state[_SQUARES * _WIDTH + b]
-            out[1, a, start + b] += state[_ENERGY * _WIDTH + b]
-            out[3, a, start + b] += state[_COUNT * _WIDTH + b]
-        state[: 3 * _WIDTH] = 0
-    partial = state[_LANES * _WIDTH :].reshape(lanes, _WIDTH)[:, :width]
-    _join(partial, n_terms, out[0, a, start:stop], how)
-    for b in range(width):
-        out[2, a, start + b] = partial[0, b]
-
-
-@compiled(parallel=True)
-def _follow_parallel(x, other, strides, n_terms, given, factor, how, tasks, out):
-    for t in prange(len(tasks)):
-        _follow_task(
-            x, other, strides, n_terms, given, factor, how, tasks[t], out
-        )  # fmt: skip
-
-
-@compiled()
-def _follow_serial(x, other, strides, n_terms, given, factor, how, tasks, out):
-    for t in range(len(tasks)):
-        _follow_task(
-            x, other, strides, n_terms, given, factor, how, tasks[t], out
-        )  # fmt: skip
-
-
-@compiled()
-def _products_row(x, weight, how, squares, energy, total):
-    n_out = weight.shape[1]
-    lanes, mask = how.lanes, how.exponent_mask
-    weights, size = weight.ravel(), (_LANES + lanes) * _WIDTH
-    state = np.zeros(n_out // _WIDTH * size, x.dtype)
-    for k in range(x.size):
-        lane = (_LANES + (k & (lanes - 1))) * _WIDTH
-        always = how.rounds_exact if k >= lanes else np.int8(0)
-        start = k * n_out
-        if x[k] != 0 or how.rounds_exact:
-            for base in range(0, state.size, size):
-                _add_terms(
-                    weights, start, None, 0, state, base, base + lane, x[k], mask, always
-                )  # fmt: skip
-                start += _WIDTH
-    for block in range(n_out // _WIDTH):
-        own = state[block * size : (block + 1) * size].reshape(-1, _WIDTH)
-        part = slice(block * _WIDTH, (block + 1) * _WIDTH)
-        squares[part], energy[part] = own[_SQUARES], own[_ENERGY]
-        _join(own[_LANES:], x.size, squares[part], how)
-        total[part] = own[_LANES]
-
-
-@compiled(parallel=True)
-def _follow_products(x, weight, how, found):
-    for row in prange(x.shape[0]):
-        _products_row(
-            x[row], weight, how, found[0, row], found[1, row], found[2, row]
-        )  # fmt: skip
-
-
-@compiled()
-def _follow_products_serial(x, weight, how, found):
-    for row in range(x.shape[0]):
-        _products_row(
-            x[row], weight, how, found[0, row], found[1, row], found[2, row]
-        )  # fmt: skip

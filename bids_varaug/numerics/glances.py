@@ -229,14 +229,14 @@ def row_energy(a: torch.Tensor, most: int = 256) -> torch.Tensor:
     flat, strides = flat_view(a.numpy())
     energy = np.zeros(len(a), flat.dtype)
     if a.numel() < 4 * _LARGE:
-        _row_energies(flat, strides, a.shape[1], 0, energy)
+        row_energies(flat, strides, a.shape[1], 0, energy)
     else:
         _row_energies_parallel(flat, strides, a.shape[1], energy)
     return torch.from_numpy(energy * energy.dtype.type(k / a.shape[1]))[:, None]
 
 
 @compiled(fastmath={"reassoc"})
-def _row_energies(flat, strides, n, first, energy):
+def row_energies(flat, strides, n, first, energy):
     """Of the rows from the first on, in the order of memory."""
     if strides[1] == 1:
         for row in range(len(energy)):
@@ -244,6 +244,11 @@ def _row_energies(flat, strides, n, first, energy):
             for i in range(start, start + n):
                 total += flat[i] * flat[i]
             energy[row] = total
+    elif strides[0] == 1:
+        for i in range(n):
+            terms = flat[first + i * strides[1] :]
+            for row in range(len(energy)):
+                energy[row] += terms[row] * terms[row]
     else:
         for i in range(n):
             for row in range(len(energy)):
@@ -255,4 +260,4 @@ def _row_energies(flat, strides, n, first, energy):
 def _row_energies_parallel(flat, strides, n, energy):
     for task in prange((len(energy) + _ROWS - 1) // _ROWS):
         part = slice(task * _ROWS, min((task + 1) * _ROWS, len(energy)))
-        _row_energies(flat, strides, n, task * _ROWS, energy[part])
+        row_energies(flat, strides, n, task * _ROWS, energy[part])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -72,33 +72,30 @@ class Context:
         return How(self.rule, self.accumulation == "exact", stream)
 
 
-def is_exact(name: str, given: dict) -> bool:
-    """Whether an operator rounds nothing, by its name and its arguments.
+def _is_power_of_two(given) -> bool:
+    factor = _number(given.get("other"))
+    return given.get("rounding_mode") is not None or (
+        factor is not None and factor != 0 and abs(math.frexp(factor)[0]) == 0.5
+    )
 
-    Examples
-    --------
-    >>> is_exact("relu_", {}), is_exact("exp", {})
-    (True, False)
-    >>> is_exact("mul", {"self": torch.ones(2), "other": 0.5})
-    True
-    """
-    name = name.removeprefix("_foreach_")
-    if name in EXACT or (name.endswith("_") and name[:-1] in EXACT):
-        return True
-    name = name.removesuffix("_")
-    if name in ("mul", "multiply", "div", "divide"):
-        factor = _number(given.get("other"))
-        rounding_mode = given.get("rounding_mode")
-        return rounding_mode is not None or (
-            factor is not None and factor != 0 and abs(math.frexp(factor)[0]) == 0.5
-        )
-    if name in ("add", "sub", "subtract"):
-        return _number(given.get("other")) == 0
-    if name == "pow":
-        return _number(given.get("exponent")) in (0, 1)
-    if name in ("index_put", "_index_put_impl", "_unsafe_index_put", "scatter_reduce", "put"):
-        return not given.get("accumulate") and given.get("reduce") in (None, "amax", "amin")
-    return False
+
+def _adds_zero(given) -> bool:
+    return _number(given.get("other")) == 0
+
+
+def _copies(given) -> bool:
+    return not given.get("accumulate") and given.get("reduce") in (None, "amax", "amin")
+
+
+# What is exact for some arguments
+_EXACT_FOR: dict[str, Callable[[dict], bool]] = {
+    **dict.fromkeys(("mul", "multiply", "div", "divide"), _is_power_of_two),
+    **dict.fromkeys(("add", "sub", "subtract"), _adds_zero),
+    "pow": lambda given: _number(given.get("exponent")) in (0, 1),
+    **dict.fromkeys(
+        ("index_put", "_index_put_impl", "_unsafe_index_put", "scatter_reduce", "put"), _copies
+    ),
+}
 
 
 def _number(value) -> float | None:
@@ -526,26 +523,73 @@ MODELS: dict[str, Callable] = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
-def schema_of(func) -> tuple[tuple[str, ...], dict, tuple[str, ...], frozenset[int], bool]:
-    """What is needed of an operator's schema.
+@dataclass(frozen=True)
+class Operator:
+    """What is known of one of torch's operators.
 
-    Returns
-    -------
+    Parameters
+    ----------
+    name : without overload
     names : of the arguments, in order
     defaults : of those that have one
-    written : names of the arguments that the operator changes
     views : which of its results are views of an argument, unchanged
+    written : names of the arguments that it changes
+    not_returned : those of them that are not among its results
+    is_exact : whether it rounds nothing, whatever its arguments
+    is_exact_for : whether it rounds nothing for the arguments given; None: never so
+    model : of its many instructions; None: one instruction per element
     """
-    schema = func._schema
-    names = tuple(a.name for a in schema.arguments)
-    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    written = tuple(
-        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+
+    name: str
+    names: tuple[str, ...]
+    defaults: dict
+    views: frozenset[int]
+    written: tuple[str, ...]
+    not_returned: tuple[str, ...]
+    is_exact: bool
+    is_exact_for: Callable[[dict], bool] | None
+    model: Callable | None
+
+    def given(self, args, kwargs) -> dict:
+        """Arguments by name."""
+        return self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
+
+    def rounds_nothing(self, args, kwargs) -> bool:
+        """Whether no number of the result is rounded.
+
+        Examples
+        --------
+        >>> mul = operator_of(torch.ops.aten.mul.Tensor)
+        >>> mul.rounds_nothing((torch.ones(2), 0.5), {}), mul.rounds_nothing((torch.ones(2), 3), {})
+        (True, False)
+        """
+        if self.is_exact or self.is_exact_for is None:
+            return self.is_exact
+        return self.is_exact_for(self.given(args, kwargs))
+
+
+@cache
+def operator_of(func) -> Operator:
+    """Return what is known of an operator, by its schema and its name."""
+    schema, name = func._schema, func.overloadpacket.__name__
+    one = name.removeprefix("_foreach_")
+    base = one.removesuffix("_")
+    written = {
+        a.name: a.alias_info.before_set
+        for a in schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    }
+    aliases = {i: r.alias_info for i, r in enumerate(schema.returns) if r.alias_info is not None}
+    views = frozenset(i for i, alias in aliases.items() if not alias.is_write)
+    returned = set().union(*(alias.before_set for alias in aliases.values()))
+    return Operator(
+        name=name,
+        names=tuple(a.name for a in schema.arguments),
+        defaults={a.name: a.default_value for a in schema.arguments if a.has_default_value()},
+        views=views,
+        written=tuple(written),
+        not_returned=tuple(key for key, alias in written.items() if not alias & returned),
+        is_exact=one in EXACT or base in EXACT or bool(views and not written),
+        is_exact_for=_EXACT_FOR.get(base),
+        model=MODELS.get(name, MODELS.get(name.removesuffix("_"))),
     )
-    views = frozenset(
-        i
-        for i, r in enumerate(schema.returns)
-        if r.alias_info is not None and not r.alias_info.is_write
-    )
-    return names, defaults, written, views

@@ -20,7 +20,7 @@ from bids_varaug.numerics.dense import Flat
 from bids_varaug.numerics.plain_torch import EXPONENTS
 from bids_varaug.numerics.rules import Rule
 
-_TILE = 1024  # elements handled by one loop that becomes vector instructions
+TILE = 1024  # elements handled by one loop that becomes vector instructions
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def perturb_channels_(tensor: torch.Tensor, given: ChannelNoise, rule: Rule, str
     grid = np.array([n, *space, c], np.int64)
     how = noise.finish(rule, dtype)
     if channels_last:
-        columns = np.tile(columns, max(1, _TILE // c))
+        columns = np.tile(columns, max(1, TILE // c))
         arrays = [t.movedim(1, -1).reshape(-1).numpy() for t in (dense, companion, energies)]
         run = noise.perturb_rows
     else:

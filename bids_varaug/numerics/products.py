@@ -30,13 +30,15 @@ from bids_varaug.numerics.glances import (
     row_energy,
     some_rows,
 )
+from bids_varaug.numerics.matrix_noise import perturb_matrix
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
 from bids_varaug.numerics.reductions import follow
-from bids_varaug.numerics.rules import DITHER, How
+from bids_varaug.numerics.rules import DITHER, How, Rule
 
 # Multiply-adds of an operator whose partial sums are all computed, and of a sample
-DIRECT = {True: 2**22, False: 2**20}  # exact, fast
-SAMPLED = {True: 2**22, False: 2**19}
+DIRECT = {True: 2**22, False: 2**18}  # exact, fast
+SAMPLED = {True: 2**22, False: 2**19}  # of a convolution
+SAMPLED_MATRIX = {True: 2**22, False: 2**17}
 VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
 _SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
 _STEP = 16  # of its voxels along the last axis, at most every 16th is looked at, if not exact
@@ -67,11 +69,18 @@ def perturb_matrix_product(
         variance = follow_products(_numpy(a), _numpy(b), rule).variance
         _perturb_by_variance(y, variance, bias is None, how)
         return
-    rng = np.random.default_rng(how.stream)
-    rows, columns = _sample(
-        rng, (m, n), k, SAMPLED[how.exact] // (1 if how.exact else 4), how.exact
-    )
     is_long = k >= _LONG and not how.exact
+    if not (is_long or how.exact or a.is_cuda) and (bias is None or bias.dim() == 1):
+        sizes = _sample_sizes((m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
+        last = _of_last_rounding(rule) if bias is None else 0.0
+        dense = y.contiguous()
+        bias = None if bias is None else bias.expand(n)
+        perturb_matrix(dense, a, b, bias, rule, last, sizes, how.stream)
+        if dense is not y:
+            y.copy_(dense)
+        return
+    rng = np.random.default_rng(how.stream)
+    rows, columns = _sample(rng, (m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
     step = _STEP if is_long else 1
     terms = slice(step // 2, None, step)
     sampled_a, sampled_b = some_rows(a, rows, terms), some_rows(b.T, columns, terms).T
@@ -281,14 +290,18 @@ def _variance_of_column(
 
 def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
     """Rows and columns of a matrix product whose partial sums are followed."""
-    at_once = max(budget // n_terms, 1)
-    fewest = 8 if n_terms < _LONG else 2
-    rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))
-    columns = min(shape[1], max(at_once // rows, 8))
+    rows, columns = _sample_sizes(shape, n_terms, budget, exact)
     chosen = np.arange(columns)
     if columns < shape[1]:
         chosen = rng.choice(shape[1], columns, replace=False, shuffle=False)
     return rng.integers(0, shape[0], rows), chosen
+
+
+def _sample_sizes(shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
+    at_once = max(budget // n_terms, 1)
+    fewest = 8 if n_terms < _LONG else 2
+    rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))
+    return rows, min(shape[1], max(at_once // rows, 8))
 
 
 def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
@@ -302,10 +315,13 @@ def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
     quadratic = factor * rule.per_energy * rule.of_partial_sum * a
     linear = factor * rule.per_energy * (rule.of_partial_sum * b + rule.of_product)
     if is_last:
-        quadratic = quadratic - rule.per_energy * (
-            rule.of_format if rule.kind == DITHER else rule.of_result
-        )
+        quadratic = quadratic - _of_last_rounding(rule)
     return quadratic, linear if column_energy is None else linear * column_energy
+
+
+def _of_last_rounding(rule: Rule) -> float:
+    """Variance per squared result of what the kernels add by themselves."""
+    return rule.per_energy * (rule.of_format if rule.kind == DITHER else rule.of_result)
 
 
 def _perturb_by_variance(y, variance: np.ndarray, is_last: bool, how: How) -> None:

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
-from bids_varaug.numerics.operators import EXACT, MODELS, Context, is_exact, schema_of
+from bids_varaug.numerics.operators import Context, Operator, operator_of
 from bids_varaug.numerics.perturb import round_
 from bids_varaug.numerics.rules import DIGITS, MODES, Rule
 
 ACCUMULATIONS = ("exact", "fast", "none")
 DEVICES = ("cpu", "cuda")
-_MODELLED = (torch.float32, torch.float64)
+_MODELLED = DIGITS[torch.float32]  # formats of so many bits have models of their many instructions
 _TRACED = (
     "Monte Carlo arithmetic cannot become part of a function that torch.jit.trace, torch.export or "
     "torch.compile records: record it outside, then call the result inside"
@@ -130,7 +130,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
         self.calls = 0
         self._guard, self._guards = _NoCompiledBackward(), 0
         self._key = _mixed(seed)
-        self._rules: dict[torch.dtype, Rule] = {}
+        self._rules: dict[tuple, Rule] = {}
 
     def __enter__(self):
         if torch.jit.is_tracing():
@@ -149,50 +149,55 @@ class MonteCarloArithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operator, then perturb what it computed."""
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in EXACT:  # as it is: its parts may be slower
+        operator = operator_of(func)
+        if operator.is_exact:  # as it is: its parts may be slower
             return func(*args, **kwargs)
         if _is_composite(func) and FakeTensor not in types:
             with self:  # inference mode hands over operators that consist of others
                 return func.decompose(*args, **kwargs)
+        if operator.rounds_nothing(args, kwargs):
+            return func(*args, **kwargs)
         if any(isinstance(m, MonteCarloArithmetic) for m in _get_current_dispatch_mode_stack()):
             with _disable_current_modes():
-                return self._run(func, args, kwargs)
-        return self._run(func, args, kwargs)
+                return self._run(operator, func, args, kwargs)
+        return self._run(operator, func, args, kwargs)
 
-    def _run(self, func, args, kwargs):
-        names, defaults, written, views = schema_of(func)
-        given = defaults | dict(zip(names, args, strict=False)) | kwargs
-        name = func.overloadpacket.__name__
-        if is_exact(name, given) or (views and not written):
-            return func(*args, **kwargs)
-        rule = self._rule_of_operands(given)
-        if rule is not None and rule.perturbs_operands and _base(name) not in MODELS:
-            args, kwargs = self._perturb_operands(names, args, kwargs, written)
+    def _run(self, operator: Operator, func, args, kwargs):
+        self._check_operands(args)
+        if operator.model is None and self.mode in ("pb", "mca"):
+            args, kwargs = self._perturb_operands(operator, args, kwargs)
         result = func(*args, **kwargs)
-        given = defaults | dict(zip(names, args, strict=False)) | kwargs
-        tensors = list(_computed(result, given, written, views))
+        tensors = _computed(result, operator, args, kwargs)
         if not tensors:
             return result
-        model = MODELS.get(_base(name)) if self.accumulation != "none" else None
-        if model is not None and tensors[0].dtype in _MODELLED:
-            self._apply(model, func, given, names, result, tensors[0])
-        else:
+        rule = self.rule(tensors[0])
+        if operator.model is None or self.accumulation == "none" or rule.digits < _MODELLED:
             for tensor in tensors:
                 round_(tensor.detach(), self.rule(tensor), self._next())
+        else:
+            self._apply(operator, func, operator.given(args, kwargs), result, rule)
         return result
 
-    def _apply(self, model, func, given, names, result, first) -> None:
+    def _apply(self, operator: Operator, func, given, result, rule: Rule) -> None:
         def again(**changes):
             changed = given | changes
-            return func(**{name: changed[name] for name in names if name in changed})
+            return func(**{name: changed[name] for name in operator.names if name in changed})
 
-        again.__name__ = func.overloadpacket.__name__
+        again.__name__ = operator.name
         detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         with torch.no_grad():
-            context = Context(self.rule(first), self.accumulation, self._next(), again)
-            model(detached, _detached(result), context)
+            context = Context(rule, self.accumulation, self._next(), again)
+            operator.model(detached, _detached(result), context)
 
-    def _perturb_operands(self, names, args, kwargs, written):
+    def _check_operands(self, args) -> None:
+        """Raise where the first operand is of no known kind: torch itself might say less."""
+        for value in args:
+            for operand in value if isinstance(value, list | tuple) else (value,):
+                if _rounds(operand):
+                    self.rule(operand)
+                    return
+
+    def _perturb_operands(self, operator: Operator, args, kwargs):
         """Copies of all floating-point operands, perturbed; those written to in place."""
 
         def perturbed(name, value):
@@ -200,25 +205,25 @@ class MonteCarloArithmetic(TorchDispatchMode):
                 return type(value)(perturbed(name, item) for item in value)
             if not _rounds(value) or value.dim() == 0:
                 return value
-            if name not in written:
+            if name not in operator.written:
                 value = value.detach().clone()
             digits = DIGITS[value.dtype]
             rule = Rule("operand", self.rule(value).precision, digits)
             round_(value.detach(), rule, self._next())
             return value
 
-        changed = tuple(perturbed(n, v) for n, v in zip(names, args, strict=False))
+        changed = tuple(perturbed(n, v) for n, v in zip(operator.names, args, strict=False))
         return changed, {k: v if k == "out" else perturbed(k, v) for k, v in kwargs.items()}
-
-    def _rule_of_operands(self, given) -> Rule | None:
-        for value in given.values():
-            for tensor in value if isinstance(value, list | tuple) else (value,):
-                if _rounds(tensor):
-                    return self.rule(tensor)
-        return None
 
     def rule(self, tensor: torch.Tensor) -> Rule:
         """How results of the tensor's format and device are rounded; raises where they cannot."""
+        key = type(tensor), tensor.dtype, tensor.device, tensor.layout
+        rule = self._rules.get(key)
+        if rule is None:
+            rule = self._rules[key] = self._new_rule(tensor)
+        return rule
+
+    def _new_rule(self, tensor: torch.Tensor) -> Rule:
         if tensor.device.type not in DEVICES:
             raise NotImplementedError(
                 f"a tensor on device {tensor.device}: Monte Carlo arithmetic runs on CPU and CUDA"
@@ -230,12 +235,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
                 f"a result in layout {tensor.layout}: Monte Carlo arithmetic knows dense tensors; "
                 "convert with to_dense()"
             )
-        rule = self._rules.get(tensor.dtype)
-        if rule is None:
-            rule = self._rules[tensor.dtype] = self._new_rule(tensor.dtype)
-        return rule
-
-    def _new_rule(self, dtype: torch.dtype) -> Rule:
+        dtype = tensor.dtype
         digits = DIGITS.get(dtype)
         if digits is None:
             raise TypeError(
@@ -244,7 +244,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
             )
         precision = digits if self.precision is None else self.precision
         if precision > digits:
-            if dtype in _MODELLED:
+            if digits >= _MODELLED:
                 raise ValueError(
                     f"precision={precision}, but a result of {dtype} has {digits} bits: choose at "
                     f"most {digits}, or None for each format's own"
@@ -292,11 +292,6 @@ def _mixed(number: int) -> int:
     return word ^ (word >> 31)
 
 
-def _base(name: str) -> str:
-    """The operator's name without the mark of its in-place variant."""
-    return name[:-1] if name.endswith("_") and name[:-1] in MODELS else name
-
-
 @cache
 def _is_composite(func) -> bool:
     """Whether an operator consists of others that torch can be asked for."""
@@ -309,19 +304,19 @@ def _rounds(value) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _computed(result, given, written, views):
+def _computed(result, operator: Operator, args, kwargs) -> list[torch.Tensor]:
     """Floating-point tensors that an operator filled: results that are no views, and what it
     wrote to.
     """
-    seen = set()
     results = result if isinstance(result, tuple | list) else (result,)
-    candidates = [r for i, r in enumerate(results) if i not in views]
-    candidates += [given[name] for name in written if name in given]
-    for candidate in candidates:
-        for tensor in candidate if isinstance(candidate, tuple | list) else (candidate,):
-            if _rounds(tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+    filled = [r for i, r in enumerate(results) if i not in operator.views]
+    if operator.not_returned:
+        given = operator.given(args, kwargs)
+        filled += [given[name] for name in operator.not_returned if name in given]
+    tensors = []
+    for one in filled:
+        tensors += one if isinstance(one, tuple | list) else (one,)
+    return [tensor for tensor in tensors if _rounds(tensor)]
 
 
 def _detached(result):
