@@ -183,7 +183,7 @@ def mean_square(x: torch.Tensor) -> np.ndarray:
     -------
     (C,) float64
     """
-    most = max(2**18 // x.shape[1], 2**11)
+    most = max(2**16 // x.shape[1], 2**10)
     step = max(1, math.floor((math.prod(x.shape[2:]) / most) ** (1 / 3) + 0.5))
     x = x.detach()[:, :, ::step, ::step, ::step]
     if x.device.type != "cpu":

@@ -22,7 +22,7 @@ from bids_varaug.numerics.perturb import TILE
 from bids_varaug.numerics.rules import Rule
 
 _ROWS = 64  # rows of a result that one task handles, at most
-_MOST = 256  # terms from which on an energy is that of every second, third, ... term
+_MOST = 128  # terms from which on an energy is that of every second, third, ... term
 
 
 class Shares(NamedTuple):

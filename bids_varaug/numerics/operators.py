@@ -180,12 +180,16 @@ def _convolution_backward(given, result, context: Context) -> None:
             if tensor is not None:
                 round_(tensor, context.rule, context.stream)
         return
-    again = {"grad_output": gradient, "input": x, "weight": weight}
 
-    def squares(position):
+    @cache
+    def gradient_squared():
+        return gradient * gradient
+
+    def squares(position):  # of the other operand that counts: of the third one only its shape does
         mask = [i == position for i in range(3)]
-        squared = {name: t * t for name, t in again.items()}
-        return _image(context.again(**squared, output_mask=mask)[position])
+        other = {"weight": weight * weight} if position == 0 else {"input": x * x}
+        found = context.again(grad_output=gradient_squared(), output_mask=mask, **other)
+        return _image(found[position])
 
     if of_input is not None:
         simple = groups == 1 and not given["transposed"] and set(geometry.stride) == {1}

@@ -37,8 +37,9 @@ from bids_varaug.numerics.rules import DITHER, How, Rule
 
 # Multiply-adds of an operator whose partial sums are all computed, and of a sample
 DIRECT = {True: 2**22, False: 2**18}  # exact, fast
-SAMPLED = {True: 2**22, False: 2**19}  # of a convolution
-SAMPLED_MATRIX = {True: 2**22, False: 2**17}
+SAMPLED = {True: 2**22, False: 2**18}  # of a convolution
+SAMPLED_MATRIX = {True: 2**20, False: 2**17}
+SAMPLED_COLUMN = {True: 2**22, False: 2**19}  # of a weight gradient
 VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
 _SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
 _STEP = 16  # of its voxels along the last axis, at most every 16th is looked at, if not exact
@@ -240,8 +241,8 @@ def perturb_weight_gradient(
         rng = np.random.default_rng(how.stream)
         width = min(_SIDE_BY_SIDE, n_in)
         step = 1 if how.exact else max(1, min(_STEP, gradient.shape[4] // 8))
-        most = 32 if how.exact else 4
-        n_sampled = int(np.clip(step * SAMPLED[how.exact] // (n_terms * width), 1, most))
+        most = 16 if how.exact else 4
+        n_sampled = int(np.clip(step * SAMPLED_COLUMN[how.exact] // (n_terms * width), 1, most))
         sizes = (n_out, n_in - width + 1, *y.shape[2:])
         for out, first, *tap in rng.integers(0, sizes, (n_sampled, 5)).tolist():
             part = slice(first, first + width)
@@ -299,7 +300,7 @@ def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool)
 
 def _sample_sizes(shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
     at_once = max(budget // n_terms, 1)
-    fewest = 8 if n_terms < _LONG else 2
+    fewest = 8 if n_terms < 2**10 else 4 if n_terms < _LONG else 2
     rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))
     return rows, min(shape[1], max(at_once // rows, 8))
 
