@@ -102,6 +102,13 @@ def some_rows(a: torch.Tensor, rows: np.ndarray, columns: slice) -> np.ndarray:
     return a.detach()[torch.from_numpy(rows).to(a.device), columns].cpu().numpy()
 
 
+def some_elements(x: torch.Tensor, places: np.ndarray) -> np.ndarray:
+    """Elements of x at places (S, x.dim()), as an array (S,)."""
+    if x.device.type == "cpu":
+        return x.detach().numpy()[tuple(places.T)]
+    return x.detach()[tuple(torch.from_numpy(places).to(x.device).T)].cpu().numpy()
+
+
 # --------------------------------------------------------------------------------------------------
 # Energies
 

@@ -28,6 +28,7 @@ from bids_varaug.numerics.glances import (
     gather_patches,
     mean_square,
     row_energy,
+    some_elements,
     some_rows,
 )
 from bids_varaug.numerics.matrix_noise import perturb_matrix
@@ -173,8 +174,8 @@ def perturb_convolution(
         variance = np.moveaxis(variance.reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
         _perturb_by_variance(y, variance, bias is None, how)
         return
-    column_energy = _numpy(torch.linalg.vector_norm(weight, dim=(1, 2, 3, 4), dtype=torch.float64))
-    column_energy = column_energy**2 / n_terms
+    column_energy = _numpy(row_energy(weight.reshape(n_out, -1), n_terms))[:, 0].astype("f8")
+    column_energy /= n_terms
     if how.exact:
         energy, shift = squares(), 0
     else:
@@ -191,11 +192,8 @@ def perturb_convolution(
         walk = follow_products(patches, _as_columns(chosen), rule)
         sampled_energy = walk.energy
         if not how.exact:
-            coarse = [
-                torch.from_numpy(p >> (shift if axis else 0)) for axis, p in enumerate(places.T)
-            ]
-            seen = energy[:, 0][tuple(c.to(y.device) for c in coarse)]
-            sampled_energy = _numpy(seen).astype("f8")[:, None] * column_energy[channels]
+            seen = some_elements(energy[:, 0], places >> [0, shift, shift, shift])
+            sampled_energy = seen.astype("f8")[:, None] * column_energy[channels]
         model = modelled_variance(walk.total, sampled_energy, n_terms, rule)
         truth = walk.variance
         factor = np.full(n_out, _ratio(truth.sum(), model.sum()))
