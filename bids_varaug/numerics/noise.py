@@ -40,12 +40,16 @@ class Finish(NamedTuple):
     exponent_mask: np.integer
     grid_mask: np.integer  # the bits below the virtual precision
     tame: np.integer  # exponents below this one are far from overflow
+    most: (
+        np.floating
+    )  # noise, in units of g's whole numbers, that no finite number feels as overflow
 
 
 # Bits of the exponent, for each width
 _EXPONENTS = {2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
 LARGE = 2.0**60
 _TAME = {4: (127 + 60) << 23, 8: (1023 + 60) << 52}  # the bits of `LARGE`
+_MOST = {4: 2.0 ** (127 - 24 - 1), 8: 2.0 ** (1023 - 53 - 1)}  # a quarter of its last place
 
 
 @lru_cache
@@ -58,6 +62,7 @@ def finish(rule: Rule, dtype: np.dtype) -> Finish:
         integer(_EXPONENTS[dtype.itemsize]),
         integer((1 << rule.grid_bits) - 1),
         integer(_TAME[dtype.itemsize]),
+        dtype.type(_MOST[dtype.itemsize]),
     )
 
 
@@ -311,8 +316,16 @@ def _is_tame(values, how):
     return largest < how.tame
 
 
-# For tame numbers: nothing overflows, so that the result needs no look. Contracted: multiplying and
-# adding is one instruction.
+# Where energies, companions and what a channel shares are tame. Of numbers that are not, the
+# change is bounded: finite ones stay finite, and infinity and NaN stay by themselves.
+# Contracted: multiplying and adding is one instruction.
+
+
+@compiled()
+def _bounded(change, how):
+    """NaN, which infinity less infinity is, becomes a number."""
+    change = change if change > -how.most else -how.most
+    return change if change < how.most else how.most
 
 
 @compiled(fastmath={"contract"})
@@ -328,7 +341,7 @@ def _row_without_energy(y, columns, start, first, second, how):
         word = random_word(start + np.uint32(c), first, second)
         noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
         noise += slope[c] * y[c] + intercept[c]
-        y[c] += noise + _dither(y[c], remixed(word, second), how)
+        y[c] += _bounded(noise + _dither(y[c], remixed(word, second), how), how)
 
 
 @compiled(fastmath={"contract"})
@@ -338,17 +351,17 @@ def _row_with_others(y, others, columns, start, first, second, how):
         word = random_word(start + np.uint32(c), first, second)
         noise = alpha[c] * (y[c] - offset[c]) * centred(word, y[c])
         noise += slope[c] * others[c] + intercept[c]
-        y[c] += noise + _dither(y[c], remixed(word, second), how)
+        y[c] += _bounded(noise + _dither(y[c], remixed(word, second), how), how)
 
 
 @compiled(fastmath={"contract"})
-def _row_with_energies(y, columns, energies, are_roots, start, first, second):
+def _row_with_energies(y, columns, energies, are_roots, start, first, second, how):
     offset, alpha, beta = columns[0], columns[1], columns[2]
     for c in range(y.size):
         word = random_word(start + np.uint32(c), first, second)
         root = energies[c] if are_roots else _root(energies[c])
         noise = _deviation(y[c], offset[c], alpha[c], beta[c] * root)
-        y[c] += noise * centred(word, y[c])
+        y[c] += _bounded(noise * centred(word, y[c]), how)
 
 
 @compiled()
@@ -369,19 +382,18 @@ def _row(y, others, columns, energies, are_roots, start, first, second, how):
 @compiled()
 def _perturb_row(y, others, columns, energies, are_roots, calm, start, first, second, how):
     """Choose the loop."""
-    is_tame = calm and how.kind == DITHER and _is_tame(y, how) and _is_tame(others, how)
-    if not (is_tame and (are_roots or _is_tame(energies, how))):
+    are_tame = _is_tame(others, how) and (are_roots or _is_tame(energies, how))
+    is_simple = calm and are_tame and how.kind == DITHER
+    if not is_simple or (others.size > 0 and energies.size > 0):
         _row(y, others, columns, energies, are_roots, start, first, second, how)
-    elif others.size == 0 and energies.size == 0:
-        _row_without_energy(y, columns, start, first, second, how)
-    elif energies.size == 0:
-        _row_with_others(y, others, columns, start, first, second, how)
     elif others.size > 0:
-        _row(y, others, columns, energies, are_roots, start, first, second, how)
+        _row_with_others(y, others, columns, start, first, second, how)
+    elif energies.size == 0:
+        _row_without_energy(y, columns, start, first, second, how)
     elif are_roots:
-        _row_with_energies(y, columns, energies, True, start, first, second)
+        _row_with_energies(y, columns, energies, True, start, first, second, how)
     else:
-        _row_with_energies(y, columns, energies, False, start, first, second)
+        _row_with_energies(y, columns, energies, False, start, first, second, how)
 
 
 @compiled()

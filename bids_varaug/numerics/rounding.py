@@ -93,7 +93,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
     notice.)
 
     *Zeros* stay zero in operators of one instruction, infinities and NaN in all, as do finite
-    numbers finite.
+    numbers finite: the noise of numbers near the largest one is bounded for that.
 
     Examples
     --------
