@@ -1,7 +1,7 @@
 r"""Errors of brain-age models on tables, and whether numerical noise helps as augmentation.
 
     python benchmarks/brain_age.py tables DIR/*.tsv
-    python benchmarks/brain_age.py transfer TRAIN.tsv TEST.tsv
+    python benchmarks/brain_age.py transfer TRAIN.tsv TEST.tsv [--rows "group == 'TD'"]
     python benchmarks/brain_age.py transplant fcon1000_freesurfer.tsv --members OUTPUT_DIR \
         --out study.tsv --figure study.png
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import numpy as np
@@ -101,16 +102,30 @@ def bench_tables(options: argparse.Namespace) -> None:
 
 def bench_transfer(options: argparse.Namespace) -> None:
     """Train on one table, test on another, with the features that both have."""
-    train, test = (read_features_table(path) for path in (options.train, options.test))
+    train, test = _named_alike(options.train), _named_alike(options.test, options.rows)
     test = test.take(test.age >= options.youngest)
     shared = [name for name in train.names if name in test.names]
     train, test = _with(train, shared), _with(test, shared)
     print(f"{len(train)} and {len(test)} observations, {len(shared)} features", flush=True)
+    print(f"{'mean age':15} MAE {np.abs(test.age - train.age.mean()).mean():.3f}", flush=True)
     for model in options.models:
         estimator, choice = fit_estimator(train, model, "none", options.seed)
         error = predict_ages(estimator, test, "none") - test.age
-        print(f"{model:15} MAE {np.abs(error).mean():.3f}  mean error {error.mean():+.2f}  "
+        rng = np.random.default_rng(options.seed)
+        low, high = bootstrap_interval(np.abs(error)[:, None], rng, 10_000)
+        print(f"{model:15} MAE {np.abs(error).mean():.3f} ({low[0]:.2f} to {high[0]:.2f})  "
+              f"mean error {error.mean():+.2f}  "
               f"{choice.as_dict()}", flush=True)  # fmt: skip
+
+
+def _named_alike(path: Path, rows: str | None = None) -> Cohort:
+    """Read a table, or some of its rows; ABIDE's ends the names of volumes in _Volume_mm3."""
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    table = table.rename(columns=lambda name: name.removesuffix("_Volume_mm3"))
+    with TemporaryDirectory() as folder:
+        renamed = Path(folder) / path.name
+        (table.query(rows) if rows else table).to_csv(renamed, sep="\t", index=False)
+        return read_features_table(renamed)
 
 
 def _with(cohort: Cohort, names: list[str]) -> Cohort:
@@ -299,6 +314,7 @@ def main() -> None:
     part.add_argument("train", type=Path)
     part.add_argument("test", type=Path)
     part.add_argument("--models", nargs="+", default=["auto", "ridge", "bayesian_ridge", "svr"])
+    part.add_argument("--rows", help="of the test table, a query such as \"group == 'TD'\"")
     part.add_argument("--youngest", type=float, default=18)
     part.add_argument("--seed", type=int, default=0)
     part.set_defaults(run=bench_transfer)
