@@ -141,6 +141,24 @@ def test_long_and_wide_sums_run_in_parallel_with_the_same_result():
     np.testing.assert_allclose(whole[:1, :3], row, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rule", RULES[:3])
+def test_sums_are_those_of_any_memory_layout(rule):
+    x, shared = rows(shape=(2, 5000, 11)), rows(shape=(2, 5000, 1), seed=1)
+    shared = np.broadcast_to(shared, x.shape)
+    layouts = [
+        (x, shared),
+        (x, shared.copy()),
+        (shared, x),
+        (x.transpose(2, 1, 0).copy().transpose(2, 1, 0), shared),
+        (np.repeat(x, 2, axis=1)[:, ::2], shared),
+    ]
+    first, *others = (follow_sums(a, rule, b) for a, b in layouts)
+    for other in others:
+        np.testing.assert_array_equal(other.count, first.count)
+        np.testing.assert_allclose(other.variance, first.variance, rtol=1e-6)
+        np.testing.assert_allclose(other.total, first.total, rtol=1e-6)
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 16])
 @pytest.mark.parametrize("n_terms", [1, 7, 64, 1000])
 def test_bridge_is_the_mean_over_orders_of_the_terms(n_terms, lanes):
