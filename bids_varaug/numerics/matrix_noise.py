@@ -35,7 +35,7 @@ class Shares(NamedTuple):
     last: float  # per squared result
 
 
-def perturb_matrix(
+def perturb_by_sample(
     y: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -49,17 +49,18 @@ def perturb_matrix(
 
     Parameters
     ----------
-    y : (M, N), float32 or float64, on the CPU, contiguous
-    a : (M, K), same dtype, any strides
+    y : (M, N), float32 or float64, on the CPU, any strides
+    a : (M, K), same dtype
     b : (K, N)
-    bias : (N,), or None
+    bias : (N,) or (1,), or None
     rule : how instructions round
     last : variance of the last rounding per squared result, where the kernel adds that by itself
     sample : rows and columns of the sample
     stream : names the random numbers, 64 bits
     """
     (m, k), n = a.shape, b.shape[1]
-    values, flat_a, flat_b = (t.detach().numpy() for t in (y, a, b))
+    dense = y.contiguous()
+    values, flat_a, flat_b = (t.detach().numpy() for t in (dense, a, b))
     dtype = values.dtype
     of_y, of_energy = bridge(k, rule.lanes)
     shares = Shares(
@@ -83,6 +84,8 @@ def perturb_matrix(
         np.array([1, 1, m // line, line, n]), roots.reshape(1, 1, -1, line), 0, calm,
         np.uint64(stream), noise.finish(rule, dtype),
     )  # fmt: skip
+    if dense is not y:
+        y.copy_(dense)
 
 
 @compiled()

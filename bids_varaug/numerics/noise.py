@@ -40,16 +40,15 @@ class Finish(NamedTuple):
     exponent_mask: np.integer
     grid_mask: np.integer  # the bits below the virtual precision
     tame: np.integer  # exponents below this one are far from overflow
-    most: (
-        np.floating
-    )  # noise, in units of g's whole numbers, that no finite number feels as overflow
+    most: np.floating  # a change that takes no finite number to infinity
 
 
 # Bits of the exponent, for each width
 _EXPONENTS = {2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
 LARGE = 2.0**60
 _TAME = {4: (127 + 60) << 23, 8: (1023 + 60) << 52}  # the bits of `LARGE`
-_MOST = {4: 2.0 ** (127 - 24 - 1), 8: 2.0 ** (1023 - 53 - 1)}  # a quarter of its last place
+# Less than half of the last place of the largest number
+_MOST = {4: 2.0 ** (127 - 25), 8: 2.0 ** (1023 - 54)}
 
 
 @lru_cache

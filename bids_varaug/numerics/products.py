@@ -31,7 +31,7 @@ from bids_varaug.numerics.glances import (
     some_elements,
     some_rows,
 )
-from bids_varaug.numerics.matrix_noise import perturb_matrix
+from bids_varaug.numerics.matrix_noise import perturb_by_sample
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
 from bids_varaug.numerics.reductions import follow
 from bids_varaug.numerics.rules import DITHER, How, Rule
@@ -76,11 +76,7 @@ def perturb_matrix_product(
     if on_cpu and not (is_long or how.exact) and (bias is None or bias.dim() == 1):
         sizes = _sample_sizes((m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
         last = _of_last_rounding(rule) if bias is None else 0.0
-        dense = y.contiguous()
-        bias = None if bias is None else bias.expand(n)
-        perturb_matrix(dense, a, b, bias, rule, last, sizes, how.stream)
-        if dense is not y:
-            y.copy_(dense)
+        perturb_by_sample(y, a, b, bias, rule, last, sizes, how.stream)
         return
     rng = np.random.default_rng(how.stream)
     rows, columns = _sample(rng, (m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
@@ -298,6 +294,7 @@ def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool)
 
 
 def _sample_sizes(shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
+    """How many rows and columns: about `budget` multiply-adds, but some of each."""
     at_once = max(budget // n_terms, 1)
     fewest = 8 if n_terms < 2**10 else 4 if n_terms < _LONG else 2
     rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))

@@ -16,13 +16,13 @@ def unset(monkeypatch):
 
 
 def test_caches_are_kept_in_the_work_directory(unset):
-    keep_caches_below(Path("/work"))
+    keep_caches_below(Path("/w"))
     assert {os.environ[name] for name in CACHES} == {
-        "/work/caches/numba", "/work/caches/matplotlib", "/work/caches/deno"
+        "/w/caches/numba", "/w/caches/matplotlib", "/w/caches/deno"
     }  # fmt: skip
 
 
 def test_cache_that_the_user_has_set_stays(unset, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/scratch/numba")
-    keep_caches_below(Path("/work"))
+    keep_caches_below(Path("/w"))
     assert os.environ["NUMBA_CACHE_DIR"] == "/scratch/numba"
