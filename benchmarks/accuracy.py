@@ -25,6 +25,7 @@ from bids_varaug.images.native import resample_posterior
 from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, load_member
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
+from bids_varaug.segmentation.locate import locate_brain
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
@@ -46,6 +47,9 @@ def real_case(image, ensemble: Ensemble) -> Case:
     native = load_t1w(image.t1w)
     conformed = conform(native, ensemble.voxel_size)
     box = head_box(conformed.data, ensemble.voxel_size, multiple=ensemble.network.multiple)
+    baseline = load_member(ensemble, ensemble.baseline or ensemble.members[0])
+    part = locate_brain(baseline, extract(conformed.data, box), ensemble.voxel_size)
+    box = part.within(box)
     ids = np.asarray(nib.load(image.labels).dataobj).astype(int)
     truth = np.zeros(ids.shape, np.uint8)
     for k, label in enumerate(ensemble.labels):

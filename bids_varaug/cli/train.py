@@ -37,9 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-table", type=Path, help="TSV of label ids (default: FreeSurfer)")
     parser.add_argument("--hold-out", type=int, default=0, metavar="N",
                         help="leave the last N label maps out of training")  # fmt: skip
-    parser.add_argument("--trunk-steps", type=int, nargs=4, metavar="N",
+    parser.add_argument("--trunk-steps", type=int, nargs=5, metavar="N",
                         help="trunk steps of the body at 4 mm, of the body at 2 mm, at 1 mm, and "
-                        "at 1 mm while the learning rate falls to its end")  # fmt: skip
+                        "at 1 mm while the learning rate falls, and of the same again (refine)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="steps of each member after the fork")
     parser.add_argument("--no-trunk", action="store_true",
                         help="train every member from its own initialisation")  # fmt: skip

@@ -33,6 +33,17 @@ class Box:
         """Voxel after the last, per axis."""
         return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
 
+    def within(self, other: Box) -> Box:
+        """Return this box, which counts from the first voxel of `other`, on the grid of `other`.
+
+        Examples
+        --------
+        >>> Box((1, 0), (2, 2)).within(Box((10, -3), (8, 8)))
+        Box(start=(11, -3), shape=(2, 2))
+        """
+        start = tuple(a + b for a, b in zip(self.start, other.start, strict=True))
+        return Box(start, self.shape)
+
 
 def head_box(
     data: np.ndarray, voxel_size: float, multiple: int = 32, margin_mm: float = 0.0
@@ -54,20 +65,33 @@ def head_box(
     -------
     Box
     """
-    low, high = _extent(head_mask(data, voxel_size))
+    low, high = bounds(head_mask(data, voxel_size))
     margin = round(margin_mm / voxel_size)
     low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
-    low = np.maximum(low - margin, 0)
-    high = np.minimum(high + margin, data.shape)
-    start, shape = [], []
-    for a, b, size in zip(low.tolist(), high.tolist(), data.shape, strict=True):
+    return enclose(low - margin, high + margin, data.shape, multiple)
+
+
+def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple: int) -> Box:
+    """Return the box from `low` to `high`, with sides that are multiples of `multiple`.
+
+    Bounds beyond an array of `shape` are moved to its edge; the sides are then enlarged, into the
+    array where it has room.
+
+    Examples
+    --------
+    >>> enclose(np.array([-1, 5]), np.array([3, 8]), (9, 9), 4)
+    Box(start=(0, 5), shape=(4, 4))
+    """
+    low, high = np.maximum(low, 0), np.minimum(high, shape)
+    start, sides = [], []
+    for a, b, size in zip(low.tolist(), high.tolist(), shape, strict=True):
         side = multiple * math.ceil((b - a) / multiple)
         first = a - (side - (b - a)) // 2
         if side <= size:
             first = min(max(first, 0), size - side)
         start.append(first)
-        shape.append(side)
-    return Box(start=tuple(start), shape=tuple(shape))
+        sides.append(side)
+    return Box(start=tuple(start), shape=tuple(sides))
 
 
 def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
@@ -132,7 +156,7 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
             f"The head is cut by the edge of the image ({', '.join(cut)}): the brain may be "
             "incomplete, and volumes too small."
         )
-    low, high = _extent(mask)
+    low, high = bounds(mask)
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
         return (
@@ -140,6 +164,16 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
             "(left-right, back-front, bottom-top): it may be incomplete."
         )
     return None
+
+
+def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first voxel of a mask (X, Y, Z) bool along each axis, and that after the last."""
+    low, high = [], []
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        low.append(used[0])
+        high.append(used[-1] + 1)
+    return np.array(low), np.array(high)
 
 
 def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
@@ -180,15 +214,6 @@ def _overlap(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple
         inside.append(slice(first, last))
         place.append(slice(first - a, last - a) if last > first else slice(0, 0))
     return tuple(inside), tuple(place)
-
-
-def _extent(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = [], []
-    for axis in range(3):
-        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        low.append(used[0])
-        high.append(used[-1] + 1)
-    return np.array(low), np.array(high)
 
 
 def _block_means(data: np.ndarray, step: int) -> np.ndarray:

@@ -18,7 +18,7 @@ class Geometry:
     Attributes
     ----------
     voxel_size : of the conformed grid, mm
-    box : the head box in the conformed grid
+    box : the head box in the conformed grid, or the part of it that holds the brain
     conformed_shape, native_shape : voxels
     conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
     foreground_volume : of the head, or of the brain in a brain-extracted image, mm3

@@ -1,9 +1,9 @@
-"""An ensemble on disk: a manifest, and one safetensors file of weights per member."""
+"""An ensemble on disk: a manifest, one file of weights per member, and that of their trunk."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from bids_varaug.errors import EnsembleError, UsageError
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
+from bids_varaug.models.weights import load_weights, sha256_of
 
 BASELINE = "ieee"
 ROUNDED = "rr"
@@ -22,7 +22,8 @@ ROUNDED = "rr"
 ROUNDED_PRECISION = 24  # bits: float32's own
 MAX_ROUNDED = 99  # their ids have two digits
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+OLDER_FORMATS = (1,)  # without trunk and temperature
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,19 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """The weights that the members' files add to: those at the step where the members fork."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
-    `labels[k]` describes class k; `voxel_size` in mm.
+    `labels[k]` describes class k; `voxel_size` in mm. Logits are divided by `temperature`, which
+    makes posteriors as sure as they are right. Without a `trunk` the members' weights are whole.
     """
 
     name: str
@@ -78,6 +88,13 @@ class Ensemble:
     network: NetworkShape
     members: tuple[Member, ...]
     training: dict
+    trunk: Trunk | None = None
+    temperature: float = 1.0
+
+    @property
+    def baseline(self) -> Member | None:
+        """The unperturbed member, if there is one."""
+        return next((member for member in self.members if member.is_baseline), None)
 
 
 def find_ensemble(name: str) -> Path:
@@ -111,11 +128,12 @@ def load_ensemble(name: str) -> Ensemble:
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
+        if values["format"] not in (FORMAT, *OLDER_FORMATS):
             raise EnsembleError(
                 f"{path}: format {values['format']}; this version reads {FORMAT}. Use the version "
                 "of bids_varaug that trained it."
             )
+        trunk = values.get("trunk")
         members = tuple(Member(**member) for member in values["members"])
         if any(member.is_rounded for member in members):
             raise EnsembleError(
@@ -131,9 +149,17 @@ def load_ensemble(name: str) -> Ensemble:
             network=NetworkShape.from_json(values["network"]),
             members=members,
             training=values["training"],
+            trunk=None if trunk is None else Trunk(**trunk),
+            temperature=_temperature(values.get("temperature", 1.0)),
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
+
+
+def _temperature(value: float) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"temperature {value}")
+    return float(value)
 
 
 def write_manifest(ensemble: Ensemble) -> None:
@@ -147,6 +173,8 @@ def write_manifest(ensemble: Ensemble) -> None:
         "network": ensemble.network.to_json(),
         "members": [asdict(member) for member in ensemble.members],
         "training": ensemble.training,
+        "trunk": None if ensemble.trunk is None else asdict(ensemble.trunk),
+        "temperature": ensemble.temperature,
     }
     path = ensemble.directory / MANIFEST
     partial = path.with_suffix(".partial")
@@ -208,8 +236,7 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
     """
     if not n_members:
         return ()
-    baseline = next((member for member in ensemble.members if member.is_baseline), None)
-    if baseline is None:
+    if ensemble.baseline is None:
         raise UsageError(
             f"--perturb-inference {n_members}: ensemble {ensemble.name} has no baseline "
             f"({BASELINE}) to run under random rounding; it has "
@@ -218,69 +245,54 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
         )
     return tuple(
         replace(
-            baseline, id=f"{ROUNDED}{number:02}", family=ROUNDED,
+            ensemble.baseline, id=f"{ROUNDED}{number:02}", family=ROUNDED,
             seed=random_seed * (MAX_ROUNDED + 1) + number, precision=ROUNDED_PRECISION,
         )
         for number in range(1, n_members + 1)
     )  # fmt: skip
 
 
-def save_weights(network: UNet, path: Path) -> str:
-    """Write weights as float16 safetensors and return the file's SHA-256.
-
-    Rounding to 11 bits changes a weight by 2e-4 of its size: far less than what separates two
-    seeds, more than what separates Monte Carlo members after a short fork (docs/model-card.md).
-    """
-    tensors = {name: p.detach().cpu().half().contiguous() for name, p in network.named_parameters()}
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial)
-        partial.chmod(0o644)  # safetensors writes files that only their owner can read
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return sha256_of(path)
-
-
 def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
     """Build a member's network in float32, in evaluation mode.
+
+    Its logits are divided by the ensemble's temperature.
 
     Raises
     ------
     EnsembleError
         If its weights are missing, do not match the manifest's checksum, or do not fit.
     """
-    path = ensemble.directory / member.file
     check_member(ensemble, member)
+    path = ensemble.directory / member.file
+    trunk = None if ensemble.trunk is None else ensemble.directory / ensemble.trunk.file
     network = build_network(ensemble.network)
     try:
-        tensors = {name: t.float() for name, t in load_file(path).items()}
-        network.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict(load_weights(path, trunk))
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
+    network.divide_logits(ensemble.temperature)
     return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
 
 
 def check_member(ensemble: Ensemble, member: Member) -> None:
-    """Compare a member's weights with the manifest.
+    """Compare a member's weights, and those of the trunk they add to, with the manifest.
 
     Raises
     ------
     EnsembleError
-        If the file is missing or its SHA-256 differs.
+        If a file is missing or its SHA-256 differs.
     """
-    path = ensemble.directory / member.file
-    if path.name != member.file or not path.is_file():
-        raise EnsembleError(
-            f"{path}: weights of {member.id} are missing. Install the ensemble again."
-        )
-    if sha256_of(path) != member.sha256:
+    _check(ensemble, member.file, member.sha256, f"weights of {member.id}")
+    if ensemble.trunk is not None:
+        _check(ensemble, ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")
+
+
+def _check(ensemble: Ensemble, file: str, sha256: str, what: str) -> None:
+    path = ensemble.directory / file
+    if path.name != file or not path.is_file():
+        raise EnsembleError(f"{path}: {what} are missing. Install the ensemble again.")
+    if sha256_of(path) != sha256:
         raise EnsembleError(
             f"{path}: checksum differs from the manifest: the file is damaged or was replaced. "
             "Install the ensemble again."
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 as hexadecimal text."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -231,6 +231,14 @@ class UNet(nn.Module):
         rim = features.rim[:, :, a::2, :, b::2].movedim(1, -1)
         return coarse + F.linear(rim, self.rim_head.weight.reshape(k, -1))
 
+    @torch.no_grad()
+    def divide_logits(self, temperature: float) -> None:
+        """Change the last layers such that all logits are divided by `temperature`."""
+        if temperature != 1.0:
+            for last in (self.body_head, self.rim_head):
+                for parameter in last.parameters():
+                    parameter.div_(temperature)
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z)."""
         return self.classify(self.features(image))
@@ -244,10 +252,14 @@ def fold(image: torch.Tensor) -> torch.Tensor:
 
 
 def unfold(channels: torch.Tensor) -> torch.Tensor:
-    """(B, 8 C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z): the inverse arrangement of `fold`."""
+    """(B, 8 C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z): the inverse arrangement of `fold`.
+
+    In channels-last memory, which the network works in, whole runs of C numbers are moved.
+    """
     b, c, x, y, z = channels.shape
-    cubes = channels.reshape(b, 2, 2, 2, c // 8, x, y, z)
-    return cubes.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, c // 8, 2 * x, 2 * y, 2 * z)
+    cubes = channels.movedim(1, -1).reshape(b, x, y, z, 2, 2, 2, c // 8)
+    cubes = cubes.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, 2 * x, 2 * y, 2 * z, c // 8)
+    return cubes.movedim(-1, 1)
 
 
 def build_network(shape: NetworkShape, seed: int = 0) -> UNet:

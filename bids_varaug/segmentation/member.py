@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numba
 import numpy as np
 import torch
 
 from bids_varaug.errors import ScanError
+from bids_varaug.images.crop import Box
 from bids_varaug.models.ensemble import Member, load_ensemble, load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
+from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.segmentation.locate import locate_brain
 from bids_varaug.segmentation.posterior import save_posterior
 from bids_varaug.segmentation.predict import segment_volume
+
+Result = TypeVar("Result")
 
 
 def segment_with_member(
@@ -34,23 +41,62 @@ def segment_with_member(
     ScanError
         If the device runs out of memory.
     """
+
+    def segment(network: UNet) -> None:
+        with arithmetic_of(member):
+            sparse = segment_volume(network, head)
+        save_posterior(
+            out, sparse, {"member": member.id, "family": member.family, "sha256": member.sha256}
+        )
+
+    _with_network(segment, head.shape, ensemble_name, member, device, num_threads)
+
+
+def locate_with_member(
+    head: np.ndarray,
+    voxel_size: float,
+    ensemble_name: str,
+    member: Member,
+    device: str,
+    num_threads: int,
+) -> Box:
+    """Load a member and let it find the brain in a head box; see `locate_brain`.
+
+    Raises
+    ------
+    EnsembleError
+        If the member's weights are damaged.
+    ScanError
+        If the device runs out of memory.
+    """
+
+    def locate(network: UNet) -> Box:
+        return locate_brain(network, head, voxel_size)
+
+    return _with_network(locate, head.shape, ensemble_name, member, device, num_threads)
+
+
+def _with_network(
+    work: Callable[[UNet], Result],
+    shape: tuple[int, ...],
+    ensemble_name: str,
+    member: Member,
+    device: str,
+    num_threads: int,
+) -> Result:
+    """Load a member, let it work, and give back the memory that an idle worker would keep."""
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # random rounding's
-    network = load_member(load_ensemble(ensemble_name), member, device)
     try:
-        with arithmetic_of(member):
-            sparse = segment_volume(network, head)
+        return work(load_member(load_ensemble(ensemble_name), member, device))
     except torch.OutOfMemoryError as error:
         raise ScanError(
-            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a "
+            f"{device}: not enough memory for a head of {shape} voxels. Use --device cpu or a "
             "GPU with more memory."
         ) from error
-    save_posterior(
-        out, sparse, {"member": member.id, "family": member.family, "sha256": member.sha256}
-    )
-    del network, sparse
-    release_freed_memory()
+    finally:
+        release_freed_memory()
 
 
 def arithmetic_of(member: Member) -> AbstractContextManager:

@@ -15,26 +15,29 @@ import pandas as pd
 import torch
 
 from bids_varaug import __version__
-from bids_varaug.errors import UsageError
+from bids_varaug.errors import UsageError, UserError
 from bids_varaug.models.ensemble import (
     BASELINE,
     MANIFEST,
     Ensemble,
     Label,
     Member,
+    Trunk,
     load_ensemble,
-    save_weights,
     write_manifest,
 )
 from bids_varaug.models.unet import UNet, build_network
+from bids_varaug.models.weights import save_weights
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.training.labels import LabelScheme
 from bids_varaug.training.recipe import Recipe, Stage
 from bids_varaug.training.synthesis import Randomiser
 from bids_varaug.training.train import StepReport, train
+from bids_varaug.training.turns import take_turns
 
 _ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
 FLOAT32_PRECISION = 24
+TRUNK = "trunk.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,13 @@ class Workshop:
             lambda report: self.on_step(name, report, network),
         )  # fmt: skip
 
-    def train_trunk(self) -> UNet:
-        """Train (or finish, or load) what all members share."""
+    def train_trunk(self) -> tuple[UNet, Trunk]:
+        """Train (or finish, or load) what all members share, and write its weights."""
         seed = self.recipe.trunk_seed
         network = build_network(self.recipe.network, seed).to(self.device)
-        return self.run("trunk", network, self.recipe.trunk, seed, lambda step: nullcontext())
+        self.run("trunk", network, self.recipe.trunk, seed, lambda step: nullcontext())
+        checksum = save_weights(network, self.directory / TRUNK)
+        return network, Trunk(TRUNK, checksum)
 
     def train_member(self, plan: Plan, trunk: UNet | None) -> Member:
         """Train one member and write its weights."""
@@ -133,31 +138,55 @@ class Workshop:
             network.load_state_dict(trunk.state_dict())
         self.run(plan.id, network, self.recipe.member, plan.seed, plan.arithmetic)
         name = f"{plan.id}.safetensors"
-        checksum = save_weights(network, self.directory / name)
+        checksum = save_weights(network, self.directory / name, trunk)
         precision = None if plan.rounding_seed is None else FLOAT32_PRECISION
         return Member(plan.id, plan.family, plan.seed, precision, name, checksum)
 
 
 def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensemble:
-    """Train the trunk, then each member; the manifest grows with every finished member."""
+    """Train the trunk, then each member; the manifest grows with every finished member.
+
+    Several processes may train members of one ensemble side by side: one of them trains the
+    trunk, and each adds its own members to what it finds in the manifest.
+
+    Raises
+    ------
+    UserError
+        If the folder holds members of another trunk or recipe, whose files add to other weights.
+    """
     workshop.directory.mkdir(parents=True, exist_ok=True)
-    trunk = workshop.train_trunk() if workshop.recipe.trunk else None
-    ensemble = _empty_ensemble(workshop, name)
-    if (workshop.directory / MANIFEST).exists():
-        ensemble = replace(ensemble, members=load_ensemble(str(workshop.directory)).members)
+    with take_turns(workshop.checkpoints / "trunk.lock"):
+        network, trunk = workshop.train_trunk() if workshop.recipe.trunk else (None, None)
+    ensemble = _empty_ensemble(workshop, name, trunk)
     for member_id in ids:
-        member = workshop.train_member(plan_member(member_id), trunk)
-        others = tuple(m for m in ensemble.members if m.id != member_id)
-        ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
-        write_manifest(ensemble)
+        _members_beside(ensemble)
+        member = workshop.train_member(plan_member(member_id), network)
+        with take_turns(workshop.checkpoints / "manifest.lock"):
+            others = tuple(m for m in _members_beside(ensemble) if m.id != member_id)
+            ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
+            write_manifest(ensemble)
     return ensemble
+
+
+def _members_beside(ensemble: Ensemble) -> tuple[Member, ...]:
+    """Return the members that the folder's manifest knows, which must be of one kind with ours."""
+    path = ensemble.directory / MANIFEST
+    if not path.exists():
+        return ()
+    known = load_ensemble(str(ensemble.directory))
+    if known.trunk != ensemble.trunk or known.training["recipe"] != ensemble.training["recipe"]:
+        raise UserError(
+            f"{path}: its members were trained from another trunk or by another recipe. Train "
+            "into an empty folder, or delete this one's manifest and *.safetensors."
+        )
+    return known.members
 
 
 def _order(member: Member):
     return (["ieee", "mca", "seed"].index(member.family), member.id)
 
 
-def _empty_ensemble(workshop: Workshop, name: str) -> Ensemble:
+def _empty_ensemble(workshop: Workshop, name: str, trunk: Trunk | None) -> Ensemble:
     recipe, scheme = workshop.recipe, workshop.scheme
     finest = recipe.member[-1].windows[0].voxel_size
     return Ensemble(
@@ -177,6 +206,7 @@ def _empty_ensemble(workshop: Workshop, name: str) -> Ensemble:
             "processor": platform.processor() or platform.machine(),
             "device": workshop.device,
         },
+        trunk=trunk,
     )
 
 

@@ -16,6 +16,7 @@ from bids_varaug.images.crop import extract, head_box
 from bids_varaug.images.load import load_t1w
 from bids_varaug.images.native import resample_posterior
 from bids_varaug.models.unet import UNet
+from bids_varaug.segmentation.locate import locate_brain
 from bids_varaug.segmentation.predict import segment_volume
 
 
@@ -65,6 +66,7 @@ def segment_file(network: UNet, path: Path, voxel_size: float) -> np.ndarray:
     native = load_t1w(path)
     conformed = conform(native, voxel_size)
     box = head_box(conformed.data, voxel_size, multiple=network.shape.multiple)
+    box = locate_brain(network, extract(conformed.data, box), voxel_size).within(box)
     sparse = segment_volume(network, extract(conformed.data, box))
     return resample_posterior(
         sparse.offsets, sparse.voxels, sparse.posterior, box, conformed.data.shape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,42 @@ class Conform(_Step):
             print(f"WARNING: {self.inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
         np.save(files["head_file"], head)
         geometry.save(files["geometry_file"])
+        return {name: str(path) for name, path in files.items()}
+
+
+class _LocateInput(BaseInterfaceInputSpec):
+    head_file = File(exists=True, mandatory=True, desc="head box, .npy float32, network grid")
+    geometry_file = File(exists=True, mandatory=True)
+    member = traits.Any(mandatory=True, desc="models.ensemble.Member that looks for the brain")
+    ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
+    device = traits.Str("cpu", usedefault=True, nohash=True)
+    num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _LocateOutput(TraitedSpec):
+    head_file = File(exists=True, desc="brain box, .npy float32, network grid")
+    geometry_file = File(exists=True, desc="grids and box, JSON")
+
+
+class LocateBrain(_Step):
+    """Cut the part that holds the brain out of a head box."""
+
+    input_spec, output_spec = _LocateInput, _LocateOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.images.crop import extract
+        from bids_varaug.images.geometry import Geometry
+        from bids_varaug.segmentation.member import locate_with_member
+
+        files = {"head_file": folder / "brain.npy", "geometry_file": folder / "geometry.json"}
+        head = np.load(self.inputs.head_file)
+        geometry = Geometry.load(Path(self.inputs.geometry_file))
+        part = locate_with_member(
+            head, geometry.voxel_size, self.inputs.ensemble, self.inputs.member,
+            self.inputs.device, self.inputs.num_threads,
+        )  # fmt: skip
+        np.save(files["head_file"], extract(head, part))
+        replace(geometry, box=part.within(geometry.box)).save(files["geometry_file"])
         return {name: str(path) for name, path in files.items()}
 
 

@@ -17,6 +17,7 @@ from bids_varaug.reports.request import ReportRequest
 from bids_varaug.workflows.interfaces import (
     Conform,
     FuseMembers,
+    LocateBrain,
     SegmentMember,
     WriteReport,
     WriteScan,
@@ -24,7 +25,7 @@ from bids_varaug.workflows.interfaces import (
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
-CONFORM_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 3.0, 1.2, 1.6, 1.0
+CONFORM_GB, LOCATE_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 1.2, 3.0, 1.2, 1.6, 1.0
 LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
 
 # With the version: what another one left in the work directory may be of another kind.
@@ -113,10 +114,21 @@ def init_scan_wf(
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 
     workflow = Workflow(name)
+    head = conform
+    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+        head = _node(
+            LocateBrain(
+                ensemble=str(ensemble.directory), member=ensemble.baseline or members[0],
+                device=settings.device, num_threads=threads,
+            ),
+            "locate", threads, LOCATE_GB,
+        )  # fmt: skip
+        workflow.connect(conform, "head_file", head, "head_file")
+        workflow.connect(conform, "geometry_file", head, "geometry_file")
     workflow.connect([
-        (conform, segment, [("head_file", "head_file")]),
+        (head, segment, [("head_file", "head_file")]),
         (segment, fuse, [("posterior_file", "posterior_files")]),
-        (conform, write, [("geometry_file", "geometry_file")]),
+        (head, write, [("geometry_file", "geometry_file")]),
         (segment, write, [("posterior_file", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"),
                        ("counts_file", "counts_file")]),

@@ -28,14 +28,14 @@ def labels_dir(tmp_path):
 def test_an_ensemble_is_trained_logged_and_not_trained_twice(labels_dir, tmp_path, capsys):
     out = tmp_path / "mine"
     command = [str(labels_dir), str(out), "--members", "ieee,mca01", "--trunk-steps", "1",
-               "1", "1", "1", "--steps", "1", "--hold-out", "1",
+               "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
                "--channels", "4", "4", "4", "4", "4", "--monitor", str(labels_dir),
                "--device", "cpu"]  # fmt: skip
     assert main(command) == 0
     ensemble = load_ensemble(str(out))
     assert ensemble.name == "mine"
     assert [member.id for member in ensemble.members] == ["ieee", "mca01"]
-    assert ensemble.training["forked_at_step"] == 4
+    assert ensemble.training["forked_at_step"] == 5
     assert ensemble.training["n_label_maps"] == 1
     load_member(ensemble, ensemble.members[0])
     rows = (out / "logs" / "ieee.tsv").read_text().splitlines()
@@ -51,7 +51,7 @@ def test_members_can_be_trained_from_their_own_initialisation():
     arguments = build_parser().parse_args(["labels", "out", "--no-trunk", "--steps", "5"])
     recipe = make_recipe(arguments, n_classes=32)
     assert recipe.trunk == () and recipe.trunk_steps == 0
-    assert recipe.member[-1].steps == 5 and len(recipe.member) == 5
+    assert recipe.member[-1].steps == 5 and len(recipe.member) == 6
 
 
 def test_empty_label_folder_is_refused(tmp_path, capsys):

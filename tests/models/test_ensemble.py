@@ -15,11 +15,11 @@ from bids_varaug.models.ensemble import (
     load_ensemble,
     load_member,
     round_inference,
-    save_weights,
     select_members,
     write_manifest,
 )
 from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.models.weights import save_weights
 
 SHAPE = NetworkShape(3, (2, 2), 2)
 IDS = ("ieee", "mca01", "mca02", "seed01", "seed02")
