@@ -16,7 +16,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 
 from bids_varaug.images.conform import conform
 from bids_varaug.images.crop import extract, head_box
@@ -28,7 +27,8 @@ from bids_varaug.segmentation.fuse import fuse_members
 from bids_varaug.segmentation.locate import locate_brain
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
+from bids_varaug.training.heads import load_heads
+from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.monitor import find_labelled_images
 from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
 
@@ -69,7 +69,7 @@ def synthetic_cases(labels_dir: Path, last: int) -> Iterator[Case]:
     scheme = load_scheme()
     randomiser = Randomiser(scheme, SynthesisSettings())
     for number, path in enumerate(find_label_maps(labels_dir)[-last:]):
-        head = torch.from_numpy(load_label_map(path, scheme))
+        [head] = load_heads([path], scheme, "cpu")
         image, target = randomiser.draw(head, SYNTHETIC_SHAPE, 1.0, seed=90_000 + number)
         yield Case(f"synthetic-{path.name.split('.')[0]}", image.numpy(), target.numpy(),
                    lambda sparse: sparse.labels)  # fmt: skip

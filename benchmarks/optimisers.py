@@ -19,7 +19,8 @@ from accuracy import dice
 
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
-from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
+from bids_varaug.training.heads import load_heads
+from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.loss import training_loss
 from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
@@ -71,7 +72,7 @@ def main() -> None:
     keep_freed_memory()
     scheme = load_scheme()
     maps = find_label_maps(arguments.labels)
-    heads = [torch.from_numpy(load_label_map(path, scheme)) for path in maps]
+    heads = load_heads(maps, scheme, "cpu")
     to_train, left_out = heads[: -arguments.hold_out], heads[-arguments.hold_out :]
     randomiser = Randomiser(scheme, SynthesisSettings())
     n_classes = len(scheme.target_ids)

@@ -30,6 +30,7 @@ from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.subject import ReportRequest, write_subject_report
 from bids_varaug.segmentation.member import segment_with_member
 from bids_varaug.segmentation.summary import summarise_members
+from bids_varaug.threads import use_threads
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bids_dir = make_dataset(arguments.t1w, folder)
-        torch.set_num_threads(arguments.threads)
+        use_threads(arguments.threads)
         time_command(bids_dir, folder, arguments.threads, arguments.ensemble)
         time_steps(bids_dir, folder, arguments.threads, arguments.ensemble)
     if arguments.yardstick:

@@ -25,6 +25,7 @@ import torch
 from bids_varaug.models.ensemble import load_ensemble, load_member
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.threads import use_threads
 from bids_varaug.training.loss import training_loss
 from bids_varaug.training.optimiser import Optimiser
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--accumulation", nargs="+", default=["fast", "none", "exact"])
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     keep_freed_memory()
     ways = ["plain", *options.accumulation]
     work = Work(options.ensemble, options.side)

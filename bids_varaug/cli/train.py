@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bids_varaug import __version__
 from bids_varaug.cli.exit_codes import ExitCode
-from bids_varaug.errors import UserError
+from bids_varaug.errors import UsageError, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,33 +34,76 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("labels_dir", type=Path, help="label maps (*.nii.gz or *_dseg.nii.gz)")
     parser.add_argument("ensemble_dir", type=Path, help="where manifest and weights go")
-    parser.add_argument("--members", default="ieee,mca01..mca04,seed01..seed04")
-    parser.add_argument("--name", help="of the ensemble; default: the folder's name")
-    parser.add_argument("--label-table", type=Path, help="TSV of label ids (default: FreeSurfer)")
-    parser.add_argument("--hold-out", type=int, default=0, metavar="N",
-                        help="leave the last N label maps out of training")  # fmt: skip
-    parser.add_argument("--trunk-steps", type=int, nargs=5, metavar="N",
-                        help="trunk steps of the body at 4 mm, of the body at 2 mm, at 1 mm, and "
-                        "at 1 mm while the learning rate falls, and of the same again (refine)")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="steps of each member after the fork")
-    parser.add_argument("--no-trunk", action="store_true",
-                        help="train every member from its own initialisation")  # fmt: skip
-    parser.add_argument("--channels", type=int, nargs="+", help="network width at each level")
-    parser.add_argument("--monitor", type=Path, metavar="DIR",
-                        help="T1w images with *_dseg files: their Dice is logged")  # fmt: skip
-    parser.add_argument("--monitor-every", type=int, default=200, metavar="STEPS")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--omp-nthreads", type=int, default=0, help="0: all")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                        help="go on from checkpoints of the same recipe")  # fmt: skip
+    add_members(parser.add_argument_group("members"))
+    add_data(parser.add_argument_group("data"))
+    add_schedule(parser.add_argument_group("how long, how large"))
+    add_machine(parser.add_argument_group("machine"))
     parser.add_argument("--version", action="version", version=__version__)
     return parser
+
+
+def add_members(group) -> None:
+    """Add the flags that choose members."""
+    group.add_argument("--members", default="ieee,mca01..mca10,seed01..seed10")
+    group.add_argument("--member-index", type=int, metavar="I",
+                       help="train only member number I of --members, from 0 on, as in a Slurm "
+                       "array; start it once more without this flag to calibrate")  # fmt: skip
+    group.add_argument("--trunk-only", action="store_true",
+                       help="stop where the members fork")  # fmt: skip
+    group.add_argument("--name", help="of the ensemble; default: the folder's name")
+
+
+def add_data(group) -> None:
+    """Add the flags about what is learnt from."""
+    group.add_argument("--label-table", type=Path,
+                       help="TSV of label ids (default: the *dseg.tsv of LABELS_DIR, else "
+                       "FreeSurfer's)")  # fmt: skip
+    group.add_argument("--hold-out", type=int, default=0, metavar="N",
+                       help="leave the last N label maps out of training and calibrate the "
+                       "posteriors on images drawn from them")  # fmt: skip
+    group.add_argument("--real-share", type=_share, default=0.0, metavar="SHARE",
+                       help="share of the images (0 to 1) that show the T1w image beside the label "
+                       "map instead of a synthetic one")  # fmt: skip
+    group.add_argument("--monitor", type=Path, metavar="DIR",
+                       help="T1w images with *_dseg files: their Dice is logged")  # fmt: skip
+    group.add_argument("--monitor-every", type=int, default=200, metavar="STEPS")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share lies between 0 and 1")
+    return value
+
+
+def add_schedule(group) -> None:
+    """Add the flags that change the recipe."""
+    group.add_argument("--trunk-steps", type=int, nargs=5, metavar="N",
+                       help="trunk steps of the body at 4 mm, of the body at 2 mm, and three times "
+                       "of the whole at 1 mm (fine, settle, refine)")  # fmt: skip
+    group.add_argument("--steps", type=int, help="steps of each member after the fork")
+    group.add_argument("--no-trunk", action="store_true",
+                       help="train every member from its own initialisation")  # fmt: skip
+    group.add_argument("--channels", type=int, nargs="+", help="network width at each level")
+
+
+def add_machine(group) -> None:
+    """Add the flags about where it runs."""
+    group.add_argument("--device", default="auto",
+                       help="auto, cpu, cuda, cuda:N, or several, comma-separated, over which "
+                       "members are spread")  # fmt: skip
+    group.add_argument("--jobs", type=int, default=1, metavar="N",
+                       help="members at once on each device")  # fmt: skip
+    group.add_argument("--omp-nthreads", type=int, default=0, help="of each job; 0: all")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                       help="go on from what is there; --no-resume deletes it first")  # fmt: skip
 
 
 def make_recipe(arguments: argparse.Namespace, n_classes: int):
     """Return the standard recipe with the changes that the command line asks for."""
     from bids_varaug.models.unet import NetworkShape
     from bids_varaug.training.recipe import MEMBER, Recipe
+    from bids_varaug.training.synthesis import SynthesisSettings
 
     shape = NetworkShape(n_classes)
     if arguments.channels:
@@ -70,53 +115,123 @@ def make_recipe(arguments: argparse.Namespace, n_classes: int):
             for stage, steps in zip(trunk, arguments.trunk_steps, strict=True)
         )
     member = MEMBER if arguments.steps is None else replace(MEMBER, steps=arguments.steps)
+    synthesis = SynthesisSettings(real_share=arguments.real_share)
     if arguments.no_trunk:
-        return Recipe(shape, trunk=(), member=(*trunk, member))
-    return Recipe(shape, trunk=trunk, member=(member,))
+        return Recipe(shape, trunk=(), member=(*trunk, member), synthesis=synthesis)
+    return Recipe(shape, trunk=trunk, member=(member,), synthesis=synthesis)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the label maps and train every member asked for."""
-    import torch
-
     from bids_varaug.models.memory import keep_freed_memory
     from bids_varaug.segmentation.device import resolve_device
-    from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
-    from bids_varaug.training.members import Workshop, parse_members, train_ensemble
-    from bids_varaug.training.progress import Progress
-    from bids_varaug.training.synthesis import Randomiser
+    from bids_varaug.threads import use_threads
+    from bids_varaug.training.fleet import train_side_by_side
+    from bids_varaug.training.heads import load_heads
+    from bids_varaug.training.labels import find_label_table, load_scheme
+    from bids_varaug.training.members import (
+        Workshop,
+        calibrate_ensemble,
+        forget,
+        parse_members,
+        train_ensemble,
+        unfinished,
+    )
 
     keep_freed_memory()
     if arguments.omp_nthreads:
-        torch.set_num_threads(arguments.omp_nthreads)
-    device = resolve_device(arguments.device)
+        use_threads(arguments.omp_nthreads)
     ids = parse_members(arguments.members)
-    scheme = load_scheme(arguments.label_table)
-    paths = find_label_maps(arguments.labels_dir)
-    if arguments.hold_out >= len(paths):
-        raise UserError(
-            f"{arguments.labels_dir}: {len(paths)} label map(s), --hold-out {arguments.hold_out} "
-            "leaves none to train on."
-        )
-    heads = [
-        torch.from_numpy(load_label_map(path, scheme)).to(device)
-        for path in paths[: len(paths) - arguments.hold_out]
-    ]
-    recipe = make_recipe(arguments, len(scheme.target_ids))
+    if arguments.member_index is not None:
+        ids = (pick_member(ids, arguments.member_index),)
+    devices = [resolve_device(name) for name in arguments.device.split(",")]
+    devices *= max(1, arguments.jobs)
+    to_train, left_out = split_label_maps(arguments.labels_dir, arguments.hold_out)
+    scheme = load_scheme(arguments.label_table or find_label_table(arguments.labels_dir))
     if not arguments.resume:
-        for path in (arguments.ensemble_dir / "checkpoints").glob("*.safetensors"):
-            path.unlink()
-    progress = Progress(
-        arguments.ensemble_dir / "logs", arguments.monitor, arguments.monitor_every,
-        dict(zip(scheme.target_ids, scheme.target_names, strict=True)),
-        recipe.member[-1].windows[0].voxel_size,
+        forget(arguments.ensemble_dir)
+    with closing(open_progress(arguments, scheme)) as progress:
+        workshop = Workshop(
+            arguments.ensemble_dir, make_recipe(arguments, len(scheme.target_ids)), scheme,
+            load_heads(to_train, scheme, devices[0], arguments.real_share > 0),
+            devices[0], progress.on_step,
+        )  # fmt: skip
+        name = arguments.name or arguments.ensemble_dir.resolve().name
+        # Side by side, other processes train the members; this one trains the trunk and waits.
+        apart = len(devices) > 1 and not arguments.trunk_only
+        ensemble = train_ensemble(workshop, name, () if apart or arguments.trunk_only else ids)
+    if apart:
+        train_side_by_side(
+            partial(member_command, arguments), unfinished(ensemble, ids), devices,
+            arguments.ensemble_dir / "logs",
+        )  # fmt: skip
+    if left_out and arguments.member_index is None and not arguments.trunk_only:
+        print("Calibrating the posteriors on the label maps left out", file=sys.stderr)
+        ensemble = calibrate_ensemble(
+            workshop, load_heads(left_out, scheme, devices[0]), [path.name for path in left_out]
+        )
+        print(f"Temperature {ensemble.temperature}", file=sys.stderr)
+
+
+def split_label_maps(directory: Path, hold_out: int) -> tuple[list[Path], list[Path]]:
+    """Return the label maps to train on, and the last `hold_out`, which are left out.
+
+    Raises
+    ------
+    UserError
+        If there are no label maps, or none to train on.
+    """
+    from bids_varaug.training.labels import find_label_maps
+
+    paths = find_label_maps(directory)
+    n_train = len(paths) - hold_out
+    if not 0 < n_train <= len(paths):
+        raise UserError(
+            f"{directory}: {len(paths)} label map(s), --hold-out {hold_out} leaves none to train "
+            "on."
+        )
+    return paths[:n_train], paths[n_train:]
+
+
+def pick_member(ids: tuple[str, ...], index: int) -> str:
+    """Return member number `index`.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer.
+    """
+    if not 0 <= index < len(ids):
+        raise UsageError(
+            f"--member-index {index}: --members names {len(ids)}, numbered 0 to {len(ids) - 1} "
+            f"(sbatch --array=0-{len(ids) - 1})."
+        )
+    return ids[index]
+
+
+def open_progress(arguments: argparse.Namespace, scheme):
+    """Return what shows and logs the training."""
+    from bids_varaug.training.progress import Progress
+    from bids_varaug.training.recipe import MEMBER
+
+    names = dict(zip(scheme.target_ids, scheme.target_names, strict=True))
+    return Progress(
+        arguments.ensemble_dir / "logs", arguments.monitor, arguments.monitor_every, names,
+        MEMBER.windows[0].voxel_size,
     )  # fmt: skip
-    workshop = Workshop(
-        arguments.ensemble_dir, recipe, scheme, heads,
-        Randomiser(scheme, recipe.synthesis, device), device, progress.on_step,
-    )  # fmt: skip
-    name = arguments.name or arguments.ensemble_dir.resolve().name
-    try:
-        train_ensemble(workshop, name, ids)
-    finally:
-        progress.close()
+
+
+def member_command(arguments: argparse.Namespace, member_id: str, device: str) -> list[str]:
+    """Return the command that trains one member of the same ensemble, for ``python -m``."""
+    command = ["bids_varaug.cli.train", str(arguments.labels_dir), str(arguments.ensemble_dir)]
+    changed = {"members": member_id, "member_index": 0, "device": device, "jobs": 1}
+    for name, value in (vars(arguments) | changed).items():
+        if name in ("labels_dir", "ensemble_dir", "resume") or value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,7 +79,7 @@ def _explain(path: Path, error: OSError) -> OutputError:
     if error.errno in NO_SPACE:
         return DiskError(
             f"{path}: could not be written, the disk is full ({reason}). Nothing half-written is "
-            "left. Free some space and start again; finished steps are kept in the work directory."
+            "left. Free some space and start again: what was finished before is kept."
         )
     if error.errno == errno.EIO:
         return DiskError(f"{path}: could not be written, the disk fails ({reason}).")

@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from bids_varaug.derivatives.write import replacing
 from bids_varaug.models.unet import UNet
 
 STEP = ".step"
@@ -27,6 +28,11 @@ def save_weights(network: UNet, path: Path, trunk: UNet | None = None) -> str:
     Parameters
     ----------
     trunk : the network at the step where the members fork, in full precision
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
     """
     tensors = {name: p.detach().cpu() for name, p in network.named_parameters()}
     if trunk is None:
@@ -34,14 +40,23 @@ def save_weights(network: UNet, path: Path, trunk: UNet | None = None) -> str:
     else:
         start = dict(trunk.named_parameters())
         tensors = _coded({name: p - start[name].detach().cpu() for name, p in tensors.items()})
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: p.contiguous() for name, p in tensors.items()}, partial)
-        partial.chmod(0o644)  # safetensors writes files that only their owner can read
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors)
     return sha256_of(path)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, aside first and renamed, so that a kill leaves the old one.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; nothing half-written is left.
+    """
+    content = save({name: p.contiguous() for name, p in tensors.items()}, metadata)
+    with replacing(path) as stream:
+        stream.write(content)
 
 
 def load_weights(path: Path, trunk: Path | None = None) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import (
 from bids_varaug.numerics.operators import Context, Operator, operator_of
 from bids_varaug.numerics.perturb import round_
 from bids_varaug.numerics.rules import DIGITS, MODES, Rule
+from bids_varaug.threads import start_numba_threads
 
 ACCUMULATIONS = ("exact", "fast", "none")
 DEVICES = ("cpu", "cuda")
@@ -135,6 +136,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
     def __enter__(self):
         if torch.jit.is_tracing():
             raise RuntimeError(_TRACED)
+        start_numba_threads()
         if not self._guards:
             self._guard.__enter__()
         self._guards += 1

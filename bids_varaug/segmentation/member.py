@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-import numba
 import numpy as np
 import torch
 
@@ -20,6 +19,7 @@ from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.locate import locate_brain
 from bids_varaug.segmentation.posterior import save_posterior
 from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.threads import use_threads
 
 Result = TypeVar("Result")
 
@@ -86,8 +86,7 @@ def _with_network(
 ) -> Result:
     """Load a member, let it work, and give back the memory that an idle worker would keep."""
     keep_freed_memory()
-    torch.set_num_threads(num_threads)
-    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # random rounding's
+    use_threads(num_threads)
     try:
         return work(load_member(load_ensemble(ensemble_name), member, device))
     except torch.OutOfMemoryError as error:

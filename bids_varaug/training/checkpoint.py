@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+
+from bids_varaug.errors import UserError
+from bids_varaug.models.weights import write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
 
 
 def save_checkpoint(path: Path, network, optimiser, step: int, fingerprint: str) -> None:
-    """Write weights, moments and step; what was there before stays until this is complete."""
+    """Write weights, moments and step; what was there before stays until this is complete.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; the last checkpoint is kept.
+    """
     tensors = {}
     for name, parameter in network.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous()
+        tensors[f"weight/{name}"] = parameter.detach()
         state = optimiser.state_of(parameter)
         for moment in MOMENTS:
             if moment in state:
-                tensors[f"{moment}/{name}"] = state[moment].contiguous()
+                tensors[f"{moment}/{name}"] = state[moment]
         if "step" in state:  # a parameter that a stage leaves alone counts fewer than the run
             tensors[f"step/{name}"] = state["step"].clone()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial, {"step": str(step), "fingerprint": fingerprint})
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"step": str(step), "fingerprint": fingerprint})
 
 
 def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int | None:
@@ -39,9 +38,18 @@ def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int | N
 
     Raises
     ------
-    safetensors.SafetensorError
+    UserError
         If the file is damaged.
     """
+    try:
+        return _restore(path, network, optimiser, fingerprint)
+    except (SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged checkpoint ({error}). Delete it to train this part again."
+        ) from error
+
+
+def _restore(path: Path, network, optimiser, fingerprint: str) -> int | None:
     with safe_open(path, "pt", device=str(next(network.parameters()).device)) as file:
         metadata = file.metadata()
         if metadata["fingerprint"] != fingerprint:

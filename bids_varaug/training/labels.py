@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.errors import UserError
+from bids_varaug.images.crop import bounds
+from bids_varaug.training.sides import mirror_ids
 
 TISSUES = ("air", "brain", "csf", "head")
+_ANY_MEAN, _ANY_SD = 0.6, 0.25  # of an intensity that nothing is known about
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,29 @@ class LabelScheme:
 
 
 def load_scheme(path: Path | None = None) -> LabelScheme:
-    """Read a label table (TSV: index, name, target, mirror, tissue, t1_mean, t1_sd).
+    """Read a label table, by default that of FreeSurfer's ids.
+
+    A TSV with the columns index and name, as BIDS has it (``*_dseg.tsv``). More columns say more:
+    target (the id that the network learns; default: its own), mirror (the id on the other side;
+    default: that whose name has left and right exchanged), tissue (air, brain, csf or head;
+    default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any).
 
     Raises
     ------
     UserError
-        If a column is missing, an id is listed twice, or a target or mirror id is not in the table.
+        If a column is missing, an id is listed twice, a target or mirror id is not in the table,
+        or a structure has no counterpart.
     """
     source = path or files("bids_varaug") / "data" / "training_labels.tsv"
     with source.open() as stream:
         table = pd.read_csv(stream, sep="\t")
-    missing = {"index", "name", "target", "mirror", "tissue", "t1_mean", "t1_sd"} - set(table)
+    missing = {"index", "name"} - set(table)
     if missing:
         raise UserError(f"{source}: the label table lacks the column(s) {sorted(missing)}.")
-    table = table.sort_values("index").reset_index(drop=True)
+    table = _complete(table, str(source))
     ids = table["index"].to_numpy(np.int32)
-    if len(set(ids)) < len(ids) or ids[0] != 0 or len(ids) > 255:
-        raise UserError(f"{source}: ids must be unique, include 0, and number at most 255.")
+    if len(set(ids)) < len(ids) or len(ids) > 255:
+        raise UserError(f"{source}: ids must be unique, and at most 255 with the background's 0.")
     position = {int(i): n for n, i in enumerate(ids)}
     unknown = (set(table["target"]) | set(table["mirror"])) - set(position)
     if unknown or set(table["tissue"]) - set(TISSUES):
@@ -79,6 +88,42 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
         target_ids=tuple(int(i) for i in target_ids),
         target_names=tuple(table["name"][position[int(i)]] for i in target_ids),
     )
+
+
+def _complete(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Add the background and the columns that may be left out."""
+    if not (table["index"] == 0).any():
+        background = {"index": 0, "name": "background", "target": 0, "mirror": 0, "tissue": "air",
+                      "t1_mean": 0.02, "t1_sd": 0.02}  # fmt: skip
+        row = pd.DataFrame([{name: background.get(name) for name in table}])
+        table = pd.concat([row, table], ignore_index=True)
+    table = table.sort_values("index").reset_index(drop=True)
+    is_air = table["index"] == 0
+    defaults = {
+        "target": lambda: table["index"],
+        "mirror": lambda: mirror_ids(table, source),
+        "tissue": lambda: np.where(is_air, "air", "brain"),
+        "t1_mean": lambda: np.where(is_air, 0.02, _ANY_MEAN),
+        "t1_sd": lambda: np.where(is_air, 0.02, _ANY_SD),
+    }
+    return table.assign(**{n: make() for n, make in defaults.items() if n not in table})
+
+
+def find_label_table(directory: Path) -> Path | None:
+    """Return the table of a folder's label maps (``*dseg.tsv``), None where there is none.
+
+    Raises
+    ------
+    UserError
+        If there are several that differ.
+    """
+    found = sorted(directory.rglob("*dseg.tsv"))
+    if len({path.read_bytes() for path in found}) > 1:
+        raise UserError(
+            f"{directory}: label tables that differ ({found[0].name}, {found[1].name}, ...). Give "
+            "the one to use with --label-table."
+        )
+    return found[0] if found else None
 
 
 def find_label_maps(directory: Path) -> list[Path]:
@@ -121,9 +166,11 @@ def load_label_map(path: Path, scheme: LabelScheme) -> np.ndarray:
             f"{path}: label(s) {unknown.tolist()[:10]} are not in the label table; add a row for "
             "each, or pass a table with --label-table."
         )
-    inside = np.argwhere(labels > 0)
-    if inside.size == 0:
+    if not labels.any():
         raise UserError(f"{path}: the label map is empty.")
-    start, stop = inside.min(0), inside.max(0) + 1
-    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    return np.searchsorted(scheme.ids, labels[box]).astype(np.uint8)
+    return np.searchsorted(scheme.ids, labels[crop_to_labels(labels)]).astype(np.uint8)
+
+
+def crop_to_labels(labels: np.ndarray) -> tuple[slice, ...]:
+    """Return the smallest box (as an index) with all labels of a map (X, Y, Z)."""
+    return tuple(slice(a, b) for a, b in zip(*bounds(labels != 0), strict=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from bids_varaug.models.ensemble import (
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import save_weights
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.training.calibrate import calibrate
+from bids_varaug.training.heads import Head
 from bids_varaug.training.labels import LabelScheme
 from bids_varaug.training.recipe import Recipe, Stage
 from bids_varaug.training.synthesis import Randomiser
@@ -38,6 +41,7 @@ from bids_varaug.training.turns import take_turns
 _ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
 FLOAT32_PRECISION = 24
 TRUNK = "trunk.safetensors"
+MANIFEST_LOCK = "manifest.lock"
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,14 @@ class Workshop:
     directory: Path
     recipe: Recipe
     scheme: LabelScheme
-    heads: Sequence[torch.Tensor]
-    randomiser: Randomiser
+    heads: Sequence[Head]
     device: str
     on_step: Callable[[str, StepReport, UNet], None]
+
+    @property
+    def randomiser(self) -> Randomiser:
+        """What draws the images."""
+        return Randomiser(self.scheme, self.recipe.synthesis, self.device)
 
     @property
     def checkpoints(self) -> Path:
@@ -157,29 +165,68 @@ def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensembl
     workshop.directory.mkdir(parents=True, exist_ok=True)
     with take_turns(workshop.checkpoints / "trunk.lock"):
         network, trunk = workshop.train_trunk() if workshop.recipe.trunk else (None, None)
-    ensemble = _empty_ensemble(workshop, name, trunk)
-    for member_id in ids:
-        _members_beside(ensemble)
+    ensemble = _with_those_there(_empty_ensemble(workshop, name, trunk))
+    for member_id in unfinished(ensemble, ids):
         member = workshop.train_member(plan_member(member_id), network)
-        with take_turns(workshop.checkpoints / "manifest.lock"):
-            others = tuple(m for m in _members_beside(ensemble) if m.id != member_id)
+        with take_turns(workshop.checkpoints / MANIFEST_LOCK):
+            ensemble = _with_those_there(ensemble)
+            others = tuple(m for m in ensemble.members if m.id != member_id)
             ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
             write_manifest(ensemble)
     return ensemble
 
 
-def _members_beside(ensemble: Ensemble) -> tuple[Member, ...]:
-    """Return the members that the folder's manifest knows, which must be of one kind with ours."""
+def unfinished(ensemble: Ensemble, ids: Iterable[str]) -> tuple[str, ...]:
+    """Return those of `ids` that are not in the manifest, or whose weights are gone."""
+    there = {m.id for m in ensemble.members if (ensemble.directory / m.file).is_file()}
+    return tuple(member_id for member_id in ids if member_id not in there)
+
+
+def forget(directory: Path) -> None:
+    """Delete what earlier trainings left in the folder: checkpoints, weights and manifest."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for folder in (directory, directory / "checkpoints"):
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+
+
+def calibrate_ensemble(workshop: Workshop, heads: Sequence[Head], names: Sequence[str]) -> Ensemble:
+    """Fit the temperature on heads left out of training, and write it to the manifest.
+
+    Nothing is done where the same members were calibrated before.
+
+    Parameters
+    ----------
+    heads : on the workshop's device
+    names : of their label maps, for the manifest
+    """
+    ensemble = load_ensemble(str(workshop.directory))
+    weights = hashlib.sha256("".join(m.sha256 for m in ensemble.members).encode()).hexdigest()
+    if ensemble.training.get("calibration", {}).get("members_sha256") == weights:
+        return ensemble
+    found = calibrate(ensemble, heads, workshop.randomiser)
+    note = asdict(found) | {"label_maps": list(names), "members_sha256": weights}
+    with take_turns(workshop.checkpoints / MANIFEST_LOCK):
+        ensemble = load_ensemble(str(workshop.directory))
+        training = ensemble.training | {"calibration": note}
+        ensemble = replace(ensemble, temperature=found.temperature, training=training)
+        write_manifest(ensemble)
+    return ensemble
+
+
+def _with_those_there(ensemble: Ensemble) -> Ensemble:
+    """Add the members (and calibration) of the folder's manifest, which must be of our kind."""
     path = ensemble.directory / MANIFEST
     if not path.exists():
-        return ()
-    known = load_ensemble(str(ensemble.directory))
-    if known.trunk != ensemble.trunk or known.training["recipe"] != ensemble.training["recipe"]:
+        return ensemble
+    there = load_ensemble(str(ensemble.directory.resolve()))
+    if there.trunk != ensemble.trunk or there.training["recipe"] != ensemble.training["recipe"]:
         raise UserError(
             f"{path}: its members were trained from another trunk or by another recipe. Train "
             "into an empty folder, or delete this one's manifest and *.safetensors."
         )
-    return known.members
+    return replace(ensemble, members=there.members, temperature=there.temperature,
+                   training=there.training)  # fmt: skip
 
 
 def _order(member: Member):

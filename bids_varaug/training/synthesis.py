@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from bids_varaug.images.intensity import normalise_intensity
+from bids_varaug.training.heads import Head
 from bids_varaug.training.labels import TISSUES, LabelScheme
 
 
 @dataclass(frozen=True)
 class SynthesisSettings:
-    """How far images are randomised; lengths in mm, angles in degrees, rest relative."""
+    """How far images are randomised; lengths in mm, angles in degrees, rest relative.
+
+    `real_share` of the draws from a head that has a T1w image show that image, warped and degraded.
+    """
 
     rotation: float = 15.0
     scaling: float = 0.15
@@ -32,6 +36,7 @@ class SynthesisSettings:
     bias: float = 0.35
     noise: float = 0.08
     gamma: float = 0.25
+    real_share: float = 0.0
 
 
 class Randomiser:
@@ -48,13 +53,13 @@ class Randomiser:
         self.sd = torch.from_numpy(scheme.t1_sd).to(self.device)
 
     def draw(
-        self, head: torch.Tensor, shape: tuple[int, int, int], voxel_size: float, seed: int
+        self, head: Head, shape: tuple[int, int, int], voxel_size: float, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one random image and its target labels.
 
         Parameters
         ----------
-        head : (X, Y, Z) uint8, generation classes, RAS, 1 mm
+        head : on the same device
         shape : sides of the window to draw, voxels
         voxel_size : of the window, mm
         seed : names the draw
@@ -65,9 +70,17 @@ class Randomiser:
         target : shape uint8, class index
         """
         rng = torch.Generator(self.device).manual_seed(seed)
-        classes = self._sample_labels(head, shape, voxel_size, rng)
+        places = self._sample_places(head, shape, voxel_size, rng)
+        flipped = self._chance(rng, 0.5)
+        classes = _nearest(head.classes, places)
+        if flipped:
+            classes = self.mirror[classes.flip(0).long()]
         target = self.targets[classes.long()]
-        image = self._paint(classes, voxel_size, rng)
+        if head.t1w is not None and self._chance(rng, self.settings.real_share):
+            image = _linear(head.t1w, places)
+            image = image.flip(0) if flipped else image
+        else:
+            image = self._paint(classes, voxel_size, rng)
         image = self._strip(image, classes, voxel_size, rng)
         image = self._degrade(image, voxel_size, rng)
         return normalise_intensity(image), target
@@ -87,29 +100,19 @@ class Randomiser:
         coarse = self._normal(rng, 1, channels, *knots)
         return F.interpolate(coarse, size=tuple(shape), mode="trilinear", align_corners=True)[0]
 
-    def _sample_labels(self, head, shape, voxel_size, rng) -> torch.Tensor:
-        """Cut a randomly placed, turned and warped window out of the label map."""
+    def _sample_places(self, head, shape, voxel_size, rng) -> list[torch.Tensor]:
+        """Return where in the head (voxels, per axis) a placed, turned, warped window looks."""
         s = self.settings
         matrix = self._linear_map(rng) * voxel_size
-        sides = torch.tensor(head.shape, device=self.device, dtype=torch.float32)
-        centre = self._window_centre(head, shape, voxel_size, rng)
+        centre = self._window_centre(head, rng)
         warp = s.elastic_coarse * self._field(rng, shape, 40.0 / voxel_size, 3)
         warp += s.elastic_fine * self._field(rng, shape, 12.0 / voxel_size, 3)
         grids = [torch.arange(n, device=self.device) - (n - 1) / 2 for n in shape]
-        index = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        inside = torch.ones(shape, dtype=torch.bool, device=self.device)
+        places = []
         for axis in range(3):
             x = (matrix[axis, 0] * grids[0])[:, None, None] + (matrix[axis, 1] * grids[1])[:, None]
-            x = x + matrix[axis, 2] * grids[2] + warp[axis] + centre[axis]
-            x = x.round_().long()
-            inside &= (x >= 0) & (x < sides[axis])
-            index = index * head.shape[axis] + x
-        index[~inside] = 0
-        classes = head.reshape(-1)[index]
-        classes[~inside] = 0
-        if self._chance(rng, 0.5):
-            classes = self.mirror[classes.flip(0).long()]
-        return classes
+            places.append(x + matrix[axis, 2] * grids[2] + warp[axis] + centre[axis])
+        return places
 
     def _linear_map(self, rng) -> torch.Tensor:
         s = self.settings
@@ -126,10 +129,10 @@ class Randomiser:
         shear = torch.eye(3, device=self.device) + self._uniform(rng, -s.shear, s.shear, (3, 3))
         return turn @ torch.diag(scale) @ shear
 
-    def _window_centre(self, head, shape, voxel_size, rng) -> torch.Tensor:
+    def _window_centre(self, head, rng) -> torch.Tensor:
         """Most windows look at the brain, some anywhere in the head."""
-        sides = torch.tensor(head.shape, device=self.device, dtype=torch.float32)
-        brain = (self.targets[head[::8, ::8, ::8].long()] > 0).nonzero().float() * 8
+        sides = torch.tensor(head.classes.shape, device=self.device, dtype=torch.float32)
+        brain = (self.targets[head.classes[::8, ::8, ::8].long()] > 0).nonzero().float() * 8
         middle = (brain.amin(0) + brain.amax(0)) / 2
         if self._chance(rng, 0.1):
             return self._uniform(rng, 0.25, 0.75, (3,)) * sides
@@ -198,6 +201,27 @@ class Randomiser:
         small = [max(8, round(n * voxel_size / t)) for n, t in zip(shape, sides, strict=True)]
         low = F.interpolate(image[None, None], size=small, mode="area")
         return F.interpolate(low, size=tuple(shape), mode="trilinear", align_corners=False)[0, 0]
+
+
+def _nearest(classes: torch.Tensor, places: list[torch.Tensor]) -> torch.Tensor:
+    """Return the classes at the voxels nearest to `places`, 0 outside."""
+    index = torch.zeros(places[0].shape, dtype=torch.int64, device=classes.device)
+    inside = torch.ones(places[0].shape, dtype=torch.bool, device=classes.device)
+    for x, side in zip(places, classes.shape, strict=True):
+        x = x.round().long()
+        inside &= (x >= 0) & (x < side)
+        index = index * side + x
+    index[~inside] = 0
+    found = classes.reshape(-1)[index]
+    found[~inside] = 0
+    return found
+
+
+def _linear(image: torch.Tensor, places: list[torch.Tensor]) -> torch.Tensor:
+    """Return an image (X, Y, Z) at `places`, trilinearly, 0 outside."""
+    sides = zip(places[::-1], image.shape[::-1], strict=True)  # the last axis comes first
+    grid = torch.stack([2 * x / (side - 1) - 1 for x, side in sides], dim=-1)
+    return F.grid_sample(image[None, None], grid[None], align_corners=True)[0, 0]
 
 
 def _blur(image: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:

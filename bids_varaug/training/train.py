@@ -15,6 +15,7 @@ import torch
 from bids_varaug.errors import UserError
 from bids_varaug.models.unet import UNet
 from bids_varaug.training.checkpoint import load_checkpoint, save_checkpoint
+from bids_varaug.training.heads import Head
 from bids_varaug.training.loss import training_loss
 from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.recipe import Recipe, Stage, Window
@@ -35,7 +36,7 @@ class StepReport:
 
 def train(
     network: UNet,
-    heads: Sequence[torch.Tensor],
+    heads: Sequence[Head],
     randomiser: Randomiser,
     recipe: Recipe,
     stages: tuple[Stage, ...],
@@ -53,7 +54,7 @@ def train(
     Parameters
     ----------
     network : changed in place and returned
-    heads : label maps, (X, Y, Z) uint8 generation classes each, on the network's device
+    heads : on the network's device
     arithmetic : step -> context manager under which forward, backward and update run
     checkpoint : where the state is kept; resumed when the same recipe wrote it
 

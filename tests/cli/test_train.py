@@ -8,9 +8,10 @@ from bids_varaug.cli.train import build_parser, main, make_recipe
 from bids_varaug.models.ensemble import load_ensemble, load_member
 
 
-@pytest.fixture
-def labels_dir(tmp_path):
+@pytest.fixture(scope="module")
+def labels_dir(tmp_path_factory):
     """Two heads of boxes, as BIDS derivatives."""
+    tmp_path = tmp_path_factory.mktemp("heads")
     labels = np.zeros((80, 90, 80), np.int16)
     for left, right, margin in ((511, 511, 4), (24, 24, 10), (3, 42, 13), (2, 41, 20)):
         box = (slice(margin, -margin),) * 3
@@ -25,13 +26,23 @@ def labels_dir(tmp_path):
     return tmp_path / "labels"
 
 
-def test_an_ensemble_is_trained_logged_and_not_trained_twice(labels_dir, tmp_path, capsys):
-    out = tmp_path / "mine"
-    command = [str(labels_dir), str(out), "--members", "ieee,mca01", "--trunk-steps", "1",
-               "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
-               "--channels", "4", "4", "4", "4", "4", "--monitor", str(labels_dir),
-               "--device", "cpu"]  # fmt: skip
+STEPS = ["--trunk-steps", "1", "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
+         "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
+         "--omp-nthreads", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(labels_dir, tmp_path_factory):
+    """The folder of an ensemble, and the command that trained it, two members at once."""
+    out = tmp_path_factory.mktemp("ensemble") / "mine"
+    command = [str(labels_dir), str(out), "--members", "ieee,mca01", *STEPS, "--jobs", "2",
+               "--monitor", str(labels_dir)]  # fmt: skip
     assert main(command) == 0
+    return out, command
+
+
+def test_an_ensemble_is_trained_logged_and_calibrated(trained):
+    out, _ = trained
     ensemble = load_ensemble(str(out))
     assert ensemble.name == "mine"
     assert [member.id for member in ensemble.members] == ["ieee", "mca01"]
@@ -41,10 +52,35 @@ def test_an_ensemble_is_trained_logged_and_not_trained_twice(labels_dir, tmp_pat
     rows = (out / "logs" / "ieee.tsv").read_text().splitlines()
     assert len(rows) == 2 and rows[1].split("\t")[-1] != "n/a"  # looked at the real image
     assert (out / "logs" / "ieee.png").stat().st_size > 1000
+    calibration = ensemble.training["calibration"]
+    assert calibration["label_maps"] == ["sub-02_dseg.nii.gz"]
+    assert calibration["temperature"] == ensemble.temperature != 1
+    assert calibration["cross_entropy"] < calibration["cross_entropy_before"]
 
+
+def test_what_is_done_is_not_done_again(trained):
+    out, command = trained
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(command) == 0
-    assert load_ensemble(str(out)).members == ensemble.members
-    assert len((out / "logs" / "ieee.tsv").read_text().splitlines()) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_an_array_job_gives_the_bits_of_processes_side_by_side(trained, labels_dir, tmp_path):
+    out = tmp_path / "array"
+    command = [str(labels_dir), str(out), "--members", "ieee,mca01", *STEPS]
+    assert main([*command, "--trunk-only"]) == 0
+    assert not (out / "manifest.json").exists()
+    assert main([*command, "--member-index", "1"]) == 0
+    ensemble = load_ensemble(str(out))
+    assert [member.id for member in ensemble.members] == ["mca01"]
+    assert ensemble.temperature == 1  # not calibrated: others may follow
+    assert ensemble.members[0] == load_ensemble(str(trained[0])).members[1]
+
+
+def test_an_index_beyond_the_members_is_refused(labels_dir, tmp_path, capsys):
+    command = [str(labels_dir), str(tmp_path / "x"), "--members", "ieee,mca01..mca03"]
+    assert main([*command, "--member-index", "4"]) == 64
+    assert "--array=0-3" in capsys.readouterr().err
 
 
 def test_members_can_be_trained_from_their_own_initialisation():

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
+from bids_varaug.training.labels import (
+    find_label_maps,
+    find_label_table,
+    load_label_map,
+    load_scheme,
+)
 
 
 def write(path, data, affine=None):
@@ -60,7 +65,42 @@ def test_empty_folder_is_refused(tmp_path):
         find_label_maps(tmp_path)
 
 
+def table(folder, text):
+    path = folder / "desc-mine_dseg.tsv"
+    path.write_text(text.replace(" ", "\t"))
+    return path
+
+
 def test_label_table_lacking_a_column_is_refused(tmp_path):
-    (tmp_path / "t.tsv").write_text("index\tname\n0\tBackground\n")
     with pytest.raises(UserError, match="lacks the column"):
-        load_scheme(tmp_path / "t.tsv")
+        load_scheme(table(tmp_path, "index title\n0 Background\n"))
+
+
+def test_a_bids_table_of_ids_and_names_is_enough(tmp_path):
+    scheme = load_scheme(table(tmp_path, "index name\n7 Left-A\n3 Stem\n9 Right-A\n"))
+    assert scheme.ids.tolist() == [0, 3, 7, 9]
+    assert scheme.mirror.tolist() == [0, 1, 3, 2]
+    assert scheme.target_ids == (0, 3, 7, 9)
+    assert scheme.target_names == ("background", "Stem", "Left-A", "Right-A")
+    assert np.isfinite(scheme.t1_mean).all() and np.isfinite(scheme.t1_sd).all()
+
+
+def test_a_structure_without_its_counterpart_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"Left-A \(no Right-A\)"):
+        load_scheme(table(tmp_path, "index name\n7 Left-A\n3 Stem\n"))
+
+
+def test_ids_listed_twice_are_refused(tmp_path):
+    with pytest.raises(UserError, match="unique"):
+        load_scheme(table(tmp_path, "index name\n7 A\n7 B\n"))
+
+
+def test_the_table_of_the_label_maps_is_found(tmp_path):
+    assert find_label_table(tmp_path) is None
+    path = table(tmp_path, "index name\n7 A\n")
+    (tmp_path / "sub-01").mkdir()
+    (tmp_path / "sub-01" / "sub-01_dseg.tsv").write_bytes(path.read_bytes())
+    assert load_scheme(find_label_table(tmp_path)).target_names == ("background", "A")
+    table(tmp_path / "sub-01", "index name\n8 A\n")
+    with pytest.raises(UserError, match="differ"):
+        find_label_table(tmp_path)

@@ -1,11 +1,14 @@
 """The loop: an interrupted run gives the bits of an unbroken one; members differ as they should."""
 
 import json
+import resource
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bids_varaug.errors import UsageError, UserError
+from bids_varaug.errors import OutputError, UsageError, UserError
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.unet import NetworkShape, build_network
 from bids_varaug.training.loss import segmentation_loss, training_loss
@@ -59,7 +62,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
 def test_ensemble_is_written_and_its_members_differ(tmp_path, scheme, head, recipe):
     seen = []
     workshop = Workshop(
-        tmp_path / "e", recipe, scheme, [head], Randomiser(scheme, recipe.synthesis), "cpu",
+        tmp_path / "e", recipe, scheme, [head], "cpu",
         lambda name, report, network: seen.append((name, report.step)),
     )  # fmt: skip
     train_ensemble(workshop, "tiny", ["ieee", "mca01", "seed01"])
@@ -75,7 +78,7 @@ def test_ensemble_is_written_and_its_members_differ(tmp_path, scheme, head, reci
 def test_training_again_finds_everything_done(tmp_path, scheme, head, recipe):
     def train_it(seen):
         workshop = Workshop(
-            tmp_path / "e", recipe, scheme, [head], Randomiser(scheme, recipe.synthesis), "cpu",
+            tmp_path / "e", recipe, scheme, [head], "cpu",
             lambda name, report, network: seen.append(name),
         )  # fmt: skip
         return train_ensemble(workshop, "tiny", ["ieee"])
@@ -125,6 +128,65 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, sc
         train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
               tmp_path / "c.safetensors")  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, scheme, head, recipe):
+    """A limit on the size of files stands for the full disk: the write breaks off in the middle."""
+    path = tmp_path / "c.safetensors"
+    network = build_network(recipe.network, 0)
+
+    def run():
+        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
+              path, save_every=1, on_step=narrow)  # fmt: skip
+
+    def narrow(report):
+        if report.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OutputError, match=r"c\.safetensors: could not be written"):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    steps = []
+    train(build_network(recipe.network, 0), [head], Randomiser(scheme, recipe.synthesis), recipe,
+          recipe.member, 0, path, on_step=lambda report: steps.append(report.step))  # fmt: skip
+    assert steps == [2, 3, 4]
+
+
+def test_damaged_checkpoint_is_named(tmp_path, scheme, head, recipe):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=r"c\.safetensors: damaged checkpoint"):
+        train(build_network(recipe.network, 0), [head], Randomiser(scheme, recipe.synthesis),
+              recipe, recipe.member, 0, path)  # fmt: skip
+
+
+def test_members_of_another_recipe_are_not_mixed(tmp_path, scheme, head, recipe):
+    def workshop(recipe):
+        return Workshop(tmp_path / "e", recipe, scheme, [head], "cpu", lambda *report: None)
+
+    train_ensemble(workshop(recipe), "tiny", ["ieee"])
+    with pytest.raises(UserError, match="another trunk or by another recipe"):
+        train_ensemble(workshop(replace(recipe, trunk_seed=5)), "tiny", ["mca01"])
+
+
+def test_members_trained_by_several_processes_all_reach_the_manifest(
+    tmp_path, scheme, head, recipe
+):
+    def train_one(member):
+        workshop = Workshop(tmp_path / "e", recipe, scheme, [head], "cpu", lambda *report: None)
+        train_ensemble(workshop, "tiny", [member])
+
+    for member in ("seed01", "ieee", "mca01"):  # each starts without knowing of the others
+        train_one(member)
+    assert [m.id for m in load_ensemble(str(tmp_path / "e")).members] == [
+        "ieee", "mca01", "seed01",
+    ]  # fmt: skip
 
 
 def test_learning_rate_falls_linearly_after_the_warm_up(recipe):

@@ -1,0 +1,130 @@
+"""The temperature that makes an ensemble's posteriors as sure as they are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+
+from bids_varaug.models.ensemble import Ensemble, load_member
+from bids_varaug.models.unet import Features, UNet
+from bids_varaug.training.heads import Head
+from bids_varaug.training.synthesis import Randomiser
+
+SHAPE = (160, 192, 160)
+N_VOXELS = 20_000  # of each image
+_BOUNDS = (0.25, 8.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature, and the cross-entropy (nat per voxel) without and with it."""
+
+    temperature: float
+    cross_entropy_before: float
+    cross_entropy: float
+
+
+def calibrate(
+    ensemble: Ensemble,
+    heads: Sequence[Head],
+    randomiser: Randomiser,
+    images_per_head: int = 2,
+    seed: int = 700_000,
+) -> Calibration:
+    """Find the temperature that the members' logits are to be divided by.
+
+    It minimises the cross-entropy of the mean posterior of the perturbed members (of the baseline
+    where it is alone) on images of heads that training left out [1]_, at voxels within and around
+    the brain. It is one number for the whole ensemble, so that members stay comparable.
+
+    Parameters
+    ----------
+    heads : on the randomiser's device, not used in training
+    seed : of the images
+
+    Returns
+    -------
+    Calibration
+        Its temperature is above 1 where the posteriors were too sure.
+
+    References
+    ----------
+    .. [1] Guo et al. (2017), On calibration of modern neural networks, ICML. The logits are those
+       of single members, the likelihood that of their mean (Rahaman & Thiery 2021, Uncertainty
+       quantification and deep ensembles, NeurIPS).
+    """
+    perturbed = [m for m in ensemble.members if not m.is_baseline] or list(ensemble.members)
+    drawn = [
+        _draw(randomiser, head, ensemble.voxel_size, seed + images_per_head * number + again)
+        for number, head in enumerate(heads)
+        for again in range(images_per_head)
+    ]
+    logits = []
+    for member in perturbed:
+        network = load_member(ensemble, member, str(randomiser.device))
+        network.divide_logits(1 / ensemble.temperature)
+        parts = [logits_at(network, image, places) for image, _, places in drawn]
+        logits.append(torch.cat(parts))
+    stacked = torch.stack(logits)
+    truth = torch.cat([target.reshape(-1)[places].long().cpu() for _, target, places in drawn])
+    found = minimize_scalar(
+        lambda log_t: cross_entropy(stacked, truth, math.exp(log_t)),
+        bounds=tuple(math.log(t) for t in _BOUNDS), method="bounded", options={"xatol": 1e-3},
+    )  # fmt: skip
+    temperature = round(math.exp(found.x), 3)
+    before, after = (cross_entropy(stacked, truth, t) for t in (1.0, temperature))
+    return Calibration(temperature, round(before, 5), round(after, 5))
+
+
+def cross_entropy(logits: torch.Tensor, truth: torch.Tensor, temperature: float) -> float:
+    """Mean cross-entropy of the members' mean posterior, nat.
+
+    Parameters
+    ----------
+    logits : (M, V, K) float32, of each member
+    truth : (V,) int64
+    """
+    log_posteriors = F.log_softmax(logits / temperature, dim=-1)
+    log_mean = torch.logsumexp(log_posteriors, 0) - math.log(len(logits))
+    return float(F.nll_loss(log_mean, truth))
+
+
+@torch.inference_mode()
+def logits_at(network: UNet, image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return logits (V, K) float32, on the CPU, at places (V,) int64 of the flattened image.
+
+    Parameters
+    ----------
+    image : (X, Y, Z) float32, on the network's device; X even
+    places : ascending
+    """
+    features = network.features_by_slabs(image[None, None])
+    per_slab = 2 * image[0].numel()  # two slabs of voxels are one of the network's body
+    rows = []
+    for slab, inside in enumerate(_split(places, per_slab, image.shape[0] // 2)):
+        x = 2 * slab
+        part = Features(features.body[:, :, slab : slab + 1], features.rim[:, :, x : x + 2])
+        logits = network.classify(part)[0].flatten(1)
+        rows.append(logits[:, inside - slab * per_slab].T.cpu())
+    return torch.cat(rows)
+
+
+def _split(places: torch.Tensor, size: int, count: int) -> tuple[torch.Tensor, ...]:
+    """Cut ascending places into those of each run of `size`."""
+    edges = torch.arange(1, count, device=places.device) * size
+    return torch.tensor_split(places, torch.searchsorted(places, edges).cpu())
+
+
+def _draw(randomiser: Randomiser, head: Head, voxel_size: float, seed: int):
+    """Return an image, its target and the (sorted) places of voxels in and around the brain."""
+    image, target = randomiser.draw(head, SHAPE, voxel_size, seed)
+    near = F.max_pool3d((target > 0).float()[None, None], 9, 1, 4)[0, 0].reshape(-1) > 0
+    candidates = near.nonzero()[:, 0]
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(candidates), generator=rng)[:N_VOXELS].to(candidates.device)
+    return image, target, candidates[chosen].sort().values

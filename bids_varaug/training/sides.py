@@ -1,0 +1,100 @@
+"""Left and right: which structure is whose counterpart, and whether a label map agrees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bids_varaug.errors import UserError
+
+_OTHER = {"left": "right", "lh": "rh", "l": "r"}
+_OTHER |= {right: left for left, right in _OTHER.items()}
+_WORD = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])", re.IGNORECASE)
+_MIDLINE_SHARE = 0.95
+_MIN_VOXELS = 200
+
+
+def other_side(name: str) -> str | None:
+    """Return the name of a structure's counterpart, None for one without a side.
+
+    Examples
+    --------
+    >>> other_side("Left-Hippocampus"), other_side("ctx_rh_insula"), other_side("Brain-Stem")
+    ('Right-Hippocampus', 'ctx_lh_insula', None)
+    """
+    found = _WORD.search(name)
+    if found is None:
+        return None
+    side = found[0]
+    other = _OTHER[side.lower()]
+    other = other.upper() if side.isupper() else other.title() if side[0].isupper() else other
+    return name[: found.start()] + other + name[found.end() :]
+
+
+def mirror_ids(table: pd.DataFrame, source: str) -> list[int]:
+    """Return for each row of a label table (index, name) the id on the other side.
+
+    Raises
+    ------
+    UserError
+        If a structure is named left or right and its counterpart is not in the table.
+    """
+    id_of = dict(zip(table["name"], table["index"], strict=True))
+    ids, alone = [], []
+    for index, name in zip(table["index"], table["name"], strict=True):
+        other = other_side(name)
+        if other is not None and other not in id_of:
+            alone.append(f"{name} (no {other})")
+        ids.append(int(id_of.get(other, index)))
+    if alone:
+        raise UserError(
+            f"{source}: structures of one side without a counterpart: {', '.join(alone[:5])}. "
+            "Mirrored images are drawn for training, so each needs one: add the rows, or a column "
+            "'mirror' with the id of the other side (its own where there is none)."
+        )
+    return ids
+
+
+def check_sides(classes: np.ndarray, mirror: np.ndarray, names: tuple[str, ...], path: Path):
+    """Make sure that left structures lie to the left, and those of one side have a counterpart.
+
+    Parameters
+    ----------
+    classes : (X, Y, Z) uint8, generation class, RAS axes
+    mirror : (G,) uint8, class on the other side, itself where there is none
+    names : (G,)
+
+    Raises
+    ------
+    UserError
+        If a left structure lies to the right of its counterpart, or a structure without a
+        counterpart lies on one side of the middle only.
+    """
+    counts = np.stack([np.bincount(plane.ravel(), minlength=len(names)) for plane in classes])
+    total = counts.sum(0)
+    paired = np.flatnonzero((mirror != np.arange(len(names))) & (total > 0))
+    x = np.arange(len(counts))
+    with np.errstate(invalid="ignore"):
+        centre = (x[:, None] * counts).sum(0) / total
+    for k in paired:
+        is_left = re.search(r"left|lh|(?<![a-z])l(?![a-z])", names[k], re.IGNORECASE)
+        if is_left and total[mirror[k]] and centre[k] > centre[mirror[k]]:
+            raise UserError(
+                f"{path}: {names[k]} lies to the right of {names[mirror[k]]}. Either the label "
+                "table has them the wrong way round, or the image's affine is wrong."
+            )
+    inside = counts[:, 1:].sum(1)
+    middle = (x * inside).sum() / max(inside.sum(), 1)
+    for k in range(1, len(names)):
+        if mirror[k] != k or total[k] < _MIN_VOXELS:
+            continue
+        left = counts[: int(round(middle)), k].sum() / total[k]
+        if max(left, 1 - left) > _MIDLINE_SHARE:
+            raise UserError(
+                f"{path}: {names[k]} lies on one side of the head and has no counterpart in the "
+                "label table. Mirrored images are drawn for training: add a column 'mirror' with "
+                "the id of the other side."
+            )

@@ -1,0 +1,31 @@
+"""The temperature that makes posteriors as sure as they are right."""
+
+import pytest
+import torch
+
+from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.training.calibrate import cross_entropy, logits_at
+
+
+@pytest.mark.parametrize("true", [0.5, 2.0])
+def test_cross_entropy_is_least_at_the_temperature_that_the_truth_was_drawn_with(true):
+    rng = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 40_000, 4, generator=rng)
+    truth = torch.multinomial((logits[0] / true).softmax(-1), 1, generator=rng)[:, 0]
+    scores = {t: cross_entropy(logits, truth, t) for t in (0.8 * true, true, 1.25 * true)}
+    assert min(scores, key=scores.get) == true
+
+
+def test_cross_entropy_is_that_of_the_mean_posterior():
+    logits = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])  # two members that contradict each other
+    assert cross_entropy(logits, torch.tensor([0]), 1.0) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_logits_at_places_are_those_of_the_whole_image():
+    network = build_network(NetworkShape(3, (8, 8), 4)).eval()
+    image = torch.rand(8, 12, 16, generator=torch.Generator().manual_seed(1))
+    places = torch.tensor([0, 1, 383, 384, 700, 8 * 12 * 16 - 1])
+    with torch.inference_mode():
+        whole = network(image[None, None])[0].flatten(1)
+    torch.testing.assert_close(logits_at(network, image, places), whole[:, places].T,
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
