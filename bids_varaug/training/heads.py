@@ -45,7 +45,7 @@ def load_heads(
     heads = []
     for path in paths:
         classes = load_label_map(path, scheme)
-        check_sides(classes, scheme.mirror, scheme.names, path)
+        check_sides(classes, scheme, path)
         image = load_image_of(path) if with_images else None
         heads.append(Head(
             torch.from_numpy(classes).to(device),

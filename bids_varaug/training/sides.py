@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from bids_varaug.errors import UserError
 
+if TYPE_CHECKING:
+    from bids_varaug.training.labels import LabelScheme
+
 _OTHER = {"left": "right", "lh": "rh", "l": "r"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
 _WORD = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])", re.IGNORECASE)
-_MIDLINE_SHARE = 0.95
+_MIDLINE_SHARE, _MIDLINE_MM = 0.95, 6.0  # brain stems are a few millimetres off
 _MIN_VOXELS = 200
 
 
@@ -58,21 +62,20 @@ def mirror_ids(table: pd.DataFrame, source: str) -> list[int]:
     return ids
 
 
-def check_sides(classes: np.ndarray, mirror: np.ndarray, names: tuple[str, ...], path: Path):
+def check_sides(classes: np.ndarray, scheme: LabelScheme, path: Path) -> None:
     """Make sure that left structures lie to the left, and those of one side have a counterpart.
 
     Parameters
     ----------
     classes : (X, Y, Z) uint8, generation class, RAS axes
-    mirror : (G,) uint8, class on the other side, itself where there is none
-    names : (G,)
 
     Raises
     ------
     UserError
-        If a left structure lies to the right of its counterpart, or a structure without a
-        counterpart lies on one side of the middle only.
+        If a left structure lies to the right of its counterpart, or a learnt structure without
+        a counterpart lies on one side of the middle only, and away from it.
     """
+    mirror, names = scheme.mirror, scheme.names
     counts = np.stack([np.bincount(plane.ravel(), minlength=len(names)) for plane in classes])
     total = counts.sum(0)
     paired = np.flatnonzero((mirror != np.arange(len(names))) & (total > 0))
@@ -86,13 +89,12 @@ def check_sides(classes: np.ndarray, mirror: np.ndarray, names: tuple[str, ...],
                 f"{path}: {names[k]} lies to the right of {names[mirror[k]]}. Either the label "
                 "table has them the wrong way round, or the image's affine is wrong."
             )
-    inside = counts[:, 1:].sum(1)
+    learnt = scheme.targets > 0
+    inside = counts[:, learnt].sum(1)
     middle = (x * inside).sum() / max(inside.sum(), 1)
-    for k in range(1, len(names)):
-        if mirror[k] != k or total[k] < _MIN_VOXELS:
-            continue
-        left = counts[: int(round(middle)), k].sum() / total[k]
-        if max(left, 1 - left) > _MIDLINE_SHARE:
+    for k in np.flatnonzero(learnt & (mirror == np.arange(len(names))) & (total > _MIN_VOXELS)):
+        left = counts[: round(middle), k].sum() / total[k]
+        if max(left, 1 - left) > _MIDLINE_SHARE and abs(centre[k] - middle) > _MIDLINE_MM:
             raise UserError(
                 f"{path}: {names[k]} lies on one side of the head and has no counterpart in the "
                 "label table. Mirrored images are drawn for training: add a column 'mirror' with "

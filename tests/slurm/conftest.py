@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_train import labels_dir
 from tests.slurm.cluster import missing, slurm_cluster
 from tests.workflows.conftest import Run, describe, head, linear, small_ensemble, write_t1w
 
-__all__ = ["linear", "small_ensemble"]  # fixtures
+__all__ = ["labels_dir", "linear", "small_ensemble"]  # fixtures
 
 MEMBERS = ("--members", "seed", "--sloppy", "--omp-nthreads", "1")
 

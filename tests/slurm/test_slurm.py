@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bids_varaug.cli.settings import Settings
+from bids_varaug.models.ensemble import load_ensemble, load_member
 from tests.slurm.conftest import MEMBERS
 from tests.workflows.test_participant import digests
 from tests.workflows.test_plugins import fail, give, kill_own_worker, run
@@ -85,6 +86,24 @@ def test_array_task_without_a_participant_is_refused(submit, tmp_path):
     log = tmp_path / "logs" / f"bids_varaug-{submit('7')}_7.log"
     await_that(lambda: log.exists() and log.read_text(), "no message")
     assert "ERROR: --array: no task 7" in log.read_text() and not (tmp_path / "out").exists()
+
+
+def test_training_array_brings_its_members_together(slurm, labels_dir, root, tmp_path):
+    """Two or three tasks start at once: one trains the trunk, each adds its own member."""
+    (tmp_path / "logs").mkdir()
+    script = str(root / "examples" / "slurm" / "train.sbatch")
+    slurm(
+        "sbatch", "--array=0-2", "--cpus-per-task=1", "--mem=4G", script, str(labels_dir), "mine",
+        "--members", "ieee,mca01,seed01", "--trunk-steps", "1", "0", "0", "0", "0", "--steps", "1",
+        "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
+    )  # fmt: skip
+    await_that(lambda: not slurm("squeue", "--noheader"), "the array does not end")
+    ensemble = load_ensemble(str(tmp_path / "mine"))
+    assert [member.id for member in ensemble.members] == ["ieee", "mca01", "seed01"]
+    trunk = (tmp_path / "mine" / "logs" / "trunk.tsv").read_text().splitlines()
+    assert len(trunk) == 2  # the header and its one step, once
+    for member in ensemble.members:
+        load_member(ensemble, member)
 
 
 def test_killed_step_fails_and_the_others_go_on(cluster, slurm, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
+from bids_varaug.training.labels import load_scheme
 from bids_varaug.training.sides import check_sides, other_side
 
 HERE = Path("labels.nii.gz")
@@ -32,31 +33,44 @@ def test_counterparts_by_name(name, other):
 
 @pytest.fixture
 def halves():
-    """Class 1 on the left, 2 on the right, 3 in the middle."""
-    classes = np.zeros((20, 12, 12), np.uint8)
-    classes[2:10, 2:10, 2:10] = 1
-    classes[10:18, 2:10, 2:10] = 2
-    classes[7:13, 4:10, 4:10] = 3
+    """Class 1 on the left, 2 on the right, 3 in the middle; 1 mm."""
+    classes = np.zeros((40, 24, 24), np.uint8)
+    classes[4:20, 4:20, 4:20] = 1
+    classes[20:36, 4:20, 4:20] = 2
+    classes[14:26, 8:20, 8:20] = 3
     return classes
 
 
-NAMES = ("background", "Left-A", "Right-A", "Stem")
+@pytest.fixture
+def scheme_of(tmp_path):
+    def load(*names):
+        rows = [f"{index}\t{name}" for index, name in enumerate(names, 1)]
+        path = tmp_path / "dseg.tsv"
+        path.write_text("\n".join(["index\tname", *rows]) + "\n")
+        return load_scheme(path)
+
+    return load
 
 
-def test_structures_in_their_places_are_accepted(halves):
-    check_sides(halves, np.array([0, 2, 1, 3], np.uint8), NAMES, HERE)
+def test_structures_in_their_places_are_accepted(halves, scheme_of):
+    check_sides(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)
 
 
-def test_left_on_the_right_is_refused(halves):
+def test_left_on_the_right_is_refused(halves, scheme_of):
     with pytest.raises(UserError, match=r"labels.nii.gz: Left-A lies to the right of Right-A"):
-        check_sides(halves[::-1], np.array([0, 2, 1, 3], np.uint8), NAMES, HERE)
+        check_sides(halves[::-1], scheme_of("Left-A", "Right-A", "Stem"), HERE)
 
 
-def test_one_sided_structure_without_counterpart_is_refused(halves):
-    names = ("background", "A", "B", "Stem")
+def test_one_sided_structure_without_counterpart_is_refused(halves, scheme_of):
     with pytest.raises(UserError, match="A lies on one side of the head and has no counterpart"):
-        check_sides(halves, np.arange(4, dtype=np.uint8), names, HERE)
+        check_sides(halves, scheme_of("A", "B", "Stem"), HERE)
 
 
-def test_one_label_for_both_sides_is_accepted(halves):
-    check_sides(np.minimum(halves, 1), np.arange(2, dtype=np.uint8), ("background", "A"), HERE)
+def test_one_label_for_both_sides_is_accepted(halves, scheme_of):
+    check_sides(np.minimum(halves, 1), scheme_of("A"), HERE)
+
+
+def test_a_midline_structure_may_lie_a_little_to_one_side(halves, scheme_of):
+    halves[halves == 3] = 2
+    halves[21:27, 8:20, 8:20] = 3
+    check_sides(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)
