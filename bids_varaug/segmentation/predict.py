@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     """Return the class posterior of one head.
 
     What is not connected with the brain (specks in neck and scalp) becomes background, and so does
-    everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, once
-    for the labels and once for the posterior near the brain, so that the dense posterior (1 GB for
-    a whole head and 32 classes) never exists.
+    everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, of
+    which only voxels stay that are not surely background, so that the dense posterior (1 GB for a
+    whole head and 32 classes) never exists.
 
     Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax.
     The largest component and its surroundings are found by scipy, exactly.
@@ -51,31 +52,47 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
     features = network.features_by_slabs(tensor[None, None])
     features = Features(features.body, features.rim)  # the deep levels are for training only
-    labels = np.concatenate([
-        network.classify(part)[0].argmax(0).to(torch.uint8).cpu().numpy()
-        for part in _slabs(features)
-    ])  # fmt: skip
+    slabs = [_classify(network, part) for part in _slabs(features)]
+    del features
+    labels = np.concatenate([slab.labels for slab in slabs])
     brain = largest_component(labels > 0)
     labels[~brain] = 0
     near = maximum_filter(brain.view(np.uint8), size=2 * RIM + 1).astype(bool)
     counts, voxels, rows = [], [], []
-    for start, part in zip(range(0, image.shape[0], SLABS), _slabs(features), strict=True):
-        inside = near[start : start + SLABS].reshape(SLABS, -1)
-        if not inside.any():
-            counts += [0] * SLABS
-            continue
-        logits = network.classify(part)[0].permute(1, 2, 3, 0).flatten(1, 2)
-        posterior = F.softmax(logits, dim=-1)
-        stored = torch.from_numpy(inside).to(device) & (posterior[..., 0] <= 1 - BACKGROUND_CUT)
-        counts += stored.sum(1).tolist()
-        voxels.append(stored.nonzero()[:, 1].to(torch.int32).cpu().numpy())
-        rows.append(posterior[stored].cpu().numpy())
+    for number, slab in enumerate(slabs):
+        inside = near[SLABS * number : SLABS * (number + 1)].reshape(slab.stored.shape)
+        counts += (slab.stored & inside).sum(1).tolist()
+        kept = inside[slab.stored]
+        voxels.append(slab.stored.nonzero()[1][kept].astype(np.int32))
+        rows.append(slab.posterior[kept])
+        slabs[number] = None  # its posterior is no longer needed
     return SparsePosterior(
         labels=labels,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        voxels=np.concatenate(voxels) if voxels else np.empty(0, np.int32),
-        posterior=np.concatenate(rows) if rows else np.empty((0, network.shape.n_classes), "f4"),
+        voxels=np.concatenate(voxels),
+        posterior=np.concatenate(rows),
     )
+
+
+class _Slabs(NamedTuple):
+    """What the last layer says about a few slabs.
+
+    labels : (S, Y, Z) uint8, most probable class
+    stored : (S, Y Z) bool, where the background is not certain
+    posterior : (N, K) float32, of the voxels stored
+    """
+
+    labels: np.ndarray
+    stored: np.ndarray
+    posterior: np.ndarray
+
+
+def _classify(network: UNet, part: Features) -> _Slabs:
+    logits = network.classify(part)[0].movedim(0, -1)
+    posterior = F.softmax(logits, dim=-1).flatten(1, 2)
+    stored = posterior[..., 0] <= 1 - BACKGROUND_CUT
+    labels = logits.argmax(-1).to(torch.uint8)
+    return _Slabs(labels.cpu().numpy(), stored.cpu().numpy(), posterior[stored].cpu().numpy())
 
 
 def _slabs(features: Features) -> Iterator[Features]:
