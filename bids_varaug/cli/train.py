@@ -148,6 +148,11 @@ def run(arguments: argparse.Namespace) -> None:
     devices *= max(1, arguments.jobs)
     to_train, left_out = split_label_maps(arguments.labels_dir, arguments.hold_out)
     scheme = load_scheme(arguments.label_table or find_label_table(arguments.labels_dir))
+    if not arguments.resume and arguments.member_index is not None:
+        raise UsageError(
+            "--no-resume --member-index: would delete the members of the other tasks. Empty the "
+            "folder before the array starts."
+        )
     if not arguments.resume:
         forget(arguments.ensemble_dir)
     with closing(open_progress(arguments, scheme)) as progress:

@@ -200,14 +200,14 @@ def calibrate_ensemble(workshop: Workshop, heads: Sequence[Head], names: Sequenc
     heads : on the workshop's device
     names : of their label maps, for the manifest
     """
-    ensemble = load_ensemble(str(workshop.directory))
+    ensemble = _load_there(workshop.directory)
     weights = hashlib.sha256("".join(m.sha256 for m in ensemble.members).encode()).hexdigest()
     if ensemble.training.get("calibration", {}).get("members_sha256") == weights:
         return ensemble
     found = calibrate(ensemble, heads, workshop.randomiser)
     note = asdict(found) | {"label_maps": list(names), "members_sha256": weights}
     with take_turns(workshop.checkpoints / MANIFEST_LOCK):
-        ensemble = load_ensemble(str(workshop.directory))
+        ensemble = _load_there(workshop.directory)
         training = ensemble.training | {"calibration": note}
         ensemble = replace(ensemble, temperature=found.temperature, training=training)
         write_manifest(ensemble)
@@ -219,7 +219,7 @@ def _with_those_there(ensemble: Ensemble) -> Ensemble:
     path = ensemble.directory / MANIFEST
     if not path.exists():
         return ensemble
-    there = load_ensemble(str(ensemble.directory.resolve()))
+    there = _load_there(ensemble.directory)
     if there.trunk != ensemble.trunk or there.training["recipe"] != ensemble.training["recipe"]:
         raise UserError(
             f"{path}: its members were trained from another trunk or by another recipe. Train "
@@ -227,6 +227,11 @@ def _with_those_there(ensemble: Ensemble) -> Ensemble:
         )
     return replace(ensemble, members=there.members, temperature=there.temperature,
                    training=there.training)  # fmt: skip
+
+
+def _load_there(directory: Path) -> Ensemble:
+    # A bare name would be that of a shipped ensemble first.
+    return load_ensemble(str(directory.resolve()))
 
 
 def _order(member: Member):

@@ -65,9 +65,12 @@ def test_what_is_done_is_not_done_again(trained):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_an_array_job_gives_the_bits_of_processes_side_by_side(trained, labels_dir, tmp_path):
-    out = tmp_path / "array"
-    command = [str(labels_dir), str(out), "--members", "ieee,mca01", *STEPS]
+def test_an_array_job_gives_the_bits_of_processes_side_by_side(
+    trained, labels_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "aseg31"  # a folder of ours comes before the shipped ensemble of that name
+    command = [str(labels_dir), "aseg31", "--members", "ieee,mca01", *STEPS]
     assert main([*command, "--trunk-only"]) == 0
     assert not (out / "manifest.json").exists()
     assert main([*command, "--member-index", "1"]) == 0
@@ -75,6 +78,13 @@ def test_an_array_job_gives_the_bits_of_processes_side_by_side(trained, labels_d
     assert [member.id for member in ensemble.members] == ["mca01"]
     assert ensemble.temperature == 1  # not calibrated: others may follow
     assert ensemble.members[0] == load_ensemble(str(trained[0])).members[1]
+
+
+def test_an_array_task_does_not_delete_the_others_members(labels_dir, trained, capsys):
+    out, command = trained
+    assert main([*command, "--member-index", "0", "--no-resume"]) == 64
+    assert "other tasks" in capsys.readouterr().err
+    assert len(load_ensemble(str(out)).members) == 2
 
 
 def test_an_index_beyond_the_members_is_refused(labels_dir, tmp_path, capsys):
