@@ -17,14 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy import stats
 
-from bids_varaug.images.conform import conform
-from bids_varaug.images.crop import extract, head_box
-from bids_varaug.images.load import load_t1w
-from bids_varaug.images.native import resample_posterior
 from bids_varaug.models.ensemble import (
     BASELINE,
     Ensemble,
@@ -34,60 +29,30 @@ from bids_varaug.models.ensemble import (
 )
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
-from bids_varaug.segmentation.locate import locate_brain
-from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
+from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import LabelledImage, find_labelled_images
+from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
 
 
-class Case:
-    """A T1w image, cropped as the app does it, and its label map on the image's own grid."""
-
-    def __init__(self, image: LabelledImage, ensemble: Ensemble):
-        self.name = image.t1w.name.split("_T1w")[0]
-        self.native = load_t1w(image.t1w)
-        self.conformed = conform(self.native, ensemble.voxel_size)
-        multiple = ensemble.network.multiple
-        box = head_box(self.conformed.data, ensemble.voxel_size, multiple=multiple)
-        baseline = load_member(ensemble, ensemble.baseline or ensemble.members[0])
-        head = extract(self.conformed.data, box)
-        self.box = locate_brain(baseline, head, ensemble.voxel_size).within(box)
-        self.head = extract(self.conformed.data, self.box)
-        ids = np.asarray(nib.load(image.labels).dataobj).astype(int)
-        self.truth = np.zeros(ids.shape, np.uint8)
-        for k, label in enumerate(ensemble.labels):
-            self.truth[ids == label.index] = k
-
-    def dice_of(self, sparse: SparsePosterior, n_classes: int) -> np.ndarray:
-        """Dice of classes 1..K-1 on the image's own grid; NaN where the truth lacks the class."""
-        found = resample_posterior(
-            sparse.offsets, sparse.voxels, sparse.posterior, self.box, self.conformed.data.shape,
-            self.conformed.affine, self.native.affine, self.native.data.shape,
-            with_posterior=False,
-        ).labels  # fmt: skip
-        sizes = np.bincount(found.ravel(), minlength=n_classes)
-        true_sizes = np.bincount(self.truth.ravel(), minlength=n_classes)
-        both = np.bincount(self.truth[found == self.truth], minlength=n_classes)
-        scores = 2 * both / np.maximum(sizes + true_sizes, 1)
-        return np.where(true_sizes > 0, scores, np.nan)[1:]
-
-
-def score(case: Case, ensemble: Ensemble, members, folder: Path) -> dict[str, float]:
+def score(image: LabelledImage, ensemble: Ensemble, members, folder: Path) -> dict[str, float]:
     """Print the rows of one image; return the mean Dice of each member."""
-    k = len(ensemble.labels)
+    name = image.t1w.name.split("_T1w")[0]
+    finder = load_member(ensemble, ensemble.baseline or ensemble.members[0])
+    ids = [label.index for label in ensemble.labels]
+    prepared = PreparedImage(image, finder, ensemble.voxel_size, ids)
     paths, means = [], {}
     for member in members:
-        sparse = segment_volume(load_member(ensemble, member), case.head)
-        means[member.id] = float(np.nanmean(case.dice_of(sparse, k)))
-        print(f"{case.name}\t{member.id}\tmean\t{means[member.id]:.4f}", flush=True)
+        sparse = segment_volume(load_member(ensemble, member), prepared.head)
+        means[member.id] = float(np.nanmean(prepared.dice(sparse)))
+        print(f"{name}\t{member.id}\tmean\t{means[member.id]:.4f}", flush=True)
         if member.family != BASELINE or len(members) == 1:
             paths.append(folder / f"{member.id}.safetensors")
             save_posterior(paths[-1], sparse, {})
     fuse_members(paths, folder / "mean.safetensors")
-    scores = case.dice_of(load_posterior(folder / "mean.safetensors"), k)
-    print(f"{case.name}\tconsensus\tmean\t{np.nanmean(scores):.4f}")
+    scores = prepared.dice(load_posterior(folder / "mean.safetensors"))
+    print(f"{name}\tconsensus\tmean\t{np.nanmean(scores):.4f}")
     for label, value in zip(ensemble.labels[1:], scores, strict=True):
-        print(f"{case.name}\tconsensus\t{label.name}\t{value:.4f}")
+        print(f"{name}\tconsensus\t{label.name}\t{value:.4f}")
     return means
 
 
@@ -126,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for directory in options.images:
             for image in find_labelled_images(directory, names):
-                table.append(score(Case(image, ensemble), ensemble, members, Path(folder)))
+                table.append(score(image, ensemble, members, Path(folder)))
     if len(table) > 1 and len(members) > 1 and BASELINE in table[0]:
         report_equivalence(table, options.margin)
 

@@ -18,19 +18,17 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
-from bids_varaug.images.crop import extract
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.subject import ReportRequest, write_subject_report
-from bids_varaug.segmentation.member import locate_with_member, segment_with_member
+from bids_varaug.segmentation.member import crop_with_member, segment_with_member
 from bids_varaug.segmentation.summary import summarise_members
 from bids_varaug.threads import use_threads
 
@@ -67,11 +65,9 @@ def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -
     with timed("read, conform, crop"):
         head, geometry = prepare_head(scan.path, ensemble.voxel_size, ensemble.network.multiple)
     with timed("locate the brain"):
-        part = locate_with_member(
-            head, ensemble.voxel_size, ensemble_name, ensemble.baseline, "cpu", threads
+        head, geometry = crop_with_member(
+            head, geometry, ensemble_name, ensemble.baseline, "cpu", threads
         )
-        head, box = extract(head, part), part.within(geometry.box)
-        geometry = replace(geometry, box=box)
     geometry.save(work / "geometry.json")
     print(f"head box {head.shape}, native {geometry.native_shape}")
     paths = [work / f"{member.id}.safetensors" for member in members]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bids_varaug.images.crop import Box, bounds, enclose
+from bids_varaug.images.crop import Box, bounds, enclose, extract
+from bids_varaug.images.geometry import Geometry
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.predict import segment_volume
 
@@ -41,6 +44,20 @@ def locate_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     margin = round(MARGIN_MM / voxel_size)
     low, high = bounds(brain)
     return enclose(2 * low - margin, 2 * high + margin, head.shape, network.shape.multiple)
+
+
+def crop_to_brain(
+    network: UNet, head: np.ndarray, geometry: Geometry
+) -> tuple[np.ndarray, Geometry]:
+    """Cut the part that holds the brain out of a head box; see `locate_brain`.
+
+    Returns
+    -------
+    head : (X, Y, Z) float32, as it was given
+    geometry : of that part
+    """
+    part = locate_brain(network, head, geometry.voxel_size)
+    return extract(head, part), replace(geometry, box=part.within(geometry.box))
 
 
 def _halve(head: np.ndarray, multiple: int) -> np.ndarray:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.crop import Box
+from bids_varaug.images.geometry import Geometry
 from bids_varaug.models.ensemble import Member, load_ensemble, load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.segmentation.locate import locate_brain
+from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.posterior import save_posterior
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.threads import use_threads
@@ -52,28 +52,23 @@ def segment_with_member(
     _with_network(segment, head.shape, ensemble_name, member, device, num_threads)
 
 
-def locate_with_member(
+def crop_with_member(
     head: np.ndarray,
-    voxel_size: float,
+    geometry: Geometry,
     ensemble_name: str,
     member: Member,
     device: str,
     num_threads: int,
-) -> Box:
-    """Load a member and let it find the brain in a head box; see `locate_brain`.
+) -> tuple[np.ndarray, Geometry]:
+    """Load a member and cut out what it takes for the brain; see `crop_to_brain`.
 
-    Raises
-    ------
-    EnsembleError
-        If the member's weights are damaged.
-    ScanError
-        If the device runs out of memory.
+    Raises as `segment_with_member` does.
     """
 
-    def locate(network: UNet) -> Box:
-        return locate_brain(network, head, voxel_size)
+    def crop(network: UNet) -> tuple[np.ndarray, Geometry]:
+        return crop_to_brain(network, head, geometry)
 
-    return _with_network(locate, head.shape, ensemble_name, member, device, num_threads)
+    return _with_network(crop, head.shape, ensemble_name, member, device, num_threads)
 
 
 def _with_network(

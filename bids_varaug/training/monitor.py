@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.conform import conform
-from bids_varaug.images.crop import extract, head_box
-from bids_varaug.images.load import load_t1w
 from bids_varaug.images.native import resample_posterior
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.unet import UNet
-from bids_varaug.segmentation.locate import locate_brain
+from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.posterior import SparsePosterior
 from bids_varaug.segmentation.predict import segment_volume
 
 
@@ -61,17 +60,41 @@ def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
     return any(names.get(i) == name for i, name in zip(rows["index"], rows["name"], strict=True))
 
 
-def segment_file(network: UNet, path: Path, voxel_size: float) -> np.ndarray:
-    """Return class indices (X, Y, Z) uint8 on the image's own grid."""
-    native = load_t1w(path)
-    conformed = conform(native, voxel_size)
-    box = head_box(conformed.data, voxel_size, multiple=network.shape.multiple)
-    box = locate_brain(network, extract(conformed.data, box), voxel_size).within(box)
-    sparse = segment_volume(network, extract(conformed.data, box))
-    return resample_posterior(
-        sparse.offsets, sparse.voxels, sparse.posterior, box, conformed.data.shape,
-        conformed.affine, native.affine, native.data.shape, with_posterior=False,
-    ).labels  # fmt: skip
+class PreparedImage:
+    """A T1w image, cropped as the app does it, and its label map on the image's own grid.
+
+    Parameters
+    ----------
+    network : finds the brain
+    voxel_size : of the network grid, mm
+    class_ids : label id of each class, background first
+
+    Attributes
+    ----------
+    head : (X, Y, Z) float32, part with the brain, network grid
+    """
+
+    def __init__(
+        self, image: LabelledImage, network: UNet, voxel_size: float, class_ids: Sequence[int]
+    ):
+        head, geometry = prepare_head(image.t1w, voxel_size, network.shape.multiple)
+        self.head, self.geometry = crop_to_brain(network, head, geometry)
+        self.truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
+        self.class_ids = np.asarray(class_ids)
+
+    def dice(self, sparse: SparsePosterior) -> np.ndarray:
+        """Dice (K - 1,) float64 of classes 1..K-1; NaN where the label map lacks the class."""
+        g = self.geometry
+        found = self.class_ids[resample_posterior(
+            sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
+            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
+        ).labels]  # fmt: skip
+        scores = []
+        for i in self.class_ids[1:]:
+            ours, theirs = found == i, self.truth == i
+            total = ours.sum() + theirs.sum()
+            scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
+        return np.array(scores)
 
 
 def real_image_dice(
@@ -83,11 +106,5 @@ def real_image_dice(
     -------
     (K - 1,) float64, classes 1..K-1
     """
-    predicted = np.asarray(class_ids)[segment_file(network, image.t1w, voxel_size)]
-    truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
-    scores = []
-    for i in class_ids[1:]:
-        ours, theirs = predicted == i, truth == i
-        total = ours.sum() + theirs.sum()
-        scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
-    return np.array(scores)
+    prepared = PreparedImage(image, network, voxel_size, class_ids)
+    return prepared.dice(segment_volume(network, prepared.head))

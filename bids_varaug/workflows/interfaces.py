@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +64,22 @@ class _ConformInput(BaseInterfaceInputSpec):
     multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
 
 
-class _ConformOutput(TraitedSpec):
-    head_file = File(exists=True, desc="head box, .npy float32, network grid")
+class _HeadOutput(TraitedSpec):
+    head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
     geometry_file = File(exists=True, desc="grids and box, JSON")
+
+
+def _save_head(folder: Path, head: np.ndarray, geometry) -> dict:
+    files = {"head_file": folder / "head.npy", "geometry_file": folder / "geometry.json"}
+    np.save(files["head_file"], head)
+    geometry.save(files["geometry_file"])
+    return {name: str(path) for name, path in files.items()}
 
 
 class Conform(_Step):
     """Bring a T1w image to the network grid and cut out the head."""
 
-    input_spec, output_spec = _ConformInput, _ConformOutput
+    input_spec, output_spec = _ConformInput, _HeadOutput
 
     def _step(self, folder: Path) -> dict:
         from bids_varaug.images.prepare import prepare_head
@@ -81,58 +87,39 @@ class Conform(_Step):
         head, geometry = prepare_head(
             Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple
         )
-        files = {"head_file": folder / "head.npy", "geometry_file": folder / "geometry.json"}
         for doubt in geometry.warnings:
             print(f"WARNING: {self.inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
-        np.save(files["head_file"], head)
-        geometry.save(files["geometry_file"])
-        return {name: str(path) for name, path in files.items()}
-
-
-class _LocateInput(BaseInterfaceInputSpec):
-    head_file = File(exists=True, mandatory=True, desc="head box, .npy float32, network grid")
-    geometry_file = File(exists=True, mandatory=True)
-    member = traits.Any(mandatory=True, desc="models.ensemble.Member that looks for the brain")
-    ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
-    device = traits.Str("cpu", usedefault=True, nohash=True)
-    num_threads = traits.Int(1, usedefault=True, nohash=True)
-
-
-class _LocateOutput(TraitedSpec):
-    head_file = File(exists=True, desc="brain box, .npy float32, network grid")
-    geometry_file = File(exists=True, desc="grids and box, JSON")
-
-
-class LocateBrain(_Step):
-    """Cut the part that holds the brain out of a head box."""
-
-    input_spec, output_spec = _LocateInput, _LocateOutput
-
-    def _step(self, folder: Path) -> dict:
-        from bids_varaug.images.crop import extract
-        from bids_varaug.images.geometry import Geometry
-        from bids_varaug.segmentation.member import locate_with_member
-
-        files = {"head_file": folder / "brain.npy", "geometry_file": folder / "geometry.json"}
-        head = np.load(self.inputs.head_file)
-        geometry = Geometry.load(Path(self.inputs.geometry_file))
-        part = locate_with_member(
-            head, geometry.voxel_size, self.inputs.ensemble, self.inputs.member,
-            self.inputs.device, self.inputs.num_threads,
-        )  # fmt: skip
-        np.save(files["head_file"], extract(head, part))
-        replace(geometry, box=part.within(geometry.box)).save(files["geometry_file"])
-        return {name: str(path) for name, path in files.items()}
+        return _save_head(folder, head, geometry)
 
 
 class _SegmentInput(BaseInterfaceInputSpec):
-    head_file = File(exists=True, mandatory=True, desc="head box")
+    head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
     # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
     member = traits.Any(mandatory=True, desc="models.ensemble.Member")
     # Where and how it runs does not change what comes out.
     ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
     device = traits.Str("cpu", usedefault=True, nohash=True)
     num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _LocateInput(_SegmentInput):
+    geometry_file = File(exists=True, mandatory=True)
+
+
+class LocateBrain(_Step):
+    """Cut the part that holds the brain out of a head box."""
+
+    input_spec, output_spec = _LocateInput, _HeadOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.images.geometry import Geometry
+        from bids_varaug.segmentation.member import crop_with_member
+
+        head, geometry = crop_with_member(
+            np.load(self.inputs.head_file), Geometry.load(Path(self.inputs.geometry_file)),
+            self.inputs.ensemble, self.inputs.member, self.inputs.device, self.inputs.num_threads,
+        )  # fmt: skip
+        return _save_head(folder, head, geometry)
 
 
 class _SegmentOutput(TraitedSpec):
