@@ -1,0 +1,160 @@
+"""How far members part after the fork from their trunk, and whether the fork is long enough.
+
+    python benchmarks/fork.py LABELS_DIR ENSEMBLE_DIR T1W.nii.gz ... --output DIR
+        [--members mca01 seed01] [--hold-out 3] [--every 20] [--plot fork.png]
+
+Trains the baseline and the members in ENSEMBLE_DIR as ``bids_varaug-train`` does (to the bit: what
+is done here need not be done there), keeps the weights of every `--every` steps in DIR, and prints,
+for each of these steps and each member,
+
+weights
+    distance from the baseline's weights after as many steps, over the way that the baseline has
+    come since the fork;
+dice
+    mean Dice over structures of the member's and the baseline's labels, mean over images;
+brain
+    the same for the voxels called brain by both, as a share that got different labels.
+
+A fork is long enough when more steps bring no more spread. Run again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from bids_varaug.images.prepare import prepare_head
+from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.models.memory import keep_freed_memory
+from bids_varaug.models.unet import NetworkShape, UNet, build_network
+from bids_varaug.models.weights import write_tensors
+from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.training.heads import load_heads
+from bids_varaug.training.labels import find_label_maps, load_scheme
+from bids_varaug.training.members import Workshop, plan_member
+from bids_varaug.training.recipe import Recipe
+
+
+class Snapshots:
+    """Weights of each member every few steps, as files ``<member>_<step>.safetensors``."""
+
+    def __init__(self, directory: Path, every: int):
+        self.directory, self.every = directory, every
+        self.bar = tqdm(unit="step")
+
+    def on_step(self, name: str, report, network: UNet) -> None:
+        """Keep the weights when it is time."""
+        self.bar.set_description(name)
+        self.bar.update()
+        if (report.step + 1) % self.every == 0:
+            weights = {key: p.detach() for key, p in network.named_parameters()}
+            write_tensors(self.path(name, report.step + 1), weights)
+
+    def path(self, name: str, step: int) -> Path:
+        """Where the weights after `step` steps are."""
+        return self.directory / f"{name}_{step}.safetensors"
+
+    def load(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """Return the weights after `step` steps."""
+        return load_file(self.path(name, step))
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean distance of two sets of weights."""
+    return float(sum(((a[key] - b[key]).double() ** 2).sum() for key in a) ** 0.5)
+
+
+def label(network: UNet, weights: dict[str, torch.Tensor], heads: list[np.ndarray]):
+    """Return the label map of each head."""
+    network.load_state_dict(weights)
+    return [segment_volume(network.eval(), head).labels for head in heads]
+
+
+def compare(ours: list[np.ndarray], theirs: list[np.ndarray], n_classes: int) -> dict[str, float]:
+    """Mean Dice and share of different labels of two members, means over images."""
+    dice, different = [], []
+    for a, b in zip(ours, theirs, strict=True):
+        same = np.bincount(a[a == b], minlength=n_classes)[1:]
+        total = np.bincount(a.ravel(), minlength=n_classes)[1:]
+        total = total + np.bincount(b.ravel(), minlength=n_classes)[1:]
+        dice.append(np.mean(2 * same[total > 0] / total[total > 0]))
+        brain = (a > 0) & (b > 0)
+        different.append(np.mean(a[brain] != b[brain]))
+    return {"dice": float(np.mean(dice)), "brain": float(np.mean(different))}
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draw one minus Dice and the distance of the weights against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for name, part in table.groupby("member", sort=False):
+        axes[0].plot(part["step"], part["weights"], "o-", ms=3, label=name)
+        axes[1].plot(part["step"], 1 - part["dice"], "o-", ms=3, label=name)
+    axes[0].set(yscale="log", ylabel="distance of weights / way since the fork")
+    axes[1].set(yscale="log", ylabel="1 - Dice with the baseline")
+    for axis in axes:
+        axis.set_xlabel("steps since the fork")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Parse the command line, train, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("ensemble", type=Path)
+    parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--members", nargs="+", default=["mca01", "seed01"])
+    parser.add_argument("--hold-out", type=int, default=3)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    keep_freed_memory()
+    scheme = load_scheme()
+    n_classes = len(scheme.target_ids)
+    recipe = Recipe(NetworkShape(n_classes))
+    maps = find_label_maps(options.labels)
+    heads = load_heads(maps[: len(maps) - options.hold_out], scheme, "cpu")
+    snapshots = Snapshots(options.output, options.every)
+    options.output.mkdir(parents=True, exist_ok=True)
+    workshop = Workshop(options.ensemble, recipe, scheme, heads, "cpu", snapshots.on_step)
+    trunk, _ = workshop.train_trunk()
+    for name in (BASELINE, *options.members):
+        workshop.train_member(plan_member(name), trunk)
+    network = build_network(recipe.network)
+    network.load_state_dict(trunk.state_dict())
+    voxel_size = recipe.member[-1].windows[0].voxel_size
+    prepared = []
+    for path in options.images:
+        head, geometry = prepare_head(path, voxel_size, network.shape.multiple)
+        prepared.append(crop_to_brain(network.eval(), head, geometry)[0])
+    start = {key: p.detach().clone() for key, p in trunk.named_parameters()}
+    rows = []
+    for step in range(options.every, sum(s.steps for s in recipe.member) + 1, options.every):
+        baseline = snapshots.load(BASELINE, step)
+        truth = label(network, baseline, prepared)
+        for name in options.members:
+            weights = snapshots.load(name, step)
+            moved = distance(weights, baseline) / distance(baseline, start)
+            same = compare(label(network, weights, prepared), truth, n_classes)
+            rows.append({"step": step, "member": name, "weights": moved, **same})
+    table = pd.DataFrame(rows)
+    print(table.to_csv(sep="\t", index=False, float_format="%.4g"), end="")
+    if options.plot:
+        plot(table, options.plot)
+
+
+if __name__ == "__main__":
+    main()
