@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 
 from bids_varaug.errors import NoInputError, OutputError, UsageError
@@ -25,7 +27,24 @@ def keep_caches_below(work_dir: Path) -> None:
     are imported: they look at these variables once.
     """
     for variable, name in CACHES.items():
-        os.environ.setdefault(variable, str(caches_below(work_dir) / name))
+        place = caches_below(work_dir) / name
+        if name == "numba":
+            place /= name_kernels(Path(str(files("bids_varaug"))))
+        os.environ.setdefault(variable, str(place))
+
+
+def name_kernels(package: Path) -> str:
+    """Name a package's compiled kernels by the text of the modules that hold them.
+
+    numba compiles a kernel again when its own module has changed, but not when only one that it
+    calls in another module has: after an upgrade, a work directory would go on with the old one.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        if b"bids_varaug.compiled import" in text:
+            digest.update(text)
+    return digest.hexdigest()[:12]
 
 
 def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from bids_varaug.compiled import compiled
-from bids_varaug.numerics import noise
 from bids_varaug.numerics.accumulation import bridge
+from bids_varaug.numerics.channel_noise import HYPOTENUSE, perturb_rows
 from bids_varaug.numerics.glances import flat_view, row_energies
-from bids_varaug.numerics.noise import BYTES_SD, HYPOTENUSE, LARGE, line_key
+from bids_varaug.numerics.last_rounding import LARGE, finish
 from bids_varaug.numerics.partial_sums import WIDTH, loop_of, products_row
 from bids_varaug.numerics.perturb import TILE
+from bids_varaug.numerics.random_numbers import BYTES_SD, line_key
 from bids_varaug.numerics.rules import Rule
 
 _ROWS = 64  # rows of a result that one task handles, at most
@@ -79,10 +80,10 @@ def perturb_by_sample(
         loop_of(rule, dtype), shares, columns, roots,
     )  # fmt: skip
     line = math.gcd(m, _ROWS)
-    noise.perturb_rows(
+    perturb_rows(
         values.reshape(-1), values[:0, 0], values[:0, 0], columns,
         np.array([1, 1, m // line, line, n]), roots.reshape(1, 1, -1, line), 0, calm,
-        np.uint64(stream), noise.finish(rule, dtype),
+        np.uint64(stream), finish(rule, dtype),
     )  # fmt: skip
     if dense is not y:
         y.copy_(dense)

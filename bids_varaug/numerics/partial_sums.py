@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bids_varaug.compiled import compiled
-from bids_varaug.numerics.noise import bits_of, float_of, like
+from bids_varaug.numerics.bits import bits_of, float_of, like
 from bids_varaug.numerics.rules import Rule
 
 WIDTH = 8  # sums that are followed side by side, as vector instructions

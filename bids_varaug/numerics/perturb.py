@@ -16,8 +16,11 @@ import numpy as np
 import torch
 
 from bids_varaug.numerics import noise, plain_torch
+from bids_varaug.numerics.channel_noise import HYPOTENUSE, perturb_planes, perturb_rows
 from bids_varaug.numerics.dense import Flat
+from bids_varaug.numerics.last_rounding import LARGE, finish
 from bids_varaug.numerics.plain_torch import EXPONENTS
+from bids_varaug.numerics.random_numbers import BYTES_SD
 from bids_varaug.numerics.rules import Rule
 
 TILE = 1024  # elements handled by one loop that becomes vector instructions
@@ -83,7 +86,7 @@ def round_(tensor: torch.Tensor, rule: Rule, stream: int) -> None:
     else:
         with Flat(tensor) as flat:
             values = flat.values.numpy()
-            noise.round_flat(values, np.uint64(stream), noise.finish(rule, values.dtype))
+            noise.round_flat(values, np.uint64(stream), finish(rule, values.dtype))
 
 
 def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, rule: Rule, stream: int) -> None:
@@ -103,7 +106,7 @@ def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, rule: Rule, stream: 
         return
     with Flat(tensor) as flat:
         values, deviations = flat.values.numpy(), flat.like(deviation).numpy()
-        noise.perturb_flat(values, deviations, np.uint64(stream), noise.finish(rule, values.dtype))
+        noise.perturb_flat(values, deviations, np.uint64(stream), finish(rule, values.dtype))
 
 
 def perturb_channels_(tensor: torch.Tensor, given: ChannelNoise, rule: Rule, stream: int) -> None:
@@ -137,31 +140,31 @@ def perturb_channels_(tensor: torch.Tensor, given: ChannelNoise, rule: Rule, str
         companion = given.companion.detach().contiguous(memory_format=layout)
     columns = given.columns()
     # The kernels' g is that of whole numbers, their root one of larger and smaller part
-    columns[1:3] /= noise.BYTES_SD * (noise.HYPOTENUSE if given.energy is not None else 1.0)
+    columns[1:3] /= BYTES_SD * (HYPOTENUSE if given.energy is not None else 1.0)
     columns = columns.astype(dtype)
     calm = _is_calm(columns, coarse)
     grid = np.array([n, *space, c], np.int64)
-    how = noise.finish(rule, dtype)
+    how = finish(rule, dtype)
     if channels_last:
         columns = np.tile(columns, max(1, TILE // c))
         arrays = [t.movedim(1, -1).reshape(-1).numpy() for t in (dense, companion, energies)]
-        run = noise.perturb_rows
+        run = perturb_rows
     else:
         arrays = [
             t.reshape(len(t), c, math.prod(space)).numpy() for t in (dense, companion, energies)
         ]
-        run = noise.perturb_planes
+        run = perturb_planes
     run(*arrays, columns, grid, coarse, given.shift, calm, np.uint64(stream), how)
     if dense is not y:
         y.copy_(dense)
 
 
 def _is_calm(columns: np.ndarray, coarse: np.ndarray) -> bool:
-    """Whether the noise of numbers and energies below `noise.LARGE` is far from overflow."""
+    """Whether the noise of numbers and energies below `LARGE` is far from overflow."""
     offset, alpha, beta, slope, intercept = np.abs(columns).max(axis=1, initial=0)
     shared = beta * coarse.max(initial=0)
     factors = max(alpha, beta, slope) < 1
-    return bool(factors and max(offset, shared, intercept) < noise.LARGE)
+    return bool(factors and max(offset, shared, intercept) < LARGE)
 
 
 def _elsewhere(tensor: torch.Tensor):

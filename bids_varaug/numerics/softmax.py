@@ -14,18 +14,10 @@ import torch
 from numba import prange
 
 from bids_varaug.compiled import compiled
-from bids_varaug.numerics.noise import (
-    bits_of,
-    finish,
-    finished,
-    float_of,
-    like,
-    line_key,
-    random_word,
-    remixed,
-    standard,
-)
+from bids_varaug.numerics.bits import bits_of, float_of, like
+from bids_varaug.numerics.last_rounding import finish, finished
 from bids_varaug.numerics.perturb import perturb_
+from bids_varaug.numerics.random_numbers import line_key, random_word, remixed, standard
 from bids_varaug.numerics.reductions import draws
 from bids_varaug.numerics.rules import Rule
 

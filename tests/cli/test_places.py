@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.places import CACHES, keep_caches_below
+from bids_varaug.cli.places import CACHES, keep_caches_below, name_kernels
 
 
 @pytest.fixture
@@ -17,9 +17,23 @@ def unset(monkeypatch):
 
 def test_caches_are_kept_in_the_work_directory(unset):
     keep_caches_below(Path("/w"))
-    assert {os.environ[name] for name in CACHES} == {
-        "/w/caches/numba", "/w/caches/matplotlib", "/w/caches/deno"
-    }  # fmt: skip
+    assert os.environ["MPLCONFIGDIR"] == "/w/caches/matplotlib"
+    assert os.environ["DENO_DIR"] == "/w/caches/deno"
+    assert Path(os.environ["NUMBA_CACHE_DIR"]).parent == Path("/w/caches/numba")
+
+
+def test_kernels_of_another_version_have_another_cache(tmp_path):
+    """Numba itself looks at a kernel's own module only."""
+    (tmp_path / "numerics").mkdir()
+    inner, outer, other = (tmp_path / "numerics" / f"{name}.py" for name in "abc")
+    for path in (inner, outer):
+        path.write_text("from bids_varaug.compiled import compiled\n")
+    other.write_text("x = 1\n")
+    before = name_kernels(tmp_path)
+    other.write_text("x = 2\n")
+    assert name_kernels(tmp_path) == before
+    inner.write_text("from bids_varaug.compiled import compiled  # changed\n")
+    assert name_kernels(tmp_path) != before
 
 
 def test_cache_that_the_user_has_set_stays(unset, monkeypatch):
