@@ -1,7 +1,7 @@
 """How far members part after the fork from their trunk, and whether the fork is long enough.
 
     python benchmarks/fork.py LABELS_DIR ENSEMBLE_DIR T1W.nii.gz ... --output DIR
-        [--members mca01 seed01] [--hold-out 3] [--every 20] [--plot fork.png]
+        [--members mca01 seed01] [--steps 100] [--hold-out 3] [--every 20] [--plot fork.png]
 
 Trains the baseline and the members in ENSEMBLE_DIR as ``bids_varaug-train`` does (to the bit: what
 is done here need not be done there), keeps the weights of every `--every` steps in DIR, and prints,
@@ -21,6 +21,7 @@ A fork is long enough when more steps bring no more spread. Run again, it goes o
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.members import Workshop, plan_member
-from bids_varaug.training.recipe import Recipe
+from bids_varaug.training.recipe import MEMBER, Recipe
 
 
 class Snapshots:
@@ -53,7 +54,7 @@ class Snapshots:
         """Keep the weights when it is time."""
         self.bar.set_description(name)
         self.bar.update()
-        if (report.step + 1) % self.every == 0:
+        if (report.step + 1) % self.every == 0 and name != "trunk":
             weights = {key: p.detach() for key, p in network.named_parameters()}
             write_tensors(self.path(name, report.step + 1), weights)
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--members", nargs="+", default=["mca01", "seed01"])
+    parser.add_argument("--steps", type=int, help="of each member; default: the recipe's")
     parser.add_argument("--hold-out", type=int, default=3)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--plot", type=Path)
@@ -124,7 +126,8 @@ def main() -> None:
     keep_freed_memory()
     scheme = load_scheme()
     n_classes = len(scheme.target_ids)
-    recipe = Recipe(NetworkShape(n_classes))
+    member = MEMBER if options.steps is None else replace(MEMBER, steps=options.steps)
+    recipe = Recipe(NetworkShape(n_classes), member=(member,))
     maps = find_label_maps(options.labels)
     heads = load_heads(maps[: len(maps) - options.hold_out], scheme, "cpu")
     snapshots = Snapshots(options.output, options.every)
@@ -135,14 +138,14 @@ def main() -> None:
         workshop.train_member(plan_member(name), trunk)
     network = build_network(recipe.network)
     network.load_state_dict(trunk.state_dict())
-    voxel_size = recipe.member[-1].windows[0].voxel_size
+    voxel_size = member.windows[0].voxel_size
     prepared = []
     for path in options.images:
         head, geometry = prepare_head(path, voxel_size, network.shape.multiple)
         prepared.append(crop_to_brain(network.eval(), head, geometry)[0])
     start = {key: p.detach().clone() for key, p in trunk.named_parameters()}
     rows = []
-    for step in range(options.every, sum(s.steps for s in recipe.member) + 1, options.every):
+    for step in range(options.every, member.steps + 1, options.every):
         baseline = snapshots.load(BASELINE, step)
         truth = label(network, baseline, prepared)
         for name in options.members:

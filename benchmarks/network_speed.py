@@ -10,7 +10,7 @@ shipped        float32, 16 channels at full resolution, body of 32-64-96-96-96 c
 rim 8, rim 24  that many channels at full resolution
 no rim         one channel there: what is left is the price of the body
 narrow         body of 24-48-72-72-72 channels
-bfloat16       the shipped form under autocast; slow where a processor has no instructions for it
+bfloat16       the shipped form under autocast, on a processor that has instructions for it
 encoder        the encoder's convolutions alone
 two at once    the same of two members as one network of grouped convolutions, per member; its ratio
                is to ``encoder``
@@ -30,6 +30,7 @@ from torch import nn
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.unet import NetworkShape, UNet, build_network, fold
+from bids_varaug.training.train import has_bfloat16
 
 REFERENCE = {"two at once": "encoder"}
 
@@ -79,7 +80,8 @@ def main() -> None:
     }
     networks = {form: build_network(shape).eval() for form, shape in shapes.items()}
     runs = {form: partial(network.features, image) for form, network in networks.items()}
-    runs["bfloat16"] = partial(under_bfloat16, networks["shipped"], image)
+    if has_bfloat16(image.device):
+        runs["bfloat16"] = partial(under_bfloat16, networks["shipped"], image)
     runs["encoder"] = encoder_of(networks["shipped"], image, 1)
     runs["two at once"] = encoder_of(networks["shipped"], image, 2)
     best = dict.fromkeys(runs, np.inf)

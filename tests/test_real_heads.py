@@ -28,14 +28,13 @@ HEADS = {
     "rorden": "t1w/rorden_T1w.nii.gz",
     "pumi": "bids/pumi-minitest/sub-001/anat/sub-001_T1w.nii.gz",
     "ds02": "bids/ds002748-subset/sub-02/anat/sub-02_T1w.nii.gz",
-    "ds52": "bids/ds002748-subset/sub-52/anat/sub-52_T1w.nii.gz",
 }
 OTHERS = [
     "t1w/colin27_T1w.nii.gz",
     "t1w/corr-0025531_desc-brain_T1w.nii.gz",
     "t1w/rorden_desc-conform_T1w.nii.gz",
     *(f"bids/ds002748-subset/sub-{s}/anat/sub-{s}_T1w.nii.gz"
-      for s in (12, 23, 30, 31, 43, 51, 55, 57, 63, 64)),
+      for s in (12, 23, 30, 31, 43, 51, 52, 55, 57, 63, 64)),
 ]  # fmt: skip
 TRUTH = {
     "bert": "t1w/bert/bert_desc-aseg_dseg.nii.gz",
