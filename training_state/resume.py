@@ -1,10 +1,10 @@
-"""Make the checkpoint with which the training of the trunk of `aseg31` goes on.
+"""Make the checkpoint of the finished trunk from which the members of the next `aseg31` fork.
 
     python training_state/resume.py ENSEMBLE_DIR
     bids_varaug-train LABEL_MAPS_DIR ENSEMBLE_DIR --hold-out 3
 
-`trunk_step5550.safetensors` holds the trunk's weights (float16) after step 5550 of 6850, in the
-stage `refine`. The optimisers' moments begin anew. This folder goes when the ensemble is trained.
+`trunk_step6850.safetensors` holds the trunk's weights (float16) after its last step, 6850. This
+folder goes when the ensemble is trained.
 """
 
 import sys
@@ -17,7 +17,7 @@ from bids_varaug.training.checkpoint import save_checkpoint
 from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.recipe import Recipe
 
-STEP = 5550
+STEP = 6850
 
 
 def main() -> None:
