@@ -43,7 +43,8 @@ class Member:
     in training, or "rr": the baseline's weights, run under random rounding (`round_inference`).
     `seed` is that of the training, or of the rounding; `precision` the virtual precision in bits
     of a Monte Carlo member's training or of the rounding, None for the others; `sha256` that of
-    the weights file.
+    the weights file; `base` the id of the member whose weights that file adds to, None where it
+    adds to the trunk, or is whole.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Member:
     precision: int | None
     file: str
     sha256: str
+    base: str | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -263,11 +265,10 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
         If its weights are missing, do not match the manifest's checksum, or do not fit.
     """
     check_member(ensemble, member)
-    path = ensemble.directory / member.file
-    trunk = None if ensemble.trunk is None else ensemble.directory / ensemble.trunk.file
+    *bases, path = (ensemble.directory / file for file, _, _ in _files_of(ensemble, member))
     network = build_network(ensemble.network)
     try:
-        network.load_state_dict(load_weights(path, trunk))
+        network.load_state_dict(load_weights(path, *bases))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
     network.divide_logits(ensemble.temperature)
@@ -275,16 +276,31 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
 
 
 def check_member(ensemble: Ensemble, member: Member) -> None:
-    """Compare a member's weights, and those of the trunk they add to, with the manifest.
+    """Compare a member's weights, and those that they add to, with the manifest.
 
     Raises
     ------
     EnsembleError
         If a file is missing or its SHA-256 differs.
     """
-    _check(ensemble, member.file, member.sha256, f"weights of {member.id}")
-    if ensemble.trunk is not None:
-        _check(ensemble, ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")
+    for file, sha256, what in _files_of(ensemble, member):
+        _check(ensemble, file, sha256, what)
+
+
+def _files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
+    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
+    files = [] if ensemble.trunk is None else [
+        (ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")
+    ]  # fmt: skip
+    chain = [member]
+    if member.base is not None:
+        chain = [m for m in ensemble.members if m.id == member.base and m.base is None] + chain
+        if len(chain) < 2:
+            raise EnsembleError(
+                f"{ensemble.directory / MANIFEST}: {member.id} adds to the weights of "
+                f"{member.base}, which are not there. Install the ensemble again."
+            )
+    return files + [(m.file, m.sha256, f"weights of {m.id}") for m in chain]
 
 
 def _check(ensemble: Ensemble, file: str, sha256: str, what: str) -> None:

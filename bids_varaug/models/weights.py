@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, whole or as what separates a member from the ensemble's trunk."""
+"""Weights on disk: safetensors, whole or as what separates a member from another network."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ STEP = ".step"
 _LEVELS = 127
 
 
-def save_weights(network: UNet, path: Path, trunk: UNet | None = None) -> str:
+def save_weights(network: UNet, path: Path, base: UNet | None = None) -> str:
     """Write weights and return the file's SHA-256.
 
-    Without a trunk they are float16, which changes a weight by 2e-4 of its size: far less than
-    what separates two seeds. With one, what separates them from the trunk is written: for each
+    Without a base they are float16, which changes a weight by 2e-4 of its size: far less than
+    what separates two seeds. With one, what separates them from the base is written: for each
     row of a matrix or kernel (its first axis) 8-bit integers and the size of their step, for
     vectors float32. That is half the size, and its error is at most 0.4 % of the largest
-    difference in the row, so that members which hardly differ from each other stay apart.
+    difference in the row.
 
     Parameters
     ----------
-    trunk : the network at the step where the members fork, in full precision
+    base : the network that the file adds to, in full precision
 
     Raises
     ------
@@ -35,10 +35,10 @@ def save_weights(network: UNet, path: Path, trunk: UNet | None = None) -> str:
         If the file cannot be written.
     """
     tensors = {name: p.detach().cpu() for name, p in network.named_parameters()}
-    if trunk is None:
+    if base is None:
         tensors = {name: p.half() for name, p in tensors.items()}
     else:
-        start = dict(trunk.named_parameters())
+        start = dict(base.named_parameters())
         tensors = _coded({name: p - start[name].detach().cpu() for name, p in tensors.items()})
     write_tensors(path, tensors)
     return sha256_of(path)
@@ -59,29 +59,29 @@ def write_tensors(
         stream.write(content)
 
 
-def load_weights(path: Path, trunk: Path | None = None) -> dict[str, torch.Tensor]:
+def load_weights(path: Path, *bases: Path) -> dict[str, torch.Tensor]:
     """Return a state dictionary in float32.
 
     Parameters
     ----------
-    trunk : whole weights that those of `path` add to
+    bases : files that it adds to: whole weights, then differences
 
     Raises
     ------
     safetensors.SafetensorError
         If a file is damaged.
     KeyError
-        If the two do not belong together.
+        If they do not belong together.
     """
-    tensors = load_file(path)
-    if trunk is None:
-        return {name: p.float() for name, p in tensors.items()}
-    start = load_file(trunk)
-    return {
-        name: start[name].float() + _decoded(p, tensors.get(name + STEP))
-        for name, p in tensors.items()
-        if not name.endswith(STEP)
-    }
+    whole, *differences = (load_file(file) for file in (*bases, path))
+    weights = {name: p.float() for name, p in whole.items()}
+    for tensors in differences:
+        weights = {
+            name: weights[name] + _decoded(p, tensors.get(name + STEP))
+            for name, p in tensors.items()
+            if not name.endswith(STEP)
+        }
+    return weights
 
 
 def sha256_of(path: Path) -> str:

@@ -57,9 +57,14 @@ class Plan:
     seed: int
     rounding_seed: int | None
 
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether it is the baseline's training but for the rounding."""
+        return self.rounding_seed is not None
+
     def arithmetic(self, step: int):
         """Return the context under which step number `step` runs."""
-        if self.rounding_seed is None:
+        if not self.is_perturbed:
             return nullcontext()
         # One stream a step, so that a resumed run rounds as an unbroken one.
         return MonteCarloArithmetic(seed=self.rounding_seed * 1_000_003 + step)
@@ -139,23 +144,36 @@ class Workshop:
         checksum = save_weights(network, self.directory / TRUNK)
         return network, Trunk(TRUNK, checksum)
 
-    def train_member(self, plan: Plan, trunk: UNet | None) -> Member:
-        """Train one member and write its weights."""
+    def train_member(self, plan: Plan, trunk: UNet | None) -> UNet:
+        """Train one member (or finish, or load it from its checkpoint)."""
         network = build_network(self.recipe.network, plan.seed).to(self.device)
         if trunk is not None:
             network.load_state_dict(trunk.state_dict())
-        self.run(plan.id, network, self.recipe.member, plan.seed, plan.arithmetic)
+        with take_turns(self.checkpoints / f"{plan.id}.lock"):
+            self.run(plan.id, network, self.recipe.member, plan.seed, plan.arithmetic)
+        return network
+
+    def write_member(self, plan: Plan, network: UNet, trunk: UNet | None) -> Member:
+        """Write a trained member's weights.
+
+        Perturbation moves a Monte Carlo member far less than training does. Its file therefore
+        holds what separates it from the baseline, which is trained for it where it is not there:
+        the difference from the trunk, in 8 bits, would be wrong by more than that.
+        """
+        base = self.train_member(plan_member(BASELINE), trunk) if plan.is_perturbed else trunk
         name = f"{plan.id}.safetensors"
-        checksum = save_weights(network, self.directory / name, trunk)
-        precision = None if plan.rounding_seed is None else FLOAT32_PRECISION
-        return Member(plan.id, plan.family, plan.seed, precision, name, checksum)
+        checksum = save_weights(network, self.directory / name, base)
+        precision = FLOAT32_PRECISION if plan.is_perturbed else None
+        base_id = BASELINE if plan.is_perturbed else None
+        return Member(plan.id, plan.family, plan.seed, precision, name, checksum, base_id)
 
 
 def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensemble:
     """Train the trunk, then each member; the manifest grows with every finished member.
 
     Several processes may train members of one ensemble side by side: one of them trains the
-    trunk, and each adds its own members to what it finds in the manifest.
+    trunk, and each adds its own members to what it finds in the manifest. With Monte Carlo members
+    comes the baseline, whether asked for or not.
 
     Raises
     ------
@@ -166,14 +184,28 @@ def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensembl
     with take_turns(workshop.checkpoints / "trunk.lock"):
         network, trunk = workshop.train_trunk() if workshop.recipe.trunk else (None, None)
     ensemble = _with_those_there(_empty_ensemble(workshop, name, trunk))
-    for member_id in unfinished(ensemble, ids):
-        member = workshop.train_member(plan_member(member_id), network)
+    for member_id in unfinished(ensemble, with_baseline(ids)):
+        plan = plan_member(member_id)
+        member = workshop.write_member(plan, workshop.train_member(plan, network), network)
         with take_turns(workshop.checkpoints / MANIFEST_LOCK):
             ensemble = _with_those_there(ensemble)
             others = tuple(m for m in ensemble.members if m.id != member_id)
             ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
             write_manifest(ensemble)
     return ensemble
+
+
+def with_baseline(ids: Iterable[str]) -> tuple[str, ...]:
+    """Add the baseline, last, where Monte Carlo members need it.
+
+    Examples
+    --------
+    >>> with_baseline(["mca01", "seed01"])
+    ('mca01', 'seed01', 'ieee')
+    """
+    ids = tuple(ids)
+    needed = (BASELINE,) if any(plan_member(i).is_perturbed for i in ids) else ()
+    return tuple(dict.fromkeys((*ids, *needed)))
 
 
 def unfinished(ensemble: Ensemble, ids: Iterable[str]) -> tuple[str, ...]:
