@@ -30,16 +30,15 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
 from bids_varaug.models.weights import write_tensors
-from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.members import Workshop, plan_member
+from bids_varaug.training.monitor import PreparedHead
 from bids_varaug.training.recipe import MEMBER, Recipe
 
 
@@ -75,7 +74,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def label(network: UNet, weights: dict[str, torch.Tensor], heads: list[np.ndarray]):
     """Return the label map of each head."""
     network.load_state_dict(weights)
-    return [segment_volume(network.eval(), head).labels for head in heads]
+    return [segment_volume(network, head).labels for head in heads]
 
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], n_classes: int) -> dict[str, float]:
@@ -139,10 +138,8 @@ def main() -> None:
     network = build_network(recipe.network)
     network.load_state_dict(trunk.state_dict())
     voxel_size = member.windows[0].voxel_size
-    prepared = []
-    for path in options.images:
-        head, geometry = prepare_head(path, voxel_size, network.shape.multiple)
-        prepared.append(crop_to_brain(network.eval(), head, geometry)[0])
+    network.eval()
+    prepared = [PreparedHead(path, network, voxel_size).head for path in options.images]
     start = {key: p.detach().clone() for key, p in trunk.named_parameters()}
     rows = []
     for step in range(options.every, member.steps + 1, options.every):

@@ -15,12 +15,10 @@ import pytest
 from nibabel.processing import resample_from_to
 
 from bids_varaug.cli.run import main
-from bids_varaug.images.native import resample_posterior
-from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble, load_member
-from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.training.monitor import PreparedHead
 
 HEADS = {
     "bert": "t1w/bert/bert_desc-norm_T1w.nii.gz",
@@ -150,14 +148,9 @@ def baseline(shared_data):
     ids = np.array([label.index for label in ensemble.labels], np.uint8)
 
     def segment(path: str) -> nib.Nifti1Image:
-        head = prepare_head(shared_data / path, ensemble.voxel_size, network.shape.multiple)
-        part, g = crop_to_brain(network, *head)
-        found = segment_volume(network, part)
-        labels = resample_posterior(
-            found.offsets, found.voxels, found.posterior, g.box, g.conformed_shape,
-            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
-        ).labels  # fmt: skip
-        return nib.Nifti1Image(ids[labels], g.native_affine)
+        head = PreparedHead(shared_data / path, network, ensemble.voxel_size)
+        labels = head.native_labels(segment_volume(network, head.head))
+        return nib.Nifti1Image(ids[labels], head.geometry.native_affine)
 
     return segment
 

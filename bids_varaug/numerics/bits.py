@@ -10,11 +10,7 @@ _BITS = {types.float32: types.int32, types.float64: types.int64}
 _FLOATS = {bits: floating for floating, bits in _BITS.items()}
 
 
-@intrinsic
-def bits_of(typing_context, value):
-    """The bits of a float as an integer of its width."""
-    target = _BITS[value]
-
+def _reinterpreted(value, target):
     def build(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(target))
 
@@ -22,14 +18,15 @@ def bits_of(typing_context, value):
 
 
 @intrinsic
+def bits_of(typing_context, value):
+    """The bits of a float as an integer of its width."""
+    return _reinterpreted(value, _BITS[value])
+
+
+@intrinsic
 def float_of(typing_context, bits):
     """The float of these bits."""
-    target = _FLOATS[bits]
-
-    def build(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(target))
-
-    return target(bits), build
+    return _reinterpreted(bits, _FLOATS[bits])
 
 
 @intrinsic

@@ -60,35 +60,52 @@ def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
     return any(names.get(i) == name for i, name in zip(rows["index"], rows["name"], strict=True))
 
 
-class PreparedImage:
-    """A T1w image, cropped as the app does it, and its label map on the image's own grid.
+class PreparedHead:
+    """A T1w image, cropped as the app does it.
 
     Parameters
     ----------
     network : finds the brain
     voxel_size : of the network grid, mm
-    class_ids : label id of each class, background first
 
     Attributes
     ----------
     head : (X, Y, Z) float32, part with the brain, network grid
+    geometry : of that part
+    """
+
+    def __init__(self, t1w: Path, network: UNet, voxel_size: float):
+        head, geometry = prepare_head(t1w, voxel_size, network.shape.multiple)
+        self.head, self.geometry = crop_to_brain(network, head, geometry)
+
+    def native_labels(self, sparse: SparsePosterior) -> np.ndarray:
+        """Return class indices uint8 on the image's own grid."""
+        g = self.geometry
+        return resample_posterior(
+            sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
+            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
+        ).labels  # fmt: skip
+
+
+class PreparedImage(PreparedHead):
+    """A prepared head and its label map on the image's own grid.
+
+    Parameters
+    ----------
+    network, voxel_size : as of `PreparedHead`
+    class_ids : label id of each class, background first
     """
 
     def __init__(
         self, image: LabelledImage, network: UNet, voxel_size: float, class_ids: Sequence[int]
     ):
-        head, geometry = prepare_head(image.t1w, voxel_size, network.shape.multiple)
-        self.head, self.geometry = crop_to_brain(network, head, geometry)
+        super().__init__(image.t1w, network, voxel_size)
         self.truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
         self.class_ids = np.asarray(class_ids)
 
     def dice(self, sparse: SparsePosterior) -> np.ndarray:
         """Dice (K - 1,) float64 of classes 1..K-1; NaN where the label map lacks the class."""
-        g = self.geometry
-        found = self.class_ids[resample_posterior(
-            sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
-            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
-        ).labels]  # fmt: skip
+        found = self.class_ids[self.native_labels(sparse)]
         scores = []
         for i in self.class_ids[1:]:
             ours, theirs = found == i, self.truth == i
