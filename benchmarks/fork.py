@@ -40,6 +40,7 @@ from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.members import Workshop, plan_member
 from bids_varaug.training.monitor import PreparedHead
 from bids_varaug.training.recipe import MEMBER, Recipe
+from bids_varaug.variability.regions import pairwise_dice, region_counts
 
 
 class Snapshots:
@@ -81,10 +82,8 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], n_classes: int) ->
     """Mean Dice and share of different labels of two members, means over images."""
     dice, different = [], []
     for a, b in zip(ours, theirs, strict=True):
-        same = np.bincount(a[a == b], minlength=n_classes)[1:]
-        total = np.bincount(a.ravel(), minlength=n_classes)[1:]
-        total = total + np.bincount(b.ravel(), minlength=n_classes)[1:]
-        dice.append(np.mean(2 * same[total > 0] / total[total > 0]))
+        counts = region_counts([np.stack([a.ravel(), b.ravel()])], 2, n_classes)
+        dice.append(np.nanmean(pairwise_dice(counts)[0, 1, 1:]))
         brain = (a > 0) & (b > 0)
         different.append(np.mean(a[brain] != b[brain]))
     return {"dice": float(np.mean(dice)), "brain": float(np.mean(different))}
