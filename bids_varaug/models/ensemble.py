@@ -287,6 +287,15 @@ def check_member(ensemble: Ensemble, member: Member) -> None:
         _check(ensemble, file, sha256, what)
 
 
+def identify(ensemble: Ensemble, member: Member) -> str:
+    """Name what a member's result depends on besides the head and the member itself.
+
+    These are the weights that its own add to, and the temperature.
+    """
+    files = "-".join(sha256 for _, sha256, _ in _files_of(ensemble, member))
+    return f"{files}-{ensemble.temperature}"
+
+
 def _files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
     """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
     files = [] if ensemble.trunk is None else [

@@ -96,6 +96,7 @@ class _SegmentInput(BaseInterfaceInputSpec):
     head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
     # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
     member = traits.Any(mandatory=True, desc="models.ensemble.Member")
+    identity = traits.Str(mandatory=True, desc="models.ensemble.identify of it; not read")
     # Where and how it runs does not change what comes out.
     ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
     device = traits.Str("cpu", usedefault=True, nohash=True)

@@ -12,7 +12,7 @@ from bids_varaug import __version__
 from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.models.ensemble import Ensemble, Member, identify
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.workflows.interfaces import (
     Conform,
@@ -98,12 +98,13 @@ def init_scan_wf(
         SegmentMember(
             ensemble=str(ensemble.directory), device=settings.device, num_threads=threads
         ),
-        iterfield=["member"],
+        iterfield=["member", "identity"],
         name="segment",
         n_procs=threads,
         mem_gb=segment_gb(settings, ensemble),
     )
     segment.inputs.member = list(members)
+    segment.inputs.identity = [identify(ensemble, member) for member in members]
     fuse = _node(FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB)
     write = _node(
         WriteScan(
@@ -116,10 +117,11 @@ def init_scan_wf(
     workflow = Workflow(name)
     head = conform
     if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+        finder = ensemble.baseline or members[0]
         head = _node(
             LocateBrain(
-                ensemble=str(ensemble.directory), member=ensemble.baseline or members[0],
-                device=settings.device, num_threads=threads,
+                ensemble=str(ensemble.directory), member=finder, device=settings.device,
+                identity=identify(ensemble, finder), num_threads=threads,
             ),
             "locate", threads, LOCATE_GB,
         )  # fmt: skip

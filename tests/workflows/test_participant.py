@@ -249,6 +249,22 @@ def test_another_random_seed_computes_the_rounded_members_alone_again(app, linea
     assert digests(tmp_path / "out") == written
 
 
+def test_another_temperature_is_not_taken_for_the_one_before(app, linear, small_ensemble, tmp_path):
+    """Same weights, same work directory: calibrated anew, the members' posteriors are others."""
+    run = (tmp_path / "out", *linear, "--members", "ieee", "--participant-label", "02")
+    assert app(*run) == 0
+    before = digests(tmp_path / "out")
+    manifest = small_ensemble / "manifest.json"
+    text = manifest.read_text()
+    try:
+        manifest.write_text(json.dumps(json.loads(text) | {"temperature": 3.0}))
+        assert app(*run) == 0
+    finally:
+        manifest.write_text(text)
+    after = digests(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name] and "probseg.nii" in name}
+
+
 def test_dry_run_shows_rounded_members(app, tmp_path, capsys):
     assert app(tmp_path / "out", "--dry-run", "--n-members", "1", "--perturb-inference", "2") == 0
     assert "members ieee, mca01, seed01, rr01, rr02:" in capsys.readouterr().out
