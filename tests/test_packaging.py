@@ -106,7 +106,12 @@ def test_shipped_ensemble_is_in_the_package_with_every_member():
 
     name = Settings(Path("/in"), Path("/out"), "participant", Path("/work")).ensemble
     ids = {member.id for member in load_ensemble(name).members}
-    assert ids == {"ieee", *(f"{family}0{n}" for family in ("mca", "seed") for n in range(1, 5))}
+    assert ids == {"ieee", *(f"{family}{n:02}" for family in ("mca", "seed") for n in range(1, 11))}
+
+
+def test_weights_take_less_than_60_mb():
+    folder = Path(bids_varaug.__file__).parent / "data" / "ensembles"
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 60e6
 
 
 def test_every_data_file_is_declared_as_package_data():
