@@ -185,8 +185,8 @@ def test_volumes_hold_when_a_head_is_resampled(resampled):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="0.919 since the ensemble is calibrated: labels of the T1w's grid come from interpolated "
-    "posteriors, which the temperature softens; 0.9205 without it (docs/model-card.md)",
+    reason="0.919 since the ensemble is calibrated (0.9205 without its temperature): the labels on "
+    "the T1w's grid come from interpolated posteriors, which the temperature softens",
 )
 def test_labels_overlap_when_a_head_is_resampled(resampled):
     native, conformed = resampled
