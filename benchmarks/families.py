@@ -1,7 +1,7 @@
 """Spread of the families rr, mca and seed on real heads, beside published numbers.
 
     python benchmarks/families.py T1W.nii.gz ... --output DIR [--n-members 4]
-        [--published summary.tsv] [--plot families.png]
+        [--families rr mca seed] [--published summary.tsv] [--plot families.png]
 
 Runs the participant level once for each family, on the same heads and with as many members:
 ``--members ieee --perturb-inference N``, ``--members mca --n-members N``, ``--members seed
@@ -63,7 +63,8 @@ def run_family(family: str, dataset: Path, output: Path, n_members: int, ensembl
         command = [
             "bids_varaug", str(dataset), str(output), "participant", "--participant-label", *todo,
             *FAMILIES[family][1], str(n_members), "--ensemble", ensemble,
-            "--skip-bids-validation", "-w", str(output.with_name(output.name + "_work")),
+            "--skip-bids-validation", "--clean-workdir",
+            "-w", str(output.with_name(output.name + "_work")),
         ]  # fmt: skip
         subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], check=True)
 
@@ -92,15 +93,16 @@ def plot(table: pd.DataFrame, published: pd.DataFrame | None, path: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    labels = [f"{family}: {FAMILIES[family][0]}" for family in FAMILIES]
+    families = list(table["family"].unique())
+    labels = [f"{family}: {FAMILIES[family][0]}" for family in families]
     n_published = 0 if published is None else len(published)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * (len(labels) + n_published)))
-    for y, family in enumerate(FAMILIES):
+    for y, family in enumerate(families):
         values = table.loc[table["family"] == family, "dice_min"]
         axes.plot(values, [y] * len(values), "o", mfc="none", color="C0", label="a head" * (y == 0))
         axes.plot(values.mean(), y, "D", color="C0", label="mean of heads" * (y == 0))
     for k, row in enumerate(() if published is None else published.itertuples()):
-        y = len(FAMILIES) + k
+        y = len(families) + k
         axes.plot(row.mean_min_dice, y, "s", color="C1", label="published" * (k == 0))
         labels.append(f"{row.ensemble}\n({row.source.removesuffix(' repository')})")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -117,13 +119,14 @@ def main() -> None:
     parser.add_argument("heads", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--n-members", type=int, default=4)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--ensemble", default="aseg31")
     parser.add_argument("--published", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     dataset = make_dataset(options.heads, options.output / "bids")
     rows = []
-    for family in FAMILIES:
+    for family in options.families:
         output = options.output / family
         run_family(family, dataset, output, options.n_members, options.ensemble)
         rows += [

@@ -183,11 +183,6 @@ def test_volumes_hold_when_a_head_is_resampled(resampled):
     assert (2 * (ours - theirs).abs() / (ours + theirs)).max() < MOST_RESAMPLING
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="0.919 since the ensemble is calibrated (0.9205 without its temperature): the labels on "
-    "the T1w's grid come from interpolated posteriors, which the temperature softens",
-)
 def test_labels_overlap_when_a_head_is_resampled(resampled):
     native, conformed = resampled
     moved = resample_from_to(native, conformed, order=0)

@@ -81,7 +81,12 @@ class ScanWriter:
             _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
             self.header, POSTERIOR_SCALE,
         )  # fmt: skip
-        self._sidecar(key, None, label_names=names)
+        extra = {
+            "Temperature": request.ensemble.temperature,
+            "TemperatureDescription": "The members' mean posterior p is given as "
+            "p^(1/Temperature), scaled to sum to 1; found on images that training left out",
+        }
+        self._sidecar(key, None, label_names=names, extra=extra)
         self.written.append(path)
 
     def table(self, key: str, table) -> None:
@@ -154,7 +159,7 @@ def write_scan(
     dense = np.lib.format.open_memmap(
         dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes)
     )
-    consensus = _to_native(mean, geometry, dense)
+    consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
     brain_volume = float(brain.sum()) * abs(float(np.linalg.det(geometry.native_affine[:3, :3])))
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
@@ -175,11 +180,13 @@ def write_scan(
     return writer.written
 
 
-def _to_native(sparse: SparsePosterior, g: Geometry, out=None) -> NativePosterior:
+def _to_native(
+    sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0
+) -> NativePosterior:
     return resample_posterior(
         sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
         g.conformed_affine, g.native_affine, g.native_shape,
-        with_posterior=out is not None, out=out,
+        with_posterior=out is not None, out=out, temperature=temperature,
     )  # fmt: skip
 
 

@@ -40,14 +40,16 @@ def resample_posterior(
     native_shape: tuple[int, int, int],
     with_posterior: bool = True,
     out: np.ndarray | None = None,
+    temperature: float = 1.0,
 ) -> NativePosterior:
     """Bring a sparse posterior from the head box to the image's own grid.
 
     A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
     native voxel larger than the network's is the mean of ``ceil(native size / network size)``
     such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
-    background. Where the grids differ by flips and permutations only, rows are copied. The same
-    bits for any number of threads.
+    background. Where the grids differ by flips and permutations only, rows are copied. Labels are
+    those of the mix; its probabilities p become p^(1/T), scaled to sum to 1, which moves no label.
+    The same bits for any number of threads.
 
     Parameters
     ----------
@@ -61,6 +63,7 @@ def resample_posterior(
     out : (*native_shape, K) uint8, optional
         Where to write the posterior, for example a `numpy.memmap` where it would not fit in
         memory (32 classes at 512^3 voxels are 4.3 GB). It must hold zeros.
+    temperature : T, above 1 to make the posterior less sure
 
     Returns
     -------
@@ -103,7 +106,8 @@ def resample_posterior(
     elif out.shape != (*native_shape, n_classes) or out.dtype != np.uint8:
         raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
     posterior = np.ascontiguousarray(posterior, np.float32)
-    _mix(row_of, posterior, *places, *weights, labels, out, with_posterior)
+    power = np.float32(1 / temperature)
+    _mix(row_of, posterior, *places, *weights, labels, out, with_posterior, power)
     return NativePosterior(labels=labels, posterior=out if with_posterior else None)
 
 
@@ -118,7 +122,7 @@ def _rows_of_voxels(offsets, voxels, shape):
 
 
 @compiled(parallel=True)
-def _mix(row_of, posterior, ix, iy, iz, wx, wy, wz, labels, out, with_posterior):
+def _mix(row_of, posterior, ix, iy, iz, wx, wy, wz, labels, out, with_posterior, power):
     n_classes = posterior.shape[1]
     for i in numba.prange(labels.shape[0]):
         mix = np.empty(n_classes, dtype=np.float32)
@@ -150,8 +154,22 @@ def _mix(row_of, posterior, ix, iy, iz, wx, wy, wz, labels, out, with_posterior)
                             best = n
                     labels[i, j, k] = best
                     if with_posterior:
+                        if power != 1:
+                            _temper(mix, power)
                         for n in range(n_classes):
                             scaled = mix[n] * np.float32(255) + np.float32(0.5)
                             out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
                 elif with_posterior:
                     out[i, j, k, 0] = 255
+
+
+@compiled()
+def _temper(probabilities, power):
+    """Raise probabilities (K,) to a power and scale them to sum to 1, in place."""
+    total = np.float32(0)
+    for n in range(len(probabilities)):
+        if probabilities[n] > 0:
+            probabilities[n] = probabilities[n] ** power
+            total += probabilities[n]
+    for n in range(len(probabilities)):
+        probabilities[n] /= total

@@ -78,8 +78,10 @@ class Trunk:
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
-    `labels[k]` describes class k; `voxel_size` in mm. Logits are divided by `temperature`, which
-    makes posteriors as sure as they are right. Without a `trunk` the members' weights are whole.
+    `labels[k]` describes class k; `voxel_size` in mm. The `temperature` makes the mean posterior as
+    sure as it is right: p becomes p^(1 / temperature), scaled to sum to 1, on the T1w's own grid;
+    labels and members' posteriors do not depend on it. Without a `trunk` the members' weights are
+    whole.
     """
 
     name: str
@@ -257,8 +259,6 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
 def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
     """Build a member's network in float32, in evaluation mode.
 
-    Its logits are divided by the ensemble's temperature.
-
     Raises
     ------
     EnsembleError
@@ -271,7 +271,6 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
         network.load_state_dict(load_weights(path, *bases))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
-    network.divide_logits(ensemble.temperature)
     return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
 
 
@@ -288,12 +287,8 @@ def check_member(ensemble: Ensemble, member: Member) -> None:
 
 
 def identify(ensemble: Ensemble, member: Member) -> str:
-    """Name what a member's result depends on besides the head and the member itself.
-
-    These are the weights that its own add to, and the temperature.
-    """
-    files = "-".join(sha256 for _, sha256, _ in _files_of(ensemble, member))
-    return f"{files}-{ensemble.temperature}"
+    """Name the weights that a member's result depends on: its own and those that they add to."""
+    return "-".join(sha256 for _, sha256, _ in _files_of(ensemble, member))
 
 
 def _files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:

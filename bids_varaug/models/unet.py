@@ -235,14 +235,6 @@ class UNet(nn.Module):
         rim = features.rim[:, :, a::2, :, b::2].movedim(1, -1)
         return coarse + F.linear(rim, self.rim_head.weight.reshape(k, -1))
 
-    @torch.no_grad()
-    def divide_logits(self, temperature: float) -> None:
-        """Change the last layers such that all logits are divided by `temperature`."""
-        if temperature != 1.0:
-            for last in (self.body_head, self.rim_head):
-                for parameter in last.parameters():
-                    parameter.div_(temperature)
-
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z)."""
         return self.classify(self.features(image))

@@ -1,4 +1,4 @@
-"""The temperature that makes an ensemble's posteriors as sure as they are right."""
+"""The temperature that makes an ensemble's mean posterior as sure as it is right."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def calibrate(
     images_per_head: int = 2,
     seed: int = 700_000,
 ) -> Calibration:
-    """Find the temperature that the members' logits are to be divided by.
+    """Find the temperature T of the mean posterior p: that of least cross-entropy of p^(1/T).
 
-    It minimises the cross-entropy of the mean posterior of the perturbed members (of the baseline
-    where it is alone) on images of heads that training left out [1]_, at voxels within and around
-    the brain. It is one number for the whole ensemble, so that members stay comparable.
+    The mean is that of the perturbed members (of the baseline where it is alone), on images of
+    heads that training left out [1]_, at voxels within and around the brain.
 
     Parameters
     ----------
@@ -50,13 +49,13 @@ def calibrate(
     Returns
     -------
     Calibration
-        Its temperature is above 1 where the posteriors were too sure.
+        Its temperature is above 1 where the mean posterior was too sure.
 
     References
     ----------
-    .. [1] Guo et al. (2017), On calibration of modern neural networks, ICML. The logits are those
-       of single members, the likelihood that of their mean (Rahaman & Thiery 2021, Uncertainty
-       quantification and deep ensembles, NeurIPS).
+    .. [1] Guo et al. (2017), On calibration of modern neural networks, ICML; on calibrating the
+       mean and not the members: Rahaman & Thiery (2021), Uncertainty quantification and deep
+       ensembles, NeurIPS.
     """
     perturbed = [m for m in ensemble.members if not m.is_baseline] or list(ensemble.members)
     drawn = [
@@ -64,34 +63,31 @@ def calibrate(
         for number, head in enumerate(heads)
         for again in range(images_per_head)
     ]
-    logits = []
+    total = torch.zeros(())
     for member in perturbed:
         network = load_member(ensemble, member, str(randomiser.device))
-        network.divide_logits(1 / ensemble.temperature)
         parts = [logits_at(network, image, places) for image, _, places in drawn]
-        logits.append(torch.cat(parts))
-    stacked = torch.stack(logits)
+        total = total + torch.cat(parts).double().softmax(-1)
+    log_mean = (total / len(perturbed)).log()
     truth = torch.cat([target.reshape(-1)[places].long().cpu() for _, target, places in drawn])
     found = minimize_scalar(
-        lambda log_t: cross_entropy(stacked, truth, math.exp(log_t)),
+        lambda log_t: cross_entropy(log_mean, truth, math.exp(log_t)),
         bounds=tuple(math.log(t) for t in _BOUNDS), method="bounded", options={"xatol": 1e-3},
     )  # fmt: skip
     temperature = round(math.exp(found.x), 3)
-    before, after = (cross_entropy(stacked, truth, t) for t in (1.0, temperature))
+    before, after = (cross_entropy(log_mean, truth, t) for t in (1.0, temperature))
     return Calibration(temperature, round(before, 5), round(after, 5))
 
 
-def cross_entropy(logits: torch.Tensor, truth: torch.Tensor, temperature: float) -> float:
-    """Mean cross-entropy of the members' mean posterior, nat.
+def cross_entropy(log_mean: torch.Tensor, truth: torch.Tensor, temperature: float) -> float:
+    """Mean cross-entropy of a posterior at a temperature, nat.
 
     Parameters
     ----------
-    logits : (M, V, K) float32, of each member
+    log_mean : (V, K) float64, logarithm of the mean posterior
     truth : (V,) int64
     """
-    log_posteriors = F.log_softmax(logits / temperature, dim=-1)
-    log_mean = torch.logsumexp(log_posteriors, 0) - math.log(len(logits))
-    return float(F.nll_loss(log_mean, truth))
+    return float(F.nll_loss(F.log_softmax(log_mean / temperature, dim=-1), truth))
 
 
 @torch.inference_mode()

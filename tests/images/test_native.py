@@ -77,6 +77,21 @@ def test_labels_alone_are_the_same_labels(sparse):
     assert np.array_equal(alone.labels, resample(sparse, affine, shape).labels)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_temperature_changes_probabilities_after_resampling_and_no_label(
+    sparse, dense, temperature
+):
+    from bids_varaug.images.conform import to_native_scalar
+
+    affine, shape = np.diag([0.7, 1.5, 1, 1]), (17, 6, 11)
+    mixed = [to_native_scalar(dense[..., k], np.eye(4), affine, shape) for k in range(K)]
+    power = np.stack(mixed, axis=-1).astype(np.float64) ** (1 / temperature)
+    native = resample(sparse, affine, shape, temperature=temperature)
+    expected = power / power.sum(-1, keepdims=True)
+    np.testing.assert_allclose(native.posterior / 255, expected, atol=0.5 / 255 + 1e-5)
+    assert np.array_equal(native.labels, resample(sparse, affine, shape).labels)
+
+
 def test_posterior_can_be_written_into_a_file(sparse, tmp_path):
     out = np.memmap(tmp_path / "posterior", np.uint8, "w+", shape=(*CONFORMED, K))
     native = resample(sparse, np.eye(4), CONFORMED, out=out)

@@ -1,4 +1,6 @@
-"""The temperature that makes posteriors as sure as they are right."""
+"""The temperature that makes the mean posterior as sure as it is right."""
+
+import math
 
 import pytest
 import torch
@@ -10,15 +12,17 @@ from bids_varaug.training.calibrate import cross_entropy, logits_at
 @pytest.mark.parametrize("true", [0.5, 2.0])
 def test_cross_entropy_is_least_at_the_temperature_that_the_truth_was_drawn_with(true):
     rng = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(1, 40_000, 4, generator=rng)
-    truth = torch.multinomial((logits[0] / true).softmax(-1), 1, generator=rng)[:, 0]
-    scores = {t: cross_entropy(logits, truth, t) for t in (0.8 * true, true, 1.25 * true)}
+    mean = (3 * torch.randn(40_000, 4, generator=rng)).log_softmax(-1)
+    truth = torch.multinomial((mean / true).softmax(-1), 1, generator=rng)[:, 0]
+    scores = {t: cross_entropy(mean, truth, t) for t in (0.8 * true, true, 1.25 * true)}
     assert min(scores, key=scores.get) == true
 
 
-def test_cross_entropy_is_that_of_the_mean_posterior():
-    logits = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])  # two members that contradict each other
-    assert cross_entropy(logits, torch.tensor([0]), 1.0) == pytest.approx(0.6931, abs=1e-4)
+def test_cross_entropy_is_minus_the_log_probability_of_the_truth_at_the_temperature():
+    mean = torch.tensor([[0.64, 0.36]]).log()
+    assert cross_entropy(mean, torch.tensor([0]), 1.0) == pytest.approx(-math.log(0.64))
+    # Roots 0.8 and 0.6, scaled to sum to 1
+    assert cross_entropy(mean, torch.tensor([0]), 2.0) == pytest.approx(-math.log(0.8 / 1.4))
 
 
 def test_logits_at_places_are_those_of_the_whole_image():

@@ -249,11 +249,15 @@ def test_another_random_seed_computes_the_rounded_members_alone_again(app, linea
     assert digests(tmp_path / "out") == written
 
 
-def test_another_temperature_is_not_taken_for_the_one_before(app, linear, small_ensemble, tmp_path):
-    """Same weights, same work directory: calibrated anew, the members' posteriors are others."""
-    run = (tmp_path / "out", *linear, "--members", "ieee", "--participant-label", "02")
+def test_another_temperature_changes_the_mean_posterior_alone(
+    app, linear, small_ensemble, tmp_path
+):
+    """Calibrated anew, in the same work directory: nothing is segmented again."""
+    run = (tmp_path / "out", *linear, "--write-members", "--participant-label", "02")
     assert app(*run) == 0
+    work = tmp_path / "out-work"
     before = digests(tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
     manifest = small_ensemble / "manifest.json"
     text = manifest.read_text()
     try:
@@ -262,7 +266,11 @@ def test_another_temperature_is_not_taken_for_the_one_before(app, linear, small_
     finally:
         manifest.write_text(text)
     after = digests(tmp_path / "out")
-    assert {name for name in before if after[name] != before[name] and "probseg.nii" in name}
+    changed = {name for name in before if after[name] != before[name]}
+    assert any("desc-mean_probseg.nii" in name for name in changed)
+    assert not [name for name in changed if name.endswith((".nii.gz", ".tsv"))
+                and "probseg" not in name]  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_dry_run_shows_rounded_members(app, tmp_path, capsys):
