@@ -1,13 +1,16 @@
 """Dice of every member and of the consensus against label maps; are the members equivalent?
 
     python benchmarks/accuracy.py IMAGES_DIR ... [--ensemble aseg31] [--members ieee mca seed]
+        [--harmonise]
 
 Each IMAGES_DIR holds ``*_T1w.nii.gz`` with a ``*_dseg.nii.gz`` (FreeSurfer ids) beside each: real
-images, or those of ``benchmarks/synthetic_heads.py``. Prints a TSV with one row for each image and
-member (mean over the structures present), and one for each image and structure of the consensus;
-then, on the standard error, each member's difference from the baseline over the images, with a 90 %
-confidence interval and the p-value of two one-sided t-tests (Schuirmann 1987) against a difference
-of `--margin` or more.
+images, or those of ``benchmarks/synthetic_heads.py``. With ``--harmonise`` FreeSurfer's choroid
+plexus counts as lateral ventricle, and its corpus callosum and hypointensities do not count.
+
+Prints a TSV with one row for each image and member (mean over the structures present), and one for
+each image and structure of the consensus; then, on the standard error, each member's difference
+from the baseline over the images, with a 90 % confidence interval and the p-value of two one-sided
+t-tests (Schuirmann 1987) against a difference of `--margin` or more.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from aseg import harmonise
 from scipy import stats
 
 from bids_varaug.models.ensemble import (
@@ -34,12 +38,16 @@ from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
 
 
-def score(image: LabelledImage, ensemble: Ensemble, members, folder: Path) -> dict[str, float]:
+def score(
+    image: LabelledImage, ensemble: Ensemble, members, folder: Path, harmonised: bool
+) -> dict[str, float]:
     """Print the rows of one image; return the mean Dice of each member."""
     name = image.t1w.name.split("_T1w")[0]
     finder = load_member(ensemble, ensemble.baseline or ensemble.members[0])
     ids = [label.index for label in ensemble.labels]
     prepared = PreparedImage(image, finder, ensemble.voxel_size, ids)
+    if harmonised:
+        prepared.truth = harmonise(prepared.truth)
     paths, means = [], {}
     for member in members:
         sparse = segment_volume(load_member(ensemble, member), prepared.head)
@@ -80,6 +88,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--ensemble", default="aseg31")
     parser.add_argument("--members", nargs="+", default=["all"])
+    parser.add_argument("--harmonise", action="store_true")
     parser.add_argument("--margin", type=float, default=0.01, help="Dice that does not matter")
     options = parser.parse_args()
     keep_freed_memory()
@@ -91,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for directory in options.images:
             for image in find_labelled_images(directory, names):
-                table.append(score(image, ensemble, members, Path(folder)))
+                table.append(score(image, ensemble, members, Path(folder), options.harmonise))
     if len(table) > 1 and len(members) > 1 and BASELINE in table[0]:
         report_equivalence(table, options.margin)
 

@@ -4,8 +4,9 @@
         [--members mca seed] [--plot reliability.png]
 
 Segments the ``*_T1w.nii.gz`` of each IMAGES_DIR (what is done is not done again), compares with the
-``*_dseg.nii.gz`` beside each, and prints for each image and for all together, over the voxels that
-the consensus or the labels call brain:
+``*_dseg.nii.gz`` beside each (FreeSurfer's choroid plexus counts as lateral ventricle, its corpus
+callosum and hypointensities, which have no side, do not count), and prints for each image and for
+all together, over the voxels that the consensus or the labels call brain:
 
 calibration error
     mean |confidence - accuracy| over 15 bins of the mean posterior's largest class, weighted by
@@ -32,6 +33,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from aseg import harmonise
 from families import load, make_dataset
 from scipy import stats
 
@@ -61,9 +63,10 @@ def segment(t1w: list[Path], output: Path, ensemble: str, members: list[str]) ->
 def voxels_of(anat: Path, labels: Path, ids: list[int]) -> dict[str, np.ndarray]:
     """Confidence, correctness, entropy and unreliability of each brain voxel of an image."""
     consensus = load(anat, "desc-consensus_dseg").astype(int)
-    truth = np.asarray(nib.load(labels).dataobj).astype(int)
+    truth = harmonise(np.asarray(nib.load(labels).dataobj).astype(int))
+    judged = truth >= 0
     truth[~np.isin(truth, ids)] = 0
-    brain = (consensus > 0) | (truth > 0)
+    brain = ((consensus > 0) | (truth > 0)) & judged
     posterior = load(anat, "desc-mean_probseg")
     sidecar = json.loads(next(anat.glob("*desc-mean_probseg.json")).read_text())
     assert len(sidecar["LabelMap"]) == posterior.shape[-1]
@@ -79,7 +82,7 @@ def volume_rows(anat: Path, labels: Path) -> pd.DataFrame:
     """Coefficient of variation and relative volume error of each structure of an image."""
     table = pd.read_csv(next(anat.glob("*desc-consensus_dseg.tsv")), sep="\t", na_values="n/a")
     image = nib.load(labels)
-    ids = np.asarray(image.dataobj).astype(int)
+    ids = harmonise(np.asarray(image.dataobj).astype(int))
     voxel = abs(np.linalg.det(image.affine[:3, :3]))
     true = table["index"].map(lambda index: (ids == index).sum() * voxel)
     table["error"] = (table["volume_mean"] - true).abs() / true

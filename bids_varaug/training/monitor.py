@@ -104,8 +104,12 @@ class PreparedImage(PreparedHead):
         self.class_ids = np.asarray(class_ids)
 
     def dice(self, sparse: SparsePosterior) -> np.ndarray:
-        """Dice (K - 1,) float64 of classes 1..K-1; NaN where the label map lacks the class."""
+        """Dice (K - 1,) float64 of classes 1..K-1; NaN where the label map lacks the class.
+
+        Voxels of negative truth do not count.
+        """
         found = self.class_ids[self.native_labels(sparse)]
+        found[self.truth < 0] = 0
         scores = []
         for i in self.class_ids[1:]:
             ours, theirs = found == i, self.truth == i
