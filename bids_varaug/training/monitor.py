@@ -104,18 +104,35 @@ class PreparedImage(PreparedHead):
         self.class_ids = np.asarray(class_ids)
 
     def dice(self, sparse: SparsePosterior) -> np.ndarray:
-        """Dice (K - 1,) float64 of classes 1..K-1; NaN where the label map lacks the class.
-
-        Voxels of negative truth do not count.
-        """
+        """Dice (K - 1,) float64 of classes 1..K-1, as of `dice_with_truth`."""
         found = self.class_ids[self.native_labels(sparse)]
-        found[self.truth < 0] = 0
-        scores = []
-        for i in self.class_ids[1:]:
-            ours, theirs = found == i, self.truth == i
-            total = ours.sum() + theirs.sum()
-            scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
-        return np.array(scores)
+        return dice_with_truth(found, self.truth, self.class_ids[1:])
+
+
+def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Dice of each label; NaN where the truth lacks it.
+
+    Parameters
+    ----------
+    found : (X, Y, Z) int, label ids
+    truth : (X, Y, Z) int, label ids; voxels below 0 do not count
+    ids : (K,) labels to compare
+
+    Returns
+    -------
+    (K,) float64
+
+    Examples
+    --------
+    >>> dice_with_truth(np.array([[[4, 4, 4, 2]]]), np.array([[[4, 4, 0, -1]]]), [4, 2])
+    array([0.8, nan])
+    """
+    scores = []
+    for i in ids:
+        ours, theirs = (found == i) & (truth >= 0), truth == i
+        total = ours.sum() + theirs.sum()
+        scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
+    return np.array(scores)
 
 
 def real_image_dice(
