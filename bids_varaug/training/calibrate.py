@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,13 @@ def calibrate(
         for number, head in enumerate(heads)
         for again in range(images_per_head)
     ]
-    total = torch.zeros(())
-    for member in perturbed:
-        network = load_member(ensemble, member, str(randomiser.device))
-        parts = [logits_at(network, image, places) for image, _, places in drawn]
-        total = total + torch.cat(parts).double().softmax(-1)
-    log_mean = (total / len(perturbed)).log()
+
+    def logits() -> Iterator[torch.Tensor]:
+        for member in perturbed:
+            network = load_member(ensemble, member, str(randomiser.device))
+            yield torch.cat([logits_at(network, image, places) for image, _, places in drawn])
+
+    log_mean = log_mean_posterior(logits())
     truth = torch.cat([target.reshape(-1)[places].long().cpu() for _, target, places in drawn])
     found = minimize_scalar(
         lambda log_t: cross_entropy(log_mean, truth, math.exp(log_t)),
@@ -77,6 +78,20 @@ def calibrate(
     temperature = round(math.exp(found.x), 3)
     before, after = (cross_entropy(log_mean, truth, t) for t in (1.0, temperature))
     return Calibration(temperature, round(before, 5), round(after, 5))
+
+
+def log_mean_posterior(logits: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Logarithm of the members' mean posterior, (V, K) float64.
+
+    Parameters
+    ----------
+    logits : (V, K) float32, of one member after another
+    """
+    total, n_members = 0.0, 0
+    for one in logits:
+        total = total + one.double().softmax(-1)
+        n_members += 1
+    return (total / n_members).log()
 
 
 def cross_entropy(log_mean: torch.Tensor, truth: torch.Tensor, temperature: float) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bids_varaug.models.unet import NetworkShape, build_network
-from bids_varaug.training.calibrate import cross_entropy, logits_at
+from bids_varaug.training.calibrate import cross_entropy, log_mean_posterior, logits_at
 
 
 @pytest.mark.parametrize("true", [0.5, 2.0])
@@ -23,6 +23,12 @@ def test_cross_entropy_is_minus_the_log_probability_of_the_truth_at_the_temperat
     assert cross_entropy(mean, torch.tensor([0]), 1.0) == pytest.approx(-math.log(0.64))
     # Roots 0.8 and 0.6, scaled to sum to 1
     assert cross_entropy(mean, torch.tensor([0]), 2.0) == pytest.approx(-math.log(0.8 / 1.4))
+
+
+def test_mean_is_that_of_the_posteriors_and_not_of_the_logits():
+    members = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    mean = (1 / (1 + math.exp(-4)) + 0.5) / 2
+    assert log_mean_posterior(members).exp()[0].tolist() == pytest.approx([mean, 1 - mean])
 
 
 def test_logits_at_places_are_those_of_the_whole_image():

@@ -270,6 +270,8 @@ def test_another_temperature_changes_the_mean_posterior_alone(
     assert any("desc-mean_probseg.nii" in name for name in changed)
     assert not [name for name in changed if name.endswith((".nii.gz", ".tsv"))
                 and "probseg" not in name]  # fmt: skip
+    sidecar = next((tmp_path / "out").rglob("*_desc-mean_probseg.json"))
+    assert json.loads(sidecar.read_text())["Temperature"] == 3
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
