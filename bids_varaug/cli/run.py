@@ -22,14 +22,31 @@ from bids_varaug.errors import UsageError, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the app; returns the exit code, prints errors a user can mend without a traceback."""
+    # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(run(parse_settings(argv)))
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return int(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        _kill_workers()
         print("Interrupted. Give the same -w to go on from what is done.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _kill_workers() -> None:
+    """Python would wait for the steps that they are in, longer than docker does."""
+    from multiprocessing import active_children
+
+    for worker in active_children():
+        worker.kill()
 
 
 def run(settings: Settings) -> ExitCode:

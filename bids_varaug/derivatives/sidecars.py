@@ -254,7 +254,11 @@ _DESCRIPTIONS_SIDECAR = {
     "Description": "What each desc- entity stands for; members with their checkpoints.",
     "family": {"Description": FAMILIES},
     "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
-    "precision": {"Description": "Virtual precision of the perturbation", "Units": "bit"},
+    "precision": {
+        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the "
+        "other operators having 24",
+        "Units": "bit",
+    },
     "sha256": {"Description": "SHA-256 of the checkpoint file"},
 }
 

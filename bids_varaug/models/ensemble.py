@@ -42,9 +42,9 @@ class Member:
     `family` is "ieee" (the unperturbed baseline), "mca" or "seed", which say what was perturbed
     in training, or "rr": the baseline's weights, run under random rounding (`round_inference`).
     `seed` is that of the training, or of the rounding; `precision` the virtual precision in bits
-    of a Monte Carlo member's training or of the rounding, None for the others; `sha256` that of
-    the weights file; `base` the id of the member whose weights that file adds to, None where it
-    adds to the trunk, or is whole.
+    of the rounding (8 where a Monte Carlo member was trained with bfloat16 layers, whose other
+    operators have 24), None for members without; `sha256` that of the weights file; `base` the id
+    of the member whose weights that file adds to, None where it adds to the trunk, or is whole.
     """
 
     id: str

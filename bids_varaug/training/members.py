@@ -30,16 +30,16 @@ from bids_varaug.models.ensemble import (
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import save_weights
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.numerics.rules import DIGITS
 from bids_varaug.training.calibrate import calibrate
 from bids_varaug.training.heads import Head
 from bids_varaug.training.labels import LabelScheme
 from bids_varaug.training.recipe import Recipe, Stage
 from bids_varaug.training.synthesis import Randomiser
-from bids_varaug.training.train import StepReport, train
+from bids_varaug.training.train import StepReport, layer_format, train
 from bids_varaug.training.turns import take_turns
 
 _ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
-FLOAT32_PRECISION = 24
 TRUNK = "trunk.safetensors"
 MANIFEST_LOCK = "manifest.lock"
 
@@ -128,6 +128,12 @@ class Workshop:
         """Folder of the training states."""
         return self.directory / "checkpoints"
 
+    @property
+    def precision(self) -> int:
+        """Bits of the coarsest format that members are trained in, which is what rounds most."""
+        device = torch.device(self.device)
+        return min(DIGITS[layer_format(stage, device)] for stage in self.recipe.member)
+
     def run(self, name: str, network: UNet, stages: tuple[Stage, ...], seed: int, arithmetic):
         """Train `network` through `stages`, under the checkpoint `name`."""
         return train(
@@ -163,7 +169,7 @@ class Workshop:
         base = self.train_member(plan_member(BASELINE), trunk) if plan.is_perturbed else trunk
         name = f"{plan.id}.safetensors"
         checksum = save_weights(network, self.directory / name, base)
-        precision = FLOAT32_PRECISION if plan.is_perturbed else None
+        precision = self.precision if plan.is_perturbed else None
         base_id = BASELINE if plan.is_perturbed else None
         return Member(plan.id, plan.family, plan.seed, precision, name, checksum, base_id)
 

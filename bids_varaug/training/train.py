@@ -122,8 +122,8 @@ def _draw(heads, randomiser, stage: Stage, key: tuple[int, int]):
 
 def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: int) -> float:
     optimiser.zero_grad()
-    bf16 = stage.bf16 and has_bfloat16(image.device)
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+    half = layer_format(stage, image.device) == torch.bfloat16
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
         loss = training_loss(network, image, target, phase, stage.balanced, stage.body_only)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
@@ -131,6 +131,11 @@ def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: in
     if math.isfinite(value):
         optimiser.step()
     return value
+
+
+def layer_format(stage: Stage, device: torch.device) -> torch.dtype:
+    """Return the format of the results of convolutions; weights and sums are always float32."""
+    return torch.bfloat16 if stage.bf16 and has_bfloat16(device) else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

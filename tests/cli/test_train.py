@@ -26,7 +26,7 @@ def labels_dir(tmp_path_factory):
     return tmp_path / "labels"
 
 
-STEPS = ["--trunk-steps", "1", "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
+STEPS = ["--trunk-steps", "1", "1", "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
          "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
          "--omp-nthreads", "1"]  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_an_ensemble_is_trained_logged_and_calibrated(trained):
     ensemble = load_ensemble(str(out))
     assert ensemble.name == "mine"
     assert [member.id for member in ensemble.members] == ["ieee", "mca01"]
-    assert ensemble.training["forked_at_step"] == 5
+    assert ensemble.training["forked_at_step"] == 6
     assert ensemble.training["n_label_maps"] == 1
     load_member(ensemble, ensemble.members[0])
     rows = (out / "logs" / "ieee.tsv").read_text().splitlines()
@@ -100,7 +100,7 @@ def test_members_can_be_trained_from_their_own_initialisation():
     arguments = build_parser().parse_args(["labels", "out", "--no-trunk", "--steps", "5"])
     recipe = make_recipe(arguments, n_classes=32)
     assert recipe.trunk == () and recipe.trunk_steps == 0
-    assert recipe.member[-1].steps == 5 and len(recipe.member) == 6
+    assert recipe.member[-1].steps == 5 and len(recipe.member) == 7
 
 
 def test_empty_label_folder_is_refused(tmp_path, capsys):

@@ -201,6 +201,16 @@ def test_windows_are_drawn_by_their_shares():
     assert choose_window(stage, 0.5) == TINY[1]
 
 
+@pytest.mark.parametrize(("has", "bits"), [(True, 8), (False, 24)])
+def test_precision_is_that_of_the_coarsest_layers(tmp_path, scheme, recipe, monkeypatch, has, bits):
+    monkeypatch.setattr("bids_varaug.training.train.has_bfloat16", lambda device: has)
+    stages = (*recipe.member, Stage("half", 1, TINY, 1e-2, 0.0, bf16=True))
+    mixed = replace(recipe, member=stages)
+    workshop = Workshop(tmp_path, mixed, scheme, [], "cpu", lambda *report: None)
+    assert workshop.precision == bits
+    assert replace(workshop, recipe=recipe).precision == 24
+
+
 def test_monte_carlo_members_share_the_seed_of_the_baseline():
     assert plan_member("mca03").seed == plan_member("ieee").seed
     assert plan_member("mca03").rounding_seed != plan_member("mca04").rounding_seed
