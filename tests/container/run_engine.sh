@@ -68,11 +68,13 @@ check "--version" ends 0 bids_varaug app --version
 check "an unknown flag is exit code 64" ends 64 nonsense app "${participant[@]}" --nonsense
 check "the root is read-only, /data too" run --rm "${strict[@]}" --entrypoint sh $image -c '! touch /x /data/x'
 limited=(run --rm "${strict[@]}" --memory 1g)
-if "${limited[@]}" --entrypoint true $image 2> engine.log; then
+# podman without root ignores it under control groups of version 1.
+if "${limited[@]}" --entrypoint sh $image -c \
+    'cd /sys/fs/cgroup && grep -qsx 1073741824 memory.max memory/memory.limit_in_bytes' 2> engine.log; then
     # Less than a member needs, more than the program takes to say so.
     check "too little memory is refused" ends 64 "Not enough memory: .*limit in" "${limited[@]}" $image "${participant[@]}"
     check "before anything is written" sh -c '! find out -type f | grep .'
-else echo "skip  too little memory: $(tail -n 1 engine.log)"; fi
+else echo "skip  too little memory: --memory sets no limit. $(tail -n 1 engine.log)"; fi
 
 stopped() { # signal, exit code: amid its work it ends at once, not by the SIGKILL that follows
     local id code begun
