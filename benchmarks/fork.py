@@ -2,6 +2,7 @@
 
     python benchmarks/fork.py LABELS_DIR ENSEMBLE_DIR T1W.nii.gz ... --output DIR
         [--members mca01 seed01] [--steps 100] [--hold-out 3] [--every 20] [--plot fork.png]
+        [--trunk aseg31] [--lr 4e-3] [--lr-end 4e-3] [--side 96]
 
 Trains the baseline and the members in ENSEMBLE_DIR as ``bids_varaug-train`` does (to the bit: what
 is done here need not be done there), keeps the weights of every `--every` steps in DIR, and prints,
@@ -16,6 +17,10 @@ brain
     the same for the voxels called brain by both, as a share that got different labels.
 
 A fork is long enough when more steps bring no more spread. Run again, it goes on where it was.
+
+``--trunk`` starts from the trunk of an ensemble that is there instead of training one; ``--lr``,
+``--lr-end`` and ``--side`` (windows of so many voxels of 1 mm) make other forks than the recipe's,
+each in an ENSEMBLE_DIR of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.models.ensemble import BASELINE, load_ensemble
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
 from bids_varaug.models.weights import write_tensors
@@ -39,7 +44,7 @@ from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.members import Workshop, plan_member
 from bids_varaug.training.monitor import PreparedHead
-from bids_varaug.training.recipe import MEMBER, Recipe
+from bids_varaug.training.recipe import MEMBER, Recipe, Stage, Window
 from bids_varaug.variability.regions import pairwise_dice, region_counts
 
 
@@ -89,6 +94,22 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], n_classes: int) ->
     return {"dice": float(np.mean(dice)), "brain": float(np.mean(different))}
 
 
+def the_member_stage(options: argparse.Namespace) -> Stage:
+    """Return the recipe's stage, changed as the command line says."""
+    values = {"steps": options.steps, "lr": options.lr, "lr_end": options.lr_end}
+    if options.side is not None:
+        values["windows"] = (Window(1.0, 1.0, (options.side,) * 3),)
+    return replace(MEMBER, **{key: value for key, value in values.items() if value is not None})
+
+
+def trunk_of(name: str, shape: NetworkShape) -> UNet:
+    """Return the network that the members of an ensemble have in common."""
+    ensemble = load_ensemble(name)
+    network = build_network(shape)
+    network.load_state_dict(load_file(ensemble.directory / ensemble.trunk.file))
+    return network
+
+
 def plot(table: pd.DataFrame, path: Path) -> None:
     """Draw one minus Dice and the distance of the weights against the step."""
     import matplotlib
@@ -117,6 +138,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--members", nargs="+", default=["mca01", "seed01"])
     parser.add_argument("--steps", type=int, help="of each member; default: the recipe's")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr-end", type=float)
+    parser.add_argument("--side", type=int)
+    parser.add_argument("--trunk")
     parser.add_argument("--hold-out", type=int, default=3)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--plot", type=Path)
@@ -124,14 +149,14 @@ def main() -> None:
     keep_freed_memory()
     scheme = load_scheme()
     n_classes = len(scheme.target_ids)
-    member = MEMBER if options.steps is None else replace(MEMBER, steps=options.steps)
+    member = the_member_stage(options)
     recipe = Recipe(NetworkShape(n_classes), member=(member,))
     maps = find_label_maps(options.labels)
     heads = load_heads(maps[: len(maps) - options.hold_out], scheme, "cpu")
     snapshots = Snapshots(options.output, options.every)
     options.output.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(options.ensemble, recipe, scheme, heads, "cpu", snapshots.on_step)
-    trunk, _ = workshop.train_trunk()
+    trunk = trunk_of(options.trunk, recipe.network) if options.trunk else workshop.train_trunk()[0]
     for name in (BASELINE, *options.members):
         workshop.train_member(plan_member(name), trunk)
     network = build_network(recipe.network)

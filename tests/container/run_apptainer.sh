@@ -31,6 +31,7 @@ app() { apptainer run --cleanenv "$@"; }
 python() { apptainer exec --cleanenv "$sif" python -c "$1"; }
 
 [ -s "$sif" ] || check "conversion" apptainer build "$sif" "docker-archive:$archive"
+[ -s "$sif" ] || die "without an image there is nothing to try"
 echo "SIF: $(($(stat -c %s "$sif") / 1000000)) MB"
 check "labels" sh -c "apptainer inspect '$sif' | grep -q 'org.opencontainers.image.title: bids_varaug'"
 check "--version" app "$sif" --version
