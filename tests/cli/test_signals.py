@@ -10,6 +10,14 @@ import pytest
 from bids_varaug.cli import run as app
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Jobs that a shell started in the background, the tests among them, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_and_its_workers(monkeypatch, capsys, number, code):
     worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(120,))
