@@ -102,10 +102,10 @@ def the_member_stage(options: argparse.Namespace) -> Stage:
     return replace(MEMBER, **{key: value for key, value in values.items() if value is not None})
 
 
-def trunk_of(name: str, shape: NetworkShape) -> UNet:
+def trunk_of(name: str) -> UNet:
     """Return the network that the members of an ensemble have in common."""
     ensemble = load_ensemble(name)
-    network = build_network(shape)
+    network = build_network(ensemble.network)
     network.load_state_dict(load_file(ensemble.directory / ensemble.trunk.file))
     return network
 
@@ -156,7 +156,7 @@ def main() -> None:
     snapshots = Snapshots(options.output, options.every)
     options.output.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(options.ensemble, recipe, scheme, heads, "cpu", snapshots.on_step)
-    trunk = trunk_of(options.trunk, recipe.network) if options.trunk else workshop.train_trunk()[0]
+    trunk = trunk_of(options.trunk) if options.trunk else workshop.train_trunk()[0]
     for name in (BASELINE, *options.members):
         workshop.train_member(plan_member(name), trunk)
     network = build_network(recipe.network)
