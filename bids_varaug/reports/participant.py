@@ -53,7 +53,7 @@ class ReportContent:
     scans : in the order shown
     settings : the run's settings, name to value; "sloppy" true gives the banner
     ensemble : name, version, members (sequence of mappings with id, family, seed, precision,
-        sha256)
+        sha256), shared_steps and own_steps (of training, before and after members forked)
     versions : package to version
     citation : how to cite
     """

@@ -61,6 +61,8 @@ def write_subject_report(request: ReportRequest) -> Path:
         ensemble={
             "name": ensemble.name,
             "version": ensemble.version,
+            "shared_steps": ensemble.training.get("forked_at_step", 0),
+            "own_steps": ensemble.training.get("member_steps", 0),
             "members": [_member_row(member) for member in request.members],
         },
         versions=versions,

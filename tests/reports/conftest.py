@@ -99,6 +99,8 @@ def make_content(ensemble, members, regions_table, members_table):
             ensemble={
                 "name": ensemble.name,
                 "version": ensemble.version,
+                "shared_steps": 0,
+                "own_steps": 50,
                 "members": [vars(m) for m in members],
             },
             versions={"torch": "2.0"},

@@ -93,7 +93,8 @@ def hostile_content(content, where):
     value = {
         "subject": HOSTILE,
         "settings": {"bids_dir": HOSTILE},
-        "ensemble": {"name": HOSTILE, "version": HOSTILE, "members": [{"id": HOSTILE}]},
+        "ensemble": content.ensemble
+        | {"name": HOSTILE, "version": HOSTILE, "members": [{"id": HOSTILE}]},
         "versions": {HOSTILE: HOSTILE},
         "citation": Citation(HOSTILE, ()),
     }[where]
@@ -170,6 +171,14 @@ def test_warnings_are_listed(make_content):
 
 def test_absence_of_warnings_is_said(make_content):
     assert "No warnings" in render_participant_report(make_content(warnings=()))
+
+
+@pytest.mark.parametrize("shared", [0, 8850])
+def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared):
+    content = make_content()
+    content = replace(content, ensemble=content.ensemble | {"shared_steps": shared})
+    text = render_participant_report(content)
+    assert ("lower bound" in text) == ("8850" in text) == (shared > 0)
 
 
 @pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "/data", "SHA-256 of the weights"])
