@@ -38,7 +38,7 @@ from tqdm import tqdm
 from bids_varaug.models.ensemble import BASELINE, load_ensemble
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.unet import NetworkShape, UNet, build_network
-from bids_varaug.models.weights import write_tensors
+from bids_varaug.models.weights import load_weights, write_tensors
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
@@ -106,7 +106,7 @@ def trunk_of(name: str) -> UNet:
     """Return the network that the members of an ensemble have in common."""
     ensemble = load_ensemble(name)
     network = build_network(ensemble.network)
-    network.load_state_dict(load_file(ensemble.directory / ensemble.trunk.file))
+    network.load_state_dict(load_weights(ensemble.directory / ensemble.trunk.file))
     return network
 
 

@@ -173,12 +173,20 @@ def test_absence_of_warnings_is_said(make_content):
     assert "No warnings" in render_participant_report(make_content(warnings=()))
 
 
-@pytest.mark.parametrize("shared", [0, 8850])
-def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared):
+@pytest.mark.parametrize(
+    ("shared", "families", "said"),
+    [(8850, ["ieee", "mca", "seed"], True), (8850, ["ieee", "seed"], True),
+     (8850, ["ieee", "rr"], False), (0, ["ieee", "mca", "seed"], False)],
+)  # fmt: skip
+def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared, families, said):
     content = make_content()
-    content = replace(content, ensemble=content.ensemble | {"shared_steps": shared})
+    like = content.ensemble["members"][0]
+    members = [like | {"family": family} for family in families]
+    content = replace(
+        content, ensemble=content.ensemble | {"shared_steps": shared, "members": members}
+    )
     text = render_participant_report(content)
-    assert ("lower bound" in text) == ("8850" in text) == (shared > 0)
+    assert ("lower bound" in text) == ("8850" in text) == said
 
 
 @pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "/data", "SHA-256 of the weights"])
