@@ -18,7 +18,7 @@ from babs.container import Container
 from babs.input_datasets import InputDatasets
 from babs.system import System
 level, source, folder = sys.argv[1:]
-container = Container("containers", "bids_varaug-0-1-0", source)
+container = Container("containers", "bids-varaug-0-1-0", source)
 datasets = InputDatasets(level, container.config["input_datasets"])
 for dataset in datasets:
     dataset.set_babs_project_analysis_path(folder)
