@@ -205,7 +205,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="intermediate results; give the same again to resume (default: ./work)",
     )
     for flag, text in (
-        ("--clean-workdir", "remove what this run left in the work directory, after success"),
+        ("--clean-workdir", "remove the work of an image once it is written, the rest at the end"),
         ("--dry-run", "show what would be done and stop"),
         ("--reports-only", "write the reports anew from existing outputs"),
         ("--stop-on-first-crash", "stop everything when one image fails"),

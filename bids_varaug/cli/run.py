@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -196,7 +196,13 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
 def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     """Run the workflow; return whether every scan succeeded."""
     from bids_varaug.derivatives import names
-    from bids_varaug.workflows.participant import init_participants_wf, node_name
+    from bids_varaug.workflows.finished import remove_steps
+    from bids_varaug.workflows.participant import (
+        WORKFLOW_NAME,
+        find_finished,
+        init_participants_wf,
+        node_name,
+    )
     from bids_varaug.workflows.plugins import (
         ProgressLog,
         run_workflow,
@@ -204,22 +210,27 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     )
 
     log_dir = names.logs(settings.output_dir)
-    workflow = init_participants_wf(settings, scans, ensemble, members)
-    root = settings.work_dir / workflow.name
-    progress = ProgressLog(root, len(scans), len(members))
+    root = settings.work_dir / WORKFLOW_NAME
+    finished = find_finished(settings, scans, ensemble, members)
     print(
-        f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}",
+        f"{len(scans)} T1w image(s), {len(members)} member(s) each, on {settings.device}"
+        + (f"; {len(finished)} of them are done" if finished else ""),
         file=sys.stderr,
     )
+    left = [scan for scan in scans if scan.prefix not in finished]
+    _warn_of_disk(settings, left, ensemble, len(members), root)
+    free_disk = {"on_written": remove_steps} if settings.clean_workdir else {}
+    progress = ProgressLog(root, len(left), len(members), **free_disk)
+    workflow = init_participants_wf(settings, scans, ensemble, members, finished)
     no_error = run_workflow(workflow, settings, progress)
     if no_error and submits_only(settings):
         print("Submitted. The reports come when the jobs are done.", file=sys.stderr)
         return True
     # nipype raises nothing where it fails to read what a step left.
-    progress.failed |= {node_name(scan.prefix) for scan in scans} - progress.scans_done
+    progress.failed |= {node_name(scan.prefix) for scan in left} - progress.scans_done
     if no_error and not progress.failed:
         if settings.clean_workdir:
-            _remove_work(root, workflow)
+            _remove_work(root, workflow, map(node_name, finished))
         subjects = sorted({scan.subject for scan in scans})
         first = names.report(settings.output_dir, subjects[0])
         more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
@@ -227,7 +238,7 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
         return True
     # A participant's report waits for all of their scans: without the failed ones it is made here.
     hit = {scan.subject for scan in scans if node_name(scan.prefix) in progress.failed}
-    written = [scan for scan in scans if node_name(scan.prefix) in progress.scans_done]
+    written = [scan for scan in scans if node_name(scan.prefix) not in progress.failed]
     _write_reports(settings, [scan for scan in written if scan.subject in hit], ensemble, members)
     failed = ", ".join(sorted(progress.failed)) or "see above"
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
@@ -235,9 +246,31 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     return False
 
 
-def _remove_work(root: Path, workflow) -> None:
+def _warn_of_disk(settings: Settings, scans, ensemble, n_members: int, root: Path) -> None:
+    """Say before hours of work that the work directory will be full before they end."""
+    from bids_varaug.workflows.participant import node_name, work_gb
+
+    each = work_gb(settings, ensemble, n_members)
+    at_once = min(settings.nprocs, len(scans)) if settings.clean_workdir else len(scans)
+    there = sum(
+        path.stat().st_size
+        for scan in scans
+        for path in (root / node_name(scan.prefix)).glob("segment/**/*.safetensors")
+    )
+    need, free = at_once * each - there / 1e9, shutil.disk_usage(settings.work_dir).free / 1e9
+    if need > free:
+        print(
+            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about "
+            f"{need:.0f} GB more there, and {free:.0f} GB are free. Give -w another place"
+            + (", or a smaller --nprocs." if settings.clean_workdir else
+               ", or --clean-workdir, which keeps those of an image until it is written."),
+            file=sys.stderr,
+        )  # fmt: skip
+
+
+def _remove_work(root: Path, workflow, finished: Iterable[str] = ()) -> None:
     """Remove what this run left in the work directory, and nothing of jobs that share it."""
-    for folder in {name.partition(".")[0] for name in workflow.list_node_names()}:
+    for folder in {name.partition(".")[0] for name in workflow.list_node_names()} | set(finished):
         shutil.rmtree(root / folder, ignore_errors=True)
     try:
         root.rmdir()

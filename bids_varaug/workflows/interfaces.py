@@ -19,6 +19,7 @@ from nipype.interfaces.base import (
 from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
+from bids_varaug.workflows.finished import record_finished
 
 LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
 """Environment variable by which nipype's worker processes learn how much to log."""
@@ -201,6 +202,8 @@ class WriteScan(_Step):
             Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
         )  # fmt: skip
         written = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        if inputs.request.settings.clean_workdir:
+            record_finished(inputs.request, written, folder)
         return {"out_files": [str(path) for path in written]}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from nipype import MapNode, Node, Workflow
 from nipype.interfaces.utility import IdentityInterface, Merge
@@ -14,6 +15,7 @@ from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member, identify
 from bids_varaug.reports.request import ReportRequest
+from bids_varaug.workflows.finished import finished_outputs
 from bids_varaug.workflows.interfaces import (
     Conform,
     FuseMembers,
@@ -27,6 +29,8 @@ from bids_varaug.workflows.interfaces import (
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 CONFORM_GB, LOCATE_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 1.2, 3.0, 1.2, 1.6, 1.0
 LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
+# What a member leaves in the work directory, GB for each class at 1 mm (a brain of 1.5 l).
+POSTERIOR_GB = 0.008
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -37,7 +41,7 @@ def init_participants_wf(
     scans: Sequence[Scan],
     ensemble: Ensemble,
     members: Sequence[Member],
-    name: str = WORKFLOW_NAME,
+    finished: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Workflow:
     """Segment every scan and write one report for each participant.
 
@@ -45,8 +49,9 @@ def init_participants_wf(
     ----------
     scans : images whose content is there
     members : which members to run, baseline included
+    finished : derivatives of scans, by their prefix, that need no step any more but the report
     """
-    workflow = Workflow(name, base_dir=str(settings.work_dir))
+    workflow = Workflow(WORKFLOW_NAME, base_dir=str(settings.work_dir))
     subjects: dict[str, list[Scan]] = {}
     for scan in scans:
         subjects.setdefault(scan.subject, []).append(scan)
@@ -58,16 +63,39 @@ def init_participants_wf(
             f"report_{node_name('sub-' + subject)}", 1, REPORT_GB,
         )  # fmt: skip
         for number, scan in enumerate(theirs, start=1):
+            if scan.prefix in finished:
+                gather.inputs.trait_set(**{f"in{number}": list(finished[scan.prefix])})
+                continue
             scan_wf = init_scan_wf(settings, scan, ensemble, members, node_name(scan.prefix))
             workflow.connect(scan_wf, "outputnode.derivatives", gather, f"in{number}")
         workflow.connect(gather, "out", report, "derivatives")
     return workflow
 
 
+def find_finished(
+    settings: Settings, scans: Sequence[Scan], ensemble: Ensemble, members: Sequence[Member]
+) -> dict[str, list[str]]:
+    """Derivatives of the scans that a run with ``--clean-workdir`` wrote, by prefix."""
+    root = settings.work_dir / WORKFLOW_NAME
+    found = {
+        scan.prefix: finished_outputs(
+            ScanRequest(settings, scan, ensemble, tuple(members)), root / node_name(scan.prefix)
+        )
+        for scan in scans
+    }
+    return {prefix: outputs for prefix, outputs in found.items() if outputs is not None}
+
+
 def segment_gb(settings: Settings, ensemble: Ensemble) -> float:
     """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
     voxels = (SEGMENT_GB - LIBRARIES_GB) / network_voxel_size(settings, ensemble) ** 3
     return LIBRARIES_GB + voxels
+
+
+def work_gb(settings: Settings, ensemble: Ensemble, n_members: int) -> float:
+    """What the members of one scan leave in the work directory, GB."""
+    per_voxel = POSTERIOR_GB * len(ensemble.labels) * n_members
+    return per_voxel / network_voxel_size(settings, ensemble) ** 3
 
 
 def network_voxel_size(settings: Settings, ensemble: Ensemble) -> float:

@@ -199,12 +199,14 @@ def _end_with_parent() -> None:
 class ProgressLog:
     """Prints a line when a step ends: what is done, what is left, how long it may take.
 
-    Called by nipype in the main process with (node, status). `root` is the workflow's folder.
+    Called by nipype in the main process with (node, status). `root` is the workflow's folder;
+    `on_written` is called with a scan's folder in it when its derivatives are written.
     """
 
     root: Path
     n_scans: int
     n_members: int
+    on_written: Callable[[Path], None] | None = None
     started: float = field(default_factory=time.monotonic)
     members_done: set[tuple[str, str]] = field(default_factory=set)
     scans_done: set[str] = field(default_factory=set)
@@ -228,6 +230,8 @@ class ProgressLog:
         elif step == "write":
             self.scans_done.add(where)
             self._say(f"{where}: written ({len(self.scans_done)} of {self.n_scans} scans)")
+            if self.on_written is not None:
+                self.on_written(self.root / where)
 
     def _count_members(self, where: str, members: Member | list[Member]) -> None:
         """A node of one member, or (again, or from plugins that do not split it) of all."""

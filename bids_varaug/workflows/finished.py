@@ -1,0 +1,68 @@
+"""Scans that need no work directory any more: what is known of one after its steps are removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from bids_varaug import __version__
+from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.derivatives.write import write_json
+from bids_varaug.models.ensemble import identify
+from bids_varaug.models.weights import sha256_of
+
+RECORD = "finished.json"
+KEPT = "write"  # the step that leaves the record, and whose result nipype reads for the report
+
+
+def record_finished(request: ScanRequest, outputs: Sequence[Path], folder: Path) -> None:
+    """Note in the folder of the step what was written for which request.
+
+    Parameters
+    ----------
+    outputs : derivatives of the scan; sidecars of the same names are noted too
+    folder : of the step "write"
+    """
+    sidecars = (_sidecar(path) for path in outputs)
+    files = [*outputs, *(path for path in sidecars if path not in outputs and path.is_file())]
+    digests = {str(path): sha256_of(path) for path in files}
+    record = {"Request": _text_of(request), "Outputs": [str(p) for p in outputs], "SHA256": digests}
+    write_json(record, folder / RECORD)
+
+
+def remove_steps(scan_folder: Path) -> None:
+    """Remove the steps of a scan that is written, gigabytes, but for the record."""
+    if (scan_folder / KEPT / RECORD).is_file():
+        for step in scan_folder.iterdir():
+            if step.name != KEPT:
+                shutil.rmtree(step, ignore_errors=True)
+
+
+def finished_outputs(request: ScanRequest, scan_folder: Path) -> list[str] | None:
+    """Return what an earlier run wrote for this request; None if any of it is not as it was."""
+    try:
+        record = json.loads((scan_folder / KEPT / RECORD).read_text(encoding="utf-8"))
+        if record["Request"] != _text_of(request):
+            return None
+        if any(sha256_of(Path(path)) != digest for path, digest in record["SHA256"].items()):
+            return None
+        return list(record["Outputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or not whole: the steps run
+
+
+def _text_of(request: ScanRequest) -> str:
+    """All that the derivatives of a scan depend on."""
+    settings, scan = request.settings, request.scan
+    status = scan.path.stat()
+    return repr((
+        __version__, settings.output_dir, settings.sloppy, settings.write_members, scan,
+        status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        [identify(request.ensemble, member) for member in request.members],
+    ))  # fmt: skip
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name.partition(".")[0] + ".json")
