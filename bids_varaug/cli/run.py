@@ -17,7 +17,7 @@ from bids_varaug.cli.exit_codes import ExitCode
 from bids_varaug.cli.parser import parse_settings
 from bids_varaug.cli.places import caches_below, keep_caches_below
 from bids_varaug.cli.settings import Settings
-from bids_varaug.errors import UsageError, UserError
+from bids_varaug.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,11 +75,12 @@ def run_participants(settings: Settings) -> ExitCode:
     _ensure_home()
     # Imported here: --help must not wait for torch, pybids and nipype.
     from bids_varaug.derivatives import names
-    from bids_varaug.workflows.plugins import configure_nipype, start_worker_server
+    from bids_varaug.workflows.plugins import check_plugin, configure_nipype, start_worker_server
 
     configure_nipype(settings, names.logs(settings.output_dir))
     if not (settings.dry_run or settings.reports_only):
         start_worker_server(settings)
+    from bids_varaug.cli.resources import check_memory
     from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
     from bids_varaug.models.ensemble import (
@@ -96,7 +97,8 @@ def run_participants(settings: Settings) -> ExitCode:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
-    _check_resources(settings, ensemble)
+    check_plugin(settings)
+    check_memory(settings, ensemble)
     # Before the validator, which takes its time with a large dataset.
     participants = select_participants(settings)
     if not settings.skip_bids_validation:
@@ -137,37 +139,6 @@ def _ensure_home() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
 
 
-def _check_resources(settings: Settings, ensemble) -> None:
-    """Refuse, before anything is written, a plugin or a memory limit with which no step can run."""
-    from bids_varaug.models.memory import memory_bound
-    from bids_varaug.workflows.participant import WRITE_GB, segment_gb
-    from bids_varaug.workflows.plugins import check_plugin, runs_here
-
-    check_plugin(settings)
-    need = max(segment_gb(settings, ensemble), WRITE_GB)
-    if settings.mem_gb is not None and settings.mem_gb < need:
-        raise UsageError(
-            f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Give it at "
-            "least that, or leave --mem out."
-        )
-    if settings.dry_run or settings.reports_only or not runs_here(settings):
-        return
-    bound = memory_bound()
-    if bound.total < need:
-        raise UsageError(
-            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and "
-            f"there are {bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for "
-            "more (docker --memory, sbatch --mem, ulimit -v), or give --sloppy for a first look."
-        )
-    if bound.free < need:
-        print(
-            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of "
-            f"{bound.total:.1f} GB are free ({bound.source}). If it is killed, give the same -w "
-            "to go on.",
-            file=sys.stderr,
-        )
-
-
 def _members_per_family(settings: Settings) -> int | None:
     """``--sloppy`` runs two members: one of each perturbed family, beside the baseline."""
     if settings.sloppy and settings.n_members is None and settings.members == ("all",):
@@ -195,6 +166,7 @@ def _segment(settings: Settings, scans, ensemble, members) -> bool:
 
 def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     """Run the workflow; return whether every scan succeeded."""
+    from bids_varaug.cli.resources import warn_of_disk
     from bids_varaug.derivatives import names
     from bids_varaug.workflows.finished import remove_steps
     from bids_varaug.workflows.participant import (
@@ -218,7 +190,7 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
         file=sys.stderr,
     )
     left = [scan for scan in scans if scan.prefix not in finished]
-    _warn_of_disk(settings, left, ensemble, len(members), root)
+    warn_of_disk(settings, left, ensemble, len(members), root)
     free_disk = {"on_written": remove_steps} if settings.clean_workdir else {}
     progress = ProgressLog(root, len(left), len(members), **free_disk)
     workflow = init_participants_wf(settings, scans, ensemble, members, finished)
@@ -244,28 +216,6 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
     print(f"ERROR: not finished: {failed}. {others}; details are in {log_dir}.", file=sys.stderr)
     return False
-
-
-def _warn_of_disk(settings: Settings, scans, ensemble, n_members: int, root: Path) -> None:
-    """Say before hours of work that the work directory will be full before they end."""
-    from bids_varaug.workflows.participant import node_name, work_gb
-
-    each = work_gb(settings, ensemble, n_members)
-    at_once = min(settings.nprocs, len(scans)) if settings.clean_workdir else len(scans)
-    there = sum(
-        path.stat().st_size
-        for scan in scans
-        for path in (root / node_name(scan.prefix)).glob("segment/**/*.safetensors")
-    )
-    need, free = at_once * each - there / 1e9, shutil.disk_usage(settings.work_dir).free / 1e9
-    if need > free:
-        print(
-            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about "
-            f"{need:.0f} GB more there, and {free:.0f} GB are free. Give -w another place"
-            + (", or a smaller --nprocs." if settings.clean_workdir else
-               ", or --clean-workdir, which keeps those of an image until it is written."),
-            file=sys.stderr,
-        )  # fmt: skip
 
 
 def _remove_work(root: Path, workflow, finished: Iterable[str] = ()) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bids_varaug.cli import run as command
+from bids_varaug.cli import resources
 from bids_varaug.cli.parser import parse_settings
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import find_scans
@@ -128,7 +128,7 @@ def test_steps_without_a_record_stay(written):
 
 def test_too_little_disk_is_told_before_the_work(app, linear, tmp_path, monkeypatch, capfd):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: usage)
     app(tmp_path / "out", *linear, "--participant-label", "01")
     told = capfd.readouterr().err
     assert f"WARNING: {tmp_path}/out-work: the members of 1 image(s) need about " in told
