@@ -290,6 +290,21 @@ def bench_simulated(options: argparse.Namespace) -> None:
             shown = study.scores[["augmentation", "n", "mae", "mae_low", "mae_high", "r"]]
             print(shown.round(3).to_string(index=False))
             print(study.gains.round(3).to_string(index=False), flush=True)
+            if one.members is not None:
+                print_pairs(study.predictions, options.seed)
+
+
+def print_pairs(predictions: pd.DataFrame, seed: int) -> None:
+    """Print by how much ``members`` is better than what averages or regularises alone, paired.
+
+    The errors are those of each person's mean prediction over the repeats.
+    """
+    table = predictions.assign(error=(predictions["predicted"] - predictions["age"]).abs())
+    errors = table.pivot_table(index="participant_id", columns="augmentation", values="error")
+    for other in ("mean", "jitter", "shuffled"):
+        gain = (errors[other] - errors["members"]).to_numpy()
+        low, high = bootstrap_interval(gain[:, None], np.random.default_rng(seed), 2000)
+        print(f"members better than {other} by {gain.mean():.3f} ({low[0]:.3f} to {high[0]:.3f})")
 
 
 def by_brain(cohort: Cohort) -> Cohort:
