@@ -6,6 +6,7 @@ the ensemble in it, on ``BIDS_VARAUG_HEADS=BIDS_DIR``, a copy of some real heads
 """
 
 import os
+import pwd
 import shutil
 import stat
 import subprocess
@@ -51,6 +52,8 @@ def babs(cluster, tmp_path):
     # The `python` beside BABS: it imports DataLad.
     path = os.pathsep.join((str(programs), str(Path(shutil.which("babs")).parent), cluster["PATH"]))
     own = IDENTITY | {"PATH": path, "HOME": str(tmp_path)}
+    # BABS asks for the jobs of LOGNAME, which the app sets for itself in the process of the tests.
+    own |= dict.fromkeys(("LOGNAME", "USER"), pwd.getpwuid(os.geteuid()).pw_name)
     # Jobs do not get the environment of `babs submit`.
     (tmp_path / "preamble").write_text("".join(f"export {k}='{v}'\n" for k, v in own.items()))
     environment = cluster | own
