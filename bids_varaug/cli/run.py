@@ -191,8 +191,8 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
     )
     left = [scan for scan in scans if scan.prefix not in finished]
     warn_of_disk(settings, left, ensemble, len(members), root)
-    free_disk = {"on_written": remove_steps} if settings.clean_workdir else {}
-    progress = ProgressLog(root, len(left), len(members), **free_disk)
+    on_written = remove_steps if settings.clean_workdir else None
+    progress = ProgressLog(root, len(left), len(members), on_written)
     workflow = init_participants_wf(settings, scans, ensemble, members, finished)
     no_error = run_workflow(workflow, settings, progress)
     if no_error and submits_only(settings):

@@ -10,7 +10,6 @@ from pathlib import Path
 from bids_varaug import __version__
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.write import write_json
-from bids_varaug.models.ensemble import identify
 from bids_varaug.models.weights import sha256_of
 
 RECORD = "finished.json"
@@ -26,7 +25,7 @@ def record_finished(request: ScanRequest, outputs: Sequence[Path], folder: Path)
     folder : of the step "write"
     """
     sidecars = (_sidecar(path) for path in outputs)
-    files = [*outputs, *(path for path in sidecars if path not in outputs and path.is_file())]
+    files = [*outputs, *(path for path in sidecars if path.is_file())]
     digests = {str(path): sha256_of(path) for path in files}
     record = {"Request": _text_of(request), "Outputs": [str(p) for p in outputs], "SHA256": digests}
     write_json(record, folder / RECORD)
@@ -54,13 +53,12 @@ def finished_outputs(request: ScanRequest, scan_folder: Path) -> list[str] | Non
 
 
 def _text_of(request: ScanRequest) -> str:
-    """All that the derivatives of a scan depend on."""
+    """All that the derivatives of a scan depend on; the ensemble's text has all checksums."""
     settings, scan = request.settings, request.scan
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.write_members, scan,
         status.st_size, status.st_mtime_ns, request.ensemble, request.members,
-        [identify(request.ensemble, member) for member in request.members],
     ))  # fmt: skip
 
 

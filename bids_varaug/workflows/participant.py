@@ -94,8 +94,8 @@ def segment_gb(settings: Settings, ensemble: Ensemble) -> float:
 
 def work_gb(settings: Settings, ensemble: Ensemble, n_members: int) -> float:
     """What the members of one scan leave in the work directory, GB."""
-    per_voxel = POSTERIOR_GB * len(ensemble.labels) * n_members
-    return per_voxel / network_voxel_size(settings, ensemble) ** 3
+    at_1_mm = POSTERIOR_GB * len(ensemble.labels) * n_members
+    return at_1_mm / network_voxel_size(settings, ensemble) ** 3
 
 
 def network_voxel_size(settings: Settings, ensemble: Ensemble) -> float:
