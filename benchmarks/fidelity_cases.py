@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from nilearn.datasets import load_mni152_template
 
-from bids_varaug.models.unet import NetworkShape, UNet, build_network, fold, unfold
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import UNet, build_network, fold, unfold
 from bids_varaug.numerics import reference
 from bids_varaug.numerics.reference import Arithmetic
 

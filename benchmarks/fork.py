@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from bids_varaug.models.ensemble import BASELINE, load_ensemble
 from bids_varaug.models.memory import keep_freed_memory
-from bids_varaug.models.unet import NetworkShape, UNet, build_network
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import load_weights, write_tensors
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.heads import load_heads

@@ -18,7 +18,8 @@ import torch
 from accuracy import dice
 
 from bids_varaug.models.memory import keep_freed_memory
-from bids_varaug.models.unet import NetworkShape, UNet, build_network
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.loss import training_loss

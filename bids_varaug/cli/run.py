@@ -73,14 +73,13 @@ def run_group_level(settings: Settings) -> ExitCode:
 def run_participants(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select."""
     _ensure_home()
-    # Imported here: --help must not wait for torch, pybids and nipype.
-    from bids_varaug.derivatives import names
-    from bids_varaug.workflows.plugins import check_plugin, configure_nipype, start_worker_server
+    # Imported here: --help must not wait for torch, pybids and nipype, which the server of the
+    # workers imports at the same time.
+    from bids_varaug.workflows.workers import start_workers_server
 
-    configure_nipype(settings, names.logs(settings.output_dir))
-    if not (settings.dry_run or settings.reports_only):
-        start_worker_server(settings)
+    start_workers_server(settings)
     from bids_varaug.cli.resources import check_memory
+    from bids_varaug.derivatives import names
     from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
     from bids_varaug.models.ensemble import (
@@ -90,7 +89,9 @@ def run_participants(settings: Settings) -> ExitCode:
         select_members,
     )
     from bids_varaug.segmentation.device import resolve_device
+    from bids_varaug.workflows.plugins import check_plugin, configure_nipype
 
+    configure_nipype(settings, names.logs(settings.output_dir))
     settings = replace(settings, device=resolve_device(settings.device))
     ensemble = load_ensemble(settings.ensemble)
     members = select_members(ensemble, settings.members, _members_per_family(settings))

@@ -101,7 +101,7 @@ def add_machine(group) -> None:
 
 def make_recipe(arguments: argparse.Namespace, n_classes: int):
     """Return the standard recipe with the changes that the command line asks for."""
-    from bids_varaug.models.unet import NetworkShape
+    from bids_varaug.models.shape import NetworkShape
     from bids_varaug.training.recipe import MEMBER, Recipe
     from bids_varaug.training.synthesis import SynthesisSettings
 

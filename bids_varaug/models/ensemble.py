@@ -9,12 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-
 from bids_varaug.errors import EnsembleError, UsageError
-from bids_varaug.models.unet import NetworkShape, UNet, build_network
-from bids_varaug.models.weights import load_weights, sha256_of
+from bids_varaug.models.checksum import sha256_of
+from bids_varaug.models.shape import NetworkShape
 
 BASELINE = "ieee"
 ROUNDED = "rr"
@@ -256,24 +253,6 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
     )  # fmt: skip
 
 
-def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
-    """Build a member's network in float32, in evaluation mode.
-
-    Raises
-    ------
-    EnsembleError
-        If its weights are missing, do not match the manifest's checksum, or do not fit.
-    """
-    check_member(ensemble, member)
-    *bases, path = (ensemble.directory / file for file, _, _ in _files_of(ensemble, member))
-    network = build_network(ensemble.network)
-    try:
-        network.load_state_dict(load_weights(path, *bases))
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
-    return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-
-
 def check_member(ensemble: Ensemble, member: Member) -> None:
     """Compare a member's weights, and those that they add to, with the manifest.
 
@@ -282,16 +261,16 @@ def check_member(ensemble: Ensemble, member: Member) -> None:
     EnsembleError
         If a file is missing or its SHA-256 differs.
     """
-    for file, sha256, what in _files_of(ensemble, member):
+    for file, sha256, what in files_of(ensemble, member):
         _check(ensemble, file, sha256, what)
 
 
 def identify(ensemble: Ensemble, member: Member) -> str:
     """Name the weights that a member's result depends on: its own and those that they add to."""
-    return "-".join(sha256 for _, sha256, _ in _files_of(ensemble, member))
+    return "-".join(sha256 for _, sha256, _ in files_of(ensemble, member))
 
 
-def _files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
+def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
     """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
     files = [] if ensemble.trunk is None else [
         (ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
 from bids_varaug.derivatives.write import replacing
+from bids_varaug.models.checksum import sha256_of
 from bids_varaug.models.unet import UNet
 
 STEP = ".step"
@@ -82,11 +82,6 @@ def load_weights(path: Path, *bases: Path) -> dict[str, torch.Tensor]:
             if not name.endswith(STEP)
         }
     return weights
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 as hexadecimal text."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _coded(differences: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ import torch
 
 from bids_varaug.errors import ScanError
 from bids_varaug.images.geometry import Geometry
-from bids_varaug.models.ensemble import Member, load_ensemble, load_member
+from bids_varaug.models.ensemble import Member, load_ensemble
+from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic

@@ -20,9 +20,7 @@ from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
 from bids_varaug.workflows.finished import record_finished
-
-LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
-"""Environment variable by which nipype's worker processes learn how much to log."""
+from bids_varaug.workflows.workers import LOG_LEVEL
 
 # Workers import this module before they run their first node.
 logging.getLogger("nipype.workflow").setLevel(os.environ.get(LOG_LEVEL, "INFO"))

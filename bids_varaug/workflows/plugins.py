@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,8 @@ from nipype.utils import filemanip
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
 from bids_varaug.models.memory import memory_bound
-from bids_varaug.workflows.interfaces import LOG_LEVEL
 from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
+from bids_varaug.workflows.workers import log_level
 
 if TYPE_CHECKING:
     from bids_varaug.models.ensemble import Member
@@ -42,9 +41,7 @@ KILLED = (
 
 def configure_nipype(settings: Settings, log_dir: Path) -> None:
     """Set nipype's global configuration; it has no other kind."""
-    level = ("CRITICAL", "INFO", "DEBUG")[min(settings.verbosity, 2)]
-    os.environ[LOG_LEVEL] = level  # for the workers, which do not inherit this configuration
-    os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
+    level = log_level(settings)
     config.update_config({
         "logging": {
             "log_to_file": False,
@@ -64,18 +61,6 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
         },
     })  # fmt: skip
     logging.update_logging(config)
-
-
-def start_worker_server(settings: Settings) -> None:
-    """Start the server that workers are forked from, which imports torch and nipype for all.
-
-    That takes seconds, in which this process can look for images. After `configure_nipype`.
-    """
-    if settings.plugin is None or settings.plugin["plugin"] == "MultiProc":
-        multiprocessing.set_forkserver_preload(
-            ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
-        )
-        forkserver.ensure_running()
 
 
 def check_plugin(settings: Settings) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from bids_varaug.cli.train import build_parser, main, make_recipe
-from bids_varaug.models.ensemble import load_ensemble, load_member
+from bids_varaug.models.ensemble import load_ensemble
+from bids_varaug.models.load import load_member
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from bids_varaug.images.crop import Box
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member
-from bids_varaug.models.unet import NetworkShape
+from bids_varaug.models.shape import NetworkShape
 from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior
 
 SHAPE = (6, 6, 6)

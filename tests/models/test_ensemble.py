@@ -14,12 +14,13 @@ from bids_varaug.models.ensemble import (
     Trunk,
     find_ensemble,
     load_ensemble,
-    load_member,
     round_inference,
     select_members,
     write_manifest,
 )
-from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.models.load import load_member
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network
 from bids_varaug.models.weights import save_weights
 
 SHAPE = NetworkShape(3, (2, 2), 2)

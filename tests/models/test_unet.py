@@ -2,7 +2,8 @@
 
 import torch
 
-from bids_varaug.models.unet import NetworkShape, build_network, fold, unfold
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network, fold, unfold
 
 SMALL = NetworkShape(5, (4, 4, 4), 4)
 

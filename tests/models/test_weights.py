@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_varaug.models.unet import NetworkShape, build_network
-from bids_varaug.models.weights import load_weights, save_weights, sha256_of
+from bids_varaug.models.checksum import sha256_of
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network
+from bids_varaug.models.weights import load_weights, save_weights
 
 SHAPE = NetworkShape(5, (16, 24), 8)
 KERNEL = "encoder.0.1.0.weight"

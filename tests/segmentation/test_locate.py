@@ -6,7 +6,8 @@ import pytest
 from nilearn.datasets import MNI152_FILE_PATH
 
 from bids_varaug.images.crop import Box, extract
-from bids_varaug.models.ensemble import load_ensemble, load_member
+from bids_varaug.models.ensemble import load_ensemble
+from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import build_network
 from bids_varaug.segmentation.locate import MARGIN_MM, locate_brain
 from bids_varaug.segmentation.predict import segment_volume

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import largest_component, segment_volume
 

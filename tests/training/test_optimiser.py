@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network
 from bids_varaug.training.optimiser import Muon, Optimiser, orthogonalise
 
 

@@ -11,7 +11,8 @@ import torch
 
 from bids_varaug.cli.run import main
 from bids_varaug.models.ensemble import Ensemble, Label, Member, write_manifest
-from bids_varaug.models.unet import NetworkShape, build_network
+from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.unet import build_network
 from bids_varaug.models.weights import save_weights
 
 # Widths of 16: with fewer, torch takes another convolution, whose bits depend on threads.

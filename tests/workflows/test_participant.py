@@ -369,6 +369,18 @@ def test_no_home_directory_is_needed(app, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_main_process_does_not_wait_for_torch(app, tmp_path):
+    code = (
+        "import os, sys; from bids_varaug.cli.run import main\n"
+        "from bids_varaug.workflows import plugins\n"
+        "def stop(*_): print('torch' in sys.modules, flush=True); os._exit(0)\n"
+        "plugins.run_workflow = stop; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *app.arguments(tmp_path / "out", "--device", "cpu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_interrupted_run_says_how_to_go_on(app, tmp_path, monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from nipype.interfaces.utility import Function
 from bids_varaug.cli.run import _remove_work
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
-from bids_varaug.workflows.interfaces import LOG_LEVEL, Conform
+from bids_varaug.workflows.interfaces import Conform
 from bids_varaug.workflows.participant import node_name
 from bids_varaug.workflows.plugins import (
     ProgressLog,
@@ -25,6 +25,7 @@ from bids_varaug.workflows.plugins import (
     configure_nipype,
     run_workflow,
 )
+from bids_varaug.workflows.workers import LOG_LEVEL, start_workers_server
 from tests.workflows.conftest import head
 
 
@@ -108,8 +109,13 @@ def test_step_that_fails_in_this_process_is_no_crash(request_for, capfd):
 def test_verbose_shows_why_a_step_failed(request_for, capfd):
     run(request_for(plugin={"plugin": "Linear"}, verbosity=1), bad=fail)
     assert "OSError: no 1" in capfd.readouterr().err
-    assert os.environ[LOG_LEVEL] == "INFO"
     configure_nipype(request_for(), request_for().output_dir)
+
+
+def test_workers_learn_how_much_to_log(request_for, monkeypatch):
+    monkeypatch.setenv(LOG_LEVEL, "")
+    start_workers_server(request_for(verbosity=1, dry_run=True))
+    assert os.environ[LOG_LEVEL] == "INFO"
 
 
 def test_unknown_plugin_is_refused_with_those_that_exist(request_for):

@@ -1,0 +1,37 @@
+"""The server that worker processes are forked from, and what they learn from the environment.
+
+Without nipype or torch, so that the server can import them while this process does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+
+from bids_varaug.cli.settings import Settings
+
+LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
+"""Environment variable by which nipype's worker processes learn how much to log."""
+
+
+def start_workers_server(settings: Settings) -> None:
+    """Start the server, which takes seconds; without it, only tell the environment.
+
+    A run that computes nothing, or not here, needs none.
+    """
+    # Workers and jobs do not inherit nipype's configuration.
+    os.environ[LOG_LEVEL] = log_level(settings)
+    os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
+    if settings.dry_run or settings.reports_only:
+        return
+    if settings.plugin is None or settings.plugin["plugin"] == "MultiProc":
+        multiprocessing.set_forkserver_preload(
+            ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
+        )
+        forkserver.ensure_running()
+
+
+def log_level(settings: Settings) -> str:
+    """How much nipype logs, here and in the workers."""
+    return ("CRITICAL", "INFO", "DEBUG")[min(settings.verbosity, 2)]
