@@ -12,7 +12,7 @@ inverted  the t1 head with bright and dark exchanged
 t2        as in a T2w image: fluid brightest, then grey matter, then white matter
 
 Warps, bias, noise and the removal of the skull are those of training, as is, in all but ``sharp``,
-the resolution: 4 in 10 heads have thicker voxels, up to 4 mm.
+the resolution: 4 in 10 heads have thicker voxels, up to 4 mm. Ventricles are never thinned.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def draw(kind: str, head, scheme: LabelScheme, seed: int) -> tuple[np.ndarray, n
     """Return image (X, Y, Z) float32 and label ids (X, Y, Z) int16 of one head."""
     share = 1.0 if kind == "any" else 0.0
     used = t2_scheme(scheme) if kind == "t2" else scheme
-    settings = SynthesisSettings(random_contrast_share=share)
+    settings = SynthesisSettings(random_contrast_share=share, thin_share=0.0)
     if kind == "sharp":
         settings = replace(settings, low_resolution_share=0.0)
     randomiser = Randomiser(used, settings)

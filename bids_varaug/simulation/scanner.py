@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from bids_varaug.simulation.fields import smooth_field
 from bids_varaug.training.labels import TISSUES, LabelScheme, load_scheme
 
-TEXTURE = {"air": 0.0, "brain": 0.02, "csf": 0.02, "head": 0.12}
+TEXTURE = {"air": 0.0, "brain": 0.02, "ventricle": 0.02, "csf": 0.02, "head": 0.12}
 """SD of the variation inside a structure, relative to white matter."""
 TEXTURE_MM = 1.5
 BIAS_MM = 70.0

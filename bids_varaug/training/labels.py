@@ -14,7 +14,7 @@ from bids_varaug.errors import UserError
 from bids_varaug.images.crop import bounds
 from bids_varaug.training.sides import mirror_ids
 
-TISSUES = ("air", "brain", "csf", "head")
+TISSUES = ("air", "brain", "ventricle", "csf", "head")
 _ANY_MEAN, _ANY_SD = 0.6, 0.25  # of an intensity that nothing is known about
 
 
@@ -49,8 +49,8 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
 
     A TSV with the columns index and name, as BIDS has it (``*_dseg.tsv``). More columns say more:
     target (the id that the network learns; default: its own), mirror (the id on the other side;
-    default: that whose name has left and right exchanged), tissue (air, brain, csf or head;
-    default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any).
+    default: that whose name has left and right exchanged), tissue (air, brain, ventricle, csf or
+    head; default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any).
 
     Raises
     ------

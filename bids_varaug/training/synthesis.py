@@ -21,6 +21,7 @@ from bids_varaug.training.labels import TISSUES, LabelScheme
 class SynthesisSettings:
     """How far images are randomised; lengths in mm, angles in degrees, rest relative.
 
+    `thin_share` of the images of 1 mm or less have ventricles that were made thinner.
     `real_share` of the draws from a head that has a T1w image show that image, warped and degraded.
     """
 
@@ -30,12 +31,13 @@ class SynthesisSettings:
     elastic_coarse: float = 3.5
     elastic_fine: float = 0.8
     whole_head_share: float = 0.5
-    random_contrast_share: float = 0.25
+    random_contrast_share: float = 0.33
     low_resolution_share: float = 0.4
     max_thickness: float = 4.0
     bias: float = 0.35
     noise: float = 0.08
     gamma: float = 0.25
+    thin_share: float = 0.75
     real_share: float = 0.0
 
 
@@ -75,15 +77,17 @@ class Randomiser:
         classes = _nearest(head.classes, places)
         if flipped:
             classes = self.mirror[classes.flip(0).long()]
-        target = self.targets[classes.long()]
         if head.t1w is not None and self._chance(rng, self.settings.real_share):
             image = _linear(head.t1w, places)
             image = image.flip(0) if flipped else image
         else:
+            thin_share = self.settings.thin_share if voxel_size <= 1 else 0.0
+            if thin_share and self._chance(rng, thin_share):
+                self._thin_ventricles(classes, voxel_size, rng)
             image = self._paint(classes, voxel_size, rng)
         image = self._strip(image, classes, voxel_size, rng)
         image = self._degrade(image, voxel_size, rng)
-        return normalise_intensity(image), target
+        return normalise_intensity(image), self.targets[classes.long()]
 
     def _uniform(self, rng, low: float, high: float, size=()) -> torch.Tensor:
         return low + (high - low) * torch.rand(size, generator=rng, device=self.device)
@@ -138,6 +142,25 @@ class Randomiser:
             return self._uniform(rng, 0.25, 0.75, (3,)) * sides
         return middle + self._uniform(rng, -1.0, 1.0, (3,)) * 16.0
 
+    def _thin_ventricles(self, classes, voxel_size, rng) -> None:
+        """Give the outer voxels of ventricles to what lies beside them, on some sides, in patches.
+
+        A dozen label maps hold few of the narrow ventricles that most young adults have.
+        """
+        fluid = (self.tissue == TISSUES.index("ventricle"))[classes.long()]
+        for side in torch.randperm(6, generator=rng, device=self.device).tolist():
+            axis, from_below = side // 2, side % 2
+            n = classes.shape[axis] - 1
+            here, there = (
+                [x.narrow(axis, start, n) for x in (classes, fluid)]
+                for start in (from_below, 1 - from_below)
+            )
+            patches = self._field(rng, here[0].shape, 8.0 / voxel_size)[0]
+            covered = patches > self._uniform(rng, -1.5, 1.5)
+            peeled = here[1] & ~there[1] & covered
+            here[0][peeled] = there[0][peeled]
+            here[1][peeled] = False
+
     def _paint(self, classes, voxel_size, rng) -> torch.Tensor:
         """One Gaussian per structure; head tissues get texture and internal boundaries."""
         n = self.n
@@ -165,7 +188,7 @@ class Randomiser:
         if self._chance(rng, self.settings.whole_head_share):
             return image
         tissue = self.tissue[classes.long()]
-        keep = tissue == TISSUES.index("brain")
+        keep = (tissue == TISSUES.index("brain")) | (tissue == TISSUES.index("ventricle"))
         if self._chance(rng, 0.7):
             keep |= tissue == TISSUES.index("csf")
         width = 2 * int(self._uniform(rng, 0.6, 2.6) / voxel_size + 0.5) + 1

@@ -1,5 +1,7 @@
 """Drawn images: reproducible, of the right labels, sometimes without a skull."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,3 +60,29 @@ def test_skull_is_removed_in_the_stated_share(scheme, head, share):
         image, target = randomiser.draw(head, (64, 72, 64), 1.0, seed)
         outside.append(float((image[target == 0] > 0.05).float().mean()))
     assert (np.mean(outside) > 0.3) == bool(share)
+
+
+def test_ventricles_are_thinned_from_outside_and_nothing_else_is(scheme, head):
+    still = SynthesisSettings(0, 0, 0, 0, 0)
+    window = ((64, 72, 64), 1.0)
+    ventricles = torch.tensor([scheme.target_ids.index(i) for i in (4, 43)])
+    left = []
+    for seed in range(8):
+        thick, thin = (
+            Randomiser(scheme, replace(still, thin_share=share)).draw(head, *window, seed)[1]
+            for share in (0.0, 1.0)
+        )
+        changed = thick != thin
+        assert torch.isin(thick[changed], ventricles).all()
+        assert not torch.isin(thin[changed], ventricles).any()
+        assert (thin[changed] > 0).all()  # white matter, which lies beside them
+        left.append(float(torch.isin(thin, ventricles).sum() / torch.isin(thick, ventricles).sum()))
+    assert min(left) < 0.8 < 0.9 < max(left) < 1
+
+
+def test_ventricles_stay_as_they_are_on_coarse_grids(scheme, head):
+    first, second = (
+        Randomiser(scheme, SynthesisSettings(thin_share=share)).draw(head, SHAPE, 2.0, 3)[1]
+        for share in (0.0, 1.0)
+    )
+    assert torch.equal(first, second)
