@@ -52,8 +52,8 @@ class InstanceNorm(nn.Module):
 
 
 def slab_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return variance and mean (X, C) of each slab along the first axis of one image."""
-    slabs = x[0].movedim(0, -1).flatten(1, 2)
+    """Return variance and mean (X, C) float32 of each slab along the first axis of one image."""
+    slabs = x[0].float().movedim(0, -1).flatten(1, 2)
     mean = slabs.mean(1)
     # Moments, not torch.var_mean, which takes three times as long in this memory layout. They are
     # taken about the first slab's mean, so that no digits cancel where the mean is large.
