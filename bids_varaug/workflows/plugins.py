@@ -42,6 +42,7 @@ KILLED = (
 def configure_nipype(settings: Settings, log_dir: Path) -> None:
     """Set nipype's global configuration; it has no other kind."""
     level = log_level(settings)
+    os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
     config.update_config({
         "logging": {
             "log_to_file": False,

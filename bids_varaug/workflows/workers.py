@@ -22,7 +22,6 @@ def start_workers_server(settings: Settings) -> None:
     """
     # Workers and jobs do not inherit nipype's configuration.
     os.environ[LOG_LEVEL] = log_level(settings)
-    os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
     if settings.dry_run or settings.reports_only:
         return
     if settings.plugin is None or settings.plugin["plugin"] == "MultiProc":
