@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(run(parse_settings(argv)))
     except UserError as error:
         print(f"ERROR: {error}", file=sys.stderr)
+        _kill_workers()
         return int(error.exit_code)
     except KeyboardInterrupt as interrupt:
         _kill_workers()
@@ -45,8 +46,11 @@ def _kill_workers() -> None:
     """Python would wait for the steps that they are in, longer than docker does."""
     from multiprocessing import active_children
 
+    from bids_varaug.workflows.workers import stop_workers_server
+
     for worker in active_children():
         worker.kill()
+    stop_workers_server()
 
 
 def run(settings: Settings) -> ExitCode:

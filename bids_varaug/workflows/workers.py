@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 
 from bids_varaug.cli.settings import Settings
@@ -29,6 +30,14 @@ def start_workers_server(settings: Settings) -> None:
             ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
         )
         forkserver.ensure_running()
+
+
+def stop_workers_server() -> None:
+    """End the server at once, if there is one; it would finish its imports first."""
+    server = forkserver._forkserver  # multiprocessing has no public way
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 def log_level(settings: Settings) -> str:

@@ -381,6 +381,22 @@ def test_main_process_does_not_wait_for_torch(app, tmp_path):
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_refused_run_leaves_no_server_of_workers_behind(app, tmp_path):
+    """It would import torch to the end, seconds after the command was told to be wrong."""
+    code = "import sys; from bids_varaug.cli.run import main; sys.exit(main())"
+    wrong = app.arguments(tmp_path / "out", "--participant-label", "nobody")
+    process = subprocess.Popen([sys.executable, "-c", code, *wrong], start_new_session=True)
+    assert process.wait(120) == 18
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            session = stat.read_text().rpartition(")")[2].split()[3]
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:
+            continue  # it ended meanwhile
+        assert session != str(process.pid) or b"forkserver" not in command
+
+
 def test_interrupted_run_says_how_to_go_on(app, tmp_path, monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
