@@ -20,17 +20,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
 from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
 
 ADULT_YEARS = 18
-FREESURFER_COLUMNS = {
-    "Left-Thalamus-Proper": "Left-Thalamus",
-    "Right-Thalamus-Proper": "Right-Thalamus",
-    "lhCortexVol": "Left-Cerebral-Cortex",
-    "rhCortexVol": "Right-Cerebral-Cortex",
-    "lhCerebralWhiteMatterVol": "Left-Cerebral-White-Matter",
-    "rhCerebralWhiteMatterVol": "Right-Cerebral-White-Matter",
-}
 
 
 def read_derivatives(folder: Path, participants: list[str] | None) -> pd.DataFrame:
@@ -73,7 +66,7 @@ def main() -> None:
     source.add_argument("--label-maps", type=Path)
     parser.add_argument("--participants", nargs="+")
     options = parser.parse_args()
-    adults = pd.read_csv(options.adults, sep="\t").rename(columns=FREESURFER_COLUMNS)
+    adults = pd.read_csv(options.adults, sep="\t").rename(columns=MEASURES | RENAMED)
     adults = adults[adults["age"] >= ADULT_YEARS]
     if options.label_maps:
         ours = read_label_maps(options.label_maps)

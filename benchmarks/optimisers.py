@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import dice
 
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.shape import NetworkShape
@@ -23,6 +22,7 @@ from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.loss import training_loss
+from bids_varaug.training.monitor import dice_with_truth
 from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
 
@@ -53,13 +53,13 @@ class AdamW:
 
 def mean_dice(network: UNet, randomiser: Randomiser, heads, n_classes: int) -> float:
     """Mean over nine images of the mean Dice of the structures present."""
-    scores = []
+    scores, structures = [], range(1, n_classes)
     for number in range(9):
         head = heads[number % len(heads)]
         image, target = randomiser.draw(head, SHAPE, VOXEL_SIZE, 9000 + number)
         with torch.no_grad():
             found = network.coarse_logits(image[None, None])[0][0].argmax(-1)
-        scores.append(np.nanmean(dice(found.numpy(), target.numpy(), n_classes)))
+        scores.append(np.nanmean(dice_with_truth(found.numpy(), target.numpy(), structures)))
     return float(np.mean(scores))
 
 

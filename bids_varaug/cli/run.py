@@ -43,7 +43,10 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _kill_workers() -> None:
-    """Python would wait for the steps that they are in, longer than docker does."""
+    """End workers at once, and what they are forked from.
+
+    Python would wait for the steps that they are in, longer than docker does.
+    """
     from multiprocessing import active_children
 
     from bids_varaug.workflows.workers import stop_workers_server
