@@ -78,9 +78,9 @@ def _share(text: str) -> float:
 
 def add_schedule(group) -> None:
     """Add the flags that change the recipe."""
-    group.add_argument("--trunk-steps", type=int, nargs=6, metavar="N",
-                       help="trunk steps of the body at 4 mm, of the body at 2 mm, and four times "
-                       "of the whole at 1 mm (fine, settle, refine, polish)")  # fmt: skip
+    group.add_argument("--trunk-steps", type=int, nargs=7, metavar="N",
+                       help="trunk steps of the body at 4 mm, of the body at 2 mm, and five times "
+                       "of the whole at 1 mm (fine, settle, refine, polish, adapt)")  # fmt: skip
     group.add_argument("--steps", type=int, help="steps of each member after the fork")
     group.add_argument("--no-trunk", action="store_true",
                        help="train every member from its own initialisation")  # fmt: skip

@@ -27,7 +27,7 @@ def labels_dir(tmp_path_factory):
     return tmp_path / "labels"
 
 
-STEPS = ["--trunk-steps", "1", "1", "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
+STEPS = ["--trunk-steps", "1", "1", "1", "1", "1", "1", "1", "--steps", "1", "--hold-out", "1",
          "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
          "--omp-nthreads", "1"]  # fmt: skip
 
