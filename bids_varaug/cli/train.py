@@ -78,9 +78,10 @@ def _share(text: str) -> float:
 
 def add_schedule(group) -> None:
     """Add the flags that change the recipe."""
-    group.add_argument("--trunk-steps", type=int, nargs=7, metavar="N",
-                       help="trunk steps of the body at 4 mm, of the body at 2 mm, and five times "
-                       "of the whole at 1 mm (fine, settle, refine, polish, adapt)")  # fmt: skip
+    group.add_argument("--trunk-steps", nargs="+", metavar="[STAGE=]N",
+                       help="steps of the common trunk, of each stage or of the named one: coarse "
+                       "and medium (the body alone), fine, settle, refine, polish, adapt, "
+                       "finish")  # fmt: skip
     group.add_argument("--steps", type=int, help="steps of each member after the fork")
     group.add_argument("--no-trunk", action="store_true",
                        help="train every member from its own initialisation")  # fmt: skip
@@ -108,17 +109,35 @@ def make_recipe(arguments: argparse.Namespace, n_classes: int):
     shape = NetworkShape(n_classes)
     if arguments.channels:
         shape = replace(shape, channels=tuple(arguments.channels))
-    trunk = Recipe(shape).trunk
-    if arguments.trunk_steps:
-        trunk = tuple(
-            replace(stage, steps=steps)
-            for stage, steps in zip(trunk, arguments.trunk_steps, strict=True)
-        )
+    trunk = with_steps(Recipe(shape).trunk, arguments.trunk_steps or [])
     member = MEMBER if arguments.steps is None else replace(MEMBER, steps=arguments.steps)
     synthesis = SynthesisSettings(real_share=arguments.real_share)
     if arguments.no_trunk:
         return Recipe(shape, trunk=(), member=(*trunk, member), synthesis=synthesis)
     return Recipe(shape, trunk=trunk, member=(member,), synthesis=synthesis)
+
+
+def with_steps(trunk: tuple, changes: list[str]) -> tuple:
+    """Return the stages with other numbers of steps, ``N`` of all or ``STAGE=N`` of one.
+
+    Raises
+    ------
+    UsageError
+        If there is no such stage, or N is no number.
+    """
+    names = [stage.name for stage in trunk]
+    for change in changes:
+        name, _, steps = change.rpartition("=")
+        if (name and name not in names) or not steps.isdecimal():
+            raise UsageError(
+                f"--trunk-steps {change}: a number of steps, or STAGE=N with a STAGE of "
+                f"{', '.join(names)}"
+            )
+        trunk = tuple(
+            replace(stage, steps=int(steps)) if name in ("", stage.name) else stage
+            for stage in trunk
+        )
+    return trunk
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -148,6 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     devices *= max(1, arguments.jobs)
     to_train, left_out = split_label_maps(arguments.labels_dir, arguments.hold_out)
     scheme = load_scheme(arguments.label_table or find_label_table(arguments.labels_dir))
+    recipe = make_recipe(arguments, len(scheme.target_ids))
     if not arguments.resume and arguments.member_index is not None:
         raise UsageError(
             "--no-resume --member-index: would delete the members of the other tasks. Empty the "
@@ -157,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
         forget(arguments.ensemble_dir)
     with closing(open_progress(arguments, scheme)) as progress:
         workshop = Workshop(
-            arguments.ensemble_dir, make_recipe(arguments, len(scheme.target_ids)), scheme,
+            arguments.ensemble_dir, recipe, scheme,
             load_heads(to_train, scheme, devices[0], arguments.real_share > 0),
             devices[0], progress.on_step,
         )  # fmt: skip

@@ -56,6 +56,7 @@ SETTLE = Stage("settle", 350, MIXED, 1.066e-3, 1e-4, bf16=True)
 REFINE = Stage("refine", 2500, MIXED, 2e-3, 2e-4, bf16=True)
 POLISH = Stage("polish", 2000, MIXED, 2e-3, 1.5e-4, bf16=True)
 ADAPT = Stage("adapt", 2400, MIXED, 2e-3, 1.5e-4, bf16=True)
+FINISH = Stage("finish", 2000, MIXED, 1.5e-3, 1e-4, bf16=True)
 MEMBER = Stage("member", 50, MIXED, 1e-3, 1e-5, bf16=True)
 
 
@@ -67,7 +68,7 @@ class Recipe:
     """
 
     network: NetworkShape
-    trunk: tuple[Stage, ...] = (COARSE, MEDIUM, FINE, SETTLE, REFINE, POLISH, ADAPT)
+    trunk: tuple[Stage, ...] = (COARSE, MEDIUM, FINE, SETTLE, REFINE, POLISH, ADAPT, FINISH)
     member: tuple[Stage, ...] = (MEMBER,)
     trunk_seed: int = 1000
     weight_decay: float = 1e-4

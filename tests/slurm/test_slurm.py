@@ -96,7 +96,7 @@ def test_training_array_brings_its_members_together(slurm, labels_dir, root, tmp
     slurm(
         "sbatch", "--array=0-2", "--cpus-per-task=1", "--mem=4G", script, str(labels_dir), "mine",
         "--members", "ieee,mca01,seed01",
-        "--trunk-steps", "1", "0", "0", "0", "0", "0", "0", "--steps", "1",
+        "--trunk-steps", "0", "coarse=1", "--steps", "1",
         "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
     )  # fmt: skip
     await_that(lambda: not slurm("squeue", "--noheader"), "the array does not end")

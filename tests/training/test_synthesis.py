@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bids_varaug.training.labels import TISSUES, load_scheme
 from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
 
 SHAPE = (64, 64, 64)
@@ -78,6 +79,12 @@ def test_ventricles_are_thinned_from_outside_and_nothing_else_is(scheme, head):
         assert (thin[changed] > 0).all()  # white matter, which lies beside them
         left.append(float(torch.isin(thin, ventricles).sum() / torch.isin(thick, ventricles).sum()))
     assert min(left) < 0.8 < 0.9 < max(left) < 1
+
+
+def test_of_freesurfers_ids_lateral_ventricles_alone_are_thinned():
+    known = load_scheme()
+    thinned = known.targets[known.tissue == TISSUES.index("ventricle")]
+    assert {known.target_ids[k] for k in thinned} == {4, 5, 43, 44}
 
 
 def test_ventricles_stay_as_they_are_on_coarse_grids(scheme, head):
