@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch without CUDA (a tenth of the size). For a GPU: make demo TORCH_INDEX=https://pypi.org/simple
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Three files of tests at a time: some tests wait, and would leave a core idle
-PYTEST_ARGS ?= -q -n 3 --dist loadfile
+# Two files of tests at a time
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin

@@ -44,7 +44,7 @@ def watch(process: subprocess.Popen, out: Path) -> dict[int, tuple[float, int]]:
 
 
 def test_memory_does_not_grow_with_participants(tmp_path, small_ensemble, full):
-    n_participants = 200 if full else 18
+    n_participants = 200 if full else 12
     bids_dir, out = describe(tmp_path / "bids"), tmp_path / "out"
     first = write_t1w(bids_dir, "sub-001", head(1))
     for number in range(2, n_participants + 1):
