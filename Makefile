@@ -4,7 +4,7 @@ VENV ?= .venv
 # torch without CUDA (a tenth of the size). For a GPU: make demo TORCH_INDEX=https://pypi.org/simple
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Two files of tests at a time
-PYTEST_ARGS ?= -q -n 2 --dist loadfile
+PYTEST_ARGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
