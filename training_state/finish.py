@@ -25,7 +25,7 @@ from bids_varaug.training.recipe import FINISH, Recipe
 from bids_varaug.training.synthesis import Randomiser
 from bids_varaug.training.train import learning_rate, train
 
-DONE = 800
+DONE = 1000
 HOLD_OUT = 3
 SEED = 5000
 
