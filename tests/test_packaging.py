@@ -184,4 +184,4 @@ def test_usage_page_lists_every_exit_code():
 def test_benchmarks_find_what_they_import(path, monkeypatch):
     """They are run rarely, and outlive what they use."""
     monkeypatch.syspath_prepend(path.parent)
-    runpy.run_path(str(path), run_name="imported")
+    assert runpy.run_path(str(path), run_name="imported")["__doc__"]

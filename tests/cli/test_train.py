@@ -1,5 +1,7 @@
 """``bids_varaug-train`` from label maps to an ensemble that the app can use."""
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from bids_varaug.cli.train import build_parser, main, make_recipe
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
+from bids_varaug.training.recipe import MEMBER, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def labels_dir(tmp_path_factory):
     return tmp_path / "labels"
 
 
-STEPS = ["--trunk-steps", "1", "polish=0", "adapt=0", "finish=0", "--steps", "1", "--hold-out", "1",
+STEPS = ["--trunk-steps", "1", "adapt=0", "finish=0", "--steps", "1", "--hold-out", "1",
          "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
          "--omp-nthreads", "1"]  # fmt: skip
 
@@ -47,7 +50,7 @@ def test_an_ensemble_is_trained_logged_and_calibrated(trained):
     ensemble = load_ensemble(str(out))
     assert ensemble.name == "mine"
     assert [member.id for member in ensemble.members] == ["ieee", "mca01"]
-    assert ensemble.training["forked_at_step"] == 5
+    assert ensemble.training["forked_at_step"] == 6
     assert ensemble.training["n_label_maps"] == 1
     load_member(ensemble, ensemble.members[0])
     rows = (out / "logs" / "ieee.tsv").read_text().splitlines()
@@ -101,16 +104,14 @@ def test_members_can_be_trained_from_their_own_initialisation():
     arguments = build_parser().parse_args(["labels", "out", "--no-trunk", "--steps", "5"])
     recipe = make_recipe(arguments, n_classes=32)
     assert recipe.trunk == () and recipe.trunk_steps == 0
-    assert recipe.member[-1].steps == 5 and [s.name for s in recipe.member[:2]] == [
-        "coarse",
-        "medium",
-    ]
+    assert recipe.member == (*Recipe.trunk, replace(MEMBER, steps=5))
 
 
 def test_steps_are_those_of_each_stage_or_of_the_named_one():
     arguments = build_parser().parse_args(["labels", "out", "--trunk-steps", "3", "fine=5"])
     trunk = make_recipe(arguments, n_classes=32).trunk
     assert {stage.name: stage.steps for stage in trunk} == {s.name: 3 for s in trunk} | {"fine": 5}
+    assert all(stage.name in build_parser().format_help() for stage in trunk)
 
 
 @pytest.mark.parametrize("wrong", ["final=5", "fine=", "fine=-1", "many"])
