@@ -41,11 +41,11 @@ TRUTH = {
     "mnesample": "t1w/mnesample_res-3mm_desc-aseg_dseg.nii.gz",
 }
 # A little below what docs/model-card.md states, for one member of each family.
-LEAST_DICE = {"bert": 0.82, "mnesample": 0.785}
-MOST_RESAMPLING = 0.085  # relative difference of a volume; wanted: 0.05
+LEAST_DICE = {"bert": 0.84, "mnesample": 0.80}
+# Relative difference of a volume; wanted: 0.05. The inferior lateral ventricles hold 200 mm3 here.
+MOST_RESAMPLING = 0.07
+MOST_RESAMPLING_OF_SLITS = 0.105
 LEAST_RESAMPLING_DICE = 0.92
-# Wanted: none. By all 21 members it has 7234 mm3, the largest of the 1043 adults 7230.
-TOO_LARGE = {"ds02": ["Left-Putamen"]}
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,7 @@ def test_volumes_are_those_of_adults(finished, adult_volumes, subject):
     volumes = pd.read_csv(table, sep="\t").set_index("name")["volume_mean"]
     assert len(volumes) == 31
     unusual = outside(volumes, adult_volumes)
-    assert list(unusual.index) == TOO_LARGE.get(subject, []), unusual
-    assert outside(volumes, adult_volumes, stretch=1.01).empty
+    assert unusual.empty, unusual
 
 
 def outside(volumes: pd.Series, adults: pd.DataFrame, stretch: float = 1.0) -> pd.Series:
@@ -173,7 +172,10 @@ def resampled(baseline):
 
 def test_volumes_hold_when_a_head_is_resampled(resampled):
     ours, theirs = map(volumes_of, resampled)
-    assert (2 * (ours - theirs).abs() / (ours + theirs)).max() < MOST_RESAMPLING
+    differences = 2 * (ours - theirs).abs() / (ours + theirs)
+    slits = differences.index.str.endswith("Inf-Lat-Vent")
+    assert differences[~slits].max() < MOST_RESAMPLING
+    assert differences[slits].max() < MOST_RESAMPLING_OF_SLITS
 
 
 def test_labels_overlap_when_a_head_is_resampled(resampled):

@@ -57,7 +57,7 @@ REFINE = Stage("refine", 2500, MIXED, 2e-3, 2e-4, bf16=True)
 POLISH = Stage("polish", 2000, MIXED, 2e-3, 1.5e-4, bf16=True)
 ADAPT = Stage("adapt", 2400, MIXED, 2e-3, 1.5e-4, bf16=True)
 FINISH = Stage("finish", 2000, MIXED, 1.5e-3, 1e-4, bf16=True)
-MEMBER = Stage("member", 50, MIXED, 1e-3, 1e-5, bf16=True)
+MEMBER = Stage("member", 50, MIXED, 5e-4, 1e-5, bf16=True)
 
 
 @dataclass(frozen=True)
