@@ -26,13 +26,13 @@ HEADS = {
     "bert": "t1w/bert/bert_desc-norm_T1w.nii.gz",
     "mnesample": "t1w/mnesample_res-3mm_T1w.nii.gz",
     "rorden": "t1w/rorden_T1w.nii.gz",
+    "rordenconform": "t1w/rorden_desc-conform_T1w.nii.gz",
     "pumi": "bids/pumi-minitest/sub-001/anat/sub-001_T1w.nii.gz",
     "ds02": "bids/ds002748-subset/sub-02/anat/sub-02_T1w.nii.gz",
 }
 OTHERS = [
     "t1w/colin27_T1w.nii.gz",
     "t1w/corr-0025531_desc-brain_T1w.nii.gz",
-    "t1w/rorden_desc-conform_T1w.nii.gz",
     *(f"bids/ds002748-subset/sub-{s}/anat/sub-{s}_T1w.nii.gz"
       for s in (12, 23, 30, 31, 43, 51, 52, 55, 57, 63, 64)),
 ]  # fmt: skip
@@ -42,9 +42,10 @@ TRUTH = {
 }
 # A little below what docs/model-card.md states, for one member of each family.
 LEAST_DICE = {"bert": 0.84, "mnesample": 0.80}
-# Relative difference of a volume; wanted: 0.05. The inferior lateral ventricles hold 200 mm3 here.
-MOST_RESAMPLING = 0.07
-MOST_RESAMPLING_OF_SLITS = 0.105
+# Relative difference of the baseline's volumes; wanted: 0.05, and reached by all but the right
+# inferior lateral ventricle (200 mm3 here) and the left accumbens.
+MOST_RESAMPLING = 0.085
+MOST_RESAMPLING_ON_AVERAGE = 0.02
 LEAST_RESAMPLING_DICE = 0.92
 
 
@@ -164,22 +165,25 @@ def test_baseline_finds_an_adult_brain(baseline, adult_volumes, path):
     assert_left_is_left(labels)
 
 
-@pytest.fixture(scope="module")
-def resampled(baseline):
-    """Labels of one head at 0.88 mm and conformed to 1 mm by another tool."""
-    return baseline("t1w/rorden_T1w.nii.gz"), baseline("t1w/rorden_desc-conform_T1w.nii.gz")
-
-
-def test_volumes_hold_when_a_head_is_resampled(resampled):
-    ours, theirs = map(volumes_of, resampled)
+def test_volumes_hold_when_a_head_is_resampled(finished):
+    """One head at 0.88 mm, and conformed to 1 mm by another tool."""
+    ours, theirs = (
+        pd.read_csv(next(finished.glob(f"sub-{s}/anat/*_morph.tsv")), sep="\t")
+        .query("member == 'ieee'")
+        .set_index("name")["volume"]
+        for s in ("rorden", "rordenconform")
+    )
+    assert len(ours) == 31
     differences = 2 * (ours - theirs).abs() / (ours + theirs)
-    slits = differences.index.str.endswith("Inf-Lat-Vent")
-    assert differences[~slits].max() < MOST_RESAMPLING
-    assert differences[slits].max() < MOST_RESAMPLING_OF_SLITS
+    assert differences.max() < MOST_RESAMPLING, differences.nlargest(3)
+    assert differences.mean() < MOST_RESAMPLING_ON_AVERAGE
 
 
-def test_labels_overlap_when_a_head_is_resampled(resampled):
-    native, conformed = resampled
+def test_labels_overlap_when_a_head_is_resampled(finished):
+    native, conformed = (
+        nib.load(next(finished.glob(f"sub-{s}/anat/*_desc-consensus_dseg.nii.gz")))
+        for s in ("rorden", "rordenconform")
+    )
     moved = resample_from_to(native, conformed, order=0)
     a, b = (np.asarray(image.dataobj) for image in (moved, conformed))
     dice = dice_with_truth(a, b, np.unique(b)[1:])
