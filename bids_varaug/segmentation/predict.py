@@ -22,10 +22,10 @@ RIM = 4  # voxels around the brain whose posterior is kept
 def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     """Return the class posterior of one head.
 
-    What is not connected with the brain (specks in neck and scalp) becomes background, and so does
-    everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, of
-    which only voxels stay that are not surely background, so that the dense posterior (1 GB for a
-    whole head and 32 classes) never exists.
+    What is not connected with the brain (specks in neck, scalp and meninges) becomes sure
+    background, and so does everything more than `RIM` voxels away from it. The last layer runs a
+    few slabs at a time, of which only voxels stay that are not surely background, so that the dense
+    posterior (1 GB for a whole head and 32 classes) never exists.
 
     Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax.
     The largest component and its surroundings are found by scipy, exactly.
@@ -55,9 +55,11 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     slabs = [_classify(network, part) for part in _slabs(features)]
     del features
     labels = np.concatenate([slab.labels for slab in slabs])
-    brain = largest_component(labels > 0)
+    found = labels > 0
+    brain = largest_component(found)
     labels[~brain] = 0
-    near = maximum_filter(brain.view(np.uint8), size=2 * RIM + 1).astype(bool)
+    # A speck beside the brain goes with its posterior: the consensus would bring it back.
+    near = maximum_filter(brain.view(np.uint8), size=2 * RIM + 1).astype(bool) & (brain | ~found)
     counts, voxels, rows = [], [], []
     for number, slab in enumerate(slabs):
         inside = near[SLABS * number : SLABS * (number + 1)].reshape(slab.stored.shape)
