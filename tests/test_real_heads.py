@@ -89,6 +89,18 @@ def test_consensus_overlaps_freesurfer(finished, shared_data, subject):
     assert np.nanmean(scores) >= LEAST_DICE[subject]
 
 
+@pytest.mark.parametrize("subject", ["bert", "rordenconform"])
+def test_unreliable_is_what_members_disagree_about(finished, subject):
+    """On images with the network's voxels, whose maps are copied and not interpolated."""
+    unreliable, entropy = (
+        np.asarray(nib.load(next(finished.glob(f"sub-{subject}/anat/*_{what}.nii.gz"))).dataobj)
+        for what in ("label-unreliable_mask", "stat-entropy_statmap")
+    )
+    assert unreliable.any()
+    # One of each family: they disagree, or they agree.
+    assert np.array_equal(unreliable > 0, entropy > 0)
+
+
 def assert_left_is_left(image: nib.Nifti1Image) -> None:
     """The two hemispheres' white matter, in world coordinates."""
     labels = np.asarray(image.dataobj)
