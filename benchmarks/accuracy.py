@@ -1,7 +1,7 @@
 """Dice of every member and of the consensus against label maps; are the members equivalent?
 
     python benchmarks/accuracy.py IMAGES_DIR ... [--ensemble aseg31] [--members ieee mca seed]
-        [--harmonise]
+        [--harmonise] [--grids 2]
 
 Each IMAGES_DIR holds ``*_T1w.nii.gz`` with a ``*_dseg.nii.gz`` (FreeSurfer ids) beside each: real
 images, or those of ``benchmarks/synthetic_heads.py``. With ``--harmonise`` FreeSurfer's choroid
@@ -28,24 +28,25 @@ from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, selec
 from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
+from bids_varaug.segmentation.grids import segment_on_grids
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
-from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
 
 
 def score(
-    image: LabelledImage, ensemble: Ensemble, members, folder: Path, harmonised: bool
+    image: LabelledImage, ensemble: Ensemble, members, folder: Path, options: argparse.Namespace
 ) -> dict[str, float]:
     """Print the rows of one image; return the mean Dice of each member."""
     name = image.t1w.name.split("_T1w")[0]
     finder = load_member(ensemble, ensemble.baseline or ensemble.members[0])
     ids = [label.index for label in ensemble.labels]
     prepared = PreparedImage(image, finder, ensemble.voxel_size, ids)
-    if harmonised:
+    if options.harmonise:
         prepared.truth = harmonise(prepared.truth)
     paths, means = [], {}
     for member in members:
-        sparse = segment_volume(load_member(ensemble, member), prepared.head)
+        network = load_member(ensemble, member)
+        sparse = segment_on_grids(network, prepared.head, options.grids)
         means[member.id] = float(np.nanmean(prepared.dice(sparse)))
         print(f"{name}\t{member.id}\tmean\t{means[member.id]:.4f}", flush=True)
         if member.family != BASELINE or len(members) == 1:
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--ensemble", default="aseg31")
     parser.add_argument("--members", nargs="+", default=["all"])
     parser.add_argument("--harmonise", action="store_true")
+    parser.add_argument("--grids", type=int, choices=(1, 2), default=1)
     parser.add_argument("--margin", type=float, default=0.01, help="Dice that does not matter")
     options = parser.parse_args()
     keep_freed_memory()
@@ -95,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for directory in options.images:
             for image in find_labelled_images(directory, names):
-                table.append(score(image, ensemble, members, Path(folder), options.harmonise))
+                table.append(score(image, ensemble, members, Path(folder), options))
     if len(table) > 1 and len(members) > 1 and BASELINE in table[0]:
         report_equivalence(table, options.margin)
 

@@ -1,6 +1,6 @@
 """How far volumes move when the same image falls on the network's grid a little differently.
 
-    python benchmarks/grid_phase.py T1W.nii.gz ... [--ensemble aseg31]
+    python benchmarks/grid_phase.py T1W.nii.gz ... [--ensemble aseg31] [--grids 2]
 
 Each image is segmented by the baseline eight times: as it is, and without the first plane of voxels
 along one, two or all three axes, which takes nothing of a head away and moves the network's grid by
@@ -22,17 +22,17 @@ import numpy as np
 from bids_varaug.models.ensemble import Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.segmentation.grids import segment_on_grids
 from bids_varaug.training.monitor import PreparedHead
 
 
-def count_voxels(head: PreparedHead, network, n_classes: int) -> np.ndarray:
+def count_voxels(head: PreparedHead, network, n_classes: int, n_grids: int) -> np.ndarray:
     """Volume of each structure in voxels of the network's grid, (K - 1,)."""
-    labels = segment_volume(network, head.head).labels
+    labels = segment_on_grids(network, head.head, n_grids).labels
     return np.bincount(labels.ravel(), minlength=n_classes)[1:]
 
 
-def volumes_by_phase(t1w: Path, ensemble: Ensemble) -> np.ndarray:
+def volumes_by_phase(t1w: Path, ensemble: Ensemble, n_grids: int) -> np.ndarray:
     """Volumes by the baseline on the eight grids, (8, K - 1) voxels."""
     network = load_member(ensemble, ensemble.baseline)
     image, found = nib.load(t1w), []
@@ -41,16 +41,16 @@ def volumes_by_phase(t1w: Path, ensemble: Ensemble) -> np.ndarray:
             cropped = Path(folder) / "cropped_T1w.nii.gz"
             nib.save(image.slicer[tuple(slice(i, None) for i in first)], cropped)
             head = PreparedHead(cropped, network, ensemble.voxel_size)
-            found.append(count_voxels(head, network, len(ensemble.labels)))
+            found.append(count_voxels(head, network, len(ensemble.labels), n_grids))
     return np.array(found)
 
 
-def volumes_by_seed(t1w: Path, ensemble: Ensemble) -> np.ndarray:
+def volumes_by_seed(t1w: Path, ensemble: Ensemble, n_grids: int) -> np.ndarray:
     """Volumes by the `seed` members, (M, K - 1) voxels."""
     finder = load_member(ensemble, ensemble.baseline)
     head = PreparedHead(t1w, finder, ensemble.voxel_size)
     networks = (load_member(ensemble, m) for m in select_members(ensemble, ["seed"]))
-    return np.array([count_voxels(head, network, len(ensemble.labels)) for network in networks])
+    return np.array([count_voxels(head, n, len(ensemble.labels), n_grids) for n in networks])
 
 
 def coefficient_of_variation(volumes: np.ndarray) -> np.ndarray:
@@ -63,19 +63,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("heads", nargs="+", type=Path)
     parser.add_argument("--ensemble", default="aseg31")
+    parser.add_argument("--grids", type=int, choices=(1, 2), default=1)
     options = parser.parse_args()
     keep_freed_memory()
     ensemble = load_ensemble(options.ensemble)
     names = [label.name for label in ensemble.labels[1:]]
     print("image\tstructure\tvolume_mean\tcv_grid\tlargest_difference\tcv_seed")
     for t1w in options.heads:
-        phases = volumes_by_phase(t1w, ensemble)
+        phases = volumes_by_phase(t1w, ensemble, options.grids)
         spread = np.ptp(phases, axis=0) / phases.mean(axis=0)
         columns = (
             phases.mean(axis=0) * ensemble.voxel_size**3,
             coefficient_of_variation(phases),
             spread,
-            coefficient_of_variation(volumes_by_seed(t1w, ensemble)),
+            coefficient_of_variation(volumes_by_seed(t1w, ensemble, options.grids)),
         )
         for name, volume, *shares in zip(names, *columns, strict=True):
             print(t1w.name, name, f"{volume:.0f}", *(f"{x:.4f}" for x in shares), sep="\t")

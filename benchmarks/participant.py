@@ -1,6 +1,7 @@
 """Time and memory of the participant level on one head.
 
-    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--yardstick]
+    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--grids 2]
+        [--yardstick]
 
 Prints the time of each step, run one after another in this process, then wall time and peak memory
 (proportional set size of the whole process tree) of the command itself. ``--yardstick`` adds one
@@ -52,7 +53,9 @@ def make_dataset(t1w: Path, folder: Path) -> Path:
     return folder / "bids"
 
 
-def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -> None:
+def time_steps(
+    bids_dir: Path, folder: Path, threads: int, ensemble_name: str, n_grids: int
+) -> None:
     """Run each step in this process."""
     import numpy as np
 
@@ -73,7 +76,7 @@ def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -
     paths = [work / f"{member.id}.safetensors" for member in members]
     for member, path in zip(members, paths, strict=True):
         with timed(f"member {member.id}"):
-            segment_with_member(head, ensemble_name, member, path, "cpu", threads)
+            segment_with_member(head, ensemble_name, member, path, "cpu", threads, n_grids)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, work / "mean.safetensors")
@@ -102,12 +105,12 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def time_command(bids_dir: Path, folder: Path, threads: int, ensemble: str) -> None:
+def time_command(bids_dir: Path, folder: Path, threads: int, ensemble: str, n_grids: int) -> None:
     """Run the command as a user would, and watch its memory."""
     program = Path(sys.executable).with_name("bids_varaug")
     command = [str(program), str(bids_dir), str(folder / "out"), "participant", "--ensemble",
                ensemble, "-w", str(folder / "command-work"), "--nprocs", str(threads),
-               "--skip-bids-validation"]  # fmt: skip
+               "--grids", str(n_grids), "--skip-bids-validation"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0
@@ -178,14 +181,15 @@ def main() -> None:
     parser.add_argument("t1w", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ensemble", default="aseg31")
+    parser.add_argument("--grids", type=int, choices=(1, 2), default=1)
     parser.add_argument("--yardstick", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bids_dir = make_dataset(arguments.t1w, folder)
         use_threads(arguments.threads)
-        time_command(bids_dir, folder, arguments.threads, arguments.ensemble)
-        time_steps(bids_dir, folder, arguments.threads, arguments.ensemble)
+        time_command(bids_dir, folder, arguments.threads, arguments.ensemble, arguments.grids)
+        time_steps(bids_dir, folder, arguments.threads, arguments.ensemble, arguments.grids)
     if arguments.yardstick:
         yardstick()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.sidecars import SLOPPY_NOTE, TOOL
+from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 
@@ -36,6 +36,7 @@ class Origin:
     ensemble, version : of the ensemble
     tool_version : of bids_varaug
     sloppy : whether made with --sloppy, on another grid
+    grids : on how many grids each member segmented
     sha256 : digest of the weights by member
     families : family by member
     participants : that the run was asked for; empty: all
@@ -46,6 +47,7 @@ class Origin:
     version: str | None = None
     tool_version: str | None = None
     sloppy: bool | None = None
+    grids: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, str] = field(default_factory=dict)
     participants: tuple[str, ...] = ()
@@ -129,6 +131,7 @@ def read_runs(output_dir: Path) -> list[Origin]:
                 ensemble=ensemble.get("name"),
                 version=ensemble.get("version"),
                 sloppy=bool(settings.get("sloppy")),
+                grids=settings.get("grids", 1),
                 sha256=ensemble.get("sha256", {}),
                 participants=tuple(f"sub-{p}" for p in settings.get("participant_labels", ())),
             )
@@ -150,6 +153,7 @@ def sidecar_origin(content: Mapping, file: str) -> Origin:
         version=ensemble.get("Version"),
         tool_version=versions[0] if versions else None,
         sloppy=content.get("Warning") == SLOPPY_NOTE,
+        grids=content.get(GRIDS_KEY, 1),
         sha256=digests if isinstance(digests, Mapping) else {},
     )
 
@@ -169,6 +173,7 @@ def check_same_origin(origins: Iterable[Origin]) -> None:
             "version of the ensemble": origin.version,
             f"version of {TOOL}": origin.tool_version,
             "--sloppy": origin.sloppy,
+            "--grids": origin.grids,
         }
         facts |= {f"weights of {member}": sha for member, sha in origin.sha256.items()}
         who = f" ({some(origin.participants)})" if origin.participants else ""

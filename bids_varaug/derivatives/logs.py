@@ -23,7 +23,9 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     folder = names.logs(settings.output_dir)
     text = settings_toml(settings, ensemble, members)
     write_text(text, folder / _settings_name(text))
-    citation = cite(ensemble, members, package_versions(), sloppy=settings.sloppy)
+    citation = cite(
+        ensemble, members, package_versions(), sloppy=settings.sloppy, n_grids=settings.grids
+    )
     write_text(citation.markdown(), folder / "CITATION.md")
 
 

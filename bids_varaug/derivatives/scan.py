@@ -133,7 +133,8 @@ class ScanWriter:
         settings, scan = self.request.settings, self.request.scan
         values = sidecar(
             key, scan, members=[member] if member else self._ids(key),
-            skull_stripped=self.skull_stripped, sloppy=settings.sloppy, **content,
+            skull_stripped=self.skull_stripped, sloppy=settings.sloppy,
+            n_grids=settings.grids, **content,
         )  # fmt: skip
         write_json(values, OUTPUTS[key].sidecar(settings.output_dir, scan, member))
 

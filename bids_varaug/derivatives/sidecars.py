@@ -25,6 +25,8 @@ PACKAGES = (
     "scikit-learn",
 )  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
+GRIDS_KEY = "Grids"
+"""On how many grids each member segmented; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 
@@ -153,6 +155,7 @@ def sidecar(
     skull_stripped: bool = False,
     extra: Mapping[str, Any] | None = None,
     sloppy: bool = False,
+    n_grids: int = 1,
 ) -> dict[str, Any]:
     """JSON sidecar of one output (of the consensus labels: also of the table of that name).
 
@@ -170,6 +173,8 @@ def sidecar(
     extra : mapping, optional
         Further keys, e.g. ``{"Threshold": 0.5, "ThresholdUnits": "bit"}``.
     sloppy : bool
+    n_grids : int
+        On how many grids each member segmented.
 
     Raises
     ------
@@ -194,6 +199,8 @@ def sidecar(
         if items:
             content[name] = items
     content.update(extra or {})
+    if n_grids > 1:
+        content[GRIDS_KEY] = n_grids
     if sloppy:
         content["Warning"] = SLOPPY_NOTE
     if key == "consensus_dseg":

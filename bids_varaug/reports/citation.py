@@ -215,6 +215,7 @@ def cite(
     versions: Mapping[str, str] | None = None,
     *,
     sloppy: bool = False,
+    n_grids: int = 1,
 ) -> Citation:
     """Paragraph for a methods section, with ``[@key]`` as pandoc reads it, and what it cites.
 
@@ -224,8 +225,9 @@ def cite(
     members : those that were used
     versions : package name to version; of bids_varaug, nipype, pybids, nibabel, torch
     sloppy : whether the run was made with ``--sloppy``; the grid's voxel size is then left out
+    n_grids : on how many grids each member segmented
     """
-    methods = _methods(ensemble, members, versions or {}, sloppy)
+    methods = _methods(ensemble, members, versions or {}, sloppy, n_grids)
     mentioned = sorted(
         (methods.index(f"@{key}"), key) for key in REFERENCES if f"@{key}" in methods
     )
@@ -233,7 +235,11 @@ def cite(
 
 
 def _methods(
-    ensemble: Ensemble, members: Sequence[Member], versions: Mapping[str, str], sloppy: bool
+    ensemble: Ensemble,
+    members: Sequence[Member],
+    versions: Mapping[str, str],
+    sloppy: bool,
+    n_grids: int,
 ) -> str:
     grid = " to a coarse grid" if sloppy else f" to {ensemble.voxel_size:g} mm isotropic voxels"
     parts = [
@@ -245,6 +251,11 @@ def _methods(
         "[@billot2023; @hoffmann2025].",
         _describe_members(members),
     ]
+    if n_grids > 1:
+        parts.append(
+            "Each network segmented the image on two grids, one voxel apart along each axis, whose "
+            "posteriors were averaged."
+        )
     if sloppy:
         parts.append(
             "The run was made with --sloppy (coarse grid, few members), which is meant for tests "

@@ -66,7 +66,9 @@ def write_subject_report(request: ReportRequest) -> Path:
             "members": [_member_row(member) for member in request.members],
         },
         versions=versions,
-        citation=cite(ensemble, request.members, versions, sloppy=settings.sloppy),
+        citation=cite(
+            ensemble, request.members, versions, sloppy=settings.sloppy, n_grids=settings.grids
+        ),
     )
     path = names.report(settings.output_dir, content.subject)
     write_participant_report(path, content)

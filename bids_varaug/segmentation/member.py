@@ -17,16 +17,22 @@ from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.segmentation.grids import segment_on_grids
 from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.posterior import save_posterior
-from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.threads import use_threads
 
 Result = TypeVar("Result")
 
 
 def segment_with_member(
-    head: np.ndarray, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
+    head: np.ndarray,
+    ensemble_name: str,
+    member: Member,
+    out: Path,
+    device: str,
+    num_threads: int,
+    n_grids: int = 1,
 ) -> None:
     """Load a member, segment, and write its posterior to `out`.
 
@@ -34,6 +40,7 @@ def segment_with_member(
     ----------
     head : (X, Y, Z) float32, head box on the network grid
     member : of that ensemble, or of `round_inference` of it
+    n_grids : see `segment_on_grids`
 
     Raises
     ------
@@ -45,7 +52,7 @@ def segment_with_member(
 
     def segment(network: UNet) -> None:
         with arithmetic_of(member):
-            sparse = segment_volume(network, head)
+            sparse = segment_on_grids(network, head, n_grids)
         save_posterior(
             out, sparse, {"member": member.id, "family": member.family, "sha256": member.sha256}
         )

@@ -57,8 +57,8 @@ def _text_of(request: ScanRequest) -> str:
     settings, scan = request.settings, request.scan
     status = scan.path.stat()
     return repr((
-        __version__, settings.output_dir, settings.sloppy, settings.write_members, scan,
-        status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
+        scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip
 
 

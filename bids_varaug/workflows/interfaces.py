@@ -122,6 +122,10 @@ class LocateBrain(_Step):
         return _save_head(folder, head, geometry)
 
 
+class _SegmentOnGridsInput(_SegmentInput):
+    n_grids = traits.Int(1, usedefault=True, desc="1 or 2")
+
+
 class _SegmentOutput(TraitedSpec):
     posterior_file = File(exists=True, desc="sparse posterior, safetensors")
 
@@ -129,7 +133,7 @@ class _SegmentOutput(TraitedSpec):
 class SegmentMember(_Step):
     """Segment a head with one member."""
 
-    input_spec, output_spec = _SegmentInput, _SegmentOutput
+    input_spec, output_spec = _SegmentOnGridsInput, _SegmentOutput
 
     def _step(self, folder: Path) -> dict:
         from bids_varaug.segmentation.member import segment_with_member
@@ -137,7 +141,7 @@ class SegmentMember(_Step):
         path = folder / f"{self.inputs.member.id}.safetensors"
         segment_with_member(
             np.load(self.inputs.head_file), self.inputs.ensemble, self.inputs.member, path,
-            self.inputs.device, self.inputs.num_threads,
+            self.inputs.device, self.inputs.num_threads, self.inputs.n_grids,
         )  # fmt: skip
         return {"posterior_file": str(path)}
 

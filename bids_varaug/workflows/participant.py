@@ -124,7 +124,10 @@ def init_scan_wf(
     )  # fmt: skip
     segment = MapNode(
         SegmentMember(
-            ensemble=str(ensemble.directory), device=settings.device, num_threads=threads
+            ensemble=str(ensemble.directory),
+            device=settings.device,
+            num_threads=threads,
+            n_grids=settings.grids,
         ),
         iterfield=["member", "identity"],
         name="segment",

@@ -87,6 +87,7 @@ def test_record_holds_for_the_same_request_alone(written):
         replace(request, ensemble=replace(request.ensemble, temperature=2.0)),
         replace(request, settings=replace(request.settings, write_members=True)),
         replace(request, settings=replace(request.settings, sloppy=True)),
+        replace(request, settings=replace(request.settings, grids=2)),
         replace(request, settings=replace(request.settings, output_dir=folder)),
     ):
         assert finished_outputs(other, folder) is None
