@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bids_varaug.compiled import compiled
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.posterior import SparsePosterior
 from bids_varaug.segmentation.predict import segment_volume
@@ -43,41 +44,42 @@ def segment_on_grids(network: UNet, image: np.ndarray, n_grids: int = 1) -> Spar
 def _average(here: SparsePosterior, moved: SparsePosterior) -> SparsePosterior:
     """Mean of a posterior and one on a grid that lies a voxel further along each axis."""
     shape, n_classes = here.labels.shape, here.posterior.shape[1]
-    places = _places(here)
-    inside = _inside(_places(moved), shape, stop=1)  # what lies beyond the image when moved back
-    # Of a place that is counted through all axes, the next one along each of them.
-    places_moved = _places(moved)[inside] + shape[1] * shape[2] + shape[2] + 1
-    union = np.union1d(places, places_moved)
-    mean = np.zeros((len(union), n_classes), np.float32)
-    mean[:, 0] = 1  # background for sure, where a grid stores nothing
-    mean[np.searchsorted(union, places)] = here.posterior
-    on_both = _inside(union, shape, start=1)
-    mean[on_both] *= 0.5
-    other = np.searchsorted(union, places_moved)
-    mean[other] += 0.5 * moved.posterior[inside]
-    on_both[other] = False
-    mean[on_both, 0] += 0.5
+    rows_here, rows_moved = _rows(here), _rows(moved)
+    rows_back = np.full(shape, -1, np.int32)
+    rows_back[1:, 1:, 1:] = rows_moved[:-1, :-1, :-1]
+    stored = (rows_here >= 0) | (rows_back >= 0)
+    on_both = np.zeros(shape, bool)
+    on_both[1:, 1:, 1:] = True
+    mean = np.empty((np.count_nonzero(stored), n_classes), np.float32)
+    rows = (values[stored] for values in (rows_here, rows_back, on_both))
+    _fill_mean(mean, here.posterior, moved.posterior, *rows)
     labels = np.zeros(shape, np.uint8)
-    labels.reshape(-1)[union] = mean.argmax(axis=1)
-    size = shape[1] * shape[2]
+    labels[stored] = mean.argmax(axis=1)
+    by_slab = stored.reshape(shape[0], -1)
     return SparsePosterior(
         labels=labels,
-        offsets=np.searchsorted(union, size * np.arange(shape[0] + 1)).astype(np.int64),
-        voxels=(union % size).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(by_slab.sum(axis=1))]).astype(np.int64),
+        voxels=by_slab.nonzero()[1].astype(np.int32),
         posterior=mean,
     )
 
 
-def _places(sparse: SparsePosterior) -> np.ndarray:
-    """Place of each stored voxel, counted through all axes: (N,) int64, ascending."""
-    size = sparse.labels.shape[1] * sparse.labels.shape[2]
-    slab = np.repeat(np.arange(sparse.labels.shape[0]), np.diff(sparse.offsets))
-    return slab * size + sparse.voxels
+def _rows(sparse: SparsePosterior) -> np.ndarray:
+    """Return the row of each voxel's posterior, -1 where none is stored: (X, Y, Z) int32."""
+    rows = np.full(sparse.labels.shape, -1, np.int32)
+    slabs = np.repeat(np.arange(len(rows)), np.diff(sparse.offsets))
+    rows.reshape(len(rows), -1)[slabs, sparse.voxels] = np.arange(len(sparse.voxels))
+    return rows
 
 
-def _inside(places: np.ndarray, shape: tuple[int, ...], start: int = 0, stop: int = 0):
-    """Whether each place lies `start` and `stop` planes from the ends of all axes, (N,) bool."""
-    indices = np.unravel_index(places, shape)
-    return np.logical_and.reduce(
-        [(i >= start) & (i < n - stop) for i, n in zip(indices, shape, strict=True)]
-    )
+@compiled()
+def _fill_mean(mean, here, moved, rows_here, rows_moved, on_both):
+    """Average row by row; what has no row (-1) is background for sure."""
+    for u in range(mean.shape[0]):
+        for k in range(mean.shape[1]):
+            background = np.float32(1.0 if k == 0 else 0.0)
+            value = here[rows_here[u], k] if rows_here[u] >= 0 else background
+            if on_both[u]:
+                other = moved[rows_moved[u], k] if rows_moved[u] >= 0 else background
+                value = np.float32(0.5) * (value + other)
+            mean[u, k] = value
