@@ -275,6 +275,24 @@ def test_another_temperature_changes_the_mean_posterior_alone(
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+def test_two_grids_are_computed_anew_in_the_same_work_directory_and_told(app, linear, tmp_path):
+    few = (*linear, "--n-members", "1", "--participant-label", "02")
+    assert app(tmp_path / "out", *few) == 0
+    anat = tmp_path / "out" / "sub-02" / "anat"
+    (table,) = anat.glob("*_morph.tsv")
+    one, sidecar = table.read_text(), table.with_suffix(".json")
+    assert "Grids" not in json.loads(sidecar.read_text())
+
+    assert app(tmp_path / "out", *few, "--grids", "2") == 0
+    assert table.read_text() != one
+    assert json.loads(sidecar.read_text())["Grids"] == 2
+    assert run_validator(tmp_path / "out") == []
+    assert "two grids" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
+    two = digests(tmp_path / "out")
+    assert app(tmp_path / "again", *few, "--grids", "2") == 0
+    assert digests(tmp_path / "again") == two
+
+
 def test_dry_run_shows_rounded_members(app, tmp_path, capsys):
     assert app(tmp_path / "out", "--dry-run", "--n-members", "1", "--perturb-inference", "2") == 0
     assert "members ieee, mca01, seed01, rr01, rr02:" in capsys.readouterr().out
