@@ -154,7 +154,7 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         choices=(1, 2),
         default=1,
         help="2: each member segments the image on two grids, a voxel apart, and averages; volumes "
-        "depend less on where the head lies, the time is 1.4 times as long (default: %(default)s)",
+        "depend less on where the head lies, it takes 1.6 times as long (default: %(default)s)",
     )
     group.add_argument(
         "--write-members", action="store_true", help="write the labels of each member too"
