@@ -1,7 +1,7 @@
 """Dice of every member and of the consensus against label maps; are the members equivalent?
 
     python benchmarks/accuracy.py IMAGES_DIR ... [--ensemble aseg31] [--members ieee mca seed]
-        [--harmonise] [--grids 2]
+        [--harmonise] [--grids 4]
 
 Each IMAGES_DIR holds ``*_T1w.nii.gz`` with a ``*_dseg.nii.gz`` (FreeSurfer ids) beside each: real
 images, or those of ``benchmarks/synthetic_heads.py``. With ``--harmonise`` FreeSurfer's choroid
@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 from aseg import harmonise
+from members import Members
 from scipy import stats
 
 from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
-from bids_varaug.segmentation.grids import segment_on_grids
+from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
 
@@ -43,10 +44,10 @@ def score(
     prepared = PreparedImage(image, finder, ensemble.voxel_size, ids)
     if options.harmonise:
         prepared.truth = harmonise(prepared.truth)
+    segmenter = Members(ensemble, prepared.head, options.grids, folder)
     paths, means = [], {}
     for member in members:
-        network = load_member(ensemble, member)
-        sparse = segment_on_grids(network, prepared.head, options.grids)
+        sparse = segmenter.segment(member)
         means[member.id] = float(np.nanmean(prepared.dice(sparse)))
         print(f"{name}\t{member.id}\tmean\t{means[member.id]:.4f}", flush=True)
         if member.family != BASELINE or len(members) == 1:
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--ensemble", default="aseg31")
     parser.add_argument("--members", nargs="+", default=["all"])
     parser.add_argument("--harmonise", action="store_true")
-    parser.add_argument("--grids", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--grids", type=int, choices=tuple(GRIDS), default=4)
     parser.add_argument("--margin", type=float, default=0.01, help="Dice that does not matter")
     options = parser.parse_args()
     keep_freed_memory()

@@ -1,6 +1,6 @@
 """Time and memory of the participant level on one head.
 
-    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--grids 2]
+    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--grids 4]
         [--yardstick]
 
 Prints the time of each step, run one after another in this process, then wall time and peak memory
@@ -29,6 +29,8 @@ from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.subject import ReportRequest, write_subject_report
+from bids_varaug.segmentation.average import average_grids
+from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.segmentation.member import crop_with_member, segment_with_member
 from bids_varaug.segmentation.summary import summarise_members
 from bids_varaug.threads import use_threads
@@ -59,7 +61,7 @@ def time_steps(
     """Run each step in this process."""
     import numpy as np
 
-    settings = Settings(bids_dir, folder / "steps", "participant", folder / "work")
+    settings = Settings(bids_dir, folder / "steps", "participant", folder / "work", grids=n_grids)
     (scan,) = find_scans(settings).scans
     ensemble = load_ensemble(ensemble_name)
     members = select_members(ensemble, ["all"])
@@ -74,9 +76,21 @@ def time_steps(
     geometry.save(work / "geometry.json")
     print(f"head box {head.shape}, native {geometry.native_shape}")
     paths = [work / f"{member.id}.safetensors" for member in members]
+    shift = None
+    if n_grids > 1:
+        shift, grids = work / "shift.safetensors", {}
+        for offset in GRIDS[n_grids]:
+            grids[offset] = work / f"grid{len(grids)}.safetensors"
+            with timed(f"{ensemble.baseline.id}, grid {offset}"):
+                segment_with_member(
+                    head, ensemble_name, ensemble.baseline, grids[offset], "cpu", threads, offset
+                )
+        with timed("mean over the grids"):
+            average_grids(list(grids.values()), list(grids), paths[0], shift)
     for member, path in zip(members, paths, strict=True):
-        with timed(f"member {member.id}"):
-            segment_with_member(head, ensemble_name, member, path, "cpu", threads, n_grids)
+        if not path.exists():
+            with timed(f"member {member.id}"):
+                segment_with_member(head, ensemble_name, member, path, "cpu", threads, shift=shift)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, work / "mean.safetensors")
@@ -181,7 +195,7 @@ def main() -> None:
     parser.add_argument("t1w", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ensemble", default="aseg31")
-    parser.add_argument("--grids", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--grids", type=int, choices=tuple(GRIDS), default=4)
     parser.add_argument("--yardstick", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

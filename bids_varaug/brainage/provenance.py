@@ -36,7 +36,7 @@ class Origin:
     ensemble, version : of the ensemble
     tool_version : of bids_varaug
     sloppy : whether made with --sloppy, on another grid
-    grids : on how many grids each member segmented
+    grids : on how many grids the baseline segmented
     sha256 : digest of the weights by member
     families : family by member
     participants : that the run was asked for; empty: all

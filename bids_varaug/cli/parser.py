@@ -150,11 +150,12 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--grids",
-        type=values.positive_int,
-        choices=(1, 2),
-        default=1,
-        help="2: each member segments the image on two grids, a voxel apart, and averages; volumes "
-        "depend less on where the head lies, it takes 1.6 times as long (default: %(default)s)",
+        choices=("auto", "1", "2", "4", "8"),
+        default="auto",
+        help="on how many grids, a voxel apart, the baseline segments the image; its posteriors "
+        "are averaged, and those of the other members moved by what that changes, so that volumes "
+        "depend less on where the head lies. auto: 4 where the members share a trunk, else and "
+        "with --sloppy 1 (default: %(default)s)",
     )
     group.add_argument(
         "--write-members", action="store_true", help="write the labels of each member too"
@@ -350,7 +351,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         members=_unique(name for names in given.members for name in names),
         n_members=given.n_members,
         perturb_inference=given.perturb_inference,
-        grids=given.grids,
+        grids=0 if given.grids == "auto" else int(given.grids),
         write_members=given.write_members,
         device=given.device,
         nprocs=nprocs,

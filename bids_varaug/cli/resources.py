@@ -10,7 +10,7 @@ from pathlib import Path
 from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble
+from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.models.memory import memory_bound
 from bids_varaug.workflows.participant import WRITE_GB, node_name, segment_gb, work_gb
 from bids_varaug.workflows.plugins import runs_here
@@ -49,7 +49,11 @@ def check_memory(settings: Settings, ensemble: Ensemble) -> None:
 
 
 def warn_of_disk(
-    settings: Settings, scans: Sequence[Scan], ensemble: Ensemble, n_members: int, root: Path
+    settings: Settings,
+    scans: Sequence[Scan],
+    ensemble: Ensemble,
+    members: Sequence[Member],
+    root: Path,
 ) -> None:
     """Say before hours of work that the work directory will be full before they end.
 
@@ -58,12 +62,13 @@ def warn_of_disk(
     scans : those that are not finished
     root : folder of the workflow in the work directory; members that are there already count
     """
-    each = work_gb(settings, ensemble, n_members)
+    each = work_gb(settings, ensemble, members)
     at_once = min(settings.nprocs, len(scans)) if settings.clean_workdir else len(scans)
     there = sum(
         path.stat().st_size
         for scan in scans
-        for path in (root / node_name(scan.prefix)).glob("segment/**/*.safetensors")
+        for step in ("segment", "grids", "average")
+        for path in (root / node_name(scan.prefix) / step).glob("**/*.safetensors")
     )
     need, free = at_once * each - there / 1e9, shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:

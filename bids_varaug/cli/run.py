@@ -96,11 +96,13 @@ def run_participants(settings: Settings) -> ExitCode:
         select_members,
     )
     from bids_varaug.segmentation.device import resolve_device
+    from bids_varaug.workflows.participant import suitable_grids
     from bids_varaug.workflows.plugins import check_plugin, configure_nipype
 
     configure_nipype(settings, names.logs(settings.output_dir))
     settings = replace(settings, device=resolve_device(settings.device))
     ensemble = load_ensemble(settings.ensemble)
+    settings = replace(settings, grids=settings.grids or suitable_grids(settings, ensemble))
     members = select_members(ensemble, settings.members, _members_per_family(settings))
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
@@ -181,6 +183,7 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
         WORKFLOW_NAME,
         find_finished,
         init_participants_wf,
+        n_passes,
         node_name,
     )
     from bids_varaug.workflows.plugins import (
@@ -198,9 +201,9 @@ def _run_steps(settings: Settings, scans, ensemble, members) -> bool:
         file=sys.stderr,
     )
     left = [scan for scan in scans if scan.prefix not in finished]
-    warn_of_disk(settings, left, ensemble, len(members), root)
+    warn_of_disk(settings, left, ensemble, members, root)
     on_written = remove_steps if settings.clean_workdir else None
-    progress = ProgressLog(root, len(left), len(members), on_written)
+    progress = ProgressLog(root, len(left), n_passes(settings, ensemble, members), on_written)
     workflow = init_participants_wf(settings, scans, ensemble, members, finished)
     no_error = run_workflow(workflow, settings, progress)
     if no_error and submits_only(settings):

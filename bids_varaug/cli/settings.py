@@ -28,7 +28,7 @@ class Settings:
     members: tuple[str, ...] = ("all",)
     n_members: int | None = None
     perturb_inference: int = 0
-    grids: int = 1
+    grids: int = 1  # 0: as suits the ensemble, until that is known
     write_members: bool = False
     device: str = "cpu"
     nprocs: int = 1

@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
-"""On how many grids each member segmented; absent: one."""
+"""On how many grids the baseline segmented, see `segmentation.shift`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 
@@ -174,7 +174,7 @@ def sidecar(
         Further keys, e.g. ``{"Threshold": 0.5, "ThresholdUnits": "bit"}``.
     sloppy : bool
     n_grids : int
-        On how many grids each member segmented.
+        On how many grids the baseline segmented.
 
     Raises
     ------

@@ -186,7 +186,7 @@ def write_manifest(ensemble: Ensemble) -> None:
 def select_members(
     ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None
 ) -> tuple[Member, ...]:
-    """Return the members asked for, in the manifest's order.
+    """Return the members asked for, the baseline first, else in the manifest's order.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def select_members(
             f"It has {', '.join(m.id for m in ensemble.members)}.{hint}"
         )
     chosen, per_family = [], {}
-    for member in ensemble.members:
+    for member in sorted(ensemble.members, key=lambda member: not member.is_baseline):
         if not wanted & {"all", member.id, member.family}:
             continue
         per_family[member.family] = per_family.get(member.family, 0) + 1

@@ -9,12 +9,17 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
+
+IDLE_SECONDS = 1.0
+
+_release: threading.Timer | None = None
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -98,6 +103,7 @@ def keep_freed_memory() -> bool:
     every layer; the page faults took up to three quarters of a forward pass. Peak memory hardly
     changes. Does nothing (and returns False) where the C library is not glibc.
     """
+    _stop_releasing()
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -110,11 +116,25 @@ def keep_freed_memory() -> bool:
     )
 
 
-def release_freed_memory() -> bool:
-    """Give freed blocks back to the kernel: a process that waits for work should not hold them.
+def release_freed_memory(seconds: float = IDLE_SECONDS) -> None:
+    """Give freed blocks back to the kernel, unless `keep_freed_memory` is called before.
 
-    Does nothing (and returns False) where the C library is not glibc.
+    A process that waits for work should not hold them; the next member begins sooner.
     """
+    global _release
+    _stop_releasing()
+    _release = threading.Timer(seconds, _trim)
+    _release.daemon = True
+    _release.start()
+
+
+def _stop_releasing() -> None:
+    if _release is not None:
+        _release.cancel()
+
+
+def _trim() -> bool:
+    """Return whether there was anything to give back; False where the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     try:

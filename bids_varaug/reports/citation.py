@@ -225,7 +225,7 @@ def cite(
     members : those that were used
     versions : package name to version; of bids_varaug, nipype, pybids, nibabel, torch
     sloppy : whether the run was made with ``--sloppy``; the grid's voxel size is then left out
-    n_grids : on how many grids each member segmented
+    n_grids : on how many grids the baseline segmented
     """
     methods = _methods(ensemble, members, versions or {}, sloppy, n_grids)
     mentioned = sorted(
@@ -253,8 +253,9 @@ def _methods(
     ]
     if n_grids > 1:
         parts.append(
-            "Each network segmented the image on two grids, one voxel apart along each axis, whose "
-            "posteriors were averaged."
+            f"One network segmented the image on {n_grids} grids, one voxel apart, and its "
+            "posteriors were averaged; those of the others were moved by the difference that this "
+            "made."
         )
     if sloppy:
         parts.append(

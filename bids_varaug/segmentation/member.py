@@ -17,9 +17,11 @@ from bids_varaug.models.load import load_member
 from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.segmentation.grids import segment_on_grids
+from bids_varaug.segmentation.grids import Offset, move_to_grid
 from bids_varaug.segmentation.locate import crop_to_brain
-from bids_varaug.segmentation.posterior import save_posterior
+from bids_varaug.segmentation.posterior import load_posterior, save_posterior
+from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.segmentation.shift import shift_posterior
 from bids_varaug.threads import use_threads
 
 Result = TypeVar("Result")
@@ -32,7 +34,8 @@ def segment_with_member(
     out: Path,
     device: str,
     num_threads: int,
-    n_grids: int = 1,
+    offset: Offset = (0, 0, 0),
+    shift: Path | None = None,
 ) -> None:
     """Load a member, segment, and write its posterior to `out`.
 
@@ -40,7 +43,8 @@ def segment_with_member(
     ----------
     head : (X, Y, Z) float32, head box on the network grid
     member : of that ensemble, or of `round_inference` of it
-    n_grids : see `segment_on_grids`
+    offset : of the grid to segment on, see `move_to_grid`
+    shift : file of the change that several grids make, see `shift_posterior`; None adds nothing
 
     Raises
     ------
@@ -52,10 +56,10 @@ def segment_with_member(
 
     def segment(network: UNet) -> None:
         with arithmetic_of(member):
-            sparse = segment_on_grids(network, head, n_grids)
-        save_posterior(
-            out, sparse, {"member": member.id, "family": member.family, "sha256": member.sha256}
-        )
+            sparse = segment_volume(network, move_to_grid(head, offset))
+        if shift is not None:
+            sparse = shift_posterior(sparse, load_posterior(shift))
+        save_posterior(out, sparse, describe_member(member))
 
     _with_network(segment, head.shape, ensemble_name, member, device, num_threads)
 
@@ -99,6 +103,11 @@ def _with_network(
         ) from error
     finally:
         release_freed_memory()
+
+
+def describe_member(member: Member) -> dict[str, str]:
+    """Return what a posterior file says about the member whose it is."""
+    return {"member": member.id, "family": member.family, "sha256": member.sha256}
 
 
 def arithmetic_of(member: Member) -> AbstractContextManager:

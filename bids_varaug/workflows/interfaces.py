@@ -14,6 +14,7 @@ from nipype.interfaces.base import (
     InputMultiPath,
     SimpleInterface,
     TraitedSpec,
+    isdefined,
     traits,
 )
 from safetensors import SafetensorError
@@ -122,8 +123,9 @@ class LocateBrain(_Step):
         return _save_head(folder, head, geometry)
 
 
-class _SegmentOnGridsInput(_SegmentInput):
-    n_grids = traits.Int(1, usedefault=True, desc="1 or 2")
+class _SegmentMemberInput(_SegmentInput):
+    offset = traits.Any(desc="of the grid to segment on, see segmentation.grids; absent: none")
+    shift_file = File(exists=True, desc="what several grids add, safetensors")
 
 
 class _SegmentOutput(TraitedSpec):
@@ -133,17 +135,47 @@ class _SegmentOutput(TraitedSpec):
 class SegmentMember(_Step):
     """Segment a head with one member."""
 
-    input_spec, output_spec = _SegmentOnGridsInput, _SegmentOutput
+    input_spec, output_spec = _SegmentMemberInput, _SegmentOutput
 
     def _step(self, folder: Path) -> dict:
         from bids_varaug.segmentation.member import segment_with_member
 
         path = folder / f"{self.inputs.member.id}.safetensors"
+        offset = self.inputs.offset if isdefined(self.inputs.offset) else (0, 0, 0)
+        shift = Path(self.inputs.shift_file) if isdefined(self.inputs.shift_file) else None
         segment_with_member(
             np.load(self.inputs.head_file), self.inputs.ensemble, self.inputs.member, path,
-            self.inputs.device, self.inputs.num_threads, self.inputs.n_grids,
+            self.inputs.device, self.inputs.num_threads, offset, shift,
         )  # fmt: skip
         return {"posterior_file": str(path)}
+
+
+class _AverageInput(BaseInterfaceInputSpec):
+    posterior_files = InputMultiPath(File(exists=True), mandatory=True, desc="one for each grid")
+    member = traits.Any(mandatory=True, desc="models.ensemble.Member whose they are")
+    n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.grids.GRIDS")
+
+
+class _AverageOutput(TraitedSpec):
+    posterior_file = File(exists=True, desc="mean posterior, on the first grid, safetensors")
+    shift_file = File(exists=True, desc="that minus the first, safetensors")
+
+
+class AverageGrids(_Step):
+    """Average the posteriors of one member on several grids."""
+
+    input_spec, output_spec = _AverageInput, _AverageOutput
+
+    def _step(self, folder: Path) -> dict:
+        from bids_varaug.segmentation.average import average_grids
+        from bids_varaug.segmentation.grids import GRIDS
+        from bids_varaug.segmentation.member import describe_member
+
+        paths = [Path(file) for file in self.inputs.posterior_files]
+        mean, shift = folder / f"{self.inputs.member.id}.safetensors", folder / "shift.safetensors"
+        note = describe_member(self.inputs.member)
+        average_grids(paths, GRIDS[self.inputs.n_grids], mean, shift, note)
+        return {"posterior_file": str(mean), "shift_file": str(shift)}
 
 
 class _FuseInput(BaseInterfaceInputSpec):

@@ -15,8 +15,10 @@ from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member, identify
 from bids_varaug.reports.request import ReportRequest
+from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.workflows.finished import finished_outputs
 from bids_varaug.workflows.interfaces import (
+    AverageGrids,
     Conform,
     FuseMembers,
     LocateBrain,
@@ -28,6 +30,7 @@ from bids_varaug.workflows.interfaces import (
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 CONFORM_GB, LOCATE_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 1.2, 3.0, 1.2, 1.6, 1.0
+AVERAGE_GB = 0.8
 LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
 # What a member leaves in the work directory, GB for each class at 1 mm (a brain of 1.5 l).
 POSTERIOR_GB = 0.008
@@ -92,10 +95,31 @@ def segment_gb(settings: Settings, ensemble: Ensemble) -> float:
     return LIBRARIES_GB + voxels
 
 
-def work_gb(settings: Settings, ensemble: Ensemble, n_members: int) -> float:
+def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
+    """On how many grids the baseline is to segment, where ``--grids`` leaves that open.
+
+    Of members that share no training it is not known whether they move with the baseline.
+    """
+    return 1 if settings.sloppy or ensemble.trunk is None else 4
+
+
+def n_passes(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> int:
+    """How many times a scan is segmented: by the finder on each grid, by the others once."""
+    if settings.grids == 1:
+        return len(members)
+    return settings.grids + sum(member != finder_of(ensemble, members) for member in members)
+
+
+def work_gb(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> float:
     """What the members of one scan leave in the work directory, GB."""
-    at_1_mm = POSTERIOR_GB * len(ensemble.labels) * n_members
+    n_files = n_passes(settings, ensemble, members) + (2 if settings.grids > 1 else 0)
+    at_1_mm = POSTERIOR_GB * len(ensemble.labels) * n_files
     return at_1_mm / network_voxel_size(settings, ensemble) ** 3
+
+
+def finder_of(ensemble: Ensemble, members: Sequence[Member]) -> Member:
+    """Return the member that looks for the brain and segments it on several grids."""
+    return ensemble.baseline or members[0]
 
 
 def network_voxel_size(settings: Settings, ensemble: Ensemble) -> float:
@@ -122,20 +146,11 @@ def init_scan_wf(
         Conform(in_file=str(scan.path), voxel_size=voxel_size, multiple=ensemble.network.multiple),
         "conform", 1, CONFORM_GB,
     )  # fmt: skip
-    segment = MapNode(
-        SegmentMember(
-            ensemble=str(ensemble.directory),
-            device=settings.device,
-            num_threads=threads,
-            n_grids=settings.grids,
-        ),
-        iterfield=["member", "identity"],
-        name="segment",
-        n_procs=threads,
-        mem_gb=segment_gb(settings, ensemble),
-    )
-    segment.inputs.member = list(members)
-    segment.inputs.identity = [identify(ensemble, member) for member in members]
+    finder = finder_of(ensemble, members)
+    on_several_grids = settings.grids > 1
+    others = [member for member in members if member != finder or not on_several_grids]
+    posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
+    posteriors.run_without_submitting = True
     fuse = _node(FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB)
     write = _node(
         WriteScan(
@@ -148,7 +163,6 @@ def init_scan_wf(
     workflow = Workflow(name)
     head = conform
     if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
-        finder = ensemble.baseline or members[0]
         head = _node(
             LocateBrain(
                 ensemble=str(ensemble.directory), member=finder, device=settings.device,
@@ -158,16 +172,46 @@ def init_scan_wf(
         )  # fmt: skip
         workflow.connect(conform, "head_file", head, "head_file")
         workflow.connect(conform, "geometry_file", head, "geometry_file")
+    if on_several_grids:
+        grids = _segment_node("grids", "offset", settings, ensemble)
+        grids.inputs.offset = list(GRIDS[settings.grids])
+        grids.inputs.trait_set(member=finder, identity=identify(ensemble, finder))
+        average = _node(
+            AverageGrids(member=finder, n_grids=settings.grids), "average", 1, AVERAGE_GB
+        )
+        workflow.connect(head, "head_file", grids, "head_file")
+        workflow.connect(grids, "posterior_file", average, "posterior_files")
+        if finder in members:
+            workflow.connect(average, "posterior_file", posteriors, "in1")
+    if others:
+        segment = _segment_node("segment", ["member", "identity"], settings, ensemble)
+        segment.inputs.member = others
+        segment.inputs.identity = [identify(ensemble, member) for member in others]
+        workflow.connect(head, "head_file", segment, "head_file")
+        workflow.connect(segment, "posterior_file", posteriors, "in2")
+        if on_several_grids:
+            workflow.connect(average, "shift_file", segment, "shift_file")
     workflow.connect([
-        (head, segment, [("head_file", "head_file")]),
-        (segment, fuse, [("posterior_file", "posterior_files")]),
         (head, write, [("geometry_file", "geometry_file")]),
-        (segment, write, [("posterior_file", "posterior_files")]),
+        (posteriors, fuse, [("out", "posterior_files")]),
+        (posteriors, write, [("out", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"),
                        ("counts_file", "counts_file")]),
         (write, outputnode, [("out_files", "derivatives")]),
     ])  # fmt: skip
     return workflow
+
+
+def _segment_node(
+    name: str, iterfield: str | list[str], settings: Settings, ensemble: Ensemble
+) -> MapNode:
+    interface = SegmentMember(
+        ensemble=str(ensemble.directory),
+        device=settings.device,
+        num_threads=settings.omp_nthreads,
+    )
+    gb = segment_gb(settings, ensemble)
+    return MapNode(interface, iterfield, name, n_procs=settings.omp_nthreads, mem_gb=gb)
 
 
 def _node(interface, name: str, n_procs: int, mem_gb: float) -> Node:

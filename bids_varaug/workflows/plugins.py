@@ -8,11 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import networkx as nx
 from nipype import Workflow, config, logging
@@ -25,9 +24,6 @@ from bids_varaug.errors import UsageError
 from bids_varaug.models.memory import memory_bound
 from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
 from bids_varaug.workflows.workers import log_level
-
-if TYPE_CHECKING:
-    from bids_varaug.models.ensemble import Member
 
 LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")
 MEMORY_SHARE = 0.9  # for the steps; the rest is for this process and what else runs
@@ -116,22 +112,57 @@ def plugin_of(settings: Settings, status_callback: Callable) -> dict:
 plugins.base.time = filemanip.time = time.monotonic
 
 
+class WorkerPool:
+    """Processes that run one task at a time, of which the first idle one gets the next.
+
+    The members of a scan run one after another as a rule. In turns by all processes of one
+    executor, each pass would need memory that is new to its process: the kernel takes a fifth of
+    the pass to clear it.
+
+    Parameters
+    ----------
+    n_workers : int
+    new_executor : of one process, started when it gets its first task
+    """
+
+    def __init__(self, n_workers: int, new_executor: Callable[[], Executor]):
+        self._new_executor = new_executor
+        self._executors = [new_executor() for _ in range(n_workers)]
+        self._last: list[Future | None] = [None] * n_workers
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        """Run `function` in the first idle process, or after what the last one does."""
+        idle = (n for n, last in enumerate(self._last) if last is None or last.done())
+        number = next(idle, len(self._last) - 1)
+        try:
+            future = self._executors[number].submit(function, *arguments)
+        except BrokenProcessPool:
+            self._executors[number] = self._new_executor()
+            future = self._executors[number].submit(function, *arguments)
+        self._last[number] = future
+        return future
+
+    def shutdown(self) -> None:
+        """Wait for all tasks and end the processes."""
+        for executor in self._executors:
+            executor.shutdown()
+
+
 class WorkersPlugin(MultiProcPlugin):
     """nipype's MultiProc, but it survives a worker that is killed, and no worker survives it.
 
     MultiProc waits for ever for the result of a worker that the kernel killed to free memory. Here
-    the steps that were running fail, and new workers do the others. It would also run the first
+    the step that was running fails, and a new worker does the others. It would also run the first
     step of all scans, then the second: of an interrupted run of hundreds, none would be done.
     """
 
     def __init__(self, plugin_args: dict | None = None):
         super().__init__(plugin_args)
-        self.pool = self._new_pool()
-
-    def _new_pool(self) -> ProcessPoolExecutor:
         # Forking a process in which OpenMP has run may hang the child.
         context = multiprocessing.get_context(self.plugin_args.get("mp_context", "forkserver"))
-        return ProcessPoolExecutor(self.processors, context, _start_worker, (self._cwd,))
+        self.pool = WorkerPool(
+            self.processors, lambda: ProcessPoolExecutor(1, context, _start_worker, (self._cwd,))
+        )
 
     def _generate_dependency_list(self, graph):
         super()._generate_dependency_list(graph)
@@ -145,13 +176,6 @@ class WorkersPlugin(MultiProcPlugin):
             return self.stages[self.procs[self.mapnodesubids.get(job, job)]]
 
         return sorted(jobids, key=lambda job: (-stage(job), job))
-
-    def _submit_job(self, node, updatehash=False):
-        try:
-            return super()._submit_job(node, updatehash)
-        except BrokenProcessPool:
-            self.pool = self._new_pool()
-            return super()._submit_job(node, updatehash)
 
     def _async_callback(self, future: Future) -> None:
         if future.exception() is None:
@@ -191,10 +215,10 @@ class ProgressLog:
 
     root: Path
     n_scans: int
-    n_members: int
+    n_passes: int
     on_written: Callable[[Path], None] | None = None
     started: float = field(default_factory=time.monotonic)
-    members_done: set[tuple[str, str]] = field(default_factory=set)
+    passes_done: set[tuple[str, str]] = field(default_factory=set)
     scans_done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
 
@@ -211,30 +235,38 @@ class ProgressLog:
         if status == "exception":
             self.failed.add(where)
             self._say(f"{where}: {step or 'step'} failed")
-        elif step == "segment":
-            self._count_members(where, node.inputs.member)
+        elif step in ("grids", "segment"):
+            self._count_passes(where, _passes(step, node.inputs))
         elif step == "write":
             self.scans_done.add(where)
             self._say(f"{where}: written ({len(self.scans_done)} of {self.n_scans} scans)")
             if self.on_written is not None:
                 self.on_written(self.root / where)
 
-    def _count_members(self, where: str, members: Member | list[Member]) -> None:
-        """A node of one member, or (again, or from plugins that do not split it) of all."""
-        ids = [member.id for member in (members if isinstance(members, list) else [members])]
-        new = [member for member in ids if (where, member) not in self.members_done]
+    def _count_passes(self, where: str, names: list[str]) -> None:
+        """Take note of one pass, or (again, or from plugins that do not split a node) of all."""
+        new = [name for name in names if (where, name) not in self.passes_done]
         if not new:
             return
-        self.members_done.update((where, member) for member in new)
-        done, total = len(self.members_done), self.n_scans * self.n_members
+        self.passes_done.update((where, name) for name in new)
+        done, total = len(self.passes_done), self.n_scans * self.n_passes
         left = (time.monotonic() - self.started) / done * (total - done)
         self._say(
-            f"{where}: member {', '.join(new)} done ({done} of {total} segmentations, "
+            f"{where}: {', '.join(new)} done ({done} of {total} segmentations, "
             f"about {_duration(left)} left)"
         )
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+def _passes(step: str, inputs) -> list[str]:
+    """Name what a node of `SegmentMember` does; its iterated input may be one or a list."""
+    if step == "segment":
+        members = inputs.member if isinstance(inputs.member, list) else [inputs.member]
+        return [f"member {member.id}" for member in members]
+    offsets = inputs.offset if isinstance(inputs.offset, list) else [inputs.offset]
+    return [f"member {inputs.member.id}, grid {'-'.join(map(str, o))}" for o in offsets]
 
 
 def _duration(seconds: float) -> str:

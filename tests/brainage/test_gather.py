@@ -279,7 +279,7 @@ def test_sloppy_and_full_derivatives_are_not_mixed(derivatives):
         derivatives.gather()
 
 
-def test_derivatives_of_one_grid_and_of_two_are_not_mixed(derivatives):
+def test_derivatives_of_one_grid_and_of_several_are_not_mixed(derivatives):
     derivatives.add(2, Grids=2)
     with pytest.raises(MixedDerivativesError, match="--grids 2: sub-2"):
         derivatives.gather()

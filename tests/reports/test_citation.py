@@ -50,9 +50,9 @@ def test_sloppy_runs_say_so(ensemble, members):
     assert "--sloppy" in text and "1 mm" not in text
 
 
-def test_a_second_grid_is_told(ensemble, members):
-    assert "two grids" in cite(ensemble, members, n_grids=2).methods
-    assert "two grids" not in cite(ensemble, members).methods
+def test_several_grids_are_told(ensemble, members):
+    assert "on 4 grids" in cite(ensemble, members, n_grids=4).methods
+    assert "grids" not in cite(ensemble, members).methods
 
 
 def test_versions_are_named(ensemble, members):

@@ -1,12 +1,14 @@
 """The participant level from the command line to the files."""
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,8 +18,11 @@ import pytest
 
 from bids_varaug.cli import run as cli_run
 from bids_varaug.cli.run import main
+from bids_varaug.cli.settings import Settings
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.validation import run_validator
+from bids_varaug.models.ensemble import Trunk, load_ensemble
+from bids_varaug.workflows.participant import suitable_grids
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
 MAPS = ("entropy", "sigbits", "std")
@@ -107,8 +112,9 @@ def test_one_thread_and_two_give_the_same_bits(app, tmp_path):
     assert outputs[0] == outputs[1]
 
 
-def test_killed_and_started_again_gives_the_same_bits(app, tmp_path):
-    only = ("--participant-label", "02", "--nprocs", "1", "--omp-nthreads", "1")
+@pytest.mark.parametrize("grids", ["1", "4"])
+def test_killed_and_started_again_gives_the_same_bits(app, tmp_path, grids):
+    only = ("--participant-label", "02", "--nprocs", "1", "--omp-nthreads", "1", "--grids", grids)
     assert app(tmp_path / "whole", *only) == 0
 
     out, work = tmp_path / "killed", tmp_path / "killed-work"
@@ -275,7 +281,9 @@ def test_another_temperature_changes_the_mean_posterior_alone(
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_two_grids_are_computed_anew_in_the_same_work_directory_and_told(app, linear, tmp_path):
+def test_four_grids_are_computed_anew_in_the_same_work_directory_and_told(
+    app, linear, tmp_path, capfd
+):
     few = (*linear, "--n-members", "1", "--participant-label", "02")
     assert app(tmp_path / "out", *few) == 0
     anat = tmp_path / "out" / "sub-02" / "anat"
@@ -283,14 +291,53 @@ def test_two_grids_are_computed_anew_in_the_same_work_directory_and_told(app, li
     one, sidecar = table.read_text(), table.with_suffix(".json")
     assert "Grids" not in json.loads(sidecar.read_text())
 
-    assert app(tmp_path / "out", *few, "--grids", "2") == 0
-    assert table.read_text() != one
-    assert json.loads(sidecar.read_text())["Grids"] == 2
+    capfd.readouterr()
+    assert app(tmp_path / "out", *few, "--grids", "4") == 0
+    progress = capfd.readouterr().err
+    assert "member ieee, grid 0-0-0, member ieee, grid 0-1-1" in progress
+    assert "member mca01, member seed01 done (6 of 6 segmentations" in progress
+    volumes = pd.read_csv(table, sep="\t", index_col=["member", "index"])["volume"]
+    differ = (
+        volumes != pd.read_csv(io.StringIO(one), sep="\t", index_col=volumes.index.names).volume
+    )
+    assert differ.groupby("member").any().all()
+    assert json.loads(sidecar.read_text())["Grids"] == 4
     assert run_validator(tmp_path / "out") == []
-    assert "two grids" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
-    two = digests(tmp_path / "out")
-    assert app(tmp_path / "again", *few, "--grids", "2") == 0
-    assert digests(tmp_path / "again") == two
+    assert "4 grids" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
+    four = digests(tmp_path / "out")
+    assert app(tmp_path / "again", *few, "--grids", "4") == 0
+    assert digests(tmp_path / "again") == four
+
+
+def test_members_are_moved_by_a_baseline_that_is_not_among_them(app, linear, tmp_path):
+    few = (*linear, "--participant-label", "02", "--grids", "2")
+    assert app(tmp_path / "all", *few, "--members", "ieee", "seed") == 0
+    assert app(tmp_path / "seeds", *few, "--members", "seed") == 0
+    with_it, without = (
+        pd.read_csv(next((tmp_path / out).rglob("*_morph.tsv")), sep="\t", index_col="member")
+        for out in ("all", "seeds")
+    )
+    assert list(without.index.unique()) == ["seed01", "seed02"]
+    pd.testing.assert_frame_equal(with_it.drop("ieee"), without)
+
+
+def test_baseline_alone_on_two_grids(app, linear, tmp_path):
+    out = tmp_path / "out"
+    few = (*linear, "--participant-label", "02", "--grids", "2", "--members", "ieee")
+    assert app(out, *few) == 0
+    assert run_validator(out) == []
+    names = ("consensus", "ieee")
+    one, other = (nib.load(next(out.rglob(f"*desc-{n}_dseg.nii.gz"))) for n in names)
+    assert np.array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
+
+
+def test_number_of_grids_suits_the_ensemble(small_ensemble, tmp_path):
+    settings = Settings(tmp_path, tmp_path, "participant", tmp_path)
+    alone = load_ensemble(str(small_ensemble))
+    forked = replace(alone, trunk=Trunk("trunk.safetensors", ""))
+    assert suitable_grids(settings, forked) == 4
+    assert suitable_grids(settings, alone) == 1
+    assert suitable_grids(replace(settings, sloppy=True), forked) == 1
 
 
 def test_dry_run_shows_rounded_members(app, tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +22,7 @@ from bids_varaug.workflows.interfaces import Conform
 from bids_varaug.workflows.participant import node_name
 from bids_varaug.workflows.plugins import (
     ProgressLog,
+    WorkersPlugin,
     check_plugin,
     configure_nipype,
     run_workflow,
@@ -79,6 +81,32 @@ def test_killed_worker_fails_its_step_and_the_others_go_on(request_for, patience
     assert not complete and progress.failed == {"bad"}
     assert "a worker process was killed" in capfd.readouterr().err
     assert (root / "good" / "result_good.pklz").exists()
+
+
+def test_first_idle_worker_gets_the_next_task():
+    """And keeps the memory that it has; a second one starts when the first is busy."""
+    pool = WorkersPlugin({"n_procs": 2}).pool
+    try:
+        first = pool.submit(os.getpid).result()
+        assert {pool.submit(os.getpid).result() for _ in range(3)} == {first}
+        slow = pool.submit(time.sleep, 5)
+        second = pool.submit(os.getpid).result()
+        assert second != first and not slow.done()
+        slow.result()
+        assert pool.submit(os.getpid).result() == first
+    finally:
+        pool.shutdown()
+
+
+def test_killed_worker_takes_no_other_along():
+    pool = WorkersPlugin({"n_procs": 2}).pool
+    try:
+        killed, other = pool.submit(kill_own_worker, 1), pool.submit(time.sleep, 1)
+        assert isinstance(killed.exception(), BrokenProcessPool)
+        assert other.exception() is None
+        assert pool.submit(abs, -1).result() == 1
+    finally:
+        pool.shutdown()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
