@@ -31,18 +31,17 @@ def make_member(path: Path, size: int, n_classes: int, seed: int) -> None:
     axis = (np.arange(size) - (size - 1) / 2) / (size / 2)
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
     stored = (radius < 0.62).reshape(size, -1)
-    offsets = np.concatenate([[0], np.cumsum(stored.sum(1))])
     labels = np.zeros(stored.shape, np.uint8)
-    with PosteriorWriter(path, offsets, n_classes, (size,) * 3, {"member": path.stem}) as writer:
-        for x in range(size):
-            shell = radius[x].reshape(-1)[stored[x]] / 0.62 * n_classes
-            logits = -2 * (shell[:, None] - np.arange(n_classes)[::-1]) ** 2
-            logits += rng.normal(0, 0.3, logits.shape)
-            rows = np.exp(logits - logits.max(1, keepdims=True))
-            rows = (rows / rows.sum(1, keepdims=True)).astype(np.float32)
-            labels[x, stored[x]] = rows.argmax(1)
-            writer.write(rows)
-        writer.finish(np.nonzero(stored)[1].astype(np.int32), labels.reshape((size,) * 3))
+    writer = PosteriorWriter(path, (size,) * 3, n_classes, {"member": path.stem})
+    for x in range(size):
+        shell = radius[x].reshape(-1)[stored[x]] / 0.62 * n_classes
+        logits = -2 * (shell[:, None] - np.arange(n_classes)[::-1]) ** 2
+        logits += rng.normal(0, 0.3, logits.shape)
+        rows = np.exp(logits - logits.max(1, keepdims=True))
+        rows = (rows / rows.sum(1, keepdims=True)).astype(np.float32)
+        labels[x, stored[x]] = rows.argmax(1)
+        writer.write(np.flatnonzero(stored[x]).astype(np.int32), rows)
+    writer.finish(labels.reshape((size,) * 3))
 
 
 def run_ours(paths: list[Path], out: Path) -> tuple[Fusion, dict[str, float]]:

@@ -10,6 +10,7 @@ import nibabel as nib
 import numba
 import numpy as np
 
+from bids_varaug.compiled import compiled
 from bids_varaug.derivatives.names import OUTPUTS
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.sidecars import package_version, sidecar
@@ -30,6 +31,7 @@ from bids_varaug.variability.regions import RegionCounts, members_table, region_
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
+_TURNED = 8  # classes at once
 # What a map is outside the head box, where every member says background with certainty.
 _OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
 
@@ -223,8 +225,20 @@ def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel_volum
 
 
 def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:
-    """One class at a time; blocks of classes are copied together, since K runs fastest."""
-    block = 8
-    for start in range(0, quantised.shape[3], block):
-        part = np.ascontiguousarray(np.moveaxis(quantised[..., start : start + block], 3, 0))
-        yield from part
+    """One class at a time, x fastest as in the file; some together, since K runs fastest here."""
+    n_x, n_y, n_z, n_classes = quantised.shape
+    for start in range(0, n_classes, _TURNED):
+        turned = np.empty((min(_TURNED, n_classes - start), n_z, n_y, n_x), quantised.dtype)
+        _turn(quantised, start, turned)
+        for volume in turned:
+            yield volume.T
+
+
+@compiled(parallel=True)
+def _turn(quantised, start, turned):
+    """Turn (X, Y, Z, K) to (K', Z, Y, X); what a thread does at once fits its cache."""
+    for y in numba.prange(turned.shape[2]):
+        for x in range(turned.shape[3]):
+            for z in range(turned.shape[1]):
+                for k in range(turned.shape[0]):
+                    turned[k, z, y, x] = quantised[x, y, z, start + k]

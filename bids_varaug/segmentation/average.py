@@ -40,35 +40,28 @@ def average_grids(
     """
     readers = [PosteriorReader.open(path) for path in paths]
     check_same_box(readers)
-    (n_x, *plane), n_classes = readers[0].shape, readers[0].n_classes
+    shape, n_classes = readers[0].shape, readers[0].n_classes
+    labels = np.zeros((shape[0], shape[1] * shape[2]), np.uint8)
+    means, shifts = (
+        PosteriorWriter(path, shape, n_classes, metadata or {}) for path in (mean_path, shift_path)
+    )
     parts = list(zip(readers, grids, strict=True))
-    stored = [
-        np.flatnonzero(np.any([_row_numbers(*part, x) >= 0 for part in parts], axis=0))
-        for x in range(n_x)
-    ]
-    offsets = np.concatenate([[0], np.cumsum([len(voxels) for voxels in stored])])
-    labels = np.zeros((n_x, plane[0] * plane[1]), np.uint8)
-    layout = offsets, n_classes, readers[0].shape, metadata or {}
-    with (
-        PosteriorWriter(mean_path, *layout) as means,
-        PosteriorWriter(shift_path, *layout) as shifts,
-    ):
-        for x, voxels in enumerate(stored):
-            total = np.zeros((len(voxels), n_classes))
-            counts = np.zeros((len(voxels), 1))
-            for number, (reader, offset) in enumerate(parts):
-                if x >= offset[0]:
-                    rows = reader.slab(x - offset[0])[2]
-                    _add_grid(total, counts, rows, _row_numbers(reader, offset, x)[voxels])
-                if number == 0:
-                    first = total.copy()
-            mean = (total / counts).astype(np.float32)
-            means.write(mean)
-            shifts.write((mean - first).astype(np.float32))
-            labels[x, voxels] = mean.argmax(axis=1)
-        for writer in (means, shifts):
-            places = np.concatenate(stored).astype(np.int32)
-            writer.finish(places, labels.reshape(readers[0].shape))
+    for x in range(shape[0]):
+        numbers = [_row_numbers(*part, x) for part in parts]
+        voxels = np.flatnonzero(np.max(numbers, axis=0) >= 0).astype(np.int32)
+        total = np.zeros((len(voxels), n_classes))
+        counts = np.zeros((len(voxels), 1))
+        for (reader, offset), rows_of in zip(parts, numbers, strict=True):
+            if x >= offset[0]:
+                _add_grid(total, counts, reader.slab(x - offset[0])[2], rows_of[voxels])
+            if reader is readers[0]:
+                first = total.copy()
+        mean = (total / counts).astype(np.float32)
+        labels[x, voxels] = mean.argmax(axis=1)
+        means.write(voxels, mean)
+        shifts.write(voxels, (mean - first).astype(np.float32))
+    for writer in (means, shifts):
+        writer.finish(labels.reshape(shape))
 
 
 def _row_numbers(reader: PosteriorReader, offset: Offset, x: int) -> np.ndarray:

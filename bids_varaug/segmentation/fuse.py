@@ -80,8 +80,6 @@ def fuse_members(
     first = readers[0]
     check_same_box(readers)
     shape, n_slab = first.shape, first.shape[1] * first.shape[2]
-    stored = [_union(readers, x, n_slab) for x in range(shape[0])]
-    offsets = np.concatenate([[0], np.cumsum([len(voxels) for voxels in stored])])
     labels = np.zeros((shape[0], n_slab), np.uint8)
     maps = {
         "entropy": np.zeros(labels.shape, np.float32),
@@ -90,14 +88,14 @@ def fuse_members(
         "share": np.ones(labels.shape, np.float32),
     }
     note = {"members": str(len(paths))} | (metadata or {})
-    with PosteriorWriter(out_path, offsets, first.n_classes, shape, note) as writer:
-        for x, voxels in enumerate(stored):
-            slab = _fuse_slab(readers, x, voxels, n_slab)
-            labels[x, voxels] = slab.labels
-            for name, values in maps.items():
-                values[x, voxels] = getattr(slab, name)
-            writer.write(slab.mean)
-        writer.finish(np.concatenate(stored), labels.reshape(shape))
+    writer = PosteriorWriter(out_path, shape, first.n_classes, note)
+    for x in range(shape[0]):
+        slab = _fuse_slab(readers, x, n_slab)
+        labels[x, slab.voxels] = slab.labels
+        for name, values in maps.items():
+            values[x, slab.voxels] = getattr(slab, name)
+        writer.write(slab.voxels, slab.mean)
+    writer.finish(labels.reshape(shape))
     maps = {name: values.reshape(shape) for name, values in maps.items()}
     return Fusion(
         labels=labels.reshape(shape),
@@ -111,6 +109,7 @@ def fuse_members(
 class _Slab:
     """The fused voxels of one slab: mean (U, K) float32, the rest (U,)."""
 
+    voxels: np.ndarray
     mean: np.ndarray
     labels: np.ndarray
     entropy: np.ndarray
@@ -119,17 +118,11 @@ class _Slab:
     share: np.ndarray
 
 
-def _union(readers: Sequence[PosteriorReader], x: int, n_slab: int) -> np.ndarray:
-    """Return the places of slab `x` that any member stores, (U,) int32, ascending."""
+def _fuse_slab(readers: Sequence[PosteriorReader], x: int, n_slab: int) -> _Slab:
     any_stored = np.zeros(n_slab, bool)
     for reader in readers:
         any_stored[reader.voxels(x)] = True
-    return np.flatnonzero(any_stored).astype(np.int32)
-
-
-def _fuse_slab(
-    readers: Sequence[PosteriorReader], x: int, voxels: np.ndarray, n_slab: int
-) -> _Slab:
+    voxels = np.flatnonzero(any_stored).astype(np.int32)
     n_classes, n_members = readers[0].n_classes, len(readers)
     mean = np.zeros((len(voxels), n_classes))
     squares = np.zeros((len(voxels), n_classes))
@@ -145,6 +138,7 @@ def _fuse_slab(
     std = sample_std(square, n_members)
     here = np.take_along_axis(mean, label[:, None].astype(np.int64), axis=1)[:, 0]
     return _Slab(
+        voxels=voxels,
         mean=mean,
         labels=label,
         entropy=entropy,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+
+from bids_varaug.segmentation.streams import PosteriorReader, PosteriorWriter
 
 # Near the brain a voxel is stored unless its background probability exceeds 1 - BACKGROUND_CUT;
 # left out, it counts as exactly background.
@@ -32,25 +34,26 @@ class SparsePosterior:
 
 
 def save_posterior(path: Path, sparse: SparsePosterior, metadata: dict[str, str]) -> None:
-    """Write one safetensors file, aside first and renamed."""
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(
-            {
-                "labels": sparse.labels,
-                "offsets": sparse.offsets,
-                "voxels": sparse.voxels,
-                "posterior": sparse.posterior,
-            },
-            partial,
-            metadata,
-        )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write one file, aside first and renamed; probabilities near 0 become 0 (see `packing`)."""
+    writer = PosteriorWriter(path, sparse.labels.shape, sparse.posterior.shape[1], metadata)
+    for start, stop in pairwise(sparse.offsets.tolist()):
+        writer.write(sparse.voxels[start:stop], sparse.posterior[start:stop])
+    writer.finish(sparse.labels)
 
 
 def load_posterior(path: Path) -> SparsePosterior:
-    """Read the whole of what `save_posterior` or the fusion wrote."""
-    tensors = load_file(path)
-    return SparsePosterior(**{name: tensors[name] for name in SparsePosterior.__annotations__})
+    """Read the whole of what `save_posterior`, the fusion or `average_grids` wrote.
+
+    Raises
+    ------
+    UserError
+        If the file is absent or damaged.
+    """
+    reader = PosteriorReader.open(path)
+    posterior = np.empty((reader.offsets[-1], reader.n_classes), np.float32)
+    voxels = np.empty(len(posterior), np.int32)
+    labels = np.empty(reader.shape, np.uint8)
+    for x, (start, stop) in enumerate(pairwise(reader.offsets.tolist())):
+        slab, voxels[start:stop], posterior[start:stop] = reader.slab(x)
+        labels[x] = slab.reshape(reader.shape[1:])
+    return SparsePosterior(labels, reader.offsets, voxels, posterior)

@@ -1,7 +1,7 @@
 """What the baseline gains from several grids, given to the other members.
 
-Where a head lies on the grid moves the volumes of all members alike, since they share most of their
-training. A member's posterior is therefore moved by what several grids change in the baseline's: a
+Where a head lies on the grid moves the volumes of members that share most of their training nearly
+alike. A member's posterior is therefore moved by what several grids change in the baseline's: a
 control variate, which costs the passes of one member and leaves what members differ by as it is.
 """
 

@@ -1,19 +1,23 @@
-"""Read and write posterior files a slab at a time (layout: `segmentation.posterior`)."""
+"""Read and write posterior files a slab at a time.
+
+A file is one of safetensors: ``labels`` (X, Y, Z) uint8; ``offsets`` (X + 1,) int64 and ``voxels``
+(N,) int32 as of `posterior.SparsePosterior`; its rows as `packing.PackedRows` ``counts``,
+``classes`` and ``values``; ``entries`` (X + 1,) int64, where those of each slab begin; and
+``n_classes`` (1,) int64.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from bids_varaug.errors import UserError
-
-_TYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
-          "F32": np.dtype("<f4")}  # fmt: skip
+from bids_varaug.segmentation.packing import PackedRows, pack_rows, unpack_rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class PosteriorReader:
     path : the file
     shape : (X, Y, Z) of the head box
     n_classes : K
-    offsets : (X + 1,) int64
+    offsets, entries : (X + 1,) int64
     metadata : str -> str, as written
     """
 
@@ -36,6 +40,7 @@ class PosteriorReader:
     shape: tuple[int, int, int]
     n_classes: int
     offsets: np.ndarray
+    entries: np.ndarray
     metadata: dict[str, str]
 
     @classmethod
@@ -50,45 +55,58 @@ class PosteriorReader:
         path = Path(path)
         try:
             with safe_open(path, framework="numpy") as tensors:
+                lengths = {
+                    name: tensors.get_slice(name).get_shape()[0]
+                    for name in ("voxels", "counts", "classes", "values")
+                }
                 shape = tuple(tensors.get_slice("labels").get_shape())
-                n_voxels = tensors.get_slice("voxels").get_shape()
-                n_rows, n_classes = tensors.get_slice("posterior").get_shape()
-                offsets = tensors.get_tensor("offsets")
+                offsets, entries = (tensors.get_tensor(name) for name in ("offsets", "entries"))
+                n_classes = int(tensors.get_tensor("n_classes")[0])
                 metadata = tensors.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, str(error)) from error
-        if len(shape) != 3 or len(offsets) != shape[0] + 1 or n_voxels != [n_rows]:
-            raise _damaged(path, "its tensors do not fit together")
-        if offsets[0] != 0 or offsets[-1] != n_rows or (np.diff(offsets) < 0).any():
-            raise _damaged(path, "its offsets are not those of its rows")
-        return cls(path, shape, n_classes, offsets, metadata)
+        for starts, names in ((offsets, ("voxels", "counts")), (entries, ("classes", "values"))):
+            if len(shape) != 3 or len(starts) != shape[0] + 1 or starts[0] != 0:
+                raise _damaged(path, "its tensors do not fit together")
+            if (np.diff(starts) < 0).any() or any(lengths[n] != starts[-1] for n in names):
+                raise _damaged(path, "its offsets are not those of its rows")
+        return cls(path, shape, n_classes, offsets, entries, metadata)
 
     def voxels(self, x: int) -> np.ndarray:
         """Return the stored places of slab `x`, (n,) int32, ascending."""
-        return self._rows("voxels", x)
+        return self._read(x, "voxels")[0]
 
     def slab(self, x: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return labels (Y * Z,) uint8, voxels (n,) int32, posterior (n, K) float32 of slab `x`."""
-        labels = self._read("labels", x, x + 1).reshape(-1)
-        return labels, self._rows("voxels", x), self._rows("posterior", x)
+        labels, voxels, *packed = self._read(x, "labels", "voxels", *PackedRows._fields)
+        return labels, voxels, unpack_rows(PackedRows(*packed), self.n_classes)
 
     def labels(self, x: int) -> np.ndarray:
         """Return the labels of slab `x`, (Y * Z,) uint8."""
-        return self._read("labels", x, x + 1).reshape(-1)
+        return self._read(x, "labels")[0]
 
-    def _rows(self, name: str, x: int) -> np.ndarray:
-        start, stop = int(self.offsets[x]), int(self.offsets[x + 1])
-        if start == stop:  # safetensors refuses an empty slice at the end of a tensor
-            shape = (0, self.n_classes) if name == "posterior" else (0,)
-            return np.empty(shape, np.float32 if name == "posterior" else np.int32)
-        return self._read(name, start, stop)
-
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def _read(self, x: int, *names: str) -> list[np.ndarray]:
+        slabs = np.arange(self.shape[0] + 1)
+        starts = {"labels": slabs, "classes": self.entries, "values": self.entries}
+        found = []
         try:
             with safe_open(self.path, framework="numpy") as tensors:
-                return tensors.get_slice(name)[start:stop]
+                for name in names:
+                    start, stop = starts.get(name, self.offsets)[x : x + 2].tolist()
+                    # safetensors refuses an empty slice at the end of a tensor.
+                    part = tensors.get_slice(name)[start:stop] if start < stop else _EMPTY[name]
+                    found.append(part.reshape(-1))
         except (SafetensorError, OSError) as error:
             raise _damaged(self.path, str(error)) from error
+        return found
+
+
+_EMPTY = {
+    "voxels": np.empty(0, np.int32),
+    "counts": np.empty(0, np.uint16),
+    "classes": np.empty(0, np.uint8),
+    "values": np.empty(0, np.float32),
+}
 
 
 def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
@@ -118,96 +136,55 @@ def check_same_box(readers: Sequence[PosteriorReader]) -> None:
 
 
 class PosteriorWriter:
-    """Write one posterior file whose rows come slab by slab.
-
-    Use as a context manager: the file gets its name when all is written, and nothing is left
-    behind if it is not.
+    """Write one posterior file whose rows come slab by slab; until the last nothing is on disk.
 
     Parameters
     ----------
     path : the file to make
-    offsets : (X + 1,) int64
-    n_classes : K
     shape : (X, Y, Z)
+    n_classes : K
     metadata : str -> str
     """
 
-    def __init__(
-        self,
-        path: Path,
-        offsets: np.ndarray,
-        n_classes: int,
-        shape: tuple[int, int, int],
-        metadata: dict[str, str],
-    ):
+    def __init__(self, path: Path, shape: Sequence[int], n_classes: int, metadata: dict[str, str]):
         self._path = Path(path)
-        self._partial = self._path.with_suffix(".partial")
-        n_rows = int(offsets[-1])
-        self._header = safetensors_header(
-            {
-                "offsets": ("I64", (len(offsets),)),
-                "posterior": ("F32", (n_rows, n_classes)),
-                "voxels": ("I32", (n_rows,)),
-                "labels": ("U8", tuple(shape)),
-            },
-            metadata,
-        )
-        self._offsets = np.ascontiguousarray(offsets, "<i8")
-        self._row_shape = (n_rows, n_classes)
-        self._written = 0
+        self._shape, self._n_classes = tuple(shape), n_classes
+        self._metadata = metadata
+        self._voxels: list[np.ndarray] = []
+        self._packed: list[PackedRows] = []
 
-    def __enter__(self) -> PosteriorWriter:
-        """Open the file under a provisional name."""
-        self._stream = self._partial.open("wb")
-        self._stream.write(self._header)
-        self._stream.write(self._offsets.data)
-        return self
+    def write(self, voxels: np.ndarray, posterior: np.ndarray) -> None:
+        """Append the rows (n, K) float32 of the next slab, and their places (n,) int32."""
+        if posterior.shape != (len(voxels), self._n_classes):
+            raise ValueError(f"rows {posterior.shape}, not {(len(voxels), self._n_classes)}")
+        self._voxels.append(voxels)
+        self._packed.append(pack_rows(posterior))
 
-    def write(self, posterior: np.ndarray) -> None:
-        """Append the rows (n, K) float32 of the next slab."""
-        if posterior.shape[1:] != self._row_shape[1:]:
-            raise ValueError(f"rows of {posterior.shape[1:]} classes, not {self._row_shape[1:]}")
-        self._stream.write(np.ascontiguousarray(posterior, "<f4").data)
-        self._written += len(posterior)
-
-    def finish(self, voxels: np.ndarray, labels: np.ndarray) -> None:
-        """Write the rest, (N,) int32 and (X, Y, Z) uint8, and give the file its name."""
-        if self._written != self._row_shape[0] or len(voxels) != self._row_shape[0]:
-            raise ValueError(f"{self._written} rows written, {self._row_shape[0]} announced")
-        self._stream.write(np.ascontiguousarray(voxels, "<i4").data)
-        self._stream.write(np.ascontiguousarray(labels, "u1").data)
-        self._stream.close()
-        self._partial.replace(self._path)
-
-    def __exit__(self, *_: object) -> None:
-        """Close, and remove what was not finished."""
-        self._stream.close()
-        self._partial.unlink(missing_ok=True)
+    def finish(self, labels: np.ndarray) -> None:
+        """Write all, labels (X, Y, Z) uint8 too: aside first and renamed."""
+        if len(self._packed) != self._shape[0] or labels.shape != self._shape:
+            raise ValueError(f"{len(self._packed)} slabs, labels {labels.shape}: not {self._shape}")
+        counts, classes, values = zip(*self._packed, strict=True)
+        tensors = {
+            "labels": labels,
+            "offsets": _starts(self._voxels),
+            "voxels": np.concatenate(self._voxels).astype(np.int32, copy=False),
+            "entries": _starts(values),
+            "n_classes": np.array([self._n_classes]),
+            "counts": np.concatenate(counts),
+            "classes": np.concatenate(classes),
+            "values": np.concatenate(values),
+        }
+        partial = self._path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, self._metadata)
+            partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def safetensors_header(
-    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
-) -> bytes:
-    """Return the head of a safetensors file whose tensors follow in the order given.
-
-    Parameters
-    ----------
-    tensors : name -> (type, shape), type one of U8, I32, I64, F32; widest first (alignment)
-    metadata : str -> str
-
-    References
-    ----------
-    https://huggingface.co/docs/safetensors: 8 bytes length, JSON padded by spaces, data.
-    """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name, (kind, shape) in tensors.items():
-        stop = start + int(np.prod(shape, dtype=np.int64)) * _TYPES[kind].itemsize
-        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from bids_varaug.errors import UserError
 from bids_varaug.segmentation.fuse import fuse_members
-from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior
+from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
 from bids_varaug.segmentation.streams import (
     PosteriorReader,
     PosteriorWriter,
@@ -77,11 +77,11 @@ def test_consensus_is_the_argmax_of_the_mean(fusion, mean):
 
 
 def test_mean_posterior_is_written(fusion, mean, tmp_path):
-    written = load_file(tmp_path / "mean.safetensors")
+    written = load_posterior(tmp_path / "mean.safetensors")
     dense = np.zeros((SHAPE[0], SHAPE[1] * SHAPE[2], K), np.float32)
     dense[..., 0] = 1
-    slab = np.repeat(np.arange(SHAPE[0]), np.diff(written["offsets"]))
-    dense[slab, written["voxels"]] = written["posterior"]
+    slab = np.repeat(np.arange(SHAPE[0]), np.diff(written.offsets))
+    dense[slab, written.voxels] = written.posterior
     np.testing.assert_allclose(dense.reshape(mean.shape), mean, atol=1e-7)
 
 
@@ -209,8 +209,8 @@ def test_label_slabs_are_the_members_labels(paths, members):
 
 
 def test_unfinished_file_leaves_nothing(tmp_path):
-    path = tmp_path / "mean.safetensors"
-    writer = PosteriorWriter(path, np.array([0, 1]), 2, (1, 1, 1), {})
-    with pytest.raises(KeyboardInterrupt), writer:
-        raise KeyboardInterrupt
+    writer = PosteriorWriter(tmp_path / "mean.safetensors", (2, 1, 1), 2, {})
+    writer.write(np.zeros(1, np.int32), np.full((1, 2), 0.5, np.float32))
+    with pytest.raises(ValueError, match="1 slabs"):
+        writer.finish(np.zeros((2, 1, 1), np.uint8))
     assert list(tmp_path.iterdir()) == []

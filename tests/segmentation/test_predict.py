@@ -8,6 +8,7 @@ from scipy.ndimage import binary_dilation
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import build_network
+from bids_varaug.segmentation.packing import SMALLEST
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import largest_component, segment_volume
 
@@ -88,6 +89,8 @@ def test_file_keeps_everything(network, image, tmp_path):
     sparse = segment_volume(network, image)
     save_posterior(tmp_path / "m.safetensors", sparse, {"member": "ieee"})
     again = load_posterior(tmp_path / "m.safetensors")
-    for name in ("labels", "offsets", "voxels", "posterior"):
+    for name in ("labels", "offsets", "voxels"):
         assert np.array_equal(getattr(sparse, name), getattr(again, name))
+    expected = np.where(sparse.posterior > SMALLEST, sparse.posterior, 0)
+    assert np.array_equal(again.posterior, expected)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
