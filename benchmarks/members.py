@@ -24,11 +24,19 @@ class Members:
     head : (X, Y, Z) float32, head box on the network grid
     n_grids : one of `GRIDS`
     folder : scratch space
+    finder : who segments it on all grids; the baseline where it is None
     """
 
-    def __init__(self, ensemble: Ensemble, head: np.ndarray, n_grids: int, folder: Path):
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        head: np.ndarray,
+        n_grids: int,
+        folder: Path,
+        finder: Member | None = None,
+    ):
         self._ensemble, self._head = ensemble, head
-        self._finder = ensemble.baseline or ensemble.members[0]
+        self._finder = finder or ensemble.baseline or ensemble.members[0]
         self._mean = self._shift = None
         if n_grids == 1:
             return

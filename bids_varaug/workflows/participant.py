@@ -32,8 +32,8 @@ from bids_varaug.workflows.interfaces import (
 CONFORM_GB, LOCATE_GB, SEGMENT_GB, FUSE_GB, WRITE_GB, REPORT_GB = 1.0, 1.2, 3.0, 1.2, 1.6, 1.0
 AVERAGE_GB = 0.8
 LIBRARIES_GB = 0.6  # of SEGMENT_GB; the rest goes with the number of voxels
-# What a member leaves in the work directory, GB for each class at 1 mm (a brain of 1.5 l).
-POSTERIOR_GB = 0.008
+# What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
+POSTERIOR_GB = 0.07
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -113,8 +113,7 @@ def n_passes(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) 
 def work_gb(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> float:
     """What the members of one scan leave in the work directory, GB."""
     n_files = n_passes(settings, ensemble, members) + (2 if settings.grids > 1 else 0)
-    at_1_mm = POSTERIOR_GB * len(ensemble.labels) * n_files
-    return at_1_mm / network_voxel_size(settings, ensemble) ** 3
+    return POSTERIOR_GB * n_files / network_voxel_size(settings, ensemble) ** 3
 
 
 def finder_of(ensemble: Ensemble, members: Sequence[Member]) -> Member:
