@@ -1,7 +1,7 @@
 """Does the ensemble's spread say where it is wrong? On images with labels, by the app's outputs.
 
     python benchmarks/reliability.py IMAGES_DIR ... --output DIR [--ensemble aseg31]
-        [--members mca seed] [--plot reliability.png]
+        [--members mca seed] [--undo-temperature] [--plot reliability.png]
 
 Segments the ``*_T1w.nii.gz`` of each IMAGES_DIR (what is done is not done again), compares with the
 ``*_dseg.nii.gz`` beside each (FreeSurfer's choroid plexus counts as lateral ventricle, its corpus
@@ -60,7 +60,9 @@ def segment(t1w: list[Path], output: Path, ensemble: str, members: list[str]) ->
     return {path.name: results / links[path.resolve()].parts[-3] / "anat" for path in t1w}
 
 
-def voxels_of(anat: Path, labels: Path, ids: list[int]) -> dict[str, np.ndarray]:
+def voxels_of(
+    anat: Path, labels: Path, ids: list[int], undo_temperature: bool = False
+) -> dict[str, np.ndarray]:
     """Confidence, correctness, entropy and unreliability of each brain voxel of an image."""
     consensus = load(anat, "desc-consensus_dseg").astype(int)
     truth = harmonise(np.asarray(nib.load(labels).dataobj).astype(int))
@@ -70,8 +72,12 @@ def voxels_of(anat: Path, labels: Path, ids: list[int]) -> dict[str, np.ndarray]
     posterior = load(anat, "desc-mean_probseg")
     sidecar = json.loads(next(anat.glob("*desc-mean_probseg.json")).read_text())
     assert len(sidecar["LabelMap"]) == posterior.shape[-1]
+    posterior = posterior[brain].astype(float)
+    if undo_temperature:
+        posterior **= sidecar["Temperature"]
+        posterior /= posterior.sum(-1, keepdims=True)
     return {
-        "confidence": posterior[brain].max(-1).astype(float),
+        "confidence": posterior.max(-1),
         "right": (consensus == truth)[brain],
         "entropy": load(anat, "stat-entropy_statmap")[brain].astype(float),
         "unreliable": load(anat, "label-unreliable_mask")[brain] > 0,
@@ -145,6 +151,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ensemble", default="aseg31")
     parser.add_argument("--members", nargs="+", default=["mca", "seed"])
+    parser.add_argument("--undo-temperature", action="store_true", help="before calibration")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     labels = load_ensemble(options.ensemble).labels
@@ -157,7 +164,8 @@ def main() -> None:
         parts = []
         for image in images:
             anat = folders[image.t1w.name]
-            parts.append((voxels_of(anat, image.labels, ids), volume_rows(anat, image.labels)))
+            voxels = voxels_of(anat, image.labels, ids, options.undo_temperature)
+            parts.append((voxels, volume_rows(anat, image.labels)))
             rows[image.t1w.name.split("_T1w")[0]] = measures(*parts[-1])
         pooled = {key: np.concatenate([v[key] for v, _ in parts]) for key in parts[0][0]}
         rows[f"all of {directory.name}"] = measures(pooled, pd.concat([t for _, t in parts]))

@@ -45,9 +45,11 @@ TRUTH = {
 LEAST_DICE = {"bert": 0.84, "mnesample": 0.80}
 # Relative difference of volumes.
 MOST_RESAMPLING = 0.05
-MOST_RESAMPLING_COUNTED = 0.07  # in voxels of the T1w's grid, finer than the network's
-MOST_RESAMPLING_OF_SLITS_COUNTED = 0.105
 MOST_RESAMPLING_ON_AVERAGE = 0.012
+# In voxels of the T1w's grid, finer than the network's: it loses thin structures.
+MOST_RESAMPLING_COUNTED = 0.06
+MOST_RESAMPLING_OF_SLITS_COUNTED = 0.115
+MOST_RESAMPLING_COUNTED_ON_AVERAGE = 0.02
 LEAST_RESAMPLING_DICE = 0.92
 
 
@@ -197,12 +199,12 @@ def relative_differences(ours: pd.Series, theirs: pd.Series) -> pd.Series:
 
 def differences_when_resampled(output: Path, *members: str) -> pd.Series:
     """Relative difference of the members' mean volumes of one head at 0.88 mm and at 1 mm."""
-    return relative_differences(*(
-        pd.read_csv(next(output.glob(f"sub-{s}/anat/*_morph.tsv")), sep="\t")
-        .query("member in @members")
-        .groupby("name")["volume"].mean()
-        for s in RESAMPLED
-    ))  # fmt: skip
+
+    def volumes(subject: str) -> pd.Series:
+        table = pd.read_csv(next(output.glob(f"sub-{subject}/anat/*_morph.tsv")), sep="\t")
+        return table[table["member"].isin(members)].groupby("name")["volume"].mean()
+
+    return relative_differences(*map(volumes, RESAMPLED))
 
 
 def labels_when_resampled(output: Path, desc: str) -> list[nib.Nifti1Image]:
@@ -225,6 +227,7 @@ def test_counted_voxels_hold_when_a_head_is_resampled(finished):
     slits = differences.index.str.endswith("Inf-Lat-Vent")
     assert differences[~slits].max() < MOST_RESAMPLING_COUNTED, differences.nlargest(3)
     assert differences[slits].max() < MOST_RESAMPLING_OF_SLITS_COUNTED, differences[slits]
+    assert differences.mean() < MOST_RESAMPLING_COUNTED_ON_AVERAGE
 
 
 def test_volumes_hold_worse_on_one_grid(finished, dataset):
