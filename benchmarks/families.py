@@ -1,7 +1,7 @@
 """Spread of the families rr, mca and seed on real heads, beside published numbers.
 
     python benchmarks/families.py T1W.nii.gz ... --output DIR [--n-members 4]
-        [--families rr mca seed] [--published summary.tsv] [--plot families.png]
+        [--families rr mca seed] [--grids 1] [--published summary.tsv] [--plot families.png]
 
 Runs the participant level once for each family, on the same heads and with as many members:
 ``--members ieee --perturb-inference N``, ``--members mca --n-members N``, ``--members seed
@@ -55,15 +55,15 @@ def make_dataset(heads: list[Path], folder: Path) -> Path:
     return folder
 
 
-def run_family(family: str, dataset: Path, output: Path, n_members: int, ensemble: str) -> None:
+def run_family(family: str, dataset: Path, output: Path, options: argparse.Namespace) -> None:
     """Run the participant level on those heads that have no result."""
     done = {path.parent.parent.name for path in output.glob("sub-*/anat/*consensus_dseg.tsv")}
     todo = sorted(p.name.removeprefix("sub-") for p in dataset.glob("sub-*") if p.name not in done)
     if todo:
         command = [
             "bids_varaug", str(dataset), str(output), "participant", "--participant-label", *todo,
-            *FAMILIES[family][1], str(n_members), "--ensemble", ensemble,
-            "--skip-bids-validation", "--clean-workdir",
+            *FAMILIES[family][1], str(options.n_members), "--ensemble", options.ensemble,
+            "--grids", options.grids, "--skip-bids-validation", "--clean-workdir",
             "-w", str(output.with_name(output.name + "_work")),
         ]  # fmt: skip
         subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], check=True)
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--n-members", type=int, default=4)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--ensemble", default="aseg31")
+    parser.add_argument("--grids", default="auto", help="of the app")
     parser.add_argument("--published", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -128,7 +129,7 @@ def main() -> None:
     rows = []
     for family in options.families:
         output = options.output / family
-        run_family(family, dataset, output, options.n_members, options.ensemble)
+        run_family(family, dataset, output, options)
         rows += [
             {"family": family, "head": anat.parent.name, **measures(anat)}
             for anat in sorted(output.glob("sub-*/anat"))
