@@ -104,10 +104,9 @@ def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
 
 
 def n_passes(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> int:
-    """How many times a scan is segmented: by the finder on each grid, by the others once."""
-    if settings.grids == 1:
-        return len(members)
-    return settings.grids + sum(member != finder_of(ensemble, members) for member in members)
+    """How many times a scan is segmented."""
+    on_several = settings.grids if settings.grids > 1 else 0
+    return on_several + len(on_first_grid(settings, ensemble, members))
 
 
 def work_gb(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> float:
@@ -119,6 +118,14 @@ def work_gb(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -
 def finder_of(ensemble: Ensemble, members: Sequence[Member]) -> Member:
     """Return the member that looks for the brain and segments it on several grids."""
     return ensemble.baseline or members[0]
+
+
+def on_first_grid(
+    settings: Settings, ensemble: Ensemble, members: Sequence[Member]
+) -> list[Member]:
+    """Return the members that segment once: of several grids, the finder segments on all."""
+    finder = finder_of(ensemble, members)
+    return [member for member in members if member != finder or settings.grids == 1]
 
 
 def network_voxel_size(settings: Settings, ensemble: Ensemble) -> float:
@@ -146,8 +153,7 @@ def init_scan_wf(
         "conform", 1, CONFORM_GB,
     )  # fmt: skip
     finder = finder_of(ensemble, members)
-    on_several_grids = settings.grids > 1
-    others = [member for member in members if member != finder or not on_several_grids]
+    others = on_first_grid(settings, ensemble, members)
     posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
     posteriors.run_without_submitting = True
     fuse = _node(FuseMembers(families=[member.family for member in members]), "fuse", 1, FUSE_GB)
@@ -171,7 +177,7 @@ def init_scan_wf(
         )  # fmt: skip
         workflow.connect(conform, "head_file", head, "head_file")
         workflow.connect(conform, "geometry_file", head, "geometry_file")
-    if on_several_grids:
+    if settings.grids > 1:
         grids = _segment_node("grids", "offset", settings, ensemble)
         grids.inputs.offset = list(GRIDS[settings.grids])
         grids.inputs.trait_set(member=finder, identity=identify(ensemble, finder))
@@ -188,7 +194,7 @@ def init_scan_wf(
         segment.inputs.identity = [identify(ensemble, member) for member in others]
         workflow.connect(head, "head_file", segment, "head_file")
         workflow.connect(segment, "posterior_file", posteriors, "in2")
-        if on_several_grids:
+        if settings.grids > 1:
             workflow.connect(average, "shift_file", segment, "shift_file")
     workflow.connect([
         (head, write, [("geometry_file", "geometry_file")]),
