@@ -92,6 +92,30 @@ def test_words_say_what_the_numbers_do(gains, half, expected, sentence):
     assert sentence in " ".join(headline(study))
 
 
+@pytest.mark.parametrize(
+    ("p_values", "expected"),
+    [
+        ((0.128, 0.2, 0.3), "No gain"),
+        ((0.02, 0.03, 0.03), "No gain"),  # the best of three
+        ((0.01, 0.2, 0.3), "The ensemble helps"),
+        ((np.nan, np.nan, np.nan), "No gain"),
+    ],
+)
+def test_interval_and_permutation_test_must_agree_on_a_gain(p_values, expected):
+    study = make_study(gains={"members": 1.1, "mean": 1.0, "analytic": 0.9}, half=0.5)
+    study.gains["p_value"] = p_values
+    assert expected in verdict(study)
+    words = " ".join(headline(study))
+    assert expected in words
+    assert ("The interval alone" in words) == (expected == "No gain")
+
+
+def test_interval_and_permutation_test_must_agree_on_harm():
+    study = make_study(gains={"members": -0.5, "mean": -0.4}, half=0.2)
+    study.gains["p_value"] = [0.01, 0.3]
+    assert "No gain" in verdict(study) and "The ensemble harms" not in " ".join(headline(study))
+
+
 def test_a_useless_model_is_called_so():
     study = make_study()
     study.scores.loc[study.scores["augmentation"] == "mean_predictor", "mae"] = 4.9
