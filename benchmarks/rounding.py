@@ -1,12 +1,13 @@
 """What Monte Carlo arithmetic costs on the shipped network: time and memory against plain torch.
 
     python benchmarks/rounding.py [--repeats 5] [--threads 2] [--side 128]
-        [--accumulation fast none exact]
+        [--accumulation fast none exact] [--work infer train train_in_bfloat16]
 
 Inference: features and classification of a head box of 160 x 192 x 160 voxels, as the participant
 level runs them. Training: forward pass, loss, backward pass and optimiser step on a cube of `side`
-voxels, float32. In every round each way runs once, plain torch first; printed are medians over
-rounds of the ratio within a round. Peak memory is that of a process of its own for each way.
+voxels, in float32, or with bfloat16 autocast as members are trained. In every round each way runs
+once, plain torch first; printed are medians over rounds of the ratio within a round. Peak memory is
+that of a process of its own for each way.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def arithmetic(way: str, seed: int):
 
 
 class Work:
-    """The two things that are timed."""
+    """What is timed."""
 
     def __init__(self, ensemble: str, side: int):
         loaded = load_ensemble(ensemble)
@@ -65,13 +66,22 @@ class Work:
                 self.network.classify(type(features)(body, rim))
 
     def train(self) -> None:
-        """One training step."""
+        """One training step in float32."""
+        self._step(in_bfloat16=False)
+
+    def train_in_bfloat16(self) -> None:
+        """One training step with bfloat16 autocast."""
+        self._step(in_bfloat16=True)
+
+    def _step(self, in_bfloat16: bool) -> None:
         self.network.train().requires_grad_()
         if self.optimiser is None:
             self.optimiser = Optimiser(self.network, weight_decay=1e-4)
             self.optimiser.set_lr(1e-6)
         self.optimiser.zero_grad()
-        training_loss(self.network, self.cube, self.target, seed=0).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = training_loss(self.network, self.cube, self.target, seed=0)
+        loss.backward()
         self.optimiser.step()
 
 
@@ -111,6 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", type=int, default=128, help="of the training cube, voxels")
     parser.add_argument("--accumulation", nargs="+", default=["fast", "none", "exact"])
+    parser.add_argument("--work", nargs="+", default=["infer", "train", "train_in_bfloat16"])
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args()
     use_threads(options.threads)
@@ -124,7 +135,7 @@ def main() -> None:
     print(f"{date.today()}, {options.threads} threads of {model}, torch {torch.__version__}\n")
     print("| work | way | median s | ratio to plain (lowest to highest) | peak GiB |")
     print("|---|---|---|---|---|")
-    for name in ("infer", "train"):
+    for name in options.work:
         action = getattr(work, name)
         for way in ways:
             timed(action, way, 0)  # compiles, fills caches

@@ -14,7 +14,7 @@ from bids_varaug.compiled import compiled
 from bids_varaug.numerics.bits import like
 from bids_varaug.numerics.last_rounding import Finish, dithered, gridded
 from bids_varaug.numerics.random_numbers import line_key, random_word, remixed, standard
-from bids_varaug.numerics.rules import DITHER, STOCHASTIC
+from bids_varaug.numerics.rules import DITHER, STOCHASTIC, UP_DOWN
 
 _BLOCK = 8192
 SMALL = 4 * _BLOCK  # elements below which waking other threads takes longer than the work
@@ -96,22 +96,39 @@ def perturb_flat(y: np.ndarray, deviation: np.ndarray, stream: np.uint64, how: F
     (_perturb_serial if y.size <= SMALL else _perturb_parallel)(y, deviation, stream, how)
 
 
+@compiled()
+def _round_half_line(bits, key, exponent_mask, grid_mask, width, kind):
+    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for i in range(bits.size):
+        word = random_word(i, first, second)
+        old = np.int32(bits[i])
+        magnitude = np.int32(old & np.int32(0x7FFF))
+        if kind == DITHER:
+            share = np.float32(np.float32(np.int32(word)) * np.float32(2**-32))
+            moved = np.int32(magnitude + np.int32(np.rint(share * width)))
+        elif kind == STOCHASTIC:
+            moved = np.int32(magnitude + np.int32(np.int32(word) & grid_mask))
+            moved = np.int32(moved & ~grid_mask)
+        else:  # up-down
+            step = np.int32(grid_mask + np.int32(1))
+            moved = np.int32(np.int32(magnitude + np.int32(step >> np.int32(1))) & ~grid_mask)
+            moved = np.int32(moved + (step if word & np.uint32(0x80000000) else np.int32(-step)))
+        finite = (0 < magnitude) & (magnitude < exponent_mask)
+        finite &= (0 < moved) & (moved < exponent_mask)
+        # Not a choice between old and new: that becomes a masked store, eight times as long
+        change = np.int32(np.int32(moved - magnitude) & np.int32(-np.int32(finite)))
+        bits[i] = np.int16(np.int32(old + change))
+
+
 @compiled(parallel=True)
 def round_halves(bits, exponent_mask, grid_mask, width, kind, stream):
     """Round 16-bit floats, given as int16 (n,), once; they came out of wider arithmetic."""
     for block in prange((bits.size + _BLOCK - 1) // _BLOCK):
+        line = bits[block * _BLOCK : min(bits.size, (block + 1) * _BLOCK)]
         key = line_key(stream, block)
-        start = block * _BLOCK
-        for i in range(start, min(bits.size, start + _BLOCK)):
-            word = random_word(i - start, key, key >> np.uint64(32))
-            magnitude = np.int32(bits[i]) & np.int32(0x7FFF)
-            moved = magnitude
-            if kind == DITHER:
-                moved += np.int32(np.rint(np.float32(np.int32(word)) * np.float32(2**-32) * width))
-            elif kind == STOCHASTIC:
-                moved = (magnitude + (np.int32(word) & grid_mask)) & ~grid_mask
-            else:
-                moved = (magnitude + ((grid_mask + 1) >> 1)) & ~grid_mask
-                moved += (grid_mask + 1) if word & np.uint32(0x80000000) else -(grid_mask + 1)
-            if 0 < magnitude < exponent_mask and 0 < moved < exponent_mask:
-                bits[i] = np.int16(moved | (np.int32(bits[i]) & np.int32(-0x8000)))
+        if kind == DITHER:
+            _round_half_line(line, key, exponent_mask, grid_mask, width, DITHER)
+        elif kind == STOCHASTIC:
+            _round_half_line(line, key, exponent_mask, grid_mask, width, STOCHASTIC)
+        else:
+            _round_half_line(line, key, exponent_mask, grid_mask, width, UP_DOWN)
