@@ -119,8 +119,9 @@ def _gain(study: Study) -> str:
         )
     largest = candidates["high"].max()
     odds = (
-        " The interval alone would say that it helps; the permutation test does not, and in small "
-        "samples it is the one to trust."
+        " The interval alone would say that it helps; the permutation test"
+        + (f", allowing for all {tried}," if tried > 1 else "")
+        + " does not, and in small samples it is the one to trust."
         if best["low"] > 0
         else ""
     )
