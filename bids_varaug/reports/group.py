@@ -23,7 +23,7 @@ from bids_varaug.reports.group_figures import (
     p_text,
     signed,
 )
-from bids_varaug.reports.group_words import headline, percent, verdict
+from bids_varaug.reports.group_words import ALPHA, headline, percent, verdict
 from bids_varaug.reports.page import render_page
 
 
@@ -292,7 +292,7 @@ def _comparison_words(other: ComparedPipeline) -> list[str]:
     }
     sentences = []
     for row in other.comparison.itertuples():
-        sure = row.p_value < 0.05
+        sure = row.p_value < ALPHA
         less = "smaller" if row.ratio < 1 else "larger"
         share = f"{percent(abs(row.ratio - 1))} {less}"
         limits = (

@@ -10,7 +10,7 @@ from bids_varaug.brainage.study import BASELINES, Study
 from bids_varaug.reports.group_figures import p_text, signed
 from bids_varaug.reports.volume_plot import short_name
 
-ALPHA = 0.05  # of the permutation tests, as that of the intervals
+ALPHA = 0.05  # of tests, as that of the 95 % intervals
 
 
 def headline(study: Study, numerics: pd.DataFrame | None = None) -> list[str]:
@@ -118,7 +118,7 @@ def _gain(study: Study) -> str:
             f"{abs(best['gain']):.2f} years larger ({limits})."
         )
     largest = candidates["high"].max()
-    odds = (
+    caution = (
         " The interval alone would say that it helps; the permutation test"
         + (f", allowing for all {tried}," if tried > 1 else "")
         + " does not, and in small samples it is the one to trust."
@@ -127,7 +127,7 @@ def _gain(study: Study) -> str:
     )
     return (
         f"No gain from the ensemble can be shown: the best augmentation, '{name}', changes the "
-        f"error by {signed(best['gain'])} years ({limits}; positive is better).{odds}{many} "
+        f"error by {signed(best['gain'])} years ({limits}; positive is better).{caution}{many} "
         f"A gain of more than {largest:.2f} years is unlikely with these features and people."
     )
 
