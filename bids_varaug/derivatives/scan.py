@@ -20,6 +20,7 @@ from bids_varaug.derivatives.write import (
     write_json,
     write_table,
 )
+from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import to_native_scalar
 from bids_varaug.images.crop import insert
 from bids_varaug.images.geometry import Geometry
@@ -164,7 +165,7 @@ def write_scan(
     )
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
-    brain_volume = float(brain.sum()) * abs(float(np.linalg.det(geometry.native_affine[:3, :3])))
+    brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
     writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
     writer.labels("consensus_dseg", consensus.labels)
@@ -179,7 +180,7 @@ def write_scan(
         # The spread of an earlier run's members would be taken for that of this consensus.
         for key in (*_OUTSIDE, "unreliable_mask"):
             writer.remove(key)
-    _write_tables(writer, request, files, geometry.voxel_size**3)
+    _write_tables(writer, request, files, voxel_volume(geometry.conformed_affine))
     return writer.written
 
 
@@ -213,15 +214,15 @@ def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
                 "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
-def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel_volume: float) -> None:
+def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel: float) -> None:
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
         entropy_mean = arrays["entropy_mean"]
     families = [member.family for member in request.members]
     labels = request.ensemble.labels
-    writer.table("regions_tsv", region_table(counts, families, labels, voxel_volume, entropy_mean))
+    writer.table("regions_tsv", region_table(counts, families, labels, voxel, entropy_mean))
     ids = [member.id for member in request.members]
-    writer.table("members_tsv", members_table(counts, ids, families, labels, voxel_volume))
+    writer.table("members_tsv", members_table(counts, ids, families, labels, voxel))
 
 
 def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:

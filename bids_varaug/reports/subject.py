@@ -14,6 +14,7 @@ from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
+from bids_varaug.images.affine import voxel_sizes
 from bids_varaug.images.conform import conform
 from bids_varaug.images.crop import is_probably_cropped
 from bids_varaug.images.load import Volume, load_t1w
@@ -81,8 +82,8 @@ def scan_report(request: ReportRequest, scan: Scan) -> ScanReport:
     regions = _read_table(output_dir, scan, "regions_tsv")
     members = _read_table(output_dir, scan, "members_tsv")
     labels = _read_image(output_dir, scan, "consensus_dseg")
-    volume = load_t1w(scan.path)
-    zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    volume = load_t1w(scan.path, request.settings.trust)
+    zooms = voxel_sizes(volume.affine)
     coarse = 2.0  # mm, fine enough to judge the field of view
     doubt = is_probably_cropped(conform(volume, coarse).data, coarse)
     warnings = find_warnings(regions, zooms, volume.data, labels)
