@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +30,12 @@ from bids_varaug.reports.participant import (
 from bids_varaug.reports.plausibility import find_warnings
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.reports.volume_plot import draw_volumes
+from bids_varaug.variability.quality import describe_verdicts
 
+NO_VERDICTS = (
+    "The table of structures has no verdicts, an older version wrote it: run without "
+    "--reports-only to get them."
+)
 # Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same
 # one), and what the group level is asked.
 _NOT_SHOWN = frozenset(
@@ -85,13 +91,15 @@ def scan_report(request: ReportRequest, scan: Scan) -> ScanReport:
     zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
     coarse = 2.0  # mm, fine enough to judge the field of view
     doubt = is_probably_cropped(conform(volume, coarse).data, coarse)
-    warnings = find_warnings(regions, zooms, volume.data, labels)
+    warnings = find_warnings(zooms, volume.data, labels)
+    warnings += describe_verdicts(regions) if "verdict" in regions else [NO_VERDICTS]
     return ScanReport(
         prefix=scan.prefix,
         figures=dict(_draw(request, scan, volume, labels, members)),
         regions=regions,
         members=members,
         warnings=warnings if doubt is None else [doubt, *warnings],
+        limits=_read_sidecar(output_dir, scan, "regions_tsv").get("VolumeLimits", ""),
         provenance={
             "T1w": scan.relative,
             "Grid": f"{' x '.join(str(n) for n in volume.data.shape)} voxels of "
@@ -127,6 +135,14 @@ def _read_image(output_dir: Path, scan: Scan, key: str) -> np.ndarray:
 def _read_table(output_dir: Path, scan: Scan, key: str) -> pd.DataFrame:
     path = _existing(names.OUTPUTS[key].path(output_dir, scan), scan)
     return pd.read_csv(path, sep="\t", na_values=["n/a"])
+
+
+def _read_sidecar(output_dir: Path, scan: Scan, key: str) -> dict:
+    path = _existing(names.OUTPUTS[key].sidecar(output_dir, scan), scan)
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ScanError(f"{path}: damaged ({error}). Run without --reports-only.") from error
 
 
 def _existing(path: Path, scan: Scan) -> Path:
