@@ -4,9 +4,10 @@
 
 ADULTS.tsv holds FreeSurfer's volumes (mm3), ages and sexes of people without disease, for example
 fcon1000_freesurfer.tsv of the 1000 Functional Connectomes (Biswal et al. 2010; Rutherford et al.
-2022, eLife 11:e72904). Everybody from 18 years on is judged three times by
-`bids_varaug.variability.quality`: as of unknown age, by age, and by age and sex. Only volumes and
-asymmetries count, since these people have one segmentation each.
+2022, eLife 11:e72904). Everybody from 18 years on is judged four times by
+`bids_varaug.variability.quality`: as of unknown age, by age, by age and sex, and as if 22 years old
+(what limits by age can find). Only volumes and asymmetries count, since these people have one
+segmentation each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
 from bids_varaug.training.labels import load_scheme
 from bids_varaug.variability.quality import ADULT_AGE, judge_regions
 
-BINS = (18, 30, 50, 65, 100)  # years
+BINS = (18, 30, 50, 70, 100)  # years
 
 
 def judge(person: pd.Series, structures: dict[int, str], age, sex) -> pd.DataFrame:
@@ -43,10 +44,10 @@ def main() -> None:
     structures = {int(i): name for i, name in ids.items() if name in adults}
     print(f"{len(adults)} adults, {len(structures)} structures; people with a warning:")
     groups = np.digitize(adults["age"], BINS)
-    for what in ("age unknown", "by age", "by age and sex"):
+    for what in ("age unknown", "by age", "by age and sex", "as 22 years old"):
         worst, hit = [], Counter()
         for _, person in adults.iterrows():
-            age = None if what == "age unknown" else person["age"]
+            age = {"age unknown": None, "as 22 years old": 22.0}.get(what, person["age"])
             judged = judge(person, structures, age, person["sex"] if "sex" in what else None)
             odd = judged[judged["verdict"] != "good"]
             hit.update(odd["name"].str.removeprefix("Left-").str.removeprefix("Right-").unique())
