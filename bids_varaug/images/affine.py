@@ -50,7 +50,8 @@ def choose_affine(
     Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
     differ in voxel size or axes, a form in scanner space goes before one in a template's; of two of
     the same kind the qform, which has the sizes of pixdim, if the sizes differ, else the sform. A
-    lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim.
+    lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim (but where
+    these are all 1, as in a header that nobody filled in).
 
     Parameters
     ----------
@@ -90,7 +91,8 @@ def choose_affine(
     if trust is None and len(forms) == 1 and pixdim.all() and not _same_sizes(sizes, pixdim):
         warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
                         f"pixdim of {_mm(pixdim)}.")  # fmt: skip
-        if (pixdim == _unit(header)[1]).all():  # what a header has that nobody filled in
+        if (pixdim == _unit(header)[1]).all() and codes[chosen] not in _TEMPLATES:
+            # pixdim of 1 is what a header has that nobody filled in.
             warnings[-1] += f" The {chosen} was used. {_FIX}"
         else:
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim

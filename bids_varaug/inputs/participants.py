@@ -105,6 +105,7 @@ def read_people(
     sex_column: str = "sex",
     site_column: str = "site",
     require_age: bool = True,
+    only: str | None = None,
 ) -> People:
     """Read participants.tsv, its sidecar, and the sessions' tables that have ages.
 
@@ -119,8 +120,8 @@ def read_people(
     bids_dir : Path
         A raw dataset; images are not looked at.
     age_column, sex_column, site_column : str
-    require_age : bool
-        False to read whoever is there, with or without age (to apply a model).
+    require_age : False to read whoever is there, with or without age
+    only : participant (``sub-01``) of whom alone a table of sessions is read
 
     Raises
     ------
@@ -159,14 +160,13 @@ def read_people(
         for row in zip(participants, sessions, ages, sexes, sites, strict=True)
     }
     first = {row[0]: row for row in reversed(rows.values())}
-    for tsv in _session_tables(Path(bids_dir), first.keys()):
+    for tsv in _session_tables(Path(bids_dir), {only} & first.keys() if only else first):
         participant, _, _, sex, site = first[tsv.parent.name]
         for session, age in _session_ages(tsv, age_column, left_out, notes):
             rows[participant, session] = (participant, session, age, sex, site)
             if not math.isnan(age):
                 left_out.pop(participant, None)
-    rows = list(rows.values())
-    return People(_table(rows), left_out, tuple(notes))
+    return People(_table(list(rows.values())), left_out, tuple(notes))
 
 
 def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
@@ -237,7 +237,7 @@ def read_sexes(
     levels = next((entry[key] for key in entry if plain_name(str(key)) == "levels"), None)
     explained = {}
     for code, meaning in levels.items() if isinstance(levels, dict) else ():
-        text = meaning if isinstance(meaning, str) else dict(meaning or {}).get("Description", "")
+        text = meaning.get("Description") if isinstance(meaning, dict) else meaning
         explained[str(code)] = _SEX_OF.get(plain_name(str(text)))
     values = table.column(column)
     sexes = [

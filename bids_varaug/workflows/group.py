@@ -35,7 +35,7 @@ from bids_varaug.brainage.outputs import (
 from bids_varaug.brainage.population import (
     compare_pipelines,
     numerical_variability,
-    read_minimum_dice,
+    read_regions,
 )
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
@@ -236,11 +236,11 @@ def _numerics(
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
     if cohort.members is None:
         return None, []
-    seed, dice = settings.random_seed, None
+    seed, known = settings.random_seed, {}
     if settings.features_table is None:
         observations = cohort.people.set_index("observation")["participant_id"].to_dict()
-        dice = read_minimum_dice(settings.output_dir, observations)
-    numerics = numerical_variability(cohort, seed, dice_min=dice)
+        known = read_regions(settings.output_dir, observations)
+    numerics = numerical_variability(cohort, seed, **known)
     compared = []
     for name, path in settings.compare:
         other = _compared(path, seed)

@@ -237,7 +237,11 @@ class WriteScan(_Step):
             Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
             Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
         )  # fmt: skip
-        written = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        written, doubts = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        if doubts:
+            scan = inputs.request.scan
+            print(f"WARNING: {scan.path}: {' '.join(doubts)} See sub-{scan.subject}.html.",
+                  file=sys.stderr, flush=True)  # fmt: skip
         if inputs.request.settings.clean_workdir:
             record_finished(inputs.request, written, folder)
         return {"out_files": [str(path) for path in written]}

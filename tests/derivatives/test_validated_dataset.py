@@ -36,6 +36,8 @@ def _write_outputs(output_dir, scan):
         path = output.path(output_dir, scan, member)
         if output.extension == ".tsv":
             row = {column: 1 for column in output.columns} | {"name": "L-Hip", "index": 17}
+            if "verdict" in row:
+                row |= {"verdict": "caution", "reason": "CV 6.1 % (above 5 %); 9 voxels"}
             if "member" in row:
                 row |= {"member": "mca01", "family": "mca"}
             write.write_table(pd.DataFrame([row]), path)

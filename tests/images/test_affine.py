@@ -68,6 +68,7 @@ def test_a_lone_template_form_takes_the_sizes_of_pixdim():
     np.testing.assert_allclose(voxel_sizes(affine), (1, 0.9, 1), atol=1e-6)
     assert voxel_volume(affine) == pytest.approx(0.9)
     assert "pixdim" in warnings[0] and "MNI152" in warnings[1]
+    assert voxel_volume(chosen((scaled(1.2), MNI), pixdim=(1, 1, 1))[0]) == pytest.approx(1)
 
 
 def test_pixdim_that_nobody_filled_in_does_not_count():

@@ -225,3 +225,22 @@ def test_real_dataset_is_read(shared_data):
     people = read_people(shared_data / "bids" / "ds002748-subset")
     assert len(people.table) == 12 and people.table["age"].between(19, 55).all()
     assert people.table["sex"].value_counts().to_dict() == {"F": 7, "M": 5}
+
+
+def test_tables_of_sessions_of_others_are_left_alone(dataset):
+    sessions = "session_id\tage\nses-1\t31\n"
+    folder = dataset(
+        "participant_id\tage\nsub-01\t30\nsub-02\t40\n", **{"01": sessions, "02": "damaged\t\n"}
+    )
+    people = read_people(folder, only="sub-01")
+    assert people.find("sub-01", "ses-1").age == 31 and people.find("sub-02").age == 40
+
+
+def test_levels_that_are_no_text_do_not_stop_the_reading(dataset):
+    levels = {"1": ["male"], "2": 5, "3": {"Description": "female"}, "4": None}
+    people = read_people(
+        dataset(
+            "participant_id\tage\tsex\nsub-01\t30\t3\nsub-02\t40\t1\n", {"sex": {"Levels": levels}}
+        )
+    )
+    assert people.table["sex"].tolist() == ["F", "M"]

@@ -186,7 +186,7 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     assert run_validator(tmp_path / "out") == []
 
 
-def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
+def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear, capsys):
     out = tmp_path / "out"
     assert app(out, *linear, "--members", "ieee", "--participant-label", "02") == 0
     folder = out / "sub-02" / "anat"
@@ -197,6 +197,11 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
     assert not list(folder.glob("*_statmap.nii.gz"))
     regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
     assert regions["volume_std"].isna().all()
+    assert set(regions["verdict"]) <= {"unknown", "unreliable"}
+    assert regions["reason"].str.contains("spread unknown with one member").all()
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "structures" in line]
+    assert told.startswith("WARNING: /") and "sub-02_acq-las_run-1_T1w.nii.gz: " in told
+    assert 'class="fine"' not in (out / "sub-02.html").read_text()
     assert run_validator(out) == []
 
 
