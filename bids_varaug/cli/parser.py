@@ -353,6 +353,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         ),
         bids_database_dir=given.bids_database_dir,
         skip_bids_validation=given.skip_bids_validation,
+        trust=given.trust,
         ensemble=given.ensemble,
         members=_unique(name for names in given.members for name in names),
         n_members=given.n_members,
