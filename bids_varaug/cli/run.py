@@ -85,6 +85,7 @@ def run_participants(settings: Settings) -> ExitCode:
     from bids_varaug.workflows.workers import start_workers_server
 
     start_workers_server(settings)
+    from bids_varaug.brainage.provenance import check_rerun, run_origin
     from bids_varaug.cli.resources import check_memory
     from bids_varaug.derivatives import names
     from bids_varaug.inputs.scans import find_scans, select_participants
@@ -119,6 +120,8 @@ def run_participants(settings: Settings) -> ExitCode:
         print(f"WARNING: {note}", file=sys.stderr)
     for complaint in selection.complaints:
         print(f"ERROR: {complaint}", file=sys.stderr)
+    made_again = () if settings.reports_only else selection.scans
+    check_rerun(settings.output_dir, run_origin(settings, ensemble, members), made_again)
     if settings.dry_run:
         _print_plan(selection.scans, members)
         return ExitCode.DONE
