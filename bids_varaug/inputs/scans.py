@@ -143,8 +143,8 @@ def find_scans(settings: Settings) -> Selection:
         who = f"participant {_some(participants)}" if named else "any participant"
         expected = f"{bids_dir}: no T1w image of {who}. Expected {EXPECTED.format('<label>')}"
         raise NoInputError("\n".join([expected, *_explain(left_out)]))
-    with_any = {scan.subject for scan in everything}
     with_ignored = {relative[4:].partition("/")[0] for relative in left_out[IGNORED]}
+    with_any = {scan.subject for scan in everything} | with_ignored
     sessions = _existing_labels(
         settings.session_labels, {scan.session for scan in everything} - {None}, "--session-label",
         "no T1w image in session {} of the requested participants", "ses",
@@ -155,15 +155,15 @@ def find_scans(settings: Settings) -> Selection:
         none = f"{bids_dir}: none of the {len(everything)} T1w images passes --session-label and "
         none += "--bids-filter-file. Loosen them."
         raise FiltersError("\n".join([none, *_explain(left_out)]))
-    scans, complaints = _split_available(bids_dir, sorted(wanted, key=_scan_key), not named)
+    wanted.sort(key=lambda scan: (natural_key(scan.relative), scan.relative))
+    scans, complaints = _split_available(bids_dir, wanted, not named)
     if not scans:
         raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *complaints]))
     if misnamed := left_out.pop(MISNAMED):
         complaints.append(f"{', '.join(misnamed)}: {MISNAMED}")
     # A participant who was named must not vanish silently because of a filter.
     with_wanted = {scan.subject for scan in wanted}
-    seen = with_any | with_ignored
-    without = [p for p in participants if p not in (with_wanted if p in named else seen)]
+    without = [p for p in participants if p not in (with_wanted if p in named else with_any)]
     for p in without:
         reason = IGNORED if p in with_ignored else f"no {EXPECTED.format(p)}"
         complaints.append(f"sub-{p}: {reason}")
@@ -272,10 +272,6 @@ def _sort_out(
 
 def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
     return [f"{_some(names)}: {reason}" for reason, names in left_out.items() if reason and names]
-
-
-def _scan_key(scan: Scan) -> tuple:
-    return natural_key(scan.relative), scan.relative
 
 
 def _split_available(
