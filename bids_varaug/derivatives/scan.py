@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.compiled import compiled
-from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
 from bids_varaug.derivatives.request import ScanRequest
-from bids_varaug.derivatives.sidecars import package_version, sidecar
+from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
 from bids_varaug.derivatives.write import (
     write_image,
     write_image_series,
@@ -108,6 +109,7 @@ class ScanWriter:
         path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
         write_table(table, path)
         if key == "members_tsv":  # the group level must not mix ensembles or versions
+            self._remove_strangers()
             self._sidecar(key, None, extra=self._origin())
         elif key != "regions_tsv":  # shares the sidecar of the consensus labels
             self._sidecar(key, None)
@@ -116,14 +118,37 @@ class ScanWriter:
     def _origin(self) -> dict:
         """Which weights and which version of the package made the numbers."""
         ensemble, members = self.request.ensemble, self.request.members
+        seeds = {member.id: member.seed for member in members if member.is_rounded}
         return {
             "Ensemble": {
                 "Name": ensemble.name,
                 "Version": ensemble.version,
                 "SHA256": {member.id: member.sha256 for member in members},
+                **({"Seed": seeds} if seeds else {}),
             },
             "GeneratedBy": [{"Name": "bids_varaug", "Version": package_version()}],
         }
+
+    def _remove_strangers(self) -> None:
+        """Remove what a run with another ensemble left of this image, and this run did not replace.
+
+        Labels of members would be taken for those of this run.
+        """
+        settings, scan = self.request.settings, self.request.scan
+        path = OUTPUTS["members_tsv"].sidecar(settings.output_dir, scan)
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return  # nothing was finished before
+        now = self._origin() | {GRIDS_KEY: settings.grids, "Sloppy": settings.sloppy}
+        before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
+        if all(before.get(key) == value for key, value in now.items()):
+            return
+        stems = {_stem(path) for path in self.written} | {_stem(path)}
+        for old in path.parent.iterdir():
+            ours = old.name.startswith(f"{scan.prefix}_seg-{SEGMENTATION}_")
+            if ours and _stem(old) not in stems:
+                old.unlink()
 
     def remove(self, key: str) -> None:
         """Remove an output of an earlier run, and its sidecar."""
@@ -272,6 +297,11 @@ def _who(request: ScanRequest) -> tuple[float | None, str | None, str]:
     if person is None:
         return None, None, ""
     return person.age, person.sex, f" ({person.reason})" if person.reason else ""
+
+
+def _stem(path: Path) -> str:
+    """Name that an output shares with its sidecar."""
+    return path.name.partition(".")[0]
 
 
 def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:
