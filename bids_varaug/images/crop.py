@@ -66,8 +66,9 @@ def head_box(
     Box
     """
     first, last = bounds(data > 0) if data.any() else (np.zeros(3, int), np.array(data.shape))
-    inside = data[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
-    low, high = (edge + first for edge in bounds(head_mask(inside, voxel_size)))
+    rim = round(2 * _COARSE_MM / voxel_size)  # of air, whatever the image has
+    inside = extract(data, Box(tuple(first - rim), tuple(last - first + 2 * rim)))
+    low, high = (edge + first - rim for edge in bounds(head_mask(inside, voxel_size)))
     margin = round(margin_mm / voxel_size)
     low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
     return enclose(low - margin, high + margin, data.shape, multiple)

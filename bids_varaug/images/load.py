@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from bids_varaug.errors import ScanError
 from bids_varaug.images.affine import choose_affine, voxel_sizes, voxel_volume
-from bids_varaug.images.intensity import MAX_JUMP_SHARE, jump_share, standardise
+from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.models.memory import GIB, memory_bound
 
 MAX_VOXELS = 400_000_000
@@ -278,11 +278,11 @@ def _check_values(path: Path, data: np.ndarray) -> None:
 
 
 def _check_continuity(path: Path, data: np.ndarray) -> None:
-    share = jump_share(data)
-    if share > MAX_JUMP_SHARE:
+    share = spike_share(data)
+    if share > MAX_SPIKE_SHARE:
         raise ScanError(
-            f"{path.name}: {share:.1%} of neighbouring voxels jump from the darkest to the "
-            "brightest value. Either bright voxels wrapped around when the file was written "
+            f"{path.name}: {share:.1%} of the voxels are dark among bright ones, or bright among "
+            "dark ones. Either bright voxels wrapped around when the file was written "
             "(convert it again, as uint16 or float32), or noise fills the background, as in the "
             "UNI image of MP2RAGE (use the denoised one, combine UNI with both inversions, or "
             "extract the brain)."

@@ -61,7 +61,10 @@ def crop_to_brain(
 
 
 def _halve(head: np.ndarray, multiple: int) -> np.ndarray:
-    """Means of 2x2x2 voxels, with empty voxels after them up to sides that are multiples."""
+    """Means of 2x2x2 voxels, with empty voxels after them up to sides that are multiples.
+
+    Twice the multiple at least: the network cannot normalise a level of one voxel.
+    """
     half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()
-    missing = [-side % multiple for side in half.shape]
+    missing = [max(-side % multiple, 2 * multiple - side) for side in half.shape]
     return np.pad(half, [(0, n) for n in missing])
