@@ -121,9 +121,9 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     in_template = [codes[form] in _TEMPLATES for form in ("sform", "qform")]
     qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
     chosen = "qform" if qform_first else "sform"
+    apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
     return chosen, [
-        f"The header contradicts itself: {' and '.join(told)}, {angle:.0f} degrees apart. The "
-        f"{chosen} was used. {_FIX}"
+        f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"
     ]
 
 
