@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.ndimage import label
 
-PADDING_SHARE = 0.1
+PADDING_SHARE = 0.01
 """Of the voxels on the image's faces, or of all: a value that more have is no tissue's."""
 MAX_SPIKE_SHARE = 1.5e-3
 """At most 1e-4 in the real images at hand; 6e-3 with MP2RAGE's noise, 7e-3 where tissue wrapped."""
