@@ -51,6 +51,7 @@ class Member:
     file: str
     sha256: str
     base: str | None = None
+    steps: int | None = None
 
     @property
     def is_baseline(self) -> bool:

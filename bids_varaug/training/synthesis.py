@@ -192,7 +192,11 @@ class Randomiser:
         if self._chance(rng, 0.7):
             keep |= tissue == TISSUES.index("csf")
         width = 2 * int(self._uniform(rng, 0.6, 2.6) / voxel_size + 0.5) + 1
-        soft = F.avg_pool3d(keep.float()[None, None], width, 1, width // 2)[0, 0]
+        soft = keep.float()[None, None]
+        for axis in range(3):  # a box is three lines: a third of the time
+            line = [width if a == axis else 1 for a in range(3)]
+            soft = F.avg_pool3d(soft, line, 1, [n // 2 for n in line])
+        soft = soft[0, 0]
         wobble = self._uniform(rng, 0.0, 0.15) * self._field(rng, image.shape, 15.0 / voxel_size)[0]
         threshold = self._uniform(rng, 0.15, 0.6)
         return torch.where(soft + wobble > threshold, image, 0.0)
