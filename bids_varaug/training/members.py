@@ -27,7 +27,7 @@ from bids_varaug.models.ensemble import (
     write_manifest,
 )
 from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.models.weights import save_weights
+from bids_varaug.models.weights import FORMAT, save_weights
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.numerics.rules import DIGITS
 from bids_varaug.training.calibrate import calibrate
@@ -148,7 +148,7 @@ class Workshop:
         checksum = save_weights(network, self.directory / name)
         return Member(
             plan.id, plan.family, plan.seed, self.precision if plan.is_perturbed else None,
-            name, checksum, steps=self.recipe.steps,
+            name, checksum, steps=self.recipe.steps, format=FORMAT,
         )  # fmt: skip
 
 
