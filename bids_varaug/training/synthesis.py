@@ -101,8 +101,13 @@ class Randomiser:
     def _field(self, rng, shape, spacing: float, channels: int = 1) -> torch.Tensor:
         """Smooth noise (channels, *shape), knots `spacing` voxels apart, about unit variance."""
         knots = [max(2, round(side / spacing) + 1) for side in shape]
-        coarse = self._normal(rng, 1, channels, *knots)
-        return F.interpolate(coarse, size=tuple(shape), mode="trilinear", align_corners=True)[0]
+        field = self._normal(rng, channels, *knots)
+        for n, side in zip(knots, shape, strict=True):
+            # Linearly along one axis, which moves to the end: five times as fast as trilinearly
+            knot = torch.eye(n, device=self.device)[None]
+            line = F.interpolate(knot, size=side, mode="linear", align_corners=True)[0]
+            field = torch.tensordot(field, line, ([1], [0]))
+        return field
 
     def _sample_places(self, head, shape, voxel_size, rng) -> list[torch.Tensor]:
         """Return where in the head (voxels, per axis) a placed, turned, warped window looks."""
