@@ -105,12 +105,13 @@ def assemble(
     if not len(found.values):
         reasons = [f"{who}: {why}" for who, why in found.left_out.items()]
         raise CohortError(f"nobody is left to study. Left out: {some(reasons, '; ')}.")
-    if features is None and len(found.values) > 1:
+    if features is None and len(found.values) > 1 and found.names:
         dropped |= _drop_constant(found)
     if not found.names:
+        reasons = {**source.get("ignored_columns", {}), **dropped}
         raise CohortError(
-            "no feature is left: all are missing or the same for everybody "
-            f"({some([f'{name}: {why}' for name, why in dropped.items()], '; ')})."
+            "no feature is left: all are missing, the same for everybody, or no measures of the "
+            f"brain ({some([f'{name}: {why}' for name, why in reasons.items()], '; ')})."
         )
     baseline, members, ids = _split(found)
     added = {

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t
 
-LEAST_SLOPE = 0.1
+CONFIDENCE = 0.95
+WORST_SHARE = 0.5  # of the slope: half the width of its confidence interval
+LEAST_R2 = 0.5
+WITHHELD = (
+    "The correction of age bias is withheld, and brain_age_corrected and brain_age_gap are n/a: in "
+    f"training people its slope is known to no better than {100 * WORST_SHARE:.0f} %, or corrected "
+    "ages would miss by more than the mean age does."
+)
+"""What users are told."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,8 @@ class BiasCorrection:
 
     Attributes
     ----------
-    slope, intercept : of predicted on true age; NaN where the slope is below 0.1 (a model that
-        predicts next to nothing cannot be corrected), and then so is what is corrected
+    slope, intercept : of predicted on true age; NaN where the correction is withheld, and then so
+        is what is corrected
 
     References
     ----------
@@ -40,17 +49,32 @@ class BiasCorrection:
 
 
 def fit_correction(predicted: np.ndarray, age: np.ndarray, weights: np.ndarray) -> BiasCorrection:
-    """Fit the line to held-out predictions of training participants.
+    """Fit the line to held-out predictions of training participants, if they tell it well.
+
+    With slope b and its standard error ``SE^2 = sum w e^2 / ((n - 2) sum w (age - mean)^2)``, e
+    what the line misses and n participants, it is withheld (NaN) unless both hold:
+
+    - ``t(0.975, n - 2) SE <= b / 2``: the confidence interval of the slope, which all corrected
+      ages are divided by, is within half of it and far from 0 (Fieller's g is at most 1/4).
+    - ``r^2 >= 1/2`` of prediction and age: what the line misses is divided by b too, to e / b,
+      and below this r^2 that is more than the ages' own standard deviation, by which the mean
+      age misses.
 
     Parameters
     ----------
     predicted, age : (R,) years
-    weights : (R,)
+    weights : (R,), 1 in all per participant
     """
     slope, intercept = weighted_line(age, predicted, weights)
-    if not slope >= LEAST_SLOPE:
-        return BiasCorrection(float("nan"), float("nan"))
-    return BiasCorrection(slope, intercept)
+    n = weights.sum()
+    missed = np.average((predicted - intercept - slope * age) ** 2, weights=weights)
+    spread = np.average((age - np.average(age, weights=weights)) ** 2, weights=weights)
+    explained = slope**2 * spread
+    if n > 2 and slope > 0 and explained >= LEAST_R2 * (explained + missed):
+        half_width = t.ppf((1 + CONFIDENCE) / 2, n - 2) * np.sqrt(missed / spread / (n - 2))
+        if half_width <= WORST_SHARE * slope:
+            return BiasCorrection(slope, intercept)
+    return BiasCorrection(float("nan"), float("nan"))
 
 
 def weighted_line(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

@@ -12,10 +12,13 @@ import pandas as pd
 
 from bids_varaug.brainage.assemble import BASELINE, Gathered, assemble
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
+from bids_varaug.brainage.spellings import match_people
 from bids_varaug.inputs.number_table import check_shape, read_columns, read_header
 from bids_varaug.inputs.participants import (
     DEFAULT_COLUMNS,
     FLAGS,
+    SESSION_COLUMNS,
     People,
     choose_column,
     missing_age_column,
@@ -27,7 +30,6 @@ from bids_varaug.inputs.tables import (
     TableError,
     TextTable,
     find_column,
-    plain_name,
     some,
 )
 
@@ -41,20 +43,12 @@ KEYS = {
         "subjid",
         "id",
     ),
-    "session": ("session_id", "session", "ses"),
+    "session": SESSION_COLUMNS,
     "run": ("run_id", "run"),
     "member": ("member", "member_id"),
 }
 """Names, in any case, of the columns that say what a row is of."""
 
-# Of no brain structure, though numbers (names without case and punctuation). What tells the age
-# would be found by any model.
-_NO_FEATURES = re.compile(
-    r"age\d*|age(sq|at|in|group|years?|months?|weeks?|days?)\w*|(date|year)ofbirth|birth\w*|dob|"
-    r"(brain|predicted)age\w*|[fvp]s?iq|fullscaleiq|iq|education\w*|yearsofeducation|height|weight|"
-    r"bmi|handedness|(sex|gender|site|cent(er|re)|scanner|group|diagnosis|dx)(id|code)?|index|"
-    r"unnamed\w*|"
-)
 # First column of FreeSurfer's asegstats2table and aparcstats2table.
 _FREESURFER_IDS = re.compile(r"Measure:\w+|[lr]h\.[\w.]+\.\w+")
 _LISTED = 8  # contradictions that a message lists
@@ -98,10 +92,11 @@ def read_features_table(
 
     Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional
     age (in years, or as its name or a JSON sidecar of the table's name says), sex and site; every
-    other column of numbers is a feature. Columns of text are ignored, and so are numbers that
-    describe the person and not the brain (IQ, education, body, anything called age); a few values
+    other column of numbers is a feature. Columns of text are ignored, and so are, with a note,
+    numbers that are no measures of the brain by their names (IQ, education, body, identifiers,
+    anything called age) or values (almost a function of age, counters), see `leaks`; a few values
     of text in a column of numbers count as missing. What the table lacks of age, sex and site
-    comes from `people`.
+    comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
     Parameters
     ----------
@@ -125,7 +120,8 @@ def read_features_table(
     TableError
         If the table cannot be read, is damaged or truncated; lacks participant ids, or ages that
         are not in `people` either; has two rows of the same participant, session, run and member;
-        or a participant in two sites, of two sexes, or of two ages in one session.
+        or a participant in two sites, of two sexes, or of two ages in one session; or ids that
+        could mean several of `people`.
     CohortError
         If one of `features` is missing; if nobody or no feature is left.
     """
@@ -140,8 +136,8 @@ def read_features_table(
     check_shape(path, columns)
     labels = [name for name in (*keys.values(), *own.values()) if name]
     table = read_columns(path, columns, labels, features)
-    rows = _index_rows(path, table, keys)
     notes: list[str] = []
+    rows = _index_rows(path, table, keys, people, notes)
     left_out: dict[str, str] = {}
     age_reasons = _fill_people(path, table, rows, own, people, notes)
     if people is not None and require_age and own["age"] is None:
@@ -149,6 +145,13 @@ def read_features_table(
     names, ignored = _feature_columns(table, labels, features, notes)
     values, present = _arrange(table, rows, names)
     del table
+    if features is None:
+        each = pd.DataFrame(values[:, 0] if values.shape[1] == 1 else values.mean(axis=1))
+        leaks = reasons_by_value(each.set_axis(names, axis=1), rows.people)
+        ignored |= leaks
+        kept = [f for f, name in enumerate(names) if name not in leaks]
+        names, values = [names[f] for f in kept], values[:, :, kept] if leaks else values
+        _note_leaks(path, ignored, notes)
     found = Gathered(
         rows.people, values, present, rows.member_ids, tuple(names), left_out, age_reasons
     )
@@ -177,7 +180,13 @@ def _own_column(header: TextTable, key: str, name: str, people: People | None) -
     return find_column(header.columns, name)
 
 
-def _index_rows(path: Path, table: pd.DataFrame, keys: Mapping[str, str]) -> _Rows:
+def _index_rows(
+    path: Path,
+    table: pd.DataFrame,
+    keys: Mapping[str, str],
+    given: People | None,
+    notes: list[str],
+) -> _Rows:
     participant = _labels(table[keys["participant"]], "sub")
     without = np.flatnonzero(participant.codes < 0) + 2
     if len(without):
@@ -188,6 +197,9 @@ def _index_rows(path: Path, table: pd.DataFrame, keys: Mapping[str, str]) -> _Ro
         label = _labels(table[keys[key]], entity) if key in keys else _Labels(codes * 0 - 1, [])
         parts.append(label)
         codes = codes * (len(label.names) + 1) + label.codes + 1
+    same = match_people(given, parts[0].names, parts[1].names, path.name, notes)
+    for label in parts[:2]:
+        label.names[:] = [same.get(name, name) for name in label.names]
     observation, kinds = pd.factorize(codes)
     first = np.full(len(kinds), len(codes))
     np.minimum.at(first, observation, np.arange(len(codes)))
@@ -355,9 +367,6 @@ def _feature_columns(
     """Names of the features, which are numbers from here on, and why others are ignored."""
     names, ignored = [], {}
     for name in [name for name in table.columns if name not in labels]:
-        if features is None and _NO_FEATURES.fullmatch(plain_name(name)):
-            ignored[name] = "describes the person or the row, not the brain"
-            continue
         column = table[name]
         if not pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
             numbers = pd.to_numeric(column, errors="coerce")
@@ -374,8 +383,17 @@ def _feature_columns(
         elif column.dtype == bool:
             ignored[name] = "no numbers (true or false)"
             continue
+        if features is None and (reason := reason_by_name(name)):
+            ignored[name] = reason
+            continue
         names.append(name)
     return names, ignored
+
+
+def _note_leaks(path: Path, ignored: Mapping[str, str], notes: list[str]) -> None:
+    listed = [f"{n} ({why})" for n, why in ignored.items() if not why.startswith("no numbers")]
+    if listed:
+        notes.append(f"{path.name}: left out as no measures of the brain: {some(listed)}.")
 
 
 def _arrange(

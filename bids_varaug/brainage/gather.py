@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from bids_varaug.brainage.provenance import (
     read_runs,
     sidecar_origin,
 )
+from bids_varaug.brainage.spellings import match_people
 from bids_varaug.derivatives import names
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.layout import natural_key
@@ -84,7 +85,8 @@ def gather_cohort(
     Cohort
         Its `source` (JSON types): "kind" ("bids_varaug"), "ensemble", "ensemble_version",
         "bids_varaug" (version), "sloppy", "sha256" by member, "families" (ids of the used
-        perturbed members by family); and what `assemble` adds.
+        perturbed members by family), "notes" (on ids that participants.tsv spells differently);
+        and what `assemble` adds.
 
     Raises
     ------
@@ -107,9 +109,14 @@ def gather_cohort(
     tables = _read_tables(progress(files), output_dir, left_out)
     runs = _check_origins(root, read_runs(output_dir), tables)
     tables = _same_structures(tables, left_out)
-    _report_absent(people, files, left_out)
-    found = _gathered(tables, people, left_out, require_age)
-    source = _source(root, runs, tables)
+    notes: list[str] = []
+    same = match_people(
+        people, [file.participant_id for file in files],
+        {file.session_id for file in files if file.session_id}, output_dir.name, notes,
+    )  # fmt: skip
+    _report_absent(people, {same.get(f.participant_id, f.participant_id) for f in files}, left_out)
+    found = _gathered(tables, people, same, left_out, require_age)
+    source = _source(root, runs, tables) | {"notes": notes}
     cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
     return replace(cohort, source=cohort.source | {"families": _families(cohort, tables)})
 
@@ -235,18 +242,21 @@ def _same_structures(tables: list[_Read], left_out) -> list[_Read]:
     return every[usual]
 
 
-def _report_absent(people: People, files: Collection[MorphFile], left_out) -> None:
-    there = {file.participant_id for file in files}
+def _report_absent(people: People, there: Collection[str], left_out) -> None:
     for participant in people.participants:
         if participant not in there:
             left_out[participant] = f"no *{ENDING}: the participant level gave nothing"
 
 
-def _gathered(tables: list[_Read], people: People, left_out, require_age) -> Gathered:
+def _gathered(
+    tables: list[_Read], people: People, same: Mapping[str, str], left_out, require_age
+) -> Gathered:
     rows, kept, age_reasons = [], [], {}
     for table in tables:
         file = table.file
-        person = people.find(file.participant_id, file.session_id)
+        person = people.find(
+            *(same.get(name, name) for name in (file.participant_id, file.session_id))
+        )
         if person is None and require_age:
             left_out[file.observation] = f"{file.participant_id} is not in {people.source}"
             continue

@@ -16,6 +16,7 @@ import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.correction import WITHHELD
 from bids_varaug.brainage.model import BrainAgeModel
 from bids_varaug.brainage.study import Study
 from bids_varaug.derivatives.sidecars import package_version
@@ -337,8 +338,13 @@ def model_card(
         f"- Outside {ages.min():.0f} to {ages.max():.0f} years predictions are extrapolated.",
         "- The interval's coverage holds for people exchangeable with those above; at another site "
         "or scanner it may be lower.",
-        "- Uncorrected predictions are too high for the young and too low for the old. The "
-        "correction does not know the age; it removes this bias on average and widens the errors.",
+        "- Uncorrected predictions are too high for the young and too low for the old. "
+        + (
+            "The correction does not know the age; it removes this bias on average and widens the "
+            "errors."
+            if np.isfinite(model.correction.slope)
+            else WITHHELD
+        ),
         "- Features of another ensemble, version or software are refused where that can be told; "
         "for tables it cannot.",
         "",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from bids_varaug.brainage.correction import WITHHELD
 from bids_varaug.brainage.model import BrainAgeModel
 from bids_varaug.brainage.study import AUGMENTATIONS, Study
+from bids_varaug.inputs.ages import OLDEST
+from bids_varaug.inputs.tables import some
 
 CONTROLS = ("jitter", "shuffled")
 PHENOTYPE_TABLE = "phenotype/brainage.tsv"
@@ -98,7 +101,20 @@ def _columns(means: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str, Any]:
+def remark_ages(table: pd.DataFrame) -> list[str]:
+    """Sentences on a table of `phenotype_tables`: no correction, ages that nobody can have."""
+    notes = [WITHHELD] if table["brain_age_corrected"].isna().all() else []
+    for name in table.columns[table.columns.str.startswith("brain_age")].drop("brain_age_gap"):
+        odd = table[(table[name] < 0) | (table[name] > OLDEST)]
+        if len(odd):
+            who = [f"{p} ({a:.1f})" for p, a in zip(odd["participant_id"], odd[name], strict=True)]
+            notes.append(f"{name} is no possible age (0 to {OLDEST:g} years) of {some(who)}.")
+    return notes
+
+
+def phenotype_sidecar(
+    study: Study, augmentation: str | None = None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Describe every column of `phenotype_tables`, and how it came about, as BIDS wants it.
 
     The same for all tables; each needs its own file, named like the table.
@@ -106,6 +122,7 @@ def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str
     Parameters
     ----------
     study, augmentation : as `phenotype_tables`
+    notes : what the reader of the table should know
     """
     chosen = augmentation or best_augmentation(study)
     nominal = f"{100 * study.settings.get('coverage', 0.9):.0f} % nominal"
@@ -127,7 +144,7 @@ def phenotype_sidecar(study: Study, augmentation: str | None = None) -> dict[str
         "MeasurementToolMetadata": {
             "Description": f"Age predicted from {features} by bids_varaug; "
             f"model of all participants: {model}, cross-validated by participant. For research "
-            "only."
+            + " ".join(["only.", *notes])
         }
     }
     columns = phenotype_tables(study, chosen)[PHENOTYPE_TABLE].columns
@@ -174,7 +191,9 @@ def _applied_table(predicted: pd.DataFrame) -> pd.DataFrame:
     return table.assign(n_images=people.size()).reset_index()
 
 
-def applied_sidecar(model: BrainAgeModel, coverage: float = 0.9) -> dict[str, Any]:
+def applied_sidecar(
+    model: BrainAgeModel, coverage: float = 0.9, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Describe the columns of `applied_tables`."""
     limit = f"limit of the prediction interval of brain_age ({100 * coverage:.0f} % nominal)"
     texts = {
@@ -190,7 +209,7 @@ def applied_sidecar(model: BrainAgeModel, coverage: float = 0.9) -> dict[str, An
         "MeasurementToolMetadata": {
             "Description": f"Age predicted from {_features_words(model.source)} by a model of "
             f"bids_varaug fitted to other people ({model.chosen.get('model', '')}, augmentation "
-            f"{model.augmentation}). For research only."
+            f"{model.augmentation}). For research " + " ".join(["only.", *notes])
         },
         "n_images": {"Description": "Images that were averaged"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,8 @@ def numerical_variability(
     seed: int = 0,
     n_boot: int = 1000,
     *,
-    dice_min: Mapping[str, float] | None = None,
+    dice_min: Mapping[str, float] = MappingProxyType({}),
+    unreliable: Mapping[str, float] = MappingProxyType({}),
     effect_size: float = EFFECT_SIZE,
 ) -> pd.DataFrame:
     """How much of each feature's spread over a group is numerical.
@@ -57,17 +59,17 @@ def numerical_variability(
         members of a feature do not count.
     seed : of the bootstrap
     n_boot : number of bootstrap samples
-    dice_min : mean minimum Dice by feature, see `read_minimum_dice`
+    dice_min, unreliable : by feature, see `read_regions`
     effect_size : for `n_needed`, see `participants_needed`
 
     Returns
     -------
     one row per feature, in the cohort's order
         name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % limits of the
-        ratio), npv, cv (sd_num / mean), dice_min (NaN where unknown), n_needed (participants),
-        n_participants, n_members (largest number). The ratio is infinite where nothing
-        but numerical spread is seen, and NaN with fewer than two participants or in a feature
-        that is constant
+        ratio), npv, cv (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed
+        (participants), n_participants, n_members (largest number). The ratio is infinite where
+        nothing but numerical spread is seen, and NaN with fewer than two participants or in a
+        feature that is constant
 
     Raises
     ------
@@ -87,11 +89,11 @@ def numerical_variability(
     table = pd.DataFrame({"name": cohort.names, **_spread(_participant_sums(cohort), n_boot, seed)})
     table["npv"] = table["sd_num"] / _single_run_sd(cohort)
     table["cv"] = table["sd_num"] / table["mean"].where(table["mean"] > 0)
-    known_dice = dice_min or {}
-    table["dice_min"] = [float(known_dice.get(name, np.nan)) for name in cohort.names]
+    for column, known in (("dice_min", dice_min), ("unreliable", unreliable)):
+        table[column] = [float(known.get(name, np.nan)) for name in cohort.names]
     table["n_needed"] = participants_needed(table["ratio"].to_numpy(), effect_size)
     columns = ["name", "mean", "sd_num", "sd_anat", "ratio", "low", "high", "npv", "cv"]
-    return table[[*columns, "dice_min", "n_needed", "n_participants", "n_members"]]
+    return table[[*columns, "dice_min", "unreliable", "n_needed", "n_participants", "n_members"]]
 
 
 def _participant_sums(cohort: Cohort) -> dict[str, np.ndarray]:
@@ -282,10 +284,10 @@ def participants_needed(
     return np.maximum(2 * np.ceil(n / 2 - 1e-9), 4.0)
 
 
-def read_minimum_dice(
+def read_regions(
     output_dir: Path, observations: Mapping[str, str] | None = None
-) -> dict[str, float]:
-    """Mean minimum Dice of each structure, from the participant level's tables.
+) -> dict[str, dict[str, float]]:
+    """Minimum Dice and verdicts of each structure, from the participant level's tables.
 
     Parameters
     ----------
@@ -295,7 +297,9 @@ def read_minimum_dice(
 
     Returns
     -------
-    structure -> mean over participants (of the mean over their images) of ``dice_min``
+    measure -> structure -> value
+        dice_min: mean over participants (of the mean over their images); unreliable: share of the
+        images whose volume has this verdict, absent in tables of older versions
 
     Raises
     ------
@@ -306,7 +310,7 @@ def read_minimum_dice(
     -----
     Minimum Dice falls as members are added: compare only ensembles of the same size.
     """
-    ending = OUTPUTS["regions_tsv"].name("")
+    ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
     tables = []
     for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
         prefix = path.name.removesuffix(ending)
@@ -314,7 +318,9 @@ def read_minimum_dice(
             continue
         participant = observations[prefix] if observations else prefix.split("_")[0]
         try:
-            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=["name", "dice_min"])
+            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=lambda c: c in wanted)
+            if not {"name", "dice_min"} <= set(table):
+                raise ValueError(f"it has {', '.join(table)}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be read as a table with columns name and dice_min ({error}). "
@@ -325,7 +331,12 @@ def read_minimum_dice(
         return {}
     table = pd.concat(tables)
     per_person = table.groupby(["name", "participant"], sort=False)["dice_min"].mean()
-    return per_person.groupby("name", sort=False).mean().dropna().to_dict()
+    found = {"dice_min": per_person.groupby("name", sort=False).mean().dropna().to_dict()}
+    if "verdict" in table:
+        judged = table.dropna(subset="verdict")
+        unreliable = (judged["verdict"] == "unreliable").groupby(judged["name"], sort=False)
+        found["unreliable"] = unreliable.mean().to_dict()
+    return found
 
 
 def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

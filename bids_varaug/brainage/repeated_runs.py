@@ -9,9 +9,13 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.spellings import plain_label
 from bids_varaug.errors import NoInputError, UserError
 
-ASEG = "aseg.stats"
+# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and
+# FastSurfer, then those of FastSurfer's segmentation alone, then any other of volumes.
+STATS = ("aseg.stats", "aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats")
+_STATS = re.compile(r"(?P<side>[lr]h)?\.?(?P<kind>(?:aseg|aparc)[\w.+-]*\.stats)")
 COLUMN_HEADERS = "# ColHeaders"
 # FreeSurfer's own table leaves out cortex and cerebral white matter; these lines have them.
 MEASURES = {
@@ -34,7 +38,8 @@ def read_repeated_runs(path: Path) -> Cohort:
     Parameters
     ----------
     path : Path
-        A folder with ``aseg.stats`` files, several per person: ``sub-01[/ses-1]/run-1/stats/
+        A folder with tables of FreeSurfer or FastSurfer (``aseg.stats``, ``aseg+DKT.stats``, or
+        others of volumes; one kind is read), several per person: ``sub-01[/ses-1]/run-1/stats/
         aseg.stats``, or any folders of which one names the person (``sub-...``; without such, the
         first folder is the person). Or a table (``.tsv``, or a folder with just one), with columns
         participant_id, optional session_id, member, and features in mm3.
@@ -51,23 +56,27 @@ def read_repeated_runs(path: Path) -> Cohort:
     NoInputError
         If there is neither.
     UserError
-        If a file is damaged, lacks columns, repeats a run, or nobody has two runs.
+        If a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or
+        nobody has two runs.
     """
     path = Path(path)
+    if path.suffix == ".stats":
+        raise UserError(
+            f"{path}: one run has no spread. Give the folder above those of all people and runs."
+        )
     if path.is_file():
         return _cohort(_read_members_table(path), path)
     if not path.is_dir():
         raise NoInputError(f"{path}: no such folder or table. Give --compare NAME=DIR.")
-    stats = sorted(path.rglob(ASEG))
-    if stats:
-        return _cohort(pd.DataFrame([_stats_row(file, path) for file in stats]), path)
+    if stats := _find_stats(path):
+        return _cohort(pd.DataFrame([_stats_row(files, path) for files in stats]), path)
     tables = sorted(path.glob("*.tsv"))
     if len(tables) == 1:
         return _cohort(_read_members_table(tables[0]), tables[0])
     raise NoInputError(
-        f"{path}: no {ASEG} in any folder below, and {len(tables)} tables (*.tsv) instead of one. "
-        "Give a folder with sub-*/run-*/stats/aseg.stats, or a table with the columns "
-        "participant_id, member and one per structure."
+        f"{path}: no aseg.stats or aseg+DKT.stats in any folder below, and {len(tables)} tables "
+        "(*.tsv) instead of one. Give a folder with sub-*/run-*/stats/aseg.stats, or a table with "
+        "the columns participant_id, member and one per structure."
     )
 
 
@@ -108,10 +117,11 @@ def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
 
 
 def read_aseg_stats(path: Path) -> dict[str, float]:
-    """Volumes [mm3] of one FreeSurfer or FastSurfer ``aseg.stats``, by structure.
+    """Volumes [mm3] of one table of FreeSurfer or FastSurfer, by structure.
 
     Cortex and cerebral white matter come from the ``# Measure`` lines, where there are such; in
-    FreeSurfer these are measured from the surfaces, not by counting voxels.
+    FreeSurfer these are measured from the surfaces, not by counting voxels. The cortex of a table
+    of parcels (``aseg+DKT.stats``, ``lh.aparc.DKTatlas.stats``) is their sum.
 
     Raises
     ------
@@ -124,12 +134,13 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     header = next((line for line in lines if line.startswith(COLUMN_HEADERS)), None)
     columns = header.removeprefix(COLUMN_HEADERS).split() if header else []
-    if "StructName" not in columns or "Volume_mm3" not in columns:
+    volume_at = next((columns.index(c) for c in ("Volume_mm3", "GrayVol") if c in columns), None)
+    if "StructName" not in columns or volume_at is None:
         raise UserError(
             f"{path}: no line '{COLUMN_HEADERS}' with StructName and Volume_mm3, so this is no "
             "aseg.stats, or only the beginning of one. Run that pipeline again for this image."
         )
-    name_at, volume_at = columns.index("StructName"), columns.index("Volume_mm3")
+    name_at, side = columns.index("StructName"), re.match(r"[lr]h(?=\.)", Path(path).name)
     volumes = {}
     for number, line in enumerate(lines, start=1):
         fields = line.split()
@@ -139,7 +150,8 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
                 if short in MEASURES:
                     volumes[MEASURES[short]] = float(value)
             elif fields and not line.startswith("#"):
-                name = RENAMED.get(fields[name_at], fields[name_at])
+                name = f"ctx-{side[0]}-{fields[name_at]}" if side else fields[name_at]
+                name = RENAMED.get(name, name)
                 # The table's own value wins over a measure: it is a count of voxels.
                 volumes[name] = float(fields[volume_at])
         except (ValueError, IndexError) as error:
@@ -149,10 +161,26 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
             ) from error
     if not volumes:
         raise UserError(f"{path}: the table of structures is empty.")
+    for hemisphere, cortex in (("lh", "Left-Cerebral-Cortex"), ("rh", "Right-Cerebral-Cortex")):
+        parcels = [v for name, v in volumes.items() if name.startswith(f"ctx-{hemisphere}-")]
+        if parcels:
+            volumes[cortex] = sum(parcels)
     return volumes
 
 
-def _stats_row(file: Path, root: Path) -> dict[str, object]:
+def _find_stats(root: Path) -> list[list[Path]]:
+    """Tables of one kind, by folder; a folder may have one for each hemisphere."""
+    kinds: dict[str, dict[Path, list[Path]]] = {}
+    for file in sorted(root.rglob("*.stats")):
+        if found := _STATS.fullmatch(file.name):
+            kinds.setdefault(found["kind"], {}).setdefault(file.parent, []).append(file)
+    most = max(map(len, kinds.values()), default=0)
+    order = [kind for kind in (*STATS, *sorted(kinds)) if 2 * len(kinds.get(kind, ())) >= most]
+    return list(kinds[order[0]].values()) if kinds else []
+
+
+def _stats_row(files: list[Path], root: Path) -> dict[str, object]:
+    file = files[0]
     parts = list(file.relative_to(root).parts[:-1])
     if parts and parts[-1] == "stats":
         parts.pop()
@@ -166,7 +194,7 @@ def _stats_row(file: Path, root: Path) -> dict[str, object]:
         "participant_id": subject[0] if subject else parts[0],
         "session_id": session[0] if session else None,
         "member": text,
-        **read_aseg_stats(file),
+        **{name: v for file in files for name, v in read_aseg_stats(file).items()},
     }
 
 
@@ -207,6 +235,13 @@ def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
         row = table[repeated].iloc[0]
         raise UserError(
             f"{path}: run {row['member']} of {row['participant_id']} is there twice. Remove one."
+        )
+    unlike = pd.Series(table["participant_id"].unique())
+    unlike = unlike[unlike.map(plain_label).duplicated(keep=False)]
+    if len(unlike):
+        raise UserError(
+            f"{path}: {' and '.join(sorted(unlike, key=plain_label)[:2])}: one person in two "
+            "spellings? Write the ids of all runs of a person alike."
         )
     names = [c for c in table.columns if c not in KEYS and table[c].notna().all()]
     if not names:

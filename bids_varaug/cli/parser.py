@@ -118,6 +118,12 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip-bids-validation", action="store_true", help="do not check that BIDS_DIR is valid"
     )
+    group.add_argument(
+        "--trust",
+        choices=("sform", "qform"),
+        help="which form of the header to use where the two contradict each other (default: that "
+        "of the scanner, with a warning)",
+    )
 
 
 def _add_ensemble(parser: argparse.ArgumentParser) -> None:
@@ -347,6 +353,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         ),
         bids_database_dir=given.bids_database_dir,
         skip_bids_validation=given.skip_bids_validation,
+        trust=given.trust,
         ensemble=given.ensemble,
         members=_unique(name for names in given.members for name in names),
         n_members=given.n_members,

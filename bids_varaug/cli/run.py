@@ -85,6 +85,7 @@ def run_participants(settings: Settings) -> ExitCode:
     from bids_varaug.workflows.workers import start_workers_server
 
     start_workers_server(settings)
+    from bids_varaug.brainage.provenance import check_rerun, run_origin
     from bids_varaug.cli.resources import check_memory
     from bids_varaug.derivatives import names
     from bids_varaug.inputs.scans import find_scans, select_participants
@@ -115,14 +116,12 @@ def run_participants(settings: Settings) -> ExitCode:
         chosen = settings.participant_labels or settings.exclude_participant_labels
         validate_input(settings.bids_dir, participants if chosen else ())
     selection = find_scans(settings)
+    for note in selection.notes:
+        print(f"WARNING: {note}", file=sys.stderr)
     for complaint in selection.complaints:
         print(f"ERROR: {complaint}", file=sys.stderr)
-    for subject in selection.participants_without_t1w:
-        print(
-            f"ERROR: sub-{subject}: no sub-{subject}/[ses-<label>/]anat/*_T1w.nii[.gz], or none "
-            "that passes the filters.",
-            file=sys.stderr,
-        )
+    made_again = () if settings.reports_only else selection.scans
+    check_rerun(settings.output_dir, run_origin(settings, ensemble, members), made_again)
     if settings.dry_run:
         _print_plan(selection.scans, members)
         return ExitCode.DONE
@@ -135,7 +134,7 @@ def run_participants(settings: Settings) -> ExitCode:
     write_logs(settings, ensemble, members)
     step = _write_reports if settings.reports_only else _segment
     complete = step(settings, selection.scans, ensemble, members)
-    if not complete or selection.unavailable or selection.participants_without_t1w:
+    if not complete or selection.complaints:
         return ExitCode.SUBJECT_FAILED
     return ExitCode.DONE
 

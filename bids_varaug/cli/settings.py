@@ -24,6 +24,7 @@ class Settings:
     bids_filters: Mapping[str, Mapping] = field(default_factory=dict)
     bids_database_dir: Path | None = None
     skip_bids_validation: bool = False
+    trust: str | None = None
     ensemble: str = "aseg31"
     members: tuple[str, ...] = ("all",)
     n_members: int | None = None

@@ -101,12 +101,15 @@ _REGIONS = {
     "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
     "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
     "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
-    "dice_min_mca": ("As dice_min, over pairs of the mca family", None),
-    "dice_mean_mca": ("As dice_mean, over pairs of the mca family", None),
-    "dice_min_seed": ("As dice_min, over pairs of the seed family", None),
-    "dice_mean_seed": ("As dice_mean, over pairs of the seed family", None),
-    "dice_min_rr": ("As dice_min, over pairs of the rr family", None),
-    "dice_mean_rr": ("As dice_mean, over pairs of the rr family", None),
+    **{
+        f"{measure}_{family}": (f"As {measure}, within the {family} family", None)
+        for family in ("mca", "seed", "rr")
+        for measure in ("cv", "dice_min", "dice_mean")
+    },
+    "verdict": ("How far the volume can be trusted", None),
+    "reason": ("Why the verdict is not good, the worst reason first", None),
+    "volume_low": ("Smallest plausible volume, see VolumeLimits", "mm^3"),
+    "volume_high": ("Largest plausible volume, see VolumeLimits", "mm^3"),
 }
 _MEMBERS = {
     "member": ("Member of the ensemble, see descriptions.tsv", None),

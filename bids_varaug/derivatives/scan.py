@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +11,35 @@ from pathlib import Path
 import nibabel as nib
 import numba
 import numpy as np
+import pandas as pd
 
 from bids_varaug.compiled import compiled
-from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
 from bids_varaug.derivatives.request import ScanRequest
-from bids_varaug.derivatives.sidecars import package_version, sidecar
+from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
 from bids_varaug.derivatives.write import (
     write_image,
     write_image_series,
     write_json,
     write_table,
 )
+from bids_varaug.errors import UserError
+from bids_varaug.images.affine import voxel_sizes, voxel_volume
 from bids_varaug.images.conform import to_native_scalar
 from bids_varaug.images.crop import insert
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
+from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
+from bids_varaug.variability.plausibility import find_warnings
+from bids_varaug.variability.quality import (
+    describe_limits,
+    describe_thresholds,
+    describe_verdicts,
+    judge_regions,
+)
 from bids_varaug.variability.regions import RegionCounts, members_table, region_table
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
@@ -58,10 +71,10 @@ class ScanWriter:
         self.written: list[Path] = []
         self.ids = np.array([label.index for label in request.ensemble.labels], np.int32)
 
-    def labels(self, key: str, classes: np.ndarray, member: str | None = None) -> None:
+    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra) -> None:
         """Write class indices (X, Y, Z) uint8 as label ids."""
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
-        self._image(key, self.ids.astype(dtype)[classes], member)
+        self._image(key, self.ids.astype(dtype)[classes], member, extra)
 
     def mask(self, key: str, mask: np.ndarray, **extra) -> None:
         """Write a mask (X, Y, Z) bool."""
@@ -96,6 +109,7 @@ class ScanWriter:
         path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
         write_table(table, path)
         if key == "members_tsv":  # the group level must not mix ensembles or versions
+            self._remove_strangers()
             self._sidecar(key, None, extra=self._origin())
         elif key != "regions_tsv":  # shares the sidecar of the consensus labels
             self._sidecar(key, None)
@@ -104,14 +118,37 @@ class ScanWriter:
     def _origin(self) -> dict:
         """Which weights and which version of the package made the numbers."""
         ensemble, members = self.request.ensemble, self.request.members
+        seeds = {member.id: member.seed for member in members if member.is_rounded}
         return {
             "Ensemble": {
                 "Name": ensemble.name,
                 "Version": ensemble.version,
                 "SHA256": {member.id: member.sha256 for member in members},
+                **({"Seed": seeds} if seeds else {}),
             },
             "GeneratedBy": [{"Name": "bids_varaug", "Version": package_version()}],
         }
+
+    def _remove_strangers(self) -> None:
+        """Remove what a run with another ensemble left of this image, and this run did not replace.
+
+        Labels of members would be taken for those of this run.
+        """
+        settings, scan = self.request.settings, self.request.scan
+        path = OUTPUTS["members_tsv"].sidecar(settings.output_dir, scan)
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return  # nothing was finished before
+        now = self._origin() | {GRIDS_KEY: settings.grids, "Sloppy": settings.sloppy}
+        before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
+        if all(before.get(key) == value for key, value in now.items()):
+            return
+        stems = {_stem(path) for path in self.written} | {_stem(path)}
+        for old in path.parent.iterdir():
+            ours = old.name.startswith(f"{scan.prefix}_seg-{SEGMENTATION}_")
+            if ours and _stem(old) not in stems:
+                old.unlink()
 
     def remove(self, key: str) -> None:
         """Remove an output of an earlier run, and its sidecar."""
@@ -143,7 +180,7 @@ class ScanWriter:
 
 def write_scan(
     request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
-) -> list[Path]:
+) -> tuple[list[Path], list[str]]:
     """Bring everything to the T1w's own grid and write it.
 
     Parameters
@@ -152,7 +189,7 @@ def write_scan(
 
     Returns
     -------
-    Files written, sidecars left out.
+    Files written, sidecars left out; what to warn of.
     """
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
     geometry = Geometry.load(files.geometry)
@@ -164,13 +201,21 @@ def write_scan(
     )
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
-    brain_volume = float(brain.sum()) * abs(float(np.linalg.det(geometry.native_affine[:3, :3])))
+    brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
     writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
-    writer.labels("consensus_dseg", consensus.labels)
+    regions, members, basis = _tables(request, files, geometry)
+    t1w = np.asanyarray(nib.load(request.scan.path).dataobj).reshape(geometry.native_shape)
+    doubts = find_warnings(voxel_sizes(geometry.native_affine), t1w, writer.ids[consensus.labels])
+    told = {
+        "VolumeLimits": basis,
+        "VerdictThresholds": describe_thresholds(),
+        "Warnings": [*geometry.warnings, *doubts, *describe_verdicts(regions)],
+    }
+    writer.labels("consensus_dseg", consensus.labels, **told)
     writer.mask("brain_mask", brain)
     writer.posterior("mean_probseg", dense)
-    del dense, consensus, mean
+    del dense, consensus, mean, t1w
     dense_file.unlink()
     _write_members(writer, request, files, geometry)
     if request.has_spread:
@@ -179,8 +224,9 @@ def write_scan(
         # The spread of an earlier run's members would be taken for that of this consensus.
         for key in (*_OUTSIDE, "unreliable_mask"):
             writer.remove(key)
-    _write_tables(writer, request, files, geometry.voxel_size**3)
-    return writer.written
+    writer.table("regions_tsv", regions)
+    writer.table("members_tsv", members)
+    return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
 
 
 def _to_native(
@@ -213,15 +259,49 @@ def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
                 "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
-def _write_tables(writer, request: ScanRequest, files: Intermediate, voxel_volume: float) -> None:
+def _tables(
+    request: ScanRequest, files: Intermediate, g: Geometry
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Tables of regions, with verdicts, and of members; for whom the limits of volume are."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
         entropy_mean = arrays["entropy_mean"]
     families = [member.family for member in request.members]
-    labels = request.ensemble.labels
-    writer.table("regions_tsv", region_table(counts, families, labels, voxel_volume, entropy_mean))
+    labels, voxel = request.ensemble.labels, voxel_volume(g.conformed_affine)
+    regions = region_table(counts, families, labels, voxel, entropy_mean)
+    age, sex, doubt = _who(request)
+    regions = judge_regions(
+        regions,
+        Counter(member.family for member in request.perturbed),
+        max(voxel, voxel_volume(g.native_affine)),
+        age,
+        sex,
+    )
     ids = [member.id for member in request.members]
-    writer.table("members_tsv", members_table(counts, ids, families, labels, voxel_volume))
+    members = members_table(counts, ids, families, labels, voxel)
+    return regions, members, f"{describe_limits(age, sex)}{doubt}."
+
+
+def _who(request: ScanRequest) -> tuple[float | None, str | None, str]:
+    """Age and sex at the scan, None where the dataset's tables do not tell, and their error."""
+    settings, scan = request.settings, request.scan
+    subject = prefixed(scan.subject)
+    try:
+        people = read_people(
+            settings.bids_dir, age_column=settings.age_column, sex_column=settings.sex_column,
+            require_age=False, only=subject,
+        )  # fmt: skip
+    except (UserError, OSError) as error:  # no reason to lose the segmentation
+        return None, None, " ".join(f" ({error})".splitlines())
+    person = people.find(subject, scan.session and prefixed(scan.session, "ses"))
+    if person is None:
+        return None, None, ""
+    return person.age, person.sex, f" ({person.reason})" if person.reason else ""
+
+
+def _stem(path: Path) -> str:
+    """Name that an output shares with its sidecar."""
+    return path.name.partition(".")[0]
 
 
 def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:

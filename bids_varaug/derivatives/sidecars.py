@@ -14,6 +14,7 @@ from bids_varaug.derivatives import names
 from bids_varaug.derivatives.names import FAMILIES
 from bids_varaug.derivatives.write import write_json, write_table, write_text
 from bids_varaug.inputs.scans import Scan
+from bids_varaug.variability.quality import VERDICTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,7 +212,9 @@ def sidecar(
 
 def _column_descriptions(output: names.Output) -> dict[str, Any]:
     return {
-        name: {"Description": text} | ({"Units": unit} if unit else {})
+        name: {"Description": text}
+        | ({"Units": unit} if unit else {})
+        | ({"Levels": VERDICTS} if name == "verdict" else {})
         for name, (text, unit) in output.columns.items()
         if name not in ("index", "name")  # BIDS defines these itself
     }

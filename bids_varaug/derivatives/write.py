@@ -220,8 +220,9 @@ def image_header(
     """NIfTI-1 header of a single-file image in mm.
 
     Where `source_header` has the same grid, its qform and sform are copied exactly, so that any
-    tool sees output and T1w aligned whichever of the two it reads. Otherwise `affine` is set as
-    both, with the source's codes (1, scanner, where there are none).
+    tool sees output and T1w aligned whichever of the two it reads. Otherwise, and where the two
+    differ in voxel size, `affine` is set as both, with the source's codes (1, scanner, where there
+    are none).
     """
     import nibabel as nib
 
@@ -235,6 +236,7 @@ def image_header(
         is_nifti
         and any(codes)
         and np.allclose(source_header.get_best_affine(), affine, atol=1e-4)
+        and np.allclose(nib.affines.voxel_sizes(affine), source_header["pixdim"][1:4], rtol=0.01)
         and source_header.get_data_shape()[:3] == tuple(shape[:3])
     )
     if same_grid:

@@ -1,17 +1,16 @@
 """Between a T1w's own grid and the network's grid.
 
-The network's ("conformed") grid has the image's own axes, flipped and permuted to the closest
-RAS+ order but not rotated, one isotropic voxel size, and the image's field of view with the same
-centre. Both ways are therefore separable: along each axis a voxel of one grid is a weighted sum
-of a few voxels of the other (its "taps").
+The network's ("conformed") grid has one isotropic voxel size, RAS+ axes, and covers the image's
+field of view with the same centre. Its axes are the image's own, flipped and permuted, where these
+are within a few degrees of the scanner's; those of the scanner where the image is oblique.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import nibabel as nib
+import numba
 import numpy as np
 from nibabel.orientations import (
     apply_orientation,
@@ -20,61 +19,34 @@ from nibabel.orientations import (
 )
 from scipy.ndimage import gaussian_filter1d
 
+from bids_varaug.compiled import compiled
+from bids_varaug.images.affine import is_oblique, voxel_sizes
 from bids_varaug.images.load import Volume, load_t1w
 
-__all__ = ["Taps", "Volume", "axis_maps", "axis_taps", "conform", "load_t1w", "to_native_scalar"]
+__all__ = ["Volume", "conform", "load_t1w", "to_native_scalar"]
 
 SAME_SIZE = 1e-3
 """Relative difference of voxel sizes below which an axis is left as it is."""
 _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
-_INDEX_DECIMALS = 4
+_INDEX_STEPS = 1e4
 
 
-@dataclass(frozen=True)
-class Taps:
-    """Each voxel of one axis as a weighted sum of voxels of another axis.
-
-    Attributes
-    ----------
-    indices : (n, T) int64
-    weights : (n, T) float32, rows sum to 1; 0 where there are fewer than T taps
-    """
-
-    indices: np.ndarray
-    weights: np.ndarray
-
-    @property
-    def exact(self) -> bool:
-        """True if each voxel is a copy of one other voxel."""
-        return self.indices.shape[1] == 1
-
-    def apply(self, data: np.ndarray, axis: int) -> np.ndarray:
-        """Resample `data` along `axis`; a plain copy of values where the taps are exact."""
-        if self.exact:
-            return np.take(data, self.indices[:, 0], axis=axis)
-        along = [1] * data.ndim
-        along[axis] = -1
-        total = None
-        for index, weight in zip(self.indices.T, self.weights.T, strict=True):
-            part = np.take(data, index, axis=axis) * weight.reshape(along)
-            total = part if total is None else np.add(total, part, out=total)
-        return total
-
-
-def conform(volume: Volume, voxel_size: float) -> Volume:
+def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
     """Bring an image to the network's grid.
 
     Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
     ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point
     spread function grows from one voxel size to the other [1]_. Beyond the outermost voxel
-    centres the outermost values go on. Axes that have the voxel size already are only flipped and
-    permuted, bit for bit.
+    centres the outermost values go on; what lies outside the image is air (0). Where all axes have
+    the voxel size already and the image is not oblique, it is only flipped and permuted, bit for
+    bit.
 
     Parameters
     ----------
     volume : Volume, native grid
     voxel_size : float, mm
+    straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
 
     Returns
     -------
@@ -96,29 +68,21 @@ def conform(volume: Volume, voxel_size: float) -> Volume:
     orientation = io_orientation(volume.affine)
     data = apply_orientation(volume.data, orientation)
     affine = volume.affine @ inv_ornt_aff(orientation, volume.data.shape)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    ratios = np.where(np.abs(voxel_size / sizes - 1) < SAME_SIZE, 1.0, voxel_size / sizes)
-    shape = tuple(
-        n if ratio == 1 else max(1, math.ceil(n / ratio - 0.01))
-        for n, ratio in zip(data.shape, ratios, strict=True)
-    )
-    # Index in the image of the grid's voxel 0, such that the two centres coincide.
-    first = (np.array(data.shape) - 1) / 2 - ratios * (np.array(shape) - 1) / 2
-    for axis in np.argsort(-ratios, kind="stable"):  # coarsen first: less to compute after it
-        ratio = float(ratios[axis])
-        if ratio == 1:
-            continue
-        if ratio > 1:
-            sigma = _FWHM_TO_SIGMA * math.sqrt(ratio**2 - 1)
-            data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-        taps = axis_taps(shape[axis], data.shape[axis], ratio, float(first[axis]))
-        data = taps.apply(data, axis)
-    grid = np.eye(4)
-    grid[:3, :3] = np.diag(ratios)
-    grid[:3, 3] = first
-    data = np.ascontiguousarray(data, dtype=np.float32)
+    ratios = voxel_size / voxel_sizes(affine)
+    ratios[np.abs(ratios - 1) < SAME_SIZE] = 1.0
+    grid = np.diag([*ratios, 1.0])  # voxel of the grid -> voxel of the image
+    if straighten and is_oblique(affine):
+        grid[:3, :3] = np.linalg.inv(affine[:3, :3]) * voxel_size
+    extents = np.abs(np.linalg.inv(grid[:3, :3])) @ data.shape  # of the image, voxels of the grid
+    shape = tuple(max(1, math.ceil(n - 0.01)) for n in extents)
+    grid[:3, 3] = (np.array(data.shape) - 1) / 2 - grid[:3, :3] @ (np.array(shape) - 1) / 2
+    for axis in np.flatnonzero(ratios > 1):
+        sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
+        data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
+    data = _resample(data, grid, shape)
     affine = affine @ grid
-    return Volume(data=data, affine=affine, header=nib.Nifti1Image(data, affine).header)
+    header = nib.Nifti1Image(data, affine).header
+    return Volume(data=data, affine=affine, header=header, warnings=volume.warnings)
 
 
 def to_native_scalar(
@@ -130,10 +94,10 @@ def to_native_scalar(
 ) -> np.ndarray:
     """Bring a map from the network's grid back to the image's own grid.
 
-    Where the grids differ by flips and permutations only, values are copied bit for bit.
-    Otherwise, with `order` 1, a native voxel is the mean of linear interpolations at
-    ``ceil(native size / network size)`` points along each axis, so that coarse native voxels
-    average over what they contain; with `order` 0 it takes the nearest voxel.
+    With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /
+    network size)`` points along each axis, so that coarse native voxels average over what they
+    contain; with `order` 0 it takes the nearest voxel. Where the grids differ by flips and
+    permutations only, values are copied bit for bit.
 
     Parameters
     ----------
@@ -144,107 +108,100 @@ def to_native_scalar(
 
     Returns
     -------
-    `native_shape`, type of `data` if it was copied or `order` is 0, else float32
-
-    Raises
-    ------
-    ValueError
-        If the two grids do not share their axes, or `order` is not 0 or 1.
+    `native_shape`, float32; of the type of `data` with `order` 0
     """
-    axes, scales, offsets = axis_maps(conformed_affine, native_affine)
-    result = np.transpose(data, axes)
-    for axis in np.argsort(-np.abs(scales), kind="stable"):
-        taps = axis_taps(
-            native_shape[axis],
-            result.shape[axis],
-            float(scales[axis]),
-            float(offsets[axis]),
-            samples=samples_per_voxel(float(scales[axis])),
-            order=order,
-        )
-        if not taps.exact and result.dtype != np.float32:
-            result = result.astype(np.float32)
-        result = taps.apply(result, axis)
-    return np.ascontiguousarray(result)
-
-
-def axis_maps(
-    conformed_affine: np.ndarray, native_affine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Say how native voxel indices become conformed ones, axis by axis.
-
-    Native axis `a` runs along conformed axis ``axes[a]``:
-    ``conformed_index = scales[a] * native_index + offsets[a]``.
-
-    Returns
-    -------
-    axes : (3,) int64
-    scales, offsets : (3,) float64, conformed voxels
-
-    Raises
-    ------
-    ValueError
-        If the two grids do not share their axes.
-
-    Examples
-    --------
-    >>> flipped = np.array([[-1., 0, 0, 9], [0, 0, 2, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-    >>> axes, scales, offsets = axis_maps(np.eye(4), flipped)
-    >>> axes.tolist(), scales.tolist(), offsets.tolist()
-    ([0, 2, 1], [-1.0, 1.0, 2.0], [9.0, 0.0, 0.0])
-    """
-    matrix = np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
-    linear = matrix[:3, :3]
-    axes = np.abs(linear).argmax(axis=0)
-    scales = linear[axes, range(3)]
-    rest = linear.copy()
-    rest[axes, range(3)] = 0
-    if sorted(axes) != [0, 1, 2] or np.abs(rest).max() > 1e-3 * np.abs(scales).min():
-        raise ValueError("the two grids do not share their axes; this is not a conformed image")
-    return axes, scales, matrix[:3, 3][axes]
-
-
-def samples_per_voxel(scale: float) -> int:
-    """Return how many points per axis stand for a native voxel of `scale` network voxels."""
-    return max(1, math.ceil(abs(scale) - SAME_SIZE))
-
-
-def axis_taps(
-    n_out: int, n_in: int, scale: float, offset: float, samples: int = 1, order: int = 1
-) -> Taps:
-    """Return the taps of ``out[i] = in[scale * i + offset]``.
-
-    Parameters
-    ----------
-    n_out, n_in : voxels along the axis
-    scale, offset : input voxels
-    samples : points along each output voxel whose interpolations are averaged (`order` 1)
-    order : 1 linear, 0 nearest
-
-    Examples
-    --------
-    >>> axis_taps(2, 4, 2.0, 0.5, samples=1).weights.tolist()
-    [[0.5, 0.5], [0.5, 0.5]]
-    >>> axis_taps(3, 3, -1.0, 2.0).indices[:, 0].tolist()
-    [2, 1, 0]
-    """
-    if order not in (0, 1):
-        raise ValueError(f"order must be 0 or 1, not {order}")
-    rows = np.arange(n_out)
+    matrix = native_to_conformed(conformed_affine, native_affine)
     if order == 0:
-        place = np.round(scale * rows + offset, _INDEX_DECIMALS)
-        nearest = np.clip(np.floor(place + 0.5), 0, n_in - 1).astype(np.int64)
-        return Taps(nearest[:, None], np.ones((n_out, 1), np.float32))
-    matrix = np.zeros((n_out, n_in))
-    for sample in range(samples):
-        within = (sample + 0.5) / samples - 0.5
-        place = np.round(scale * (rows + within) + offset, _INDEX_DECIMALS)
-        place = np.clip(place, 0, n_in - 1)
-        low = np.floor(place).astype(np.int64)
-        high = np.minimum(low + 1, n_in - 1)
-        matrix[rows, low] += (1 - (place - low)) / samples
-        matrix[rows, high] += (place - low) / samples
-    width = int((matrix > 0).sum(axis=1).max())
-    indices = np.argsort(matrix <= 0, axis=1, kind="stable")[:, :width]
-    weights = np.take_along_axis(matrix, indices, axis=1).astype(np.float32)
-    return Taps(indices, weights)
+        return _resample(data, matrix, native_shape, nearest=True)
+    samples = samples_per_axis(conformed_affine, native_affine)
+    return _resample(data.astype(np.float32, copy=False), matrix, native_shape, samples)
+
+
+def native_to_conformed(conformed_affine: np.ndarray, native_affine: np.ndarray) -> np.ndarray:
+    """Return the (4, 4) matrix from native to conformed voxel indices."""
+    return np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
+
+
+def samples_per_axis(conformed_affine: np.ndarray, native_affine: np.ndarray) -> np.ndarray:
+    """Return how many points along each native axis (3,) int64 stand for a native voxel."""
+    ratios = voxel_sizes(native_affine) / voxel_sizes(conformed_affine).mean()
+    return np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+
+
+def _resample(
+    data: np.ndarray,
+    matrix: np.ndarray,
+    shape: tuple[int, int, int],
+    samples: np.ndarray | None = None,
+    nearest: bool = False,
+) -> np.ndarray:
+    """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
+    out = np.zeros(tuple(int(n) for n in shape), data.dtype)
+    samples = np.ones(3, np.int64) if samples is None else samples
+    reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
+    _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
+    return out
+
+
+@compiled(parallel=True)
+def _sample(data, matrix, samples, nearest, reach, out):
+    n_x, n_y, n_z = data.shape
+    count = np.float32(samples.prod())
+    for i in numba.prange(out.shape[0]):
+        for j in range(out.shape[1]):
+            for k in range(out.shape[2]):
+                total = np.float32(0)
+                for point in range(samples.prod()):
+                    x, y, z = place_of(matrix, i, j, k, point, samples)
+                    if (
+                        not -reach[0] < x < n_x - 1 + reach[0]
+                        or not -reach[1] < y < n_y - 1 + reach[1]
+                        or not -reach[2] < z < n_z - 1 + reach[2]
+                    ):
+                        continue
+                    if nearest:
+                        out[i, j, k] = data[
+                            _inside(math.floor(x + 0.5), n_x),
+                            _inside(math.floor(y + 0.5), n_y),
+                            _inside(math.floor(z + 0.5), n_z),
+                        ]
+                        continue
+                    for corner in range(8):
+                        a, u = corner_of(x, n_x, corner & 1)
+                        b, v = corner_of(y, n_y, corner >> 1 & 1)
+                        c, w = corner_of(z, n_z, corner >> 2)
+                        if u * v * w > 0:
+                            total += u * v * w * data[a, b, c]
+                if not nearest:
+                    out[i, j, k] = total / count
+
+
+@compiled()
+def place_of(matrix, i, j, k, point, samples):
+    """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
+    i += (point % samples[0] + 0.5) / samples[0] - 0.5
+    j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
+    k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
+    x = matrix[0, 0] * i + matrix[0, 1] * j + matrix[0, 2] * k + matrix[0, 3]
+    y = matrix[1, 0] * i + matrix[1, 1] * j + matrix[1, 2] * k + matrix[1, 3]
+    z = matrix[2, 0] * i + matrix[2, 1] * j + matrix[2, 2] * k + matrix[2, 3]
+    return _rounded(x), _rounded(y), _rounded(z)
+
+
+@compiled()
+def corner_of(x, n, upper):
+    """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
+    x = min(max(x, 0.0), n - 1.0)
+    low = int(x)
+    share = x - low
+    return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
+
+
+@compiled()
+def _rounded(x):
+    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+
+
+@compiled()
+def _inside(index, n):
+    return min(max(index, 0), n - 1)

@@ -52,7 +52,7 @@ def head_box(
 
     The foreground (see `head_mask`) with `margin_mm` around it; of a long neck, what lies more
     than `HEAD_HEIGHT_MM` below the top of the head is left out. The sides are then enlarged to
-    multiples of `multiple`, into the image where it has room.
+    multiples of `multiple`. Empty voxels (0) around the image do not move the box.
 
     Parameters
     ----------
@@ -65,7 +65,9 @@ def head_box(
     -------
     Box
     """
-    low, high = bounds(head_mask(data, voxel_size))
+    first, last = bounds(data > 0) if data.any() else (np.zeros(3, int), np.array(data.shape))
+    inside = data[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
+    low, high = (edge + first for edge in bounds(head_mask(inside, voxel_size)))
     margin = round(margin_mm / voxel_size)
     low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
     return enclose(low - margin, high + margin, data.shape, multiple)
@@ -74,8 +76,8 @@ def head_box(
 def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple: int) -> Box:
     """Return the box from `low` to `high`, with sides that are multiples of `multiple`.
 
-    Bounds beyond an array of `shape` are moved to its edge; the sides are then enlarged, into the
-    array where it has room.
+    Bounds beyond an array of `shape` are moved to its edge; the sides are then enlarged, half of
+    it on each side, whether the array has room or not.
 
     Examples
     --------
@@ -84,12 +86,9 @@ def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple:
     """
     low, high = np.maximum(low, 0), np.minimum(high, shape)
     start, sides = [], []
-    for a, b, size in zip(low.tolist(), high.tolist(), shape, strict=True):
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
         side = multiple * math.ceil((b - a) / multiple)
-        first = a - (side - (b - a)) // 2
-        if side <= size:
-            first = min(max(first, 0), size - side)
-        start.append(first)
+        start.append(a - (side - (b - a)) // 2)
         sides.append(side)
     return Box(start=tuple(start), shape=tuple(sides))
 
@@ -151,6 +150,12 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
              "front": mask[:, -1], "back": mask[:, 0]}  # fmt: skip
     per_cm2 = voxel_size**2 / 100
     cut = [f for f, plane in faces.items() if plane.sum() * per_cm2 > _TOUCH_CM2[f]]
+    if len(cut) == len(faces):
+        return (
+            "Head and background cannot be told apart: the image is bright up to its edges on all "
+            "sides. If the head is not cut there, the background is as bright as the head; set it "
+            "to 0, or extract the brain."
+        )
     if cut:
         return (
             f"The head is cut by the edge of the image ({', '.join(cut)}): the brain may be "

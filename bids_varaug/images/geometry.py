@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,30 +36,16 @@ class Geometry:
 
     def save(self, path: Path) -> None:
         """Write as JSON; numbers survive to the last bit."""
-        values = {
-            "voxel_size": self.voxel_size,
-            "box": [list(self.box.start), list(self.box.shape)],
-            "conformed_shape": list(self.conformed_shape),
-            "conformed_affine": self.conformed_affine.tolist(),
-            "native_shape": list(self.native_shape),
-            "native_affine": self.native_affine.tolist(),
-            "foreground_volume": self.foreground_volume,
-            "warnings": list(self.warnings),
-        }
-        path.write_text(json.dumps(values), encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), default=np.ndarray.tolist), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Geometry:
         """Read what `save` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        start, shape = (tuple(part) for part in values["box"])
-        return cls(
-            voxel_size=values["voxel_size"],
-            box=Box(start=start, shape=shape),
-            conformed_shape=tuple(values["conformed_shape"]),
-            conformed_affine=np.array(values["conformed_affine"]),
-            native_shape=tuple(values["native_shape"]),
-            native_affine=np.array(values["native_affine"]),
-            foreground_volume=values["foreground_volume"],
-            warnings=tuple(values["warnings"]),
-        )
+        values["box"] = Box(*map(tuple, values["box"].values()))
+        for name, value in values.items():
+            if name.endswith("_affine"):
+                values[name] = np.array(value)
+            elif isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)

@@ -21,6 +21,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from bids_varaug.errors import ScanError
+from bids_varaug.images.affine import choose_affine, voxel_sizes, voxel_volume
+from bids_varaug.images.intensity import MAX_JUMP_SHARE, jump_share, standardise
 from bids_varaug.models.memory import GIB, memory_bound
 
 MAX_VOXELS = 400_000_000
@@ -59,27 +61,34 @@ class Volume:
     data : (X, Y, Z) float32
     affine : (4, 4) float64, voxel index -> mm, RAS+ world
     header : nibabel NIfTI header, its shape that of `data`
+    warnings : what was taken otherwise than as it stands in the header
     """
 
     data: np.ndarray
     affine: np.ndarray
     header: nib.Nifti1Header
+    warnings: tuple[str, ...] = ()
 
 
-def load_t1w(path: Path) -> Volume:
+def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """Read a T1w image from ``.nii`` or ``.nii.gz``.
+
+    Parameters
+    ----------
+    path : Path
+    trust : "sform" or "qform", where they contradict each other; see `choose_affine`
 
     Returns
     -------
     Volume
-        On the file's own grid; values scaled by the header's slope and intercept.
+        On the file's own grid, intensities as `standardise` leaves them.
 
     Raises
     ------
     ScanError
         If the file is absent, empty, damaged or not NIfTI; is not one 3D volume of real numbers;
-        has NaN, infinite or only equal values; does not say where left and right are; or its
-        voxels or field of view cannot be those of a head.
+        has NaN, infinite or only equal values, or values that wrapped around; does not say where
+        left and right are; or its voxels or field of view cannot be those of a head.
     """
     path = Path(path)
     try:
@@ -87,17 +96,20 @@ def load_t1w(path: Path) -> Volume:
         with _open(path) as stream:
             header = _read_header(path, stream)
             shape = _check_shape(path, header)
-            affine = _check_affine(path, header, shape)
+            affine, warnings = choose_affine(path.name, header, trust)
+            _check_affine(path, affine, shape)
             _check_memory(path, shape)
-            data = _read_data(path, stream, header, shape)
+            raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
         raise ScanError(
             f"{path.name}: cannot be read ({type(error).__name__}: {error}). The file is damaged; "
             "fetch or convert it again."
         ) from error
-    _check_values(path, data)
+    _check_values(path, raw)
+    data = standardise(raw, negative=(header.get_slope_inter()[0] or 1) < 0)
+    _check_continuity(path, data)
     header.set_data_shape(shape)
-    return Volume(data=data, affine=affine, header=header)
+    return Volume(data, affine, header, warnings)
 
 
 def _check_file(path: Path) -> None:
@@ -182,27 +194,19 @@ def _check_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
     return spatial
 
 
-def _check_affine(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
-    mend = "Set qform and sform again from the original images (fslorient, nibabel, dcm2niix)."
-    if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
-        raise ScanError(
-            f"{path.name}: no orientation (qform_code and sform_code are 0), so left and right "
-            f"cannot be told apart. {mend}"
-        )
-    with np.errstate(all="ignore"):
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        squareness = abs(np.linalg.det(affine[:3, :3] / np.where(sizes > 0, sizes, 1)))
-    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
-        raise ScanError(f"{path.name}: the affine has NaN, infinite or absurd values. {mend}")
-    if not (sizes.min() > 0 and squareness >= MIN_SQUARENESS):
-        raise ScanError(f"{path.name}: the affine is singular or strongly sheared. {mend}")
+def _check_affine(path: Path, affine: np.ndarray, shape: tuple[int, int, int]) -> None:
+    fix = "If the header is wrong, correct it (fslorient, nibabel, dcm2niix); otherwise "
+    sizes = voxel_sizes(affine)
+    if np.abs(affine).max() > 1e6:
+        raise ScanError(f"{path.name}: the affine has absurd values. {fix}crop the image.")
+    if voxel_volume(affine) < MIN_SQUARENESS * sizes.prod():
+        raise ScanError(f"{path.name}: the affine is strongly sheared. {fix}resample the image.")
     low, high = VOXEL_SIZE_RANGE
     if sizes.min() < low * 0.99 or sizes.max() > high * 1.01:
         raise ScanError(
             f"{path.name}: voxels of {_times(sizes, '.3g')} mm; {low:g} to {high:g} mm can be "
-            "segmented. If the header's unit is wrong, mend it; otherwise resample the image, or "
-            "filter it out with --bids-filter-file."
+            f"segmented. {fix}resample the image, or filter it out with --bids-filter-file. The "
+            "unit of length counts too (xyzt_units)."
         )
     extent = sizes * shape
     low, high = FIELD_OF_VIEW_RANGE
@@ -215,9 +219,8 @@ def _check_affine(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, i
     if extent.max() > high:
         raise ScanError(
             f"{path.name}: field of view of {_times(extent, '.0f')} mm, far larger than a head "
-            f"(at most {high:g} mm). Crop the image, or mend the voxel size in its header."
+            f"(at most {high:g} mm). {fix}crop the image."
         )
-    return affine
 
 
 def _check_memory(path: Path, shape: tuple[int, int, int]) -> None:
@@ -245,17 +248,14 @@ def _read_data(
             f"{path.name}: the header claims {n_bytes:,} bytes of data, more than the file of "
             f"{on_disk:,} bytes can hold. It is truncated or damaged; fetch or convert it again."
         )
-    slope, inter = header.get_slope_inter()
-    flat = np.empty(n_voxels, dtype=np.float32)
+    # As stored: slope and intercept of the header would only round what `standardise` undoes.
+    header.get_slope_inter()  # raises where they are not finite
+    flat = np.empty(n_voxels, dtype=dtype.newbyteorder("="))
     step = _CHUNK_BYTES // dtype.itemsize
-    with np.errstate(all="ignore"):
-        for start in range(0, n_voxels, step):
-            count = min(step, n_voxels - start)
-            block = _read_exactly(path, stream, count * dtype.itemsize)
-            values = np.frombuffer(block, dtype=dtype)
-            if slope is not None and (slope, inter) != (1.0, 0.0):
-                values = values.astype(np.float64) * slope + inter
-            flat[start : start + count] = values
+    for start in range(0, n_voxels, step):
+        count = min(step, n_voxels - start)
+        block = _read_exactly(path, stream, count * dtype.itemsize)
+        flat[start : start + count] = np.frombuffer(block, dtype=dtype)
     # Reading on to the end makes gzip compare its checksum; bounded, for data that never end.
     for _ in range(64):
         if not stream.read(_CHUNK_BYTES // 8):
@@ -274,6 +274,18 @@ def _check_values(path: Path, data: np.ndarray) -> None:
         raise ScanError(
             f"{path.name}: every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert "
             "it again, or filter it out with --bids-filter-file."
+        )
+
+
+def _check_continuity(path: Path, data: np.ndarray) -> None:
+    share = jump_share(data)
+    if share > MAX_JUMP_SHARE:
+        raise ScanError(
+            f"{path.name}: {share:.1%} of neighbouring voxels jump from the darkest to the "
+            "brightest value. Either bright voxels wrapped around when the file was written "
+            "(convert it again, as uint16 or float32), or noise fills the background, as in the "
+            "UNI image of MP2RAGE (use the denoised one, combine UNI with both inversions, or "
+            "extract the brain)."
         )
 
 

@@ -8,7 +8,12 @@ import numba
 import numpy as np
 
 from bids_varaug.compiled import compiled
-from bids_varaug.images.conform import axis_maps, axis_taps, samples_per_voxel
+from bids_varaug.images.conform import (
+    corner_of,
+    native_to_conformed,
+    place_of,
+    samples_per_axis,
+)
 from bids_varaug.images.crop import Box
 
 POSTERIOR_SCALE = 1 / 255
@@ -72,32 +77,18 @@ def resample_posterior(
     Raises
     ------
     ValueError
-        If the grids do not share their axes, or the arrays' sizes do not fit together.
+        If the arrays' sizes do not fit together.
     """
     n_classes = posterior.shape[1]
     native_shape = tuple(int(n) for n in native_shape)
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
         raise ValueError("offsets, voxels, posterior and box do not belong together")
-    axes, scales, shifts = axis_maps(conformed_affine, native_affine)
+    matrix = native_to_conformed(conformed_affine, native_affine)
+    samples = samples_per_axis(conformed_affine, native_affine)
     row_of = _rows_of_voxels(
         np.asarray(offsets, np.int64), np.asarray(voxels, np.int32), tuple(box.shape)
     )
-    row_of = np.ascontiguousarray(row_of.transpose(axes))
-    places, weights = [], []
-    for axis in range(3):
-        along = int(axes[axis])
-        scale = float(scales[axis])
-        taps = axis_taps(
-            native_shape[axis],
-            conformed_shape[along],
-            scale,
-            float(shifts[axis]),
-            samples=samples_per_voxel(scale),
-        )
-        place = taps.indices - box.start[along]
-        place[(place < 0) | (place >= box.shape[along])] = -1
-        places.append(place.astype(np.int32))
-        weights.append(taps.weights)
+    start, sides = np.array(box.start, np.int64), np.array(conformed_shape, np.int64)
     labels = np.zeros(native_shape, np.uint8)
     if not with_posterior:
         out = np.zeros((1, 1, 1, n_classes), np.uint8)
@@ -107,7 +98,7 @@ def resample_posterior(
         raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
     posterior = np.ascontiguousarray(posterior, np.float32)
     power = np.float32(1 / temperature)
-    _mix(row_of, posterior, *places, *weights, labels, out, with_posterior, power)
+    _mix(row_of, start, sides, posterior, matrix[:3], samples, labels, out, with_posterior, power)
     return NativePosterior(labels=labels, posterior=out if with_posterior else None)
 
 
@@ -122,31 +113,38 @@ def _rows_of_voxels(offsets, voxels, shape):
 
 
 @compiled(parallel=True)
-def _mix(row_of, posterior, ix, iy, iz, wx, wy, wz, labels, out, with_posterior, power):
+def _mix(row_of, start, sides, posterior, matrix, samples, labels, out, with_posterior, power):
     n_classes = posterior.shape[1]
+    n_points = samples.prod()
     for i in numba.prange(labels.shape[0]):
         mix = np.empty(n_classes, dtype=np.float32)
         for j in range(labels.shape[1]):
             for k in range(labels.shape[2]):
                 stored = False
                 mix[:] = np.float32(0)
-                for a in range(ix.shape[1]):
-                    for b in range(iy.shape[1]):
-                        wxy = wx[i, a] * wy[j, b]
-                        if wxy == 0:
+                for point in range(n_points):
+                    x, y, z = place_of(matrix, i, j, k, point, samples)
+                    for corner in range(8):
+                        a, u = corner_of(x, sides[0], corner & 1)
+                        b, v = corner_of(y, sides[1], corner >> 1 & 1)
+                        c, w = corner_of(z, sides[2], corner >> 2)
+                        weight = u * v * w / np.float32(n_points)
+                        if weight == 0:
                             continue
-                        inside = ix[i, a] >= 0 and iy[j, b] >= 0
-                        for c in range(iz.shape[1]):
-                            weight = wxy * wz[k, c]
-                            row = np.int32(-1)
-                            if inside and iz[k, c] >= 0:
-                                row = row_of[ix[i, a], iy[j, b], iz[k, c]]
-                            if row < 0:
-                                mix[0] += weight
-                            elif weight > 0:
-                                stored = True
-                                for n in range(n_classes):
-                                    mix[n] += weight * posterior[row, n]
+                        row = np.int32(-1)
+                        a, b, c = a - start[0], b - start[1], c - start[2]
+                        if (
+                            0 <= a < row_of.shape[0]
+                            and 0 <= b < row_of.shape[1]
+                            and 0 <= c < row_of.shape[2]
+                        ):
+                            row = row_of[a, b, c]
+                        if row < 0:
+                            mix[0] += weight
+                        else:
+                            stored = True
+                            for n in range(n_classes):
+                                mix[n] += weight * posterior[row, n]
                 if stored:
                     best = 0
                     for n in range(1, n_classes):

@@ -15,14 +15,18 @@ from bids_varaug.inputs.tables import TableError, plain_name
 YEARS_PER = {"years": 1.0, "months": 1 / 12, "weeks": 7 / 365.25, "days": 1 / 365.25}
 OLDEST = 120.0  # years; more is a code such as 999, or another unit
 
-_SPELLINGS = {
-    "years": ("years", "year", "yrs", "yr", "y", "a", "annum", "yo", "yearsold", "ageinyears"),
-    "months": ("months", "month", "mos", "mo", "mon", "mths", "mth", "m", "monthsold"),
-    "weeks": ("weeks", "week", "wks", "wk", "w", "weeksold"),
-    "days": ("days", "day", "d", "daysold"),
-}
-_UNIT_OF = {spelling: unit for unit, names in _SPELLINGS.items() for spelling in names}
+_UNIT_OF = dict.fromkeys("years year yrs yr y a annum yo yearsold ageinyears".split(), "years")
+_UNIT_OF |= dict.fromkeys("months month mos mo mon mths mth m monthsold".split(), "months")
+_UNIT_OF |= dict.fromkeys("weeks week wks wk w weeksold".split(), "weeks")
+_UNIT_OF |= dict.fromkeys("days day d daysold".split(), "days")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of age_months, AgeMonths
+# What may stand beside a unit and changes nothing: "years (rounded down)".
+_REMARK = re.compile(
+    r"ages?|as|at|of|in|the|to|s|old|older|time|date|scan\w*|mri|session|visit|study|birth|enrol\w*|"
+    r"inclusion|consent|baseline|participa\w*|test\w*|acqui\w*|round\w*|down|up|off|nearest|next|"
+    r"lower|whole|full|complete\w*|integers?|decimals?|numbers?|exact|floor\w*|truncat\w*|approx\w*|"
+    r"capped|top|coded|or|over|above|one|two|places?|subjects?|units?|and|with|is|chronological"
+)
 _NUMBER = re.compile(
     r"(?P<more>>=?|≥)?\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<plus>\+)?"
     r"\s*(?P<unit>[a-z][a-z ]*)?",
@@ -63,7 +67,7 @@ def parse_age(value: str | None, unit: str = "years") -> Age:
     if value is None:
         return Age(math.nan, "no age (n/a)")
     match = _NUMBER.fullmatch(value.strip())
-    own = _UNIT_OF.get(plain_name(match["unit"])) if match and match["unit"] else unit
+    own = _read_unit(match["unit"]) if match and match["unit"] else unit
     if match is None or own is None:
         return Age(math.nan, f"{value!r} is no number")
     years = float(match["number"]) * YEARS_PER[own]
@@ -93,16 +97,28 @@ def age_unit(column: str, sidecar: Path) -> str:
     entry = column_entry(read_sidecar(sidecar), column)
     given = next((entry[key] for key in entry if plain_name(str(key)) in ("units", "unit")), None)
     if given not in (None, "", "n/a"):
-        unit = _UNIT_OF.get(plain_name(str(given)))
+        unit = _read_unit(str(given))
         if unit is None:
             raise TableError(
                 f"{sidecar}: Units {given!r} of {column!r} is not known. Write years, months, "
                 "weeks or days."
             )
         return unit
-    last = (_WORD.findall(column) or [""])[-1].lower()
-    # One letter of a name is not enough to go by.
-    return _UNIT_OF.get(last, "years") if len(last) > 1 else "years"
+    words = [word.lower() for word in _WORD.findall(column)]
+    # One letter of a name is not enough to go by; a singular ("age_day1") only at its end.
+    told = [w for w in words[:-1] if w in YEARS_PER] + [w for w in words[-1:] if len(w) > 1]
+    return next((_UNIT_OF[word] for word in reversed(told) if word in _UNIT_OF), "years")
+
+
+def _read_unit(text: str) -> str | None:
+    """Unit that a text names; None where it names none or two, or says more than a remark."""
+    if plain_name(text) in _UNIT_OF:
+        return _UNIT_OF[plain_name(text)]
+    text = re.sub("(since|from) birth", "", text.lower())
+    words = re.findall(r"[^\W\d_]+|[*×^]|/\s*\d|^\W*\d", text)  # "years * 10", "5-year bins"
+    named = {_UNIT_OF[word] for word in words if word in _UNIT_OF and len(word) > 1}
+    strange = [word for word in words if not _REMARK.fullmatch(word) and word not in _UNIT_OF]
+    return named.pop() if len(named) == 1 and not strange else None
 
 
 def read_sidecar(path: Path) -> dict:

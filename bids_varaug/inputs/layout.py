@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,9 @@ from bids_varaug.errors import NoInputError, OutputError, UsageError
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
 
+LABEL = re.compile(r"[0-9a-zA-Z+]+")
 DATABASE_FILE = "layout_index.sqlite"
 
-_LABEL = re.compile(r"[0-9a-zA-Z+]+")
 _QUERY_WORD = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
 
 
@@ -39,7 +39,7 @@ def normalize_label(label: str, entity: str = "sub") -> str:
     '01'
     """
     bare = label.removeprefix(f"{entity}-")
-    if not _LABEL.fullmatch(bare):
+    if not LABEL.fullmatch(bare):
         raise UsageError(
             f"{label!r} is not a BIDS label: only letters and digits may follow '{entity}-'. "
             "Give labels, not paths, separated by spaces."
@@ -53,32 +53,63 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
-def list_participants(bids_dir: Path) -> list[str]:
-    """Labels of the ``sub-*`` folders, without ``sub-``, in natural order.
+def participant_folders(bids_dir: Path) -> list[str]:
+    """Names of the ``sub-*`` folders that .bidsignore leaves, in natural order.
 
     Raises
     ------
     NoInputError
-        If the directory cannot be listed.
+        If the directory cannot be listed, or .bidsignore not be read.
     """
+    is_ignored = read_bidsignore(bids_dir)
     try:
         with os.scandir(bids_dir) as entries:
-            names = [entry.name for entry in entries if entry.is_dir()]
+            names = [e.name for e in entries if e.name.startswith("sub-") and e.is_dir()]
     except OSError as error:
         raise NoInputError(f"{bids_dir}: cannot list this directory: {error.strerror}.") from error
-    labels = (name[4:] for name in names if name.startswith("sub-"))
-    return sorted((label for label in labels if _LABEL.fullmatch(label)), key=natural_key)
+    return sorted((name for name in names if not is_ignored(f"{name}/")), key=natural_key)
+
+
+def list_participants(bids_dir: Path) -> list[str]:
+    """Labels of the `participant_folders`; one whose label is impossible is nobody's."""
+    return [name[4:] for name in participant_folders(bids_dir) if LABEL.fullmatch(name[4:])]
+
+
+def read_bidsignore(bids_dir: Path) -> Callable[[str], bool]:
+    """Function that tells whether .bidsignore matches a path in the dataset (of a folder: ``x/``).
+
+    Raises
+    ------
+    NoInputError
+        If there is a .bidsignore that cannot be read.
+    """
+    from pathspec import GitIgnoreSpec
+
+    path = bids_dir / ".bidsignore"
+    try:
+        text = path.read_text("utf-8-sig", "surrogateescape") if os.path.lexists(path) else ""
+        spec = GitIgnoreSpec.from_lines(text.lower().splitlines())
+    except (OSError, ValueError, re.error) as error:
+        raise NoInputError(f"{path}: cannot read it ({error}). Fetch or correct it.") from error
+
+    def is_ignored(relative: str) -> bool:
+        # As in the validator, case does not count, and nothing comes back from an ignored folder.
+        lower = relative.lower()
+        return any(spec.match_file(lower[: end.end()]) for end in re.finditer(".(/|$)", lower))
+
+    return is_ignored
 
 
 def _ignore_patterns(participants: Iterable[str], existing: Iterable[str]) -> list[re.Pattern]:
     """Patterns that keep pybids to the NIfTI files of the participants' ``anat`` folders."""
     chosen = set(participants)
     # One short pattern where nobody is left out: it is matched against every path.
-    labels = "[^/]+" if chosen.issuperset(existing) else "|".join(map(re.escape, sorted(chosen)))
+    any_label = LABEL.pattern if chosen.issuperset(existing) else None
+    labels = any_label or "|".join(map(re.escape, sorted(chosen)))
     return [
         re.compile(rf"^/(?!sub-(?:{labels})(?:/|$))"),
-        re.compile(r"^/sub-[^/]+/(?!ses-[^/]+(?:/|$)|anat(?:/|$))"),
-        re.compile(r"^/sub-[^/]+/ses-[^/]+/(?!anat(?:/|$))"),
+        re.compile(r"^/sub-[^/]+/(?!ses-[^/]*(?:/|$)|anat(?:/|$))"),
+        re.compile(r"^/sub-[^/]+/ses-[^/]*/(?!anat(?:/|$))"),
         # Sidecars are as many again, and nothing asks for them.
         re.compile(r"/anat/.*(?<!\.nii)(?<!\.nii\.gz)$"),
     ]
@@ -94,8 +125,9 @@ def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -
         ignore=_ignore_patterns(participants, list_participants(bids_dir)),
     )
     return BIDSLayout(
-        bids_dir, validate=False, derivatives=False, indexer=indexer, database_path=database
-    )
+        bids_dir, validate=False, derivatives=False, config=["bids", "derivatives"],
+        indexer=indexer, database_path=database,
+    )  # fmt: skip
 
 
 def open_layouts(

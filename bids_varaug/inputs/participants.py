@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ USUAL_COLUMNS = {
         "institution_name", "scanner", "scanner_id",
     ),
 }  # fmt: skip
+SESSION_COLUMNS = ("session_id", "session", "ses", "session_label")
 FLAGS = {"age": "--age-column", "sex": "--sex-column", "site": "--site-column"}
 
 _SEXES = {
@@ -105,6 +107,7 @@ def read_people(
     sex_column: str = "sex",
     site_column: str = "site",
     require_age: bool = True,
+    only: str | None = None,
 ) -> People:
     """Read participants.tsv, its sidecar, and the sessions' tables that have ages.
 
@@ -119,8 +122,8 @@ def read_people(
     bids_dir : Path
         A raw dataset; images are not looked at.
     age_column, sex_column, site_column : str
-    require_age : bool
-        False to read whoever is there, with or without age (to apply a model).
+    require_age : False to read whoever is there, with or without age
+    only : participant (``sub-01``) of whom alone a table of sessions is read
 
     Raises
     ------
@@ -147,7 +150,7 @@ def read_people(
     if columns["age"] is None and require_age:
         raise missing_age_column(table, age_column)
     sites = table.column(columns["site"]) if columns["site"] else [None] * len(participants)
-    sessions = _session_column(table)
+    sessions = _session_column(table, participants)
     _check_unique(path, participants, sessions, sites)
     notes: list[str] = []
     sexes = read_sexes(table, columns["sex"], sidecar, notes)
@@ -159,14 +162,13 @@ def read_people(
         for row in zip(participants, sessions, ages, sexes, sites, strict=True)
     }
     first = {row[0]: row for row in reversed(rows.values())}
-    for tsv in _session_tables(Path(bids_dir), first.keys()):
+    for tsv in _session_tables(Path(bids_dir), {only} & first.keys() if only else first):
         participant, _, _, sex, site = first[tsv.parent.name]
         for session, age in _session_ages(tsv, age_column, left_out, notes):
             rows[participant, session] = (participant, session, age, sex, site)
             if not math.isnan(age):
                 left_out.pop(participant, None)
-    rows = list(rows.values())
-    return People(_table(rows), left_out, tuple(notes))
+    return People(_table(list(rows.values())), left_out, tuple(notes))
 
 
 def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
@@ -237,7 +239,7 @@ def read_sexes(
     levels = next((entry[key] for key in entry if plain_name(str(key)) == "levels"), None)
     explained = {}
     for code, meaning in levels.items() if isinstance(levels, dict) else ():
-        text = meaning if isinstance(meaning, str) else dict(meaning or {}).get("Description", "")
+        text = meaning.get("Description") if isinstance(meaning, dict) else meaning
         explained[str(code)] = _SEX_OF.get(plain_name(str(text)))
     values = table.column(column)
     sexes = [
@@ -255,14 +257,14 @@ def read_sexes(
 
 
 def prefixed(label: str, entity: str = "sub") -> str:
-    """Label with its prefix.
+    """Label with its prefix, in small letters.
 
     Examples
     --------
-    >>> prefixed("01"), prefixed("sub-01"), prefixed("1", "ses")
+    >>> prefixed("01"), prefixed("SUB-01"), prefixed("1", "ses")
     ('sub-01', 'sub-01', 'ses-1')
     """
-    return label if label.startswith(f"{entity}-") else f"{entity}-{label}"
+    return f"{entity}-{re.sub(f'^{entity}-', '', label, flags=re.IGNORECASE)}"
 
 
 def _participants(table: TextTable) -> list[str]:
@@ -278,11 +280,13 @@ def _participants(table: TextTable) -> list[str]:
     return [prefixed(label) for label in labels]
 
 
-def _session_column(table: TextTable) -> list[str | None]:
+def _session_column(table: TextTable, participants: list[str]) -> list[str | None]:
     """Sessions of a participants.tsv with a row per session, which some datasets have."""
-    if "session_id" not in table.columns:
-        return [None] * len(table.rows)
-    return [None if s is None else prefixed(s, "ses") for s in table.column("session_id")]
+    column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
+    # Where nobody has two rows, a column called "session" may as well count them.
+    if column is None or column != "session_id" and len(set(participants)) == len(participants):
+        return [None] * len(participants)
+    return [None if s is None else prefixed(s, "ses") for s in table.column(column)]
 
 
 def _names(participants, sessions) -> list[str]:
@@ -317,7 +321,7 @@ def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str
     """Sessions whose age the table tells, well or not; sessions of missing age are not named."""
     table = read_text_table(tsv)
     ages_in = find_column(table.columns, age_column, USUAL_COLUMNS["age"])
-    sessions_in = find_column(table.columns, "session_id")
+    sessions_in = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
     if ages_in is None or sessions_in is None:
         return []
     sidecar = tsv.with_suffix(".json")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bids_varaug.cli.settings import Settings
-from bids_varaug.errors import FiltersError, NoInputError, ScanError
+from bids_varaug.errors import FiltersError, NoInputError
 from bids_varaug.inputs.annex import MANY, datalad_command, is_absent
 from bids_varaug.inputs.layout import (
+    LABEL,
     filter_value,
     list_participants,
     natural_key,
     normalize_label,
     open_layouts,
+    participant_folders,
+    read_bidsignore,
 )
 
 if TYPE_CHECKING:
@@ -24,9 +28,23 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".nii", ".nii.gz")
 PARTS_WITHOUT_CONTRAST = {"phase", "real", "imag"}
+# Where a head keeps its size; any other space is taken for that of a template.
+OWN_SPACES = set("individual subject native orig scanner scanras anat acpc fsnative t1w t2w pdw "
+                 "flair bold boldref func epi dwi asl pet".split())  # fmt: skip
 
-_ANAT_FILE = re.compile(r"sub-[^/]+/(ses-[^/]+/)?anat/[^/]+")
+IGNORED = "left out by .bidsignore."
+MISNAMED = ("not processed: a label has letters and digits only, and a file the labels of its "
+            "folders. Rename these, or list them in .bidsignore.")  # fmt: skip
+TEMPLATE = ("left out: in a template space, volumes are not the person's. If it is the person's "
+            "own space, name it space-individual.")  # fmt: skip
+CHUNK = "left out: a chunk is no whole head. To process it, filter on chunk (--bids-filter-file)."
+EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz] that passes the filters."
+SILENT = ""  # phase images lie beside magnitude images, and nobody expects them to be processed
+
+_ANAT_FILE = re.compile(r"sub-[^/]+/(ses-[^/]*/)?anat/[^/]+")
 _ENDING = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
+# Entities that no T1w image has, or that each output sets itself.
+_DROPPED = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")
 
 
 @dataclass(frozen=True)
@@ -50,14 +68,14 @@ class Scan:
 
     @property
     def prefix(self) -> str:
-        """File name without suffix and extension, which every output name starts with.
+        """File name without suffix, extension and derivatives' entities; every output starts so.
 
         Examples
         --------
-        >>> Scan(Path("/x/sub-01_run-02_T1w.nii.gz"), {"subject": "01"}, "").prefix
+        >>> Scan(Path("/x/sub-01_run-02_desc-preproc_T1w.nii"), {"subject": "01"}, "").prefix
         'sub-01_run-02'
         """
-        return _ENDING.sub("", self.path.name)
+        return _DROPPED.sub("", _ENDING.sub("", self.path.name))
 
     @property
     def subject(self) -> str:
@@ -78,26 +96,25 @@ class Selection:
     ----------
     scans : tuple of Scan
         Images whose content is there, in natural order of their paths.
-    unavailable : tuple of (Scan, ScanError)
-        Images without content (dangling links, two files of one name); the error says what to do.
     participants_without_t1w : tuple of str
-        Participants that were asked for and have no T1w image; the run ends with exit code 1.
+        Participants that were asked for and have no T1w image.
     complaints : tuple of str
-        What to tell about `unavailable`: one message, with one command, for all that only has to
-        be fetched.
+        What cannot be processed, one message for each reason; any means exit code 1.
+    notes : tuple of str
+        What is left out on purpose, one message for each reason.
     """
 
     scans: tuple[Scan, ...]
-    unavailable: tuple[tuple[Scan, ScanError], ...] = ()
     participants_without_t1w: tuple[str, ...] = ()
     complaints: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def find_scans(settings: Settings) -> Selection:
     """T1w images of the requested participants and sessions that pass the BIDS filters.
 
-    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor phase, real and
-    imaginary parts (unless a filter on ``part`` asks for them).
+    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_left_out`
+    lists.
 
     Raises
     ------
@@ -117,24 +134,40 @@ def find_scans(settings: Settings) -> Selection:
         found = _query(each, bids_dir, participants, {})
         everything += found
         wanted += _query(each, bids_dir, participants, filters) if filters else found
-    if not everything:
-        _refuse_empty(bids_dir, participants, settings.participant_labels)
-    wanted = _restrict_sessions(wanted, everything, settings.session_labels)
-    if not wanted:
-        raise FiltersError(
-            f"{bids_dir}: none of the {len(everything)} T1w images passes --session-label and "
-            "--bids-filter-file. Loosen them."
-        )
-    # A participant who was named must not vanish silently because of a filter.
     named = {normalize_label(label) for label in settings.participant_labels}
-    with_any = {scan.subject for scan in everything}
+    folders = [] if named else participant_folders(bids_dir)
+    strange = [name for name in folders if not LABEL.fullmatch(name[4:])]
+    is_ignored = read_bidsignore(bids_dir)
+    everything, left_out = _sort_out(everything, strange, filters, is_ignored)
+    if not everything:
+        who = f"participant {_some(participants)}" if named else "any participant"
+        expected = f"{bids_dir}: no T1w image of {who}. Expected {EXPECTED.format('<label>')}"
+        raise NoInputError("\n".join([expected, *_explain(left_out)]))
+    with_ignored = {relative[4:].partition("/")[0] for relative in left_out[IGNORED]}
+    with_any = {scan.subject for scan in everything} | with_ignored
+    sessions = _existing_labels(
+        settings.session_labels, {scan.session for scan in everything} - {None}, "--session-label",
+        "no T1w image in session {} of the requested participants", "ses",
+    )  # fmt: skip
+    wanted = [scan for scan in wanted if not sessions or scan.session in sessions]
+    wanted, left_out = _sort_out(wanted, strange, filters, is_ignored)
+    if not wanted:
+        none = f"{bids_dir}: none of the {len(everything)} T1w images passes --session-label and "
+        none += "--bids-filter-file. Loosen them."
+        raise FiltersError("\n".join([none, *_explain(left_out)]))
+    wanted.sort(key=lambda scan: (natural_key(scan.relative), scan.relative))
+    scans, complaints = _split_available(bids_dir, wanted, not named)
+    if not scans:
+        raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *complaints]))
+    if misnamed := left_out.pop(MISNAMED):
+        complaints.append(f"{', '.join(misnamed)}: {MISNAMED}")
+    # A participant who was named must not vanish silently because of a filter.
     with_wanted = {scan.subject for scan in wanted}
     without = [p for p in participants if p not in (with_wanted if p in named else with_any)]
-    scans, unavailable = _split_available(bids_dir, sorted(wanted, key=_scan_key))
-    if not scans:
-        _refuse_unavailable(bids_dir, unavailable, whole_dataset=not named)
-    complaints = _complaints(bids_dir, unavailable, whole_dataset=not named)
-    return Selection(tuple(scans), tuple(unavailable), tuple(without), complaints)
+    for p in without:
+        reason = IGNORED if p in with_ignored else f"no {EXPECTED.format(p)}"
+        complaints.append(f"sub-{p}: {reason}")
+    return Selection(tuple(scans), tuple(without), tuple(complaints), tuple(_explain(left_out)))
 
 
 def select_participants(settings: Settings) -> list[str]:
@@ -145,31 +178,37 @@ def select_participants(settings: Settings) -> list[str]:
     NoInputError, UsageError, FiltersError
         As `find_scans`.
     """
-    existing = list_participants(settings.bids_dir)
+    bids_dir, existing = settings.bids_dir, list_participants(settings.bids_dir)
     if not existing:
-        raise NoInputError(
-            f"{settings.bids_dir}: no sub-* folder. Give the root of a BIDS dataset."
-        )
-    wanted = _existing_labels(settings.participant_labels, existing, "--participant-label")
-    excluded = _existing_labels(
-        settings.exclude_participant_labels, existing, "--exclude-participant-label"
-    )
+        none = f"{bids_dir}: no sub-<label> folder. Give the root of a BIDS dataset."
+        strange = {MISNAMED: participant_folders(bids_dir)}
+        raise NoInputError("\n".join([none, *_explain(strange)]))
+    wanted, excluded = settings.participant_labels, settings.exclude_participant_labels
+    is_ignored = read_bidsignore(bids_dir)
+    hidden = {p for p in map(normalize_label, (*wanted, *excluded)) if is_ignored(f"sub-{p}/")}
+    if named := hidden.intersection(map(normalize_label, wanted)):
+        raise FiltersError(f"--participant-label: {', '.join(sorted(named))}: {IGNORED}")
+    wanted = _existing_labels(wanted, existing, "--participant-label")
+    excluded = _existing_labels(excluded, hidden.union(existing), "--exclude-participant-label")
     chosen = [p for p in existing if (not wanted or p in wanted) and p not in excluded]
     if not chosen:
-        raise FiltersError(
-            f"{settings.bids_dir}: --exclude-participant-label leaves no participant."
-        )
+        raise FiltersError(f"{bids_dir}: --exclude-participant-label leaves no participant.")
     return chosen
 
 
-def _existing_labels(labels: Iterable[str], existing: list[str], flag: str) -> set[str]:
+def _existing_labels(
+    labels: Iterable[str],
+    existing: Collection[str],
+    flag: str,
+    problem: str = "not in the dataset: {}",
+    entity: str = "sub",
+) -> set[str]:
     """Labels without prefix, all of which exist."""
-    bare = {normalize_label(label) for label in labels}
+    bare = {normalize_label(label, entity) for label in labels}
     missing = sorted(bare.difference(existing), key=natural_key)
     if missing:
-        raise FiltersError(
-            f"{flag}: not in the dataset: {', '.join(missing)}. There are: {_some(existing)}."
-        )
+        there = _some(sorted(existing, key=natural_key)) or "none (the dataset has no sessions)"
+        raise FiltersError(f"{flag}: {problem.format(', '.join(missing))}. There are: {there}.")
     return bare
 
 
@@ -200,102 +239,64 @@ def _query(
         # A database made by others may hold more than the anat folders.
         if not _ANAT_FILE.fullmatch(relative) or entities.get("subject") not in chosen:
             continue
-        if "part" in filters or entities.get("part") not in PARTS_WITHOUT_CONTRAST:
-            scans.append(Scan(path, entities, relative))
+        scans.append(Scan(path, entities, relative))
     return scans
 
 
-def _restrict_sessions(
-    wanted: list[Scan], everything: list[Scan], labels: Iterable[str]
-) -> list[Scan]:
-    """Images of the requested sessions, all of which exist."""
-    sessions = {normalize_label(label, "ses") for label in labels}
-    if not sessions:
-        return wanted
-    existing = {scan.session for scan in everything if scan.session is not None}
-    missing = sorted(sessions - existing, key=natural_key)
-    if missing:
-        there = _some(sorted(existing, key=natural_key)) or "none (the dataset has no sessions)"
-        raise FiltersError(
-            f"--session-label: no T1w image in session {', '.join(missing)} of the requested "
-            f"participants. There are: {there}."
-        )
-    return [scan for scan in wanted if scan.session in sessions]
+def _left_out(
+    scan: Scan, filters: Collection[str], is_ignored: Callable[[str], bool]
+) -> str | None:
+    """Why an image is not processed, as far as its name tells and `filters` do not ask for it."""
+    *folders, _, name = scan.relative.split("/")
+    entities = dict(re.findall("_([a-z]+)-([^_]+)", name))
+    checks = {
+        IGNORED: is_ignored(scan.relative),
+        MISNAMED: re.findall(r"(?:^|_)((?:sub|ses)-[0-9a-zA-Z+]+)(?=_)", name) != folders,
+        TEMPLATE: entities.get("space", "individual").lower() not in OWN_SPACES,
+        CHUNK: "chunk" in entities and "chunk" not in filters,
+        SILENT: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
 
 
-def _scan_key(scan: Scan) -> tuple:
-    return natural_key(scan.relative), scan.relative
+def _sort_out(
+    scans: Iterable[Scan], misnamed: Iterable[str], *conditions
+) -> tuple[list[Scan], dict[str, list[str]]]:
+    """Images to process, and by reason the paths of the others and of `misnamed` folders."""
+    chosen, left_out = [], defaultdict(list, {MISNAMED: [*misnamed]})
+    for scan in scans:
+        reason = _left_out(scan, *conditions)
+        chosen.append(scan) if reason is None else left_out[reason].append(scan.relative)
+    return chosen, left_out
+
+
+def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
+    return [f"{_some(names)}: {reason}" for reason, names in left_out.items() if reason and names]
 
 
 def _split_available(
-    bids_dir: Path, scans: list[Scan]
-) -> tuple[list[Scan], list[tuple[Scan, ScanError]]]:
-    """Images that can be opened, and the others with what is wrong."""
+    bids_dir: Path, scans: list[Scan], whole_dataset: bool
+) -> tuple[list[Scan], list[str]]:
+    """Images that can be opened, and what is wrong with the others; many links in one message."""
     available: dict[str, Scan] = {}
-    unavailable = []
+    absent, complaints = [], []
     for scan in scans:
-        try:
-            absent = is_absent(scan.path)
-        except OSError as error:
-            message = f"{scan.relative}: cannot read it: {error.strerror}. It is skipped."
-            unavailable.append((scan, ScanError(message)))
-            continue
         twin = available.get(scan.prefix)
-        if absent:
-            unavailable.append((scan, _AbsentError(bids_dir, scan)))
-        elif twin is not None:
-            message = (
-                f"{scan.relative}: {twin.relative} would give outputs of the same names. Keep one "
-                f"of them, or choose with --bids-filter-file. {scan.relative} is skipped."
-            )
-            unavailable.append((scan, ScanError(message)))
-        else:
-            available[scan.prefix] = scan
-    return list(available.values()), unavailable
-
-
-class _AbsentError(ScanError):
-    """The content of an image is not there."""
-
-    def __init__(self, bids_dir: Path, scan: Scan) -> None:
-        super().__init__(
-            f"{scan.relative}: the link leads nowhere (its content was not fetched); it is "
-            f"skipped. To fetch it: {datalad_command(bids_dir, [scan.relative])}"
+        try:
+            if is_absent(scan.path):
+                absent.append(scan.relative)
+            elif twin is None:
+                available[scan.prefix] = scan
+            else:
+                complaints.append(
+                    f"{scan.relative}: {twin.relative} would give outputs of the same names. Keep "
+                    "one of them, or choose with --bids-filter-file. This one is skipped."
+                )
+        except OSError as error:
+            complaints.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
+    if absent:
+        complaints.append(
+            f"{_some(absent)}: skipped, only a link is here, its content was not fetched. "
+            f"To fetch it:\n  {datalad_command(bids_dir, absent, whole_dataset)}"
         )
-
-
-def _refuse_empty(bids_dir: Path, participants: list[str], requested: Iterable[str]) -> None:
-    who = f"participant {_some(participants)}" if tuple(requested) else "any participant"
-    raise NoInputError(
-        f"{bids_dir}: no T1w image of {who}. "
-        "Expected sub-<label>/[ses-<label>/]anat/*_T1w.nii[.gz]."
-    )
-
-
-def _complaints(
-    bids_dir: Path, unavailable: list[tuple[Scan, ScanError]], whole_dataset: bool
-) -> tuple[str, ...]:
-    """Message of each image; of a sparse clone's many links, only one message and command."""
-    absent = [scan for scan, error in unavailable if isinstance(error, _AbsentError)]
-    if len(absent) < 2:
-        return tuple(str(error) for _, error in unavailable)
-    others = [str(error) for _, error in unavailable if not isinstance(error, _AbsentError)]
-    subjects = dict.fromkeys(f"sub-{scan.subject}" for scan in absent)
-    command = datalad_command(bids_dir, [scan.relative for scan in absent], whole_dataset)
-    return (
-        *others,
-        f"{len(absent)} T1w images of {_some(subjects)} are skipped: only links are here, their "
-        f"content was not fetched. To fetch it:\n  {command}",
-    )
-
-
-def _refuse_unavailable(
-    bids_dir: Path, unavailable: list[tuple[Scan, ScanError]], whole_dataset: bool
-) -> None:
-    absent = [scan.relative for scan, error in unavailable if isinstance(error, _AbsentError)]
-    if not absent:
-        raise NoInputError("\n".join(str(error) for _, error in unavailable))
-    raise NoInputError(
-        f"{bids_dir}: the content of {len(absent)} T1w image(s) is not here, only dangling links. "
-        f"Fetch it with:\n  {datalad_command(bids_dir, absent, whole_dataset)}"
-    )
+    return list(available.values()), complaints

@@ -153,6 +153,8 @@ NUMERICS = {
     "cv": Column("CV [%]", "SD num. / mean", "percent"),
     "dice_min": Column("Dice min", "Smallest Dice over pairs of members, mean over participants",
                        "{:.3f}"),
+    "unreliable": Column("Unreliable", "Share of the images whose volume has this verdict",
+                         "{:.0%}"),
     "n_needed": Column("n needed", "Participants for a numerical error of Cohen's d below 0.1",
                        "{:,.0f}"),
 }  # fmt: skip

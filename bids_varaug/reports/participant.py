@@ -14,8 +14,8 @@ import pandas as pd
 from bids_varaug.derivatives.write import replacing, write_text
 from bids_varaug.reports.citation import Citation
 from bids_varaug.reports.page import render_page
-from bids_varaug.reports.plausibility import LIMITS, SOURCE, judge_volume
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
+from bids_varaug.variability.quality import VERDICTS
 
 FORBIDDEN_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_+-]")
 
@@ -32,6 +32,7 @@ class ScanReport:
     regions : table as in ``desc-consensus_dseg.tsv`` (index, name, volume_mean, ...)
     members : table as in ``desc-members_morph.tsv`` (member, family, index, name, volume)
     warnings : sentences
+    limits : for whom the limits of volume are
     provenance : what was done to this image, shown as a list of name and value
     """
 
@@ -40,6 +41,7 @@ class ScanReport:
     regions: pd.DataFrame
     members: pd.DataFrame
     warnings: tuple[str, ...] | list[str] = ()
+    limits: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +124,7 @@ FIGURE_TEXTS: dict[str, FigureText] = {
 COLUMNS: dict[str, tuple[str, str, str]] = {
     "index": ("Id", "FreeSurfer label id, the value in the dseg files", "{:.0f}"),
     "name": ("Structure", "FreeSurfer name", "{}"),
+    "verdict": ("Verdict", "How far the volume can be trusted", "{}"),
     "volume_mean": ("Volume [mm³]", "Mean volume over the perturbed members", "{:,.0f}"),
     "volume_std": ("SD [mm³]", "Standard deviation of the volume over them (N - 1)", "{:,.1f}"),
     "cv": ("CV [%]", "Coefficient of variation: SD divided by mean", "{:.2f}"),
@@ -129,8 +132,17 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "dice_min": ("Dice min", "Smallest Dice over pairs of perturbed members", "{:.3f}"),
     "dice_mean": ("Dice mean", "Mean Dice over pairs of perturbed members", "{:.3f}"),
     "entropy_mean": ("Entropy [bit]", "Mean vote entropy inside the consensus structure", "{:.3f}"),
+    "volume_low": ("Least [mm³]", "Lower limit of plausible volumes", "{:,.0f}"),
+    "volume_high": ("Most [mm³]", "Upper limit of plausible volumes", "{:,.0f}"),
+    "reason": ("Why", "Why the verdict is not good, the worst reason first", "{}"),
 }
 PERCENT = {"cv"}
+MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown",
+         "unreliable": "✗ unreliable"}  # fmt: skip
+SOURCE = (
+    "set by the authors of this package; no norms. For norms: Potvin et al. (2016), NeuroImage "
+    "137, 9-20, doi:10.1016/j.neuroimage.2016.05.016."
+)
 
 
 def write_participant_report(path: Path, content: ReportContent) -> Path:
@@ -192,13 +204,17 @@ def render_participant_report(content: ReportContent) -> str:
         ],
         versions=content.versions,
         citation=content.citation,
-        source=SOURCE,
+        verdicts=VERDICTS,
+        marks=MARKS,
     )
 
 
 def _scan_context(scan: ScanReport, number: int) -> dict[str, Any]:
     known = [name for name in FIGURE_TEXTS if name in scan.figures]
     others = [name for name in scan.figures if name not in FIGURE_TEXTS]
+    # The verdict beside the name, so that a narrow screen shows both.
+    first = [c for c in ("index", "name", "verdict", "reason") if c in scan.regions]
+    regions = scan.regions[[*first, *scan.regions.columns.drop(first)]]
     return {
         "anchor": f"scan-{number}",
         "prefix": scan.prefix,
@@ -211,18 +227,13 @@ def _scan_context(scan: ScanReport, number: int) -> dict[str, Any]:
             }
             for position, name in enumerate(known + others, start=1)
         ],
-        "columns": [_column(c) for c in scan.regions.columns] + [LIMITS_COLUMN],
-        "rows": [_region_row(row, scan.regions.columns) for _, row in scan.regions.iterrows()],
+        "columns": [_column(c) for c in regions.columns],
+        "rows": [_region_row(row) for _, row in regions.iterrows()],
+        "source": f"{scan.limits.rstrip('.')}, {SOURCE}" if scan.limits else "",
         "volumes": _volume_table(scan.members),
         "warnings": list(scan.warnings),
         "provenance": {name: _plain(value) for name, value in scan.provenance.items()},
     }
-
-
-LIMITS_COLUMN = {
-    "heading": "Adult limits [mm³]",
-    "tooltip": "Broad limits of the volume; outside of them the row is marked",
-}
 
 
 def _column(name: str) -> dict[str, str]:
@@ -239,26 +250,27 @@ def _column(name: str) -> dict[str, str]:
 
 def _cell(name: str, value: Any) -> dict[str, Any]:
     """Text, sort key and kind of a cell of the table of regions."""
-    if name == "name" or isinstance(value, str):
-        return {"text": str(value), "key": str(value), "numeric": False}
+    if name == "verdict":
+        rank = list(VERDICTS).index(value) if value in VERDICTS else ""
+        return {"text": MARKS.get(value, str(value)), "key": str(rank), "kind": "text"}
+    if name in ("name", "reason") or isinstance(value, str):
+        text = "" if pd.isna(value) else str(value)
+        return {"text": text, "key": text, "kind": "text long" if name == "reason" else "text"}
     if pd.isna(value):
-        return {"text": "n/a", "key": "", "numeric": True}
+        return {"text": "n/a", "key": "", "kind": ""}
     base = next((c for c in (name, name.rpartition("_")[0]) if c in COLUMNS), None)
-    shown = 100 * float(value) if name in PERCENT else float(value)
+    shown = 100 * float(value) if base in PERCENT else float(value)
     text = (COLUMNS[base][2] if base else "{:.4g}").format(shown)
-    return {"text": text, "key": repr(shown), "numeric": True}
+    return {"text": text, "key": repr(shown), "kind": ""}
 
 
-def _region_row(row: pd.Series, columns: pd.Index) -> dict[str, Any]:
-    index, volume = int(row["index"]), float(row["volume_mean"])
-    limits = LIMITS.get(index)
-    verdict = judge_volume(index, volume)
-    text = f"{limits.low:,.0f} – {limits.high:,.0f}" if limits else "n/a"
-    mark = {"low": "▼ small", "high": "▲ large"}.get(verdict, "")
-    key = repr(limits.low) if limits else ""
-    cells = [_cell(name, row[name]) for name in columns]
-    cells.append({"text": f"{text} {mark}".strip(), "key": key, "numeric": True})
-    return {"verdict": verdict, "cells": cells}
+def _region_row(row: pd.Series) -> dict[str, Any]:
+    """Cells, and the verdict as a class of the row where it is not good."""
+    verdict = row.get("verdict")
+    return {
+        "verdict": verdict if verdict in VERDICTS and verdict != "good" else "",
+        "cells": [_cell(name, value) for name, value in row.items()],
+    }
 
 
 def _volume_table(members: pd.DataFrame) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +15,7 @@ from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
-from bids_varaug.images.conform import conform
-from bids_varaug.images.crop import is_probably_cropped
+from bids_varaug.images.affine import voxel_sizes
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Member
@@ -26,10 +26,13 @@ from bids_varaug.reports.participant import (
     ScanReport,
     write_participant_report,
 )
-from bids_varaug.reports.plausibility import find_warnings
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.reports.volume_plot import draw_volumes
 
+NO_VERDICTS = (
+    "The table of structures has no verdicts, an older version wrote it: run without "
+    "--reports-only to get them."
+)
 # Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same
 # one), and what the group level is asked.
 _NOT_SHOWN = frozenset(
@@ -81,17 +84,16 @@ def scan_report(request: ReportRequest, scan: Scan) -> ScanReport:
     regions = _read_table(output_dir, scan, "regions_tsv")
     members = _read_table(output_dir, scan, "members_tsv")
     labels = _read_image(output_dir, scan, "consensus_dseg")
-    volume = load_t1w(scan.path)
-    zooms = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    coarse = 2.0  # mm, fine enough to judge the field of view
-    doubt = is_probably_cropped(conform(volume, coarse).data, coarse)
-    warnings = find_warnings(regions, zooms, volume.data, labels)
+    volume = load_t1w(scan.path, request.settings.trust)
+    zooms = voxel_sizes(volume.affine)
+    told = _read_sidecar(output_dir, scan, "regions_tsv")
     return ScanReport(
         prefix=scan.prefix,
         figures=dict(_draw(request, scan, volume, labels, members)),
         regions=regions,
         members=members,
-        warnings=warnings if doubt is None else [doubt, *warnings],
+        warnings=told.get("Warnings", [NO_VERDICTS]),
+        limits=told.get("VolumeLimits", ""),
         provenance={
             "T1w": scan.relative,
             "Grid": f"{' x '.join(str(n) for n in volume.data.shape)} voxels of "
@@ -127,6 +129,14 @@ def _read_image(output_dir: Path, scan: Scan, key: str) -> np.ndarray:
 def _read_table(output_dir: Path, scan: Scan, key: str) -> pd.DataFrame:
     path = _existing(names.OUTPUTS[key].path(output_dir, scan), scan)
     return pd.read_csv(path, sep="\t", na_values=["n/a"])
+
+
+def _read_sidecar(output_dir: Path, scan: Scan, key: str) -> dict:
+    path = _existing(names.OUTPUTS[key].sidecar(output_dir, scan), scan)
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ScanError(f"{path}: damaged ({error}). Run without --reports-only.") from error
 
 
 def _existing(path: Path, scan: Scan) -> Path:

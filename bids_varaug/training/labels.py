@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from scipy.spatial import cKDTree
 
 from bids_varaug.errors import UserError
 from bids_varaug.images.crop import bounds
@@ -31,6 +33,7 @@ class LabelScheme:
     tissue : (G,) uint8, index into `TISSUES`
     t1_mean, t1_sd : (G,) float32, T1w intensity relative to white matter = 1, its spread over heads
     target_ids, target_names : id and name of each target class, background first
+    also : further ids of label maps, and what they count as: one id of `ids`, or one for each side
     """
 
     ids: np.ndarray
@@ -42,6 +45,7 @@ class LabelScheme:
     t1_sd: np.ndarray
     target_ids: tuple[int, ...]
     target_names: tuple[str, ...]
+    also: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def load_scheme(path: Path | None = None) -> LabelScheme:
@@ -50,7 +54,9 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     A TSV with the columns index and name, as BIDS has it (``*_dseg.tsv``). More columns say more:
     target (the id that the network learns; default: its own), mirror (the id on the other side;
     default: that whose name has left and right exchanged), tissue (air, brain, ventricle, csf or
-    head; default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any).
+    head; default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any),
+    also (ids that count as this one, such as ``31`` or ``77,251-255``; an id of two rows goes to
+    the nearer of the two structures).
 
     Raises
     ------
@@ -60,7 +66,7 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     """
     source = path or files("bids_varaug") / "data" / "training_labels.tsv"
     with source.open() as stream:
-        table = pd.read_csv(stream, sep="\t")
+        table = pd.read_csv(stream, sep="\t", dtype={"also": str})
     missing = {"index", "name"} - set(table)
     if missing:
         raise UserError(f"{source}: the label table lacks the column(s) {sorted(missing)}.")
@@ -87,7 +93,18 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
         t1_sd=table["t1_sd"].to_numpy(np.float32),
         target_ids=tuple(int(i) for i in target_ids),
         target_names=tuple(table["name"][position[int(i)]] for i in target_ids),
+        also=_also(table),
     )
+
+
+def _also(table: pd.DataFrame) -> dict[int, tuple[int, ...]]:
+    ids: dict[int, tuple[int, ...]] = {}
+    for index, text in zip(table["index"], table.get("also", ()), strict=False):
+        for part in str(text).split(",") if pd.notna(text) else ():
+            first, _, last = part.partition("-")
+            for also in range(int(first), int(last or first) + 1):
+                ids[also] = (*ids.get(also, ()), int(index))
+    return {also: rows for also, rows in ids.items() if also not in set(table["index"])}
 
 
 def _complete(table: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -160,15 +177,45 @@ def load_label_map(path: Path, scheme: LabelScheme) -> np.ndarray:
     labels = values.astype(np.int32)
     if not np.array_equal(labels, values):
         raise UserError(f"{path}: fractional values; a label map holds whole numbers.")
+    if not labels.any():
+        raise UserError(f"{path}: the label map is empty.")
+    labels = merge_labels(labels[crop_to_labels(labels)], scheme)
     unknown = np.setdiff1d(np.unique(labels), scheme.ids)
     if unknown.size:
         raise UserError(
             f"{path}: label(s) {unknown.tolist()[:10]} are not in the label table; add a row for "
             "each, or pass a table with --label-table."
         )
-    if not labels.any():
-        raise UserError(f"{path}: the label map is empty.")
-    return np.searchsorted(scheme.ids, labels[crop_to_labels(labels)]).astype(np.uint8)
+    return np.searchsorted(scheme.ids, labels).astype(np.uint8)
+
+
+def merge_labels(labels: np.ndarray, scheme: LabelScheme) -> np.ndarray:
+    """Replace ids that the table lists as `also` by those that they count as.
+
+    An id without a side (FreeSurfer's corpus callosum, WM hypointensities) goes, voxel by voxel, to
+    the side of the nearest voxel of the same target structure; without such voxels it stays.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) integer ids, voxels about as long as wide
+    """
+    present = [int(i) for i in np.unique(labels) if int(i) in scheme.also]
+    merged = labels.copy()
+    for also in (i for i in present if len(scheme.also[i]) == 1):
+        merged[labels == also] = scheme.also[also][0]
+    classes = dict(zip(scheme.ids.tolist(), scheme.targets.tolist(), strict=True))
+    whole = merged.copy()
+    for sides in {scheme.also[i] for i in present if len(scheme.also[i]) > 1}:
+        voxels = np.argwhere(np.isin(labels, [i for i in present if scheme.also[i] == sides]))
+        distances = np.full((len(sides), len(voxels)), np.inf)
+        for n, side in enumerate(sides):
+            same = [i for i in scheme.ids if classes[int(i)] == classes[side]]
+            if len(near := np.argwhere(np.isin(whole, same))):
+                tree = cKDTree(near, balanced_tree=False, compact_nodes=False)
+                distances[n] = tree.query(voxels)[0]
+        if np.isfinite(distances).any():
+            merged[tuple(voxels.T)] = np.array(sides)[distances.argmin(axis=0)]
+    return merged
 
 
 def crop_to_labels(labels: np.ndarray) -> tuple[slice, ...]:

@@ -211,22 +211,21 @@ def region_table(
     DataFrame, one row per structure
         index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits [bit],
         dice_min, dice_mean over all pairs of perturbed members, entropy_mean [bit], then
-        dice_min_FAMILY, dice_mean_FAMILY over the pairs within each family. NaN where a value
-        does not exist.
+        cv_FAMILY, dice_min_FAMILY, dice_mean_FAMILY within each family. NaN where a value does not
+        exist.
     """
     perturbed = _perturbed(families)
     n_classes = len(labels)
     volumes = counts.volumes[perturbed] * float(voxel_volume)
-    mean = volumes.mean(axis=0)
     alone = len(perturbed) < 2
-    std = np.full(n_classes, np.nan) if alone else volumes.std(axis=0, ddof=1)
+    std = _spread(volumes)
     dice = pairwise_dice(counts)
     columns = {
         "index": [int(label.index) for label in labels],
         "name": [label.name for label in labels],
-        "volume_mean": mean,
+        "volume_mean": volumes.mean(axis=0),
         "volume_std": std,
-        "cv": std / np.where(mean > 0, mean, np.nan),
+        "cv": _variation(volumes),
         "sigbits": volume_significant_bits(volumes),
     }
     columns["dice_min"], columns["dice_mean"] = _dice_summary(dice, perturbed)
@@ -235,6 +234,7 @@ def region_table(
         if family == BASELINE_FAMILY:
             continue
         within = [m for m in perturbed if families[m] == family]
+        columns[f"cv_{family}"] = _variation(counts.volumes[within])
         columns[f"dice_min_{family}"], columns[f"dice_mean_{family}"] = _dice_summary(dice, within)
     return pd.DataFrame(columns).iloc[1:].reset_index(drop=True)
 
@@ -264,6 +264,18 @@ def members_table(
 def _perturbed(families: Sequence[str]) -> list[int]:
     perturbed = [m for m, family in enumerate(families) if family != BASELINE_FAMILY]
     return perturbed or list(range(len(families)))
+
+
+def _spread(volumes: np.ndarray) -> np.ndarray:
+    """Sample standard deviation over members (M, K); NaN for one member, which has none."""
+    alone = len(volumes) < 2
+    return np.full(volumes.shape[1], np.nan) if alone else volumes.std(axis=0, ddof=1)
+
+
+def _variation(volumes: np.ndarray) -> np.ndarray:
+    """Coefficient of variation over members (M, K); NaN where no member has the structure."""
+    mean = volumes.mean(axis=0)
+    return _spread(volumes) / np.where(mean > 0, mean, np.nan)
 
 
 def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

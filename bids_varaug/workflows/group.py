@@ -25,17 +25,19 @@ from bids_varaug.brainage.gather import gather_cohort, read_features_table
 from bids_varaug.brainage.model import BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
 from bids_varaug.brainage.outputs import (
+    PHENOTYPE_TABLE,
     applied_sidecar,
     applied_tables,
     best_augmentation,
     phenotype_sidecar,
     phenotype_tables,
+    remark_ages,
     with_bids_labels,
 )
 from bids_varaug.brainage.population import (
     compare_pipelines,
     numerical_variability,
-    read_minimum_dice,
+    read_regions,
 )
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
@@ -79,8 +81,7 @@ def run_group(settings: Settings) -> Path | None:
     notes += _unused(settings, made)
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
-    for note in notes:
-        print(f"Note: {note}", file=sys.stderr)
+    _say(notes)
     if settings.dry_run:
         people = cohort.people["participant_id"].nunique()
         print(
@@ -92,6 +93,12 @@ def run_group(settings: Settings) -> Path | None:
     if model is not None:
         return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
+
+
+def _say(notes: Sequence[str]) -> Sequence[str]:
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
+    return notes
 
 
 def _people(settings: Settings, model: BrainAgeModel | None) -> People | None:
@@ -173,9 +180,9 @@ def _select(cohort: Cohort, settings: Settings) -> Cohort:
 
 def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequence[str]) -> Path:
     predicted = apply_model(model, cohort)
-    for note in predicted.attrs["notes"]:
-        print(f"Note: {note}", file=sys.stderr)
-    _write_tables(settings, applied_tables(predicted), applied_sidecar(model))
+    tables = applied_tables(predicted)
+    notes = [*notes, *_say([*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])])]
+    _write_tables(settings, tables, applied_sidecar(model, notes=notes))
     described = {
         "file": settings.apply_model.name,
         "sha256": hashlib.sha256(settings.apply_model.read_bytes()).hexdigest(),
@@ -190,7 +197,7 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequ
     write_group_logs(settings, citation)
     content = AppliedContent(
         predicted, described, citation=citation, left_out=cohort.left_out,
-        warnings=[*notes, *predicted.attrs["notes"]], source=cohort.source,
+        warnings=notes, source=cohort.source,
         settings={"level": "group"}, versions=versions, sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
     return _write_page(settings, content, save=True)
@@ -217,7 +224,9 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
     )  # fmt: skip
     path = settings.output_dir / MODEL
     save_model(path, model, model_card(model, cohort, study))
-    _write_tables(settings, phenotype_tables(study), phenotype_sidecar(study))
+    predicted = phenotype_tables(study)
+    notes = [*notes, *_say(remark_ages(predicted[PHENOTYPE_TABLE]))]
+    _write_tables(settings, predicted, phenotype_sidecar(study, notes=notes))
     tables = {"scores": study.scores, "gains": study.gains, "numerics": numerics}
     tables |= {f"against_{other.name}": other.comparison for other in compared}
     for name, table in tables.items():
@@ -236,11 +245,11 @@ def _numerics(
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
     if cohort.members is None:
         return None, []
-    seed, dice = settings.random_seed, None
+    seed, known = settings.random_seed, {}
     if settings.features_table is None:
         observations = cohort.people.set_index("observation")["participant_id"].to_dict()
-        dice = read_minimum_dice(settings.output_dir, observations)
-    numerics = numerical_variability(cohort, seed, dice_min=dice)
+        known = read_regions(settings.output_dir, observations)
+    numerics = numerical_variability(cohort, seed, **known)
     compared = []
     for name, path in settings.compare:
         other = _compared(path, seed)

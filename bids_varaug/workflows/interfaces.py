@@ -62,6 +62,7 @@ class _ConformInput(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="T1w image")
     voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
     multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
+    trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
 
 
 class _HeadOutput(TraitedSpec):
@@ -85,8 +86,9 @@ class Conform(_Step):
         from bids_varaug.images.prepare import prepare_head
 
         head, geometry = prepare_head(
-            Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple
-        )
+            Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple,
+            self.inputs.trust,
+        )  # fmt: skip
         for doubt in geometry.warnings:
             print(f"WARNING: {self.inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
         return _save_head(folder, head, geometry)
@@ -235,7 +237,11 @@ class WriteScan(_Step):
             Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
             Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
         )  # fmt: skip
-        written = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        written, doubts = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        if doubts:
+            scan = inputs.request.scan
+            print(f"WARNING: {scan.path}: {' '.join(doubts)} See sub-{scan.subject}.html.",
+                  file=sys.stderr, flush=True)  # fmt: skip
         if inputs.request.settings.clean_workdir:
             record_finished(inputs.request, written, folder)
         return {"out_files": [str(path) for path in written]}

@@ -149,7 +149,10 @@ def init_scan_wf(
     threads = settings.omp_nthreads
     voxel_size = network_voxel_size(settings, ensemble)
     conform = _node(
-        Conform(in_file=str(scan.path), voxel_size=voxel_size, multiple=ensemble.network.multiple),
+        Conform(
+            in_file=str(scan.path), voxel_size=voxel_size, multiple=ensemble.network.multiple,
+            trust=settings.trust,
+        ),
         "conform", 1, CONFORM_GB,
     )  # fmt: skip
     finder = finder_of(ensemble, members)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -145,3 +147,14 @@ def test_icc_is_that_of_shrout_and_fleiss():
     found = intraclass_correlation(table.ravel(), np.repeat(np.arange(6), 4))
     assert found.icc == pytest.approx(0.715, abs=0.001)
     assert found.low < 0.4 and found.high > 0.9
+
+
+def test_correction_is_withheld_from_all_where_little_is_predicted():
+    """Features without age: before, corrected ages missed by more than the mean age did."""
+    cohort = simulated_cohort(n=40, n_members=0, noise=0.0, seed=1)
+    rng = np.random.default_rng(0)
+    cohort = replace(cohort, baseline=cohort.baseline + rng.normal(0, 400, cohort.baseline.shape))
+    study = evaluate_brain_age(cohort, model="ridge", curve_sizes=None, n_bootstrap=50)
+    assert study.predictions["predicted"].notna().all()
+    assert study.predictions["corrected"].isna().all()
+    assert study.scores["mae_corrected"].isna().all()

@@ -121,8 +121,13 @@ def test_only_constant_features_are_an_error(table):
         read_features_table(table(rows("1\t30\t1\t2", "2\t40\t1\t2")))
 
 
+def people_of_two_features():
+    """Lines of 20 people with x and y, whole numbers that have nothing to do with their ages."""
+    return [f"{p}\t{20 + p}\t{37 * p % 101}\t{53 * p % 97}" for p in range(1, 21)]
+
+
 def test_single_missing_values_leave_the_observation_out(table):
-    lines = [f"{p}\t{20 + p}\t{p}\t{2 * p}" for p in range(1, 21)]
+    lines = people_of_two_features()
     lines[4] = "5\t25\tn/a\t10"
     lines[5] = "6\t26\tinf\t10"
     cohort = read_features_table(table(rows(*lines)))
@@ -131,7 +136,7 @@ def test_single_missing_values_leave_the_observation_out(table):
 
 
 def test_text_in_a_column_of_numbers_is_missing_and_noted(table):
-    lines = [f"{p}\t{20 + p}\t{p}\t{2 * p}" for p in range(1, 21)]
+    lines = people_of_two_features()
     lines[4] = "5\t25\tbroken\t10"
     cohort = read_features_table(table(rows(*lines)))
     assert list(cohort.left_out) == ["sub-5"]

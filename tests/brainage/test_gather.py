@@ -113,6 +113,19 @@ def test_sessions_and_runs_are_observations_of_one_participant(derivatives):
     assert cohort.groups.tolist() == [0, 1, 1]
 
 
+def test_ids_that_participants_tsv_pads_with_zeros_are_matched_and_noted(derivatives):
+    derivatives.people(
+        "participant_id\tage\n" + "".join(f"sub-00{p}\t{20 + p}\n" for p in (1, 2, 3))
+    )
+    cohort = derivatives.gather()
+    assert cohort.people["participant_id"].tolist() == ["sub-1", "sub-2", "sub-3"]
+    assert cohort.age.tolist() == [21, 22, 23] and not cohort.left_out
+    assert "sub-1 here is sub-001 there" in cohort.source["notes"][0]
+    derivatives.people("participant_id\tage\nsub-01\t21\nsub-001\t22\nsub-2\t3\n")
+    with pytest.raises(UserError, match="sub-1 here is sub-01 or sub-001 there"):
+        derivatives.gather()
+
+
 def test_people_without_age_without_row_and_without_image_are_listed(derivatives):
     derivatives.people("participant_id\tage\nsub-1\t21\nsub-2\tn/a\nsub-9\t50\n")
     cohort = derivatives.gather()

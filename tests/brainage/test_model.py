@@ -118,6 +118,28 @@ def test_no_interval_with_too_few_participants():
     assert np.isnan(limits).all()
 
 
+@pytest.mark.parametrize(("n", "r", "kept"), [(12, 0.5, False), (1000, 0.6, False),
+                                             (12, 0.97, True), (100, 0.8, True)])  # fmt: skip
+def test_correction_is_withheld_where_its_slope_is_not_told_well(n, r, kept):
+    rng = np.random.default_rng(0)
+    age, noise = rng.uniform(20, 80, n), rng.normal(size=n)
+    noise -= np.polyval(np.polyfit(age, noise, 1), age)
+    z = (age - age.mean()) / age.std()
+    predicted = 50 + 8 * (r * z + np.sqrt(1 - r**2) * noise / noise.std())
+    corrected = fit_correction(predicted, age, np.ones(n)).apply(predicted)
+    assert np.isfinite(corrected).all() == kept
+    if kept:
+        assert np.sqrt(((corrected - age) ** 2).mean()) < age.std()
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_correction_of_few_or_of_the_wrong_direction_is_withheld(scale):
+    age = np.array([20.0, 60.0])
+    assert np.isnan(fit_correction(scale * age, age, np.ones(2)).slope)
+    age = np.linspace(20, 80, 30)
+    assert np.isfinite(fit_correction(scale * age, age, np.ones(30)).slope) == (scale > 0)
+
+
 def test_correction_undoes_a_slope_and_leaves_hopeless_models_alone():
     age = np.linspace(20, 80, 50)
     correction = fit_correction(0.5 * age + 20, age, np.ones(50))

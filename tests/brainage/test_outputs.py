@@ -56,6 +56,17 @@ def test_sessions_have_tables_of_their_own_and_runs_are_averaged():
     assert (tables["phenotype/brainage_ses-2.tsv"]["session_id"] == "ses-2").all()
 
 
+def test_impossible_ages_and_a_withheld_correction_are_remarked():
+    table = main_table(make_study(n=30))
+    assert outputs.remark_ages(table) == []
+    table.loc[3, "brain_age_corrected"], table.loc[4, "brain_age"] = 130.25, -3.0
+    low, high = outputs.remark_ages(table)
+    assert low.startswith("brain_age is no possible age") and "(-3.0)" in low
+    assert f"{table['participant_id'][3]} (130.2)" in high
+    table["brain_age_corrected"] = np.nan
+    assert "withheld" in outputs.remark_ages(table)[0]
+
+
 def test_best_is_none_unless_a_gain_is_sure_and_no_control():
     assert outputs.best_augmentation(make_study(20)) == "members"
     assert outputs.best_augmentation(make_study(20, half=1.0)) == "none"

@@ -51,6 +51,72 @@ def test_layouts_of_stats_directories(tmp_path, layout):
         assert cohort.people["session_id"].tolist() == ["ses-1"] * 3
 
 
+DKT = """\
+# Title Segmentation Statistics
+# generating_program segstats.py
+# Measure BrainSeg, BrainSegVol, Brain Segmentation Volume, 1385005.314630, mm^3
+# ColHeaders  Index SegId NVoxels Volume_mm3 StructName normMean normStdDev normMin normMax normRange
+  1   2    221873 223426.623  Left-Cerebral-White-Matter       104.1800     9.5562    27.0  178.0  151.0
+  2  10      8181 {thalamus}  Left-Thalamus                     74.9        9.1       27.0  120.0   93.0
+  3 1002     1781   3032.25   ctx-lh-caudalanteriorcingulate    80.1        9.0       27.0  120.0   93.0
+  4 1003     3015   6116.5    ctx-lh-caudalmiddlefrontal        80.1        9.0       27.0  120.0   93.0
+  5 2002     1341   2442.125  ctx-rh-caudalanteriorcingulate    80.1        9.0       27.0  120.0   93.0
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    "name", ["aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats", "aparc+DKT.stats",
+             "aparc.DKTatlas+aseg.deep.volume.stats"]
+)  # fmt: skip
+def test_tables_of_fastsurfers_segmentation_alone(tmp_path, name):
+    for p in (1, 2):
+        for r in (1, 2):
+            path = tmp_path / f"sub-{p}" / f"run-{r}" / "stats" / name
+            path.parent.mkdir(parents=True)
+            path.write_text(DKT.format(thalamus=8000.5 + 100 * p + r))
+    cohort = read_repeated_runs(tmp_path)
+    assert cohort.unit == "mm3" and cohort.members.shape[:2] == (2, 2)
+    thalamus, cortex = (
+        cohort.members[:, :, cohort.names.index(name)]
+        for name in ("Left-Thalamus", "Left-Cerebral-Cortex")
+    )
+    assert thalamus.tolist() == [[8101.5, 8102.5], [8201.5, 8202.5]]
+    assert (cortex == 3032.25 + 6116.5).all() and "Right-Cerebral-Cortex" in cohort.names
+    assert "Left-Cerebral-White-Matter" in cohort.names
+
+
+def test_parcels_of_both_hemispheres_are_one_run(tmp_path, shared_data):
+    stats = shared_data / "t1w/bert/stats"
+    for r in (1, 2):
+        (tmp_path / f"sub-1/run-{r}/stats").mkdir(parents=True)
+        for name in ("lh.aparc.DKTatlas.stats", "rh.aparc.DKTatlas.stats"):
+            (tmp_path / f"sub-1/run-{r}/stats" / name).write_bytes((stats / name).read_bytes())
+    cohort = read_repeated_runs(tmp_path)
+    volumes = dict(zip(cohort.names, cohort.baseline[0], strict=True))
+    # The measure of the same surfaces, which counts a little more.
+    cortex = read_aseg_stats(stats / "aseg.stats")["Left-Cerebral-Cortex"]
+    assert volumes["Left-Cerebral-Cortex"] == pytest.approx(cortex, rel=0.06)
+    assert volumes["ctx-rh-cuneus"] == 3878
+
+
+def test_the_final_table_goes_before_others_unless_few_folders_have_it(tmp_path):
+    for p in (1, 2):
+        for r in (1, 2):
+            path = write_stats(tmp_path / f"sub-{p}" / f"run-{r}", r)
+            path.with_name("aseg+DKT.stats").write_text(DKT.format(thalamus=1.0))
+    assert "Left-Hippocampus" in read_repeated_runs(tmp_path).names
+    for p, r in ((1, 2), (2, 1), (2, 2)):
+        (tmp_path / f"sub-{p}/run-{r}/stats/aseg.stats").unlink()
+    cohort = read_repeated_runs(tmp_path)
+    assert len(cohort) == 2 and "Left-Hippocampus" not in cohort.names
+
+
+def test_a_single_stats_file_says_to_give_the_folder_above(tmp_path):
+    path = write_stats(tmp_path / "sub-1")
+    with pytest.raises(UserError, match="aseg.stats: one run has no spread. Give the folder above"):
+        read_repeated_runs(path)
+
+
 def test_stats_end_in_a_comparison(tmp_path):
     rng = np.random.default_rng(0)
     for p in range(5):

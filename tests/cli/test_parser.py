@@ -56,7 +56,8 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     settings = parser.parse_settings(
         [*places, "--participant-label", "sub-01", "02", "--exclude-participant-label", "03"]
         + ["--session-label", "ses-a", "--bids-filter-file", str(filters)]
-        + ["--bids-database-dir", "db", "--skip-bids-validation", "--ensemble", "./mine"]
+        + ["--bids-database-dir", "db", "--skip-bids-validation", "--trust", "qform"]
+        + ["--ensemble", "./mine"]
         + ["--members", "mca", "seed01", "--n-members", "2", "--write-members"]
         + ["--perturb_inference", "99", "--grids", "8"]
         + ["--device", "cuda:1", "--nprocs", "4", "--omp-nthreads", "3", "--mem", "8000M"]
@@ -68,7 +69,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     assert settings.session_labels == ("a",)
     assert settings.bids_filters == {"t1w": {"acquisition": None}}
     assert settings.bids_database_dir == tmp_path / "cwd" / "db"
-    assert settings.ensemble == str(tmp_path / "cwd" / "mine")
+    assert (settings.ensemble, settings.trust) == (str(tmp_path / "cwd" / "mine"), "qform")
     assert settings.members == ("mca", "seed01")
     assert (settings.n_members, settings.device) == (2, "cuda:1")
     assert (settings.perturb_inference, settings.grids) == (99, 8)

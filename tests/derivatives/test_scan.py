@@ -1,10 +1,12 @@
 """The derivatives of one scan, from a work directory made by hand."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from bids_varaug.cli.settings import Settings
@@ -108,3 +110,66 @@ def test_labels_are_freesurfer_ids(request_, files, tmp_path):
     path = OUTPUTS["consensus_dseg"].path(request_.settings.output_dir, request_.scan)
     labels = np.asarray(nib.load(path).dataobj)
     assert labels[2, 3, 4] == 17 and np.count_nonzero(labels) == 1
+
+
+def told(request: ScanRequest) -> tuple[pd.Series, dict]:
+    """Row of the table of regions, and its sidecar."""
+    where = request.settings.output_dir, request.scan
+    table = pd.read_csv(OUTPUTS["regions_tsv"].path(*where), sep="\t", na_values="n/a")
+    return table.iloc[0], json.loads(OUTPUTS["regions_tsv"].sidecar(*where).read_text())
+
+
+def test_verdicts_stand_in_table_and_sidecar_and_are_told(request_, files, tmp_path):
+    _, doubts = write_scan(request_, files, tmp_path)
+    row, sidecar = told(request_)
+    assert row["verdict"] == "unreliable"
+    assert "1 voxels (fewer than 100)" in row["reason"] and "2 members" in row["reason"]
+    assert doubts == sidecar["Warnings"] and "Left-Hippocampus" in doubts[-1]
+    assert set(sidecar["verdict"]["Levels"]) >= {row["verdict"]}
+
+
+def test_voxels_are_those_of_the_coarser_grid(request_, files, tmp_path):
+    """500 voxels of the network's grid are eight times fewer of a T1w of 2 mm."""
+    counts = dict(np.load(files.counts))
+    counts["volumes"] = np.tile(np.array([215, 500], np.int64), (3, 1))
+    counts["intersections"] = np.tile(counts["volumes"][0], (3, 3, 1))
+    np.savez(files.counts, **counts)
+    write_scan(request_, files, tmp_path)
+    assert "voxels" not in told(request_)[0]["reason"]
+    geometry = Geometry.load(files.geometry)
+    replace(geometry, native_affine=np.diag([2.0, 2, 2, 1])).save(files.geometry)
+    write_scan(request_, files, tmp_path)
+    assert "62 voxels (fewer than 100)" in told(request_)[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (None, "the age is unknown."),
+        ("participant_id\tage\tsex\nsub-01\t63\tF\n", "women of 63 years."),
+        ("participant_id\tage\nsub-02\t63\n", "the age is unknown."),
+        ("participant_id\tage\nsub-01\t12\n", "none for 12 years."),
+        ("participant_id\tage\nsub-01\t999\n", "the age is unknown (participants.tsv"),
+        ("participant_id\tage\nsub-01\n", "the age is unknown (/"),
+        ("", "is empty"),
+        ("participant_id,age\nsub-01,63\n", "needs tabs"),
+        ("age\n63\n", "no column 'participant_id'"),
+        ("participant_id\tage\nsub-01\t63\nsub-01\t64\n", "more than once"),
+    ],
+)
+def test_age_is_used_where_known_and_never_stops_a_scan(request_, files, tmp_path, table, words):
+    if table is not None:
+        (request_.settings.bids_dir / "participants.tsv").write_text(table)
+    write_scan(request_, files, tmp_path)
+    limits = told(request_)[1]["VolumeLimits"]
+    assert words in limits and "\n" not in limits
+
+
+def test_age_at_the_session_goes_first(request_, files, tmp_path):
+    folder = request_.settings.bids_dir
+    (folder / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\nsub-02\t40\n")
+    sessions = "session_id\tage\nses-a\t31\nses-b\t71\n"
+    (folder / "sub-01" / "sub-01_sessions.tsv").write_text(sessions)
+    scan = replace(request_.scan, entities={"subject": "01", "session": "b"})
+    write_scan(replace(request_, scan=scan), files, tmp_path)
+    assert "71 years" in told(request_)[1]["VolumeLimits"]

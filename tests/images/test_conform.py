@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import inv_ornt_aff
 
-from bids_varaug.images.conform import Volume, axis_maps, axis_taps, conform, to_native_scalar
+from bids_varaug.images.affine import voxel_volume
+from bids_varaug.images.conform import Volume, conform, to_native_scalar
 
 ORIENTATIONS = [
     np.stack([axes, flips], axis=1)
@@ -100,30 +101,55 @@ def test_labels_keep_their_type_and_values_at_order_0():
     assert native.dtype == np.uint8 and set(np.unique(native)) <= {0, 3, 200}
 
 
-def test_grids_that_are_rotated_against_each_other_are_refused():
-    turned = np.eye(4)
-    turned[:2, :2] = [[0.9, -0.436], [0.436, 0.9]]
-    with pytest.raises(ValueError, match="share their axes"):
-        axis_maps(np.eye(4), turned)
+def turned(degrees, shear=0.0, sizes=(1.0, 1.0, 1.0)):
+    """An affine whose first two axes are turned, and the third sheared, by so many degrees."""
+    affine = np.diag([*sizes, 1.0])
+    angle = np.deg2rad(degrees)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turn[1, 2] = np.tan(np.deg2rad(shear))
+    return turn @ affine
 
 
-def test_order_2_is_refused():
-    with pytest.raises(ValueError, match="order"):
-        axis_taps(3, 3, 1.0, 0.0, order=2)
+def ball(affine, shape, radius=30.0):
+    """A smooth-edged ball about the middle of the image; its volume does not depend on the grid."""
+    index = np.indices(shape).reshape(3, -1) - (np.array(shape)[:, None] - 1) / 2
+    distance = np.linalg.norm(affine[:3, :3] @ index, axis=0).reshape(shape)
+    return np.clip(radius + 0.5 - distance, 0, 1)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
-    n_out=st.integers(1, 12),
-    n_in=st.integers(1, 12),
-    scale=st.floats(-3, 3),
-    offset=st.floats(-5, 15),
-    samples=st.integers(1, 4),
+    degrees=st.floats(-60, 60),
+    shear=st.floats(-30, 30),
+    sizes=st.tuples(*[st.sampled_from([0.8, 1.0, 1.0009, 1.3])] * 3),
+    orientation=st.sampled_from(ORIENTATIONS),
 )
-@settings(deadline=None)
-def test_taps_weigh_one_and_lie_inside(n_out, n_in, scale, offset, samples):
-    taps = axis_taps(n_out, n_in, scale, offset, samples)
-    np.testing.assert_allclose(taps.weights.sum(1), 1, atol=1e-5)
-    assert taps.indices.min() >= 0 and taps.indices.max() < n_in
+def test_volume_of_a_ball_is_right_in_any_grid(degrees, shear, sizes, orientation):
+    affine = turned(degrees, shear, sizes)
+    shape = (110, 100, 90)
+    affine = affine @ inv_ornt_aff(orientation, shape)
+    conformed = conform(volume(ball(affine, shape), affine), 1.0)
+    found = conformed.data.sum() * voxel_volume(conformed.affine)
+    assert found == pytest.approx(4 / 3 * np.pi * 30**3, rel=0.01)
+
+
+@pytest.mark.parametrize("degrees", [0, 4, 20, 44])
+def test_oblique_maps_come_back_to_where_they_were(degrees):
+    affine, shape = turned(degrees), (80, 84, 76)
+    conformed = conform(volume(ball(affine, shape, 25), affine), 1.0)
+    back = to_native_scalar(conformed.data, conformed.affine, affine, shape)
+    assert np.abs(back - ball(affine, shape, 25)).mean() < 0.003
+    labels = to_native_scalar(conformed.data > 0.5, conformed.affine, affine, shape, order=0)
+    assert np.mean(labels != (ball(affine, shape, 25) > 0.5)) < 0.005
+
+
+def test_oblique_image_is_straightened_only_beyond_a_few_degrees():
+    image = ball(np.eye(4), (80, 80, 80))
+    assert np.array_equal(conform(volume(image, turned(4)), 1.0).data, image.astype(np.float32))
+    np.testing.assert_allclose(
+        conform(volume(image, turned(20)), 1.0).affine[:3, :3], np.eye(3), atol=1e-9
+    )
 
 
 def test_real_head_agrees_with_another_tools_conformed_image(shared_data):

@@ -75,6 +75,19 @@ def test_head_cut_at_the_side_gives_a_warning():
     assert "left" in is_probably_cropped(big_head()[0][40:], 2.0)
 
 
+def test_background_as_bright_as_the_head_is_called_that():
+    image, inside = big_head()
+    image[~inside] = 130
+    assert "cannot be told apart" in is_probably_cropped(image, 2.0)
+
+
+def test_padding_does_not_move_the_box():
+    image, _ = big_head()
+    box = head_box(image, 2.0)
+    padded = head_box(np.pad(image, ((7, 0), (2, 11), (0, 4))), 2.0)
+    assert padded == Box(tuple(np.add(box.start, (7, 2, 0)).tolist()), box.shape)
+
+
 def test_small_head_gives_a_warning(head):
     assert "incomplete" in is_probably_cropped(head, 1.0)
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from bids_varaug.errors import ScanError
+from bids_varaug.images.intensity import standardise
 from bids_varaug.images.load import load_t1w
 
 SHAPE = (80, 72, 75)
@@ -17,7 +19,8 @@ SHAPE = (80, 72, 75)
 
 @pytest.fixture
 def image():
-    return np.random.default_rng(1).integers(0, 200, SHAPE).astype(np.int16)
+    noise = np.random.default_rng(1).normal(size=SHAPE)
+    return np.round(100 + 400 * gaussian_filter(noise, 2)).clip(0, 199).astype(np.int16)
 
 
 def edited_header(path, **fields):
@@ -34,31 +37,37 @@ def edited_header(path, **fields):
 @pytest.mark.parametrize("name", ["sub-01_T1w.nii", "sub-01_T1w.nii.gz"])
 def test_values_are_those_that_nibabel_reads(save, image, dtype, name):
     path = save(image.astype(dtype), name=name)
-    assert np.array_equal(load_t1w(path).data, nib.load(path).get_fdata())
+    assert np.array_equal(load_t1w(path).data, standardise(nib.load(path).get_fdata()))
 
 
-def test_slope_and_intercept_are_applied(save, image):
-    path = edited_header(save(image), scl_slope=0.5, scl_inter=-3)
-    assert np.array_equal(load_t1w(path).data, image * 0.5 - 3)
+@pytest.mark.parametrize("slope", [0.5, 1e-9, 3.7e20])
+def test_slope_and_intercept_change_nothing(save, image, slope):
+    path = edited_header(save(image), scl_slope=slope, scl_inter=-3)
+    assert np.array_equal(load_t1w(path).data, standardise(image))
+
+
+def test_negative_slope_turns_dark_and_bright_round(save, image):
+    path = edited_header(save(200 - image), scl_slope=-1, scl_inter=200)
+    assert np.array_equal(load_t1w(path).data, standardise(image))
 
 
 def test_nifti2_is_read(tmp_path, image):
     nib.save(nib.Nifti2Image(image, np.eye(4)), tmp_path / "x_T1w.nii.gz")
-    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii.gz").data, image)
+    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii.gz").data, standardise(image))
 
 
 def test_big_endian_is_read(tmp_path, image):
     header = nib.Nifti1Header(endianness=">")
     header.set_data_dtype(np.dtype(">i2"))
     nib.save(nib.Nifti1Image(image, np.eye(4), header), tmp_path / "x_T1w.nii")
-    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii").data, image)
+    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii").data, standardise(image))
 
 
 def test_header_extensions_are_skipped(tmp_path, image):
     scan = nib.Nifti1Image(image, np.eye(4))
     scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 1000))
     nib.save(scan, tmp_path / "x_T1w.nii.gz")
-    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii.gz").data, image)
+    assert np.array_equal(load_t1w(tmp_path / "x_T1w.nii.gz").data, standardise(image))
 
 
 def test_trailing_singleton_dimension_is_squeezed(save, image):

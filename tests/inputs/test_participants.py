@@ -67,10 +67,48 @@ def test_units_of_the_sidecar_are_turned_into_years(dataset, unit, value, years)
     assert ages(read_people(folder))["sub-01"] == pytest.approx(years, abs=1e-4)
 
 
-def test_unknown_unit_is_refused(dataset):
-    folder = dataset("participant_id\tage\nsub-01\t3\n", {"age": {"Units": "moons"}})
-    with pytest.raises(UserError, match=r"participants.json: Units 'moons'.*years, months"):
+@pytest.mark.parametrize(
+    ("unit", "years"),
+    [
+        ("years (rounded down)", 30), ("Years", 30), ("year(s)", 30), ("in years", 30),
+        ("years old at scan", 30), ("yrs (rounded)", 30), ("Age in years", 30), ("y", 30),
+        ("years, rounded to the nearest integer", 30), ("years (to 1 decimal place)", 30),
+        ("years at time of MRI", 30), ("completed years", 30), ("years since birth", 30),
+        ("Years; 89 and older top-coded", 30), ("month(s)", 2.5), ("months (rounded)", 2.5),
+    ],
+)  # fmt: skip
+def test_unit_is_read_by_words(dataset, unit, years):
+    folder = dataset("participant_id\tage\nsub-01\t30\n", {"age": {"Units": unit}})
+    assert ages(read_people(folder))["sub-01"] == years
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "moons", "years or months", "light years", "half-years", "5-year bins", "years * 10",
+        "decades", "gestational weeks", "years of education", "years since diagnosis",
+        "log(years)", "years/10",
+    ],
+)  # fmt: skip
+def test_unknown_unit_is_refused(dataset, unit):
+    folder = dataset("participant_id\tage\nsub-01\t3\n", {"age": {"Units": unit}})
+    with pytest.raises(UserError, match=r"participants.json: Units .*years, months") as caught:
         read_people(folder)
+    assert unit in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["session", "ses", "Session_ID", "SessionID", "session_id"])
+@pytest.mark.parametrize("prefix", ["", "ses-"])
+def test_rows_of_sessions_are_told_apart_whatever_their_column_is_called(dataset, name, prefix):
+    people = read_people(
+        dataset(f"participant_id\t{name}\tage\nsub-1\t{prefix}a\t30\nSUB-1\t{prefix}b\t32\n")
+    )
+    assert [people.find("sub-1", s).age for s in ("ses-a", "ses-b")] == [30, 32]
+
+
+def test_a_session_column_of_single_rows_holds_for_any_session(dataset):
+    people = read_people(dataset("participant_id\tsession\tage\nsub-1\t3\t30\nsub-2\t1\t31\n"))
+    assert people.find("sub-1", "ses-a").age == people.find("sub-1").age == 30
 
 
 def test_unit_in_the_columns_name_counts_without_sidecar(dataset):
@@ -78,6 +116,12 @@ def test_unit_in_the_columns_name_counts_without_sidecar(dataset):
     people = read_people(folder, age_column="age_months")
     assert ages(people)["sub-01"] == 2.5
     assert "months" in people.notes[0]
+
+
+@pytest.mark.parametrize("name", ["age_months_at_scan", "Age (months)", "AgeMonths"])
+def test_unit_inside_the_columns_name_counts(dataset, name):
+    people = read_people(dataset(f"participant_id\t{name}\nsub-01\t30\n"), age_column=name)
+    assert ages(people)["sub-01"] == 2.5
 
 
 def test_lower_bound_is_taken_and_noted(dataset):
@@ -225,3 +269,22 @@ def test_real_dataset_is_read(shared_data):
     people = read_people(shared_data / "bids" / "ds002748-subset")
     assert len(people.table) == 12 and people.table["age"].between(19, 55).all()
     assert people.table["sex"].value_counts().to_dict() == {"F": 7, "M": 5}
+
+
+def test_tables_of_sessions_of_others_are_left_alone(dataset):
+    sessions = "session_id\tage\nses-1\t31\n"
+    folder = dataset(
+        "participant_id\tage\nsub-01\t30\nsub-02\t40\n", **{"01": sessions, "02": "damaged\t\n"}
+    )
+    people = read_people(folder, only="sub-01")
+    assert people.find("sub-01", "ses-1").age == 31 and people.find("sub-02").age == 40
+
+
+def test_levels_that_are_no_text_do_not_stop_the_reading(dataset):
+    levels = {"1": ["male"], "2": 5, "3": {"Description": "female"}, "4": None}
+    people = read_people(
+        dataset(
+            "participant_id\tage\tsex\nsub-01\t30\t3\nsub-02\t40\t1\n", {"sex": {"Levels": levels}}
+        )
+    )
+    assert people.table["sex"].tolist() == ["F", "M"]

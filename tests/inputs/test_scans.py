@@ -191,15 +191,15 @@ def test_filter_value_of_a_wrong_type_is_told(request_for):
 def test_dangling_link_is_reported_and_the_others_go_on(request_for, bids_dir):
     _dangle(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz")
     selection = find_scans(request_for())
-    ((scan, error),) = selection.unavailable
-    assert scan.subject == "04"
-    assert "datalad get sub-04/anat/sub-04_T1w.nii.gz" in str(error)
+    complaint, _ = selection.complaints
+    assert complaint.startswith("sub-04/anat/sub-04_T1w.nii.gz: ")
+    assert complaint.endswith("datalad get sub-04/anat/sub-04_T1w.nii.gz")
     assert len(selection.scans) == 5
 
 
 def test_unlocked_annex_pointer_counts_as_absent(request_for, bids_dir):
     _touch(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz", b"/annex/objects/MD5E-s1--0.nii.gz\n")
-    assert [scan.subject for scan, _ in find_scans(request_for()).unavailable] == ["04"]
+    assert "datalad get sub-04/anat/sub-04_T1w.nii.gz" in find_scans(request_for()).complaints[0]
 
 
 def test_only_dangling_links_print_the_exact_command(request_for, bids_dir):
@@ -220,15 +220,174 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(request_for, bids_dir
     _touch(bids_dir / "sub-10/anat/sub-10_T1w.nii")
     selection = find_scans(request_for(participant_labels=("10",)))
     assert len(selection.scans) == 1
-    assert "outputs of the same names" in str(selection.unavailable[0][1])
+    assert "outputs of the same names" in selection.complaints[0]
 
 
-def test_misplaced_file_does_not_collide_with_the_one_of_its_name(request_for, bids_dir):
-    name = Path(FILES[2]).name
-    _touch(bids_dir / "sub-01" / "anat" / name)
-    selection = find_scans(request_for(participant_labels=("01",)))
-    assert [scan.path.name for scan in selection.scans].count(name) == 1
-    assert "outputs of the same names" in str(selection.unavailable[0][1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-01/anat/sub-01_ses-b_T1w.nii",
+        "sub-01/anat/sub-02_T1w.nii.gz",
+        "sub-01/anat/T1w.nii.gz",
+        "sub-01/anat/sub-01_copy_sub-02_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-b_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_T1w.nii.gz",
+        "sub-01/ses-a_old/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-01/ses-pre-op/anat/sub-01_ses-pre-op_T1w.nii.gz",
+        "sub-01/ses-/anat/sub-01_ses-_T1w.nii.gz",
+    ],
+)
+def test_file_that_does_not_agree_with_its_folders_is_named_and_nobodys(
+    request_for, bids_dir, name
+):
+    before = _found(request_for())
+    _touch(bids_dir / name)
+    selection = find_scans(request_for(participant_labels=("01", "02", "10")))
+    assert [scan.relative for scan in selection.scans] == before
+    (complaint,) = selection.complaints
+    assert complaint.startswith(f"{name}: not processed")
+
+
+STRANGE = ("sub-01_copy", "sub-01-backup", "sub-02 (1)", "sub-control-03", "sub-")
+
+
+def test_all_folders_with_impossible_labels_are_named_in_one_message(request_for, bids_dir):
+    before = _found(request_for())
+    for name in STRANGE:
+        _touch(bids_dir / name / "anat" / f"{name}_T1w.nii.gz")
+        _touch(bids_dir / name / "anat" / "sub-01_T1w.nii.gz")
+    selection = find_scans(request_for())
+    assert [scan.relative for scan in selection.scans] == before
+    complaint, without = selection.complaints
+    assert all(name in complaint for name in STRANGE)
+    assert without.startswith("sub-03: no ")
+
+
+def test_folders_with_impossible_labels_alone_are_named(tmp_path):
+    for name in STRANGE:
+        _touch(tmp_path / "bids" / name / "anat" / f"{name}_T1w.nii.gz")
+    with pytest.raises(NoInputError, match="no sub-<label> folder.*\n.*sub-control-03.*not proc"):
+        find_scans(Settings(tmp_path / "bids", tmp_path, "participant", tmp_path))
+
+
+def test_folder_with_an_impossible_label_is_no_matter_of_a_named_participant(request_for, bids_dir):
+    _touch(bids_dir / "sub-02_copy" / "anat" / "sub-02_T1w.nii.gz")
+    selection = find_scans(request_for(participant_labels=("02",)))
+    assert [scan.relative for scan in selection.scans] == [FILES[4]]
+    assert selection.complaints == ()
+
+
+DERIVATIVES = [
+    "sub-10/anat/sub-10_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz",
+    "sub-10/anat/sub-10_space-MNI152NLin6Asym_res-2_T1w.nii.gz",
+    "sub-10/anat/sub-10_space-fsaverage_T1w.nii.gz",
+    "sub-10/anat/sub-10_acq-x_space-StudyTemplate_T1w.nii",
+]
+
+
+def test_images_in_template_spaces_are_left_out_with_one_message(request_for, bids_dir):
+    before = _found(request_for())
+    for name in DERIVATIVES:
+        _touch(bids_dir / name)
+    selection = find_scans(request_for())
+    assert [scan.relative for scan in selection.scans] == before
+    (note,) = selection.notes
+    assert all(name in note for name in DERIVATIVES) and "template space" in note
+
+
+@pytest.mark.parametrize("space", ["orig", "T1w", "scanner", "individual", "ACPC"])
+def test_image_in_the_persons_own_space_is_processed(request_for, bids_dir, space):
+    name = f"sub-20/anat/sub-20_space-{space}_desc-preproc_T1w.nii.gz"
+    _touch(bids_dir / name)
+    assert _found(request_for(participant_labels=("20",))) == [name]
+
+
+def test_only_images_in_template_spaces_is_no_input(request_for, bids_dir):
+    _touch(bids_dir / "sub-20/anat/sub-20_space-MNI152Lin_T1w.nii.gz")
+    with pytest.raises(NoInputError, match="sub-20_space-MNI152Lin_T1w.nii.gz: .*template space"):
+        find_scans(request_for(participant_labels=("20",)))
+
+
+@pytest.mark.parametrize("filters", [{"space": "MNI152Lin"}, {"desc": "x"}])
+def test_filters_that_leave_only_template_spaces_are_told(request_for, bids_dir, filters):
+    _touch(bids_dir / "sub-10/anat/sub-10_space-MNI152Lin_desc-x_T1w.nii.gz")
+    with pytest.raises(FiltersError, match="none of the 5 T1w[^@]*template space"):
+        find_scans(request_for(bids_filters={"t1w": filters}))
+
+
+def test_chunks_of_a_head_are_left_out_unless_asked_for(request_for, bids_dir):
+    chunks = [f"sub-20/anat/sub-20_chunk-{n}_T1w.nii.gz" for n in (1, 2)]
+    for name in chunks:
+        _touch(bids_dir / name)
+    selection = find_scans(request_for(participant_labels=("10", "20")))
+    assert [scan.relative for scan in selection.scans] == [FILES[8]]
+    assert all(name in selection.notes[0] for name in chunks)
+    assert selection.participants_without_t1w == ("20",)
+    asked = request_for(participant_labels=("20",), bids_filters={"t1w": {"chunk": [1, 2]}})
+    assert _found(asked) == chunks
+
+
+def test_images_that_differ_in_what_only_derivatives_have_do_not_collide(request_for, bids_dir):
+    names = [f"sub-20/anat/sub-20_desc-{desc}_T1w.nii.gz" for desc in ("brain", "preproc")]
+    for name in names:
+        _touch(bids_dir / name)
+    selection = find_scans(request_for(participant_labels=("20",)))
+    assert [scan.prefix for scan in selection.scans] == ["sub-20"]
+    assert f"{names[1]}: {names[0]} would give outputs of the same names" in selection.complaints[0]
+    chosen = request_for(participant_labels=("20",), bids_filters={"t1w": {"desc": "preproc"}})
+    assert _found(chosen) == [names[1]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "left"),
+    [
+        (["sub-01/"], [4, 8]),
+        (["sub-01"], [4, 8]),
+        (["/sub-01/"], [4, 8]),
+        (["SUB-01/"], [4, 8]),
+        (["/ses-a/"], [0, 1, 2, 4, 8]),
+        (["ses-a/"], [2, 4, 8]),
+        (["sub-01/**"], [4, 8]),
+        (["**/ses-a/**", "sub-10/anat/*.nii.gz"], [2, 4]),
+        (["# sub-01/", "", "   ", "sub-02/  "], [0, 1, 2, 8]),
+        (["*_T1w.nii.gz", "!sub-02_T1w.nii.gz"], [2, 4]),
+        (["sub-*/", "!sub-02/"], [4]),
+        (["sub-01/", "!sub-01/ses-b/anat/sub-01_ses-b_T1w.nii"], [4, 8]),
+        (["sub-0[12]/"], [8]),
+        (["*_run-0?_*"], [2, 4, 8]),
+        (["derivatives/", "extra_data"], [0, 1, 2, 4, 8]),
+    ],
+)
+def test_bidsignore_decides_what_is_processed(request_for, bids_dir, lines, left):
+    (bids_dir / ".bidsignore").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    selection = find_scans(request_for())
+    assert [scan.relative for scan in selection.scans] == [FILES[number] for number in left]
+    assert all(complaint.startswith("sub-03") for complaint in selection.complaints)
+
+
+def test_ignored_participant_is_not_without_t1w(request_for, bids_dir):
+    (bids_dir / ".bidsignore").write_text("sub-03/\nsub-01_copy\nsub-10/anat/\n")
+    _touch(bids_dir / "sub-01_copy" / "anat" / "sub-01_T1w.nii.gz")
+    selection = find_scans(request_for(exclude_participant_labels=("03",)))
+    assert len(selection.scans) == 4
+    assert (selection.complaints, selection.participants_without_t1w) == ((), ())
+    assert selection.notes == (f"{FILES[8]}: left out by .bidsignore.",)
+
+
+def test_named_participant_who_is_ignored_is_told(request_for, bids_dir):
+    (bids_dir / ".bidsignore").write_text("sub-02/\n*_T1w.nii.gz\n")
+    with pytest.raises(FiltersError, match="--participant-label: 02: left out by .bidsignore"):
+        find_scans(request_for(participant_labels=("01", "02")))
+    with pytest.raises(NoInputError, match="of participant 10.*\n.*10_T1w.nii.gz: .*bidsignore"):
+        find_scans(request_for(participant_labels=("10",)))
+    complaints = find_scans(request_for(participant_labels=("01", "10"))).complaints
+    assert complaints == ("sub-10: left out by .bidsignore.",)
+
+
+def test_bidsignore_that_cannot_be_read_is_told(request_for, bids_dir):
+    _dangle(bids_dir / ".bidsignore")
+    with pytest.raises(NoInputError, match=".bidsignore: cannot read it"):
+        find_scans(request_for())
 
 
 def test_linked_participant_folder_is_followed(request_for, bids_dir, tmp_path):

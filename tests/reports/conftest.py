@@ -54,6 +54,10 @@ def regions_table():
             "sigbits": [8.8, np.nan],
             "dice_min": [0.95, 0.4],
             "dice_min_mca": [0.96, 0.5],
+            "verdict": ["good", "unreliable"],
+            "reason": [np.nan, "smallest Dice 0.40 (below 0.70)"],
+            "volume_low": [1800.0, 1800.0],
+            "volume_high": [7500.0, 7500.0],
         }
     )
 
@@ -90,6 +94,7 @@ def make_content(ensemble, members, regions_table, members_table):
             regions=regions_table,
             members=members_table,
             warnings=list(warnings),
+            limits="Broad limits of volume for women of 63 years.",
             provenance={"T1w": f"sub-01/anat/{prefix}_T1w.nii.gz"},
         )
         return ReportContent(

@@ -137,13 +137,13 @@ def test_nothing_partial_is_left(make_content, tmp_path):
 
 def test_headings_sort_the_table(page, make_content):
     (table,) = [t for t in page.all("table") if t.get("class") == "sortable"]
-    assert table and len(page.all("button")) == 9
+    assert table and len(page.all("button")) == 12
     assert 'querySelectorAll("table.sortable")' in render_participant_report(make_content())
 
 
 def test_columns_have_tooltips(page):
     titles = [a["title"] for a in page.all("th") if "title" in a]
-    assert len(titles) == 9 and all(titles)
+    assert len(titles) == 12 and all(titles)
     assert "Dice min mca" in page.text
 
 
@@ -152,8 +152,28 @@ def test_cells_carry_sort_keys_and_missing_values_none(page):
     assert "4020.0" in keys and "" in keys and "nan" not in keys
 
 
-def test_implausible_rows_are_marked(page):
-    assert [a.get("class") for a in page.all("tr")].count("odd") == 1
+def test_unreliable_rows_are_marked_by_class_sign_and_reason(page):
+    assert [a.get("class") for a in page.all("tr")].count("unreliable") == 1
+    assert "✗ unreliable" in page.text and "✓ good" in page.text
+    assert "smallest Dice 0.40 (below 0.70)" in page.text
+
+
+def test_verdicts_sort_by_how_bad_they_are(make_content):
+    text = render_participant_report(make_content())
+    assert '<td data-key="0" class="text">✓ good' in text
+    assert '<td data-key="3" class="text">✗ unreliable' in text
+
+
+def test_whom_the_limits_are_for_is_said(page):
+    assert "women of 63 years" in "".join(page.text)
+
+
+def test_box_of_warnings_says_whether_a_structure_is_unreliable(make_content):
+    content = make_content()
+    assert 'class="warnings unreliable"' in render_participant_report(content)
+    regions = content.scans[0].regions.assign(verdict="caution")
+    content = replace(content, scans=(replace(content.scans[0], regions=regions),))
+    assert 'class="warnings"' in render_participant_report(content)
 
 
 def test_sloppy_runs_have_a_banner(make_content):

@@ -104,3 +104,52 @@ def test_the_table_of_the_label_maps_is_found(tmp_path):
     table(tmp_path / "sub-01", "index name\n8 A\n")
     with pytest.raises(UserError, match="differ"):
         find_label_table(tmp_path)
+
+
+def freesurfer_head():
+    """Left half -x: white matter, ventricle; in the middle the corpus callosum."""
+    data = np.zeros((20, 8, 8), np.int16)
+    data[1:9], data[11:19] = 2, 41
+    data[9:11, 2:6, 2:6] = np.array([251, 252, 253, 254])[None, :, None]
+    data[9:11, 5, 2:6] = 255
+    data[4, 4, 4], data[15, 4, 4] = 31, 63
+    data[2, 1, 1] = data[17, 6, 6] = 77
+    return data
+
+
+def test_freesurfers_ids_count_as_what_they_belong_to(tmp_path, scheme):
+    path = write(tmp_path / "a.nii.gz", freesurfer_head())
+    targets = np.array(scheme.target_ids)[scheme.targets[load_label_map(path, scheme)]]
+    assert targets[3, 4, 4] == 4 and targets[14, 4, 4] == 43  # choroid plexus; cropped by one
+    assert targets[1, 1, 1] == 2 and targets[16, 6, 6] == 41  # WM hypointensities
+    assert (targets[8, 2:6, 2:6] == 2).all() and (targets[9, 2:6, 2:6] == 41).all()
+
+
+def test_an_id_without_its_side_to_be_told_is_refused(tmp_path, scheme):
+    path = write(tmp_path / "a.nii.gz", np.full((4, 4, 4), 251, np.int16))
+    with pytest.raises(UserError, match=r"label\(s\) \[251\]"):
+        load_label_map(path, scheme)
+
+
+def test_a_table_of_other_ids_takes_none_of_freesurfers(tmp_path):
+    scheme = load_scheme(table(tmp_path, "index name\n4 A\n2 B\n"))
+    path = write(tmp_path / "a.nii.gz", np.full((4, 4, 4), 31, np.int16))
+    with pytest.raises(UserError, match=r"\[31\]"):
+        load_label_map(path, scheme)
+    scheme = load_scheme(table(tmp_path, "index name also\n4 A 31,40-42\n2 B n/a\n"))
+    assert scheme.ids[load_label_map(path, scheme)].tolist() == np.full((4, 4, 4), 4).tolist()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t1w/bert/bert_desc-aseg_dseg.nii.gz",
+        "t1w/bert/bert_desc-aparcDKTaseg_dseg.nii.gz",
+        "bids/fs-training/derivatives/freesurfer/sub-02/anat/sub-02_desc-aseg_dseg.nii.gz",
+    ],
+)
+def test_real_freesurfer_segmentations_are_read_and_stay_symmetric(shared_data, scheme, name):
+    ids = np.array(scheme.target_ids)[scheme.targets[load_label_map(shared_data / name, scheme)]]
+    left, right = (ids == 2).sum(), (ids == 41).sum()
+    assert left == pytest.approx(right, rel=0.04)
+    assert (ids == 3).sum() == pytest.approx((ids == 42).sum(), rel=0.06)

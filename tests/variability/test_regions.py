@@ -99,7 +99,8 @@ def test_dice_of_a_family_is_over_its_own_pairs(table, counts):
 def test_columns_are_those_of_the_contract(table):
     assert list(table) == [
         "index", "name", "volume_mean", "volume_std", "cv", "sigbits", "dice_min", "dice_mean",
-        "entropy_mean", "dice_min_mca", "dice_mean_mca", "dice_min_seed", "dice_mean_seed",
+        "entropy_mean", "cv_mca", "dice_min_mca", "dice_mean_mca", "cv_seed", "dice_min_seed",
+        "dice_mean_seed",
     ]  # fmt: skip
 
 

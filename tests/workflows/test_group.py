@@ -160,6 +160,37 @@ def test_features_of_another_tool_need_no_derivatives(bids, tmp_path):
     assert brain_age["participant_id"].str.fullmatch("sub-[0-9A-Za-z]+").all()
 
 
+def test_what_is_withheld_or_left_out_is_said_everywhere(bids, tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    ages = np.linspace(20, 80, N).round(1)
+    table = pd.DataFrame(
+        {
+            "participant_id": [f"{p}" for p in range(1, N + 1)],
+            "interview_age": ages,
+            "q": 2020 - ages,
+        }
+        | {f"thickness{k}": 3 + rng.normal(0, 0.1, N) - ages / 900 for k in range(5)}
+    )
+    table.to_csv(tmp_path / "features.tsv", sep="\t", index=False)
+    out = tmp_path / "out"
+    assert run(bids, out, "--features-table", str(tmp_path / "features.tsv")) == 0
+    brain_age = pd.read_csv(out / "phenotype/brainage.tsv", sep="\t")
+    assert brain_age["participant_id"].tolist()[:2] == ["sub-01", "sub-02"]
+    assert brain_age[["brain_age_corrected", "brain_age_gap"]].isna().all(axis=None)
+    said = [
+        capsys.readouterr().err,
+        json.loads((out / "phenotype/brainage.json").read_text())["MeasurementToolMetadata"][
+            "Description"
+        ],
+        (out / "group_brainage.html").read_text(),
+    ]
+    for text in said:
+        assert "interview_age (tells the age)" in text and "q (is almost a function of age)" in text
+        assert "correction of age bias is withheld" in text
+        assert "sub-1 here is sub-01 there" in text
+    assert "correction of age bias is withheld" in (out / "models/brainage.md").read_text()
+
+
 def test_another_pipeline_is_compared(bids, output, tmp_path):
     other = write_derivatives(tmp_path / "other", numerical=0.1)
     rows = [

@@ -186,7 +186,55 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     assert run_validator(tmp_path / "out") == []
 
 
-def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
+def rewrite(path, data, affine=None, **header):
+    """Write a T1w image with header fields of our own."""
+    image = nib.Nifti1Image(data, np.diag([3.0, 3, 3, 1]) if affine is None else affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(nib.Nifti1Image(data, None, image.header), path)
+
+
+def test_odd_images_are_measured_rightly_with_a_warning_or_refused(
+    tmp_path, small_ensemble, linear, capfd
+):
+    bids_dir = describe(tmp_path / "bids")
+    plain = np.rint(head(1)).astype(np.int16)
+    rewrite(write_t1w(bids_dir, "sub-plain"), plain)
+    rewrite(write_t1w(bids_dir, "sub-offset"), (plain + 5000).astype(np.float32) * 1e-9)
+    two = {"pixdim": [1, 2.5, 2.5, 2.5, 0, 0, 0, 0], "qform_code": 1, "sform_code": 1}
+    rewrite(write_t1w(bids_dir, "sub-twosizes"), plain, **two)
+    rewrite(write_t1w(bids_dir, "sub-mirror"), plain, np.diag([-3.0, 3, 3, 1]),
+            srow_x=[3, 0, 0, 0], qform_code=1, sform_code=1)  # fmt: skip
+    rewrite(write_t1w(bids_dir, "sub-wrapped"), (plain.astype(int) * 90).astype(np.int16))
+    rewrite(write_t1w(bids_dir, "sub-metre"), plain, np.diag([3e-3, 3e-3, 3e-3, 1]), xyzt_units=1)
+    run = Run(bids_dir, small_ensemble)
+    options = [*linear, "--members", "mca", "--skip-bids-validation"]
+    code = run(tmp_path / "out", *options)
+    lines = capfd.readouterr().err.splitlines()
+    assert code == 1
+    for name, word in (("mirror", "mirror images"), ("wrapped", "wrapped around")):
+        assert any(x.startswith("ERROR") and f"sub-{name}_T1w" in x and word in x for x in lines)
+        assert not list((tmp_path / "out").rglob(f"sub-{name}_*.nii.gz"))
+
+    def consensus(name):
+        return next((tmp_path / "out" / f"sub-{name}").rglob("*desc-consensus_dseg.nii.gz"))
+
+    labels = np.asarray(nib.load(consensus("plain")).dataobj)
+    assert labels.any()
+    for name in ("offset", "metre"):
+        assert np.array_equal(np.asarray(nib.load(consensus(name)).dataobj), labels)
+        assert np.allclose(nib.load(consensus(name)).affine, np.diag([3, 3, 3, 1]))
+    assert np.allclose(nib.load(consensus("twosizes")).header.get_sform(), np.diag([2.5] * 3 + [1]))
+    for name, word in (("twosizes", "contradicts itself"), ("metre", "in metres")):
+        sidecar = json.loads(Path(str(consensus(name)).replace(".nii.gz", ".json")).read_text())
+        assert any(word in warning for warning in sidecar["Warnings"])
+        assert word in (tmp_path / "out" / f"sub-{name}.html").read_text()
+        assert any(x.startswith("WARNING") and f"sub-{name}_T1w" in x and word in x for x in lines)
+    assert run(tmp_path / "out", *options, "--participant-label", "mirror", "--trust", "qform") == 0
+    assert np.linalg.det(nib.load(consensus("mirror")).affine) < 0
+
+
+def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear, capsys):
     out = tmp_path / "out"
     assert app(out, *linear, "--members", "ieee", "--participant-label", "02") == 0
     folder = out / "sub-02" / "anat"
@@ -197,6 +245,11 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear):
     assert not list(folder.glob("*_statmap.nii.gz"))
     regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
     assert regions["volume_std"].isna().all()
+    assert set(regions["verdict"]) <= {"unknown", "unreliable"}
+    assert regions["reason"].str.contains("spread unknown with one member").all()
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "structures" in line]
+    assert told.startswith("WARNING: /") and "sub-02_acq-las_run-1_T1w.nii.gz: " in told
+    assert 'class="fine"' not in (out / "sub-02.html").read_text()
     assert run_validator(out) == []
 
 

@@ -1,0 +1,152 @@
+"""Which affine of a NIfTI header to believe, and what it says about the voxels."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+from scipy.linalg import polar
+
+from bids_varaug.errors import ScanError
+
+SAME_SIZE = 0.01
+"""Relative difference of voxel sizes up to which the parts of a header agree."""
+SAME_ANGLE = 3.0
+"""Degrees between the axes of sform and qform up to which they agree."""
+OBLIQUE = 5.0
+"""Degrees between an axis of the image and of the scanner, beyond which the image is oblique."""
+
+_TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
+_MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
+_FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
+
+
+def voxel_sizes(affine: np.ndarray) -> np.ndarray:
+    """Return the lengths (3,) of a voxel's edges, mm."""
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def voxel_volume(affine: np.ndarray) -> float:
+    """Return the volume of a voxel, mm3: the determinant, which a shear makes smaller than a box.
+
+    Examples
+    --------
+    >>> voxel_volume(np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]]))
+    2.0
+    """
+    return abs(float(np.linalg.det(affine[:3, :3])))
+
+
+def is_oblique(affine: np.ndarray) -> bool:
+    """Whether an axis lies more than `OBLIQUE` degrees off every axis of the scanner."""
+    cosines = np.abs(affine[:3, :3] / voxel_sizes(affine)).max(axis=0)
+    return bool(cosines.min() < np.cos(np.deg2rad(OBLIQUE)))
+
+
+def choose_affine(
+    name: str, header: nib.Nifti1Header, trust: str | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Choose between sform, qform and pixdim, and tell where they contradict each other.
+
+    Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
+    differ in voxel size or axes, a form in scanner space goes before one in a template's; of two of
+    the same kind the qform, which has the sizes of pixdim, if the sizes differ, else the sform. A
+    lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim (but where
+    these are all 1, as in a header that nobody filled in).
+
+    Parameters
+    ----------
+    name : of the file, for messages
+    trust : "sform" or "qform" to take that one, whatever its code
+
+    Returns
+    -------
+    affine : (4, 4) float64, voxel -> mm, RAS+ world
+    warnings : sentences
+
+    Raises
+    ------
+    ScanError
+        If no form says where left and right are, or the two contradict each other in it.
+    """
+    codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
+    given = {form: _form(header, form) for form in codes if codes[form] > 0 or form == trust}
+    if not given:
+        raise ScanError(
+            f"{name}: no orientation (qform_code and sform_code are 0), so left and right cannot "
+            f"be told apart. {_FIX}"
+        )
+    forms = {form: affine for form, affine in given.items() if affine is not None}
+    if not forms or (trust and trust not in forms):
+        raise ScanError(
+            f"{name}: the affine has NaN or infinite values, or is singular "
+            f"({', '.join(given)}). {_FIX}"
+        )
+    chosen, warnings = trust or next(iter(forms)), []
+    if trust is None and len(forms) < len(given):
+        warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
+    if trust is None and len(forms) == 2:
+        chosen, warnings = _choose_form(name, forms, codes)
+    affine = forms[chosen]
+    sizes, pixdim = voxel_sizes(affine), _unit(header)[1] * np.abs(header["pixdim"][1:4])
+    if trust is None and len(forms) == 1 and pixdim.all() and not _same_sizes(sizes, pixdim):
+        warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
+                        f"pixdim of {_mm(pixdim)}.")  # fmt: skip
+        if (pixdim == _unit(header)[1]).all() and codes[chosen] not in _TEMPLATES:
+            # pixdim of 1 is what a header has that nobody filled in.
+            warnings[-1] += f" The {chosen} was used. {_FIX}"
+        else:
+            affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
+            warnings[-1] += f" The sizes of pixdim were used. {_FIX}"
+    if codes[chosen] in _TEMPLATES:
+        warnings.append(f"The header says that the image is in the space of a template (code "
+                        f"{codes[chosen]}: {_TEMPLATES[codes[chosen]]}). If so, volumes are those "
+                        "in that space, not the person's.")  # fmt: skip
+    if _unit(header)[0]:
+        warnings.append(f"The header gives lengths in {_unit(header)[0]}s; they were converted.")
+    return affine, tuple(warnings)
+
+
+def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
+    told = [f"{f} (code {codes[f]}) with voxels of {_mm(voxel_sizes(forms[f]))}" for f in forms]
+    sform, qform = (polar(forms[form][:3, :3])[0] for form in ("sform", "qform"))
+    if np.linalg.det(sform) * np.linalg.det(qform) < 0:
+        raise ScanError(
+            f"{name}: sform and qform are mirror images of each other, so left and right cannot be "
+            f"told apart. {_FIX}"
+        )
+    angle = np.rad2deg(np.arccos(np.clip((np.trace(sform.T @ qform) - 1) / 2, -1, 1)))
+    same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
+    if same_sizes and angle <= SAME_ANGLE:
+        return "sform", []
+    in_template = [codes[form] in _TEMPLATES for form in ("sform", "qform")]
+    qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
+    chosen = "qform" if qform_first else "sform"
+    return chosen, [
+        f"The header contradicts itself: {' and '.join(told)}, {angle:.0f} degrees apart. The "
+        f"{chosen} was used. {_FIX}"
+    ]
+
+
+def _form(header: nib.Nifti1Header, form: str) -> np.ndarray | None:
+    """One form in mm; None where it is no affine."""
+    try:
+        with np.errstate(all="ignore"):
+            affine = np.array(getattr(header, f"get_{form}")(), np.float64)
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return None
+    affine[:3] *= _unit(header)[1]
+    usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
+    return affine if usable else None
+
+
+def _unit(header: nib.Nifti1Header) -> tuple[str, float]:
+    """Name of the unit of length where it is not mm, and its mm."""
+    return _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+
+
+def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((np.abs(a / b - 1) <= SAME_SIZE).all())
+
+
+def _mm(sizes: np.ndarray) -> str:
+    return f"{' x '.join(f'{size:.4g}' for size in sizes)} mm"

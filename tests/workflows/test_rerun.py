@@ -1,0 +1,61 @@
+"""Runs into an output directory that has derivatives of another ensemble."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bids_varaug.inputs.validation import run_validator
+from tests.workflows.test_participant import digests
+
+FEW = ("--members", "ieee", "mca")
+
+
+@pytest.fixture(scope="module")
+def other_ensemble(small_ensemble, tmp_path_factory) -> Path:
+    """Of the same name, with the weights of mca01 and mca02 exchanged."""
+    folder = tmp_path_factory.mktemp("other") / "ensemble"
+    shutil.copytree(small_ensemble, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    first, second = manifest["members"][1:3]
+    for key in ("file", "sha256"):
+        first[key], second[key] = second[key], first[key]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(app, linear, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("rerun") / "out"
+    assert app(out, *linear, *FEW, "--write-members") == 0
+    return out
+
+
+@pytest.mark.parametrize("reading", [[], ["--dry-run"], ["--reports-only"]])
+def test_run_that_would_relabel_others_is_refused_before_anything_is_written(
+    app, linear, out, other_ensemble, capsys, reading
+):
+    before = digests(out)
+    again = (*FEW, "--participant-label", "01", "--ensemble", str(other_ensemble), *reading)
+    assert app(out, *linear, *again) == 65
+    error = capsys.readouterr().err
+    assert "sub-02_acq-las_run-1" in error and "weights of mca01, mca02" in error
+    assert ("sub-01_ses-a" in error) == ("--reports-only" in reading)
+    assert digests(out) == before
+    assert len(list((out / "logs").glob("settings-*.toml"))) == 1
+
+
+def test_everybody_may_be_made_again_and_nobody_keeps_old_files(
+    app, linear, out, other_ensemble, tmp_path
+):
+    assert app(out, *linear, *FEW, "--participant-label", "02") == 0
+    assert len(list(out.rglob("*_desc-mca0?_dseg.nii.gz"))) == 6  # the same ensemble's stay
+    copy = shutil.copytree(out, tmp_path / "out")
+    again = (*FEW, "--ensemble", str(other_ensemble))
+    assert app(copy, *linear, *again) == 0
+    assert not list(copy.rglob("*_desc-mca0?_dseg.*"))
+    assert run_validator(copy) == []
+    # The new ensemble is the one that goes on.
+    assert app(copy, *again, "--participant-label", "02", "--dry-run") == 0
+    assert app(copy, *FEW, "--participant-label", "02", "--dry-run") == 65
