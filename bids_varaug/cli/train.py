@@ -76,7 +76,7 @@ def _share(text: str) -> float:
 
 def add_schedule(group) -> None:
     """Add the flags that change the recipe."""
-    group.add_argument("--steps", nargs="+", default=[], metavar="[STAGE=]N",
+    group.add_argument("--steps", nargs="+", metavar="[STAGE=]N",
                        help="steps of each stage or of the named one: coarse and medium (the body "
                        "alone), fine, decay")  # fmt: skip
     group.add_argument("--channels", type=int, nargs="+", help="network width at each level")
@@ -104,7 +104,7 @@ def make_recipe(arguments: argparse.Namespace, n_classes: int):
     if arguments.channels:
         shape = replace(shape, channels=tuple(arguments.channels))
     synthesis = SynthesisSettings(real_share=arguments.real_share)
-    return Recipe(shape, with_steps(STAGES, arguments.steps), synthesis=synthesis)
+    return Recipe(shape, with_steps(STAGES, arguments.steps or []), synthesis=synthesis)
 
 
 def with_steps(stages: tuple, changes: list[str]) -> tuple:
@@ -132,6 +132,8 @@ def with_steps(stages: tuple, changes: list[str]) -> tuple:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the label maps and train every member asked for."""
+    import torch
+
     from bids_varaug.models.memory import keep_freed_memory
     from bids_varaug.segmentation.device import resolve_device
     from bids_varaug.threads import use_threads
@@ -148,8 +150,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
     keep_freed_memory()
-    if arguments.omp_nthreads:
-        use_threads(arguments.omp_nthreads)
+    # Also where nobody asks for a number: numba does not know of OMP_NUM_THREADS.
+    use_threads(arguments.omp_nthreads or torch.get_num_threads())
     ids = parse_members(arguments.members)
     if arguments.member_index is not None:
         ids = (pick_member(ids, arguments.member_index),)

@@ -3,8 +3,10 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from scipy.ndimage import gaussian_filter
 
-from bids_varaug.cli.train import build_parser, main, make_recipe
+from bids_varaug.cli.train import build_parser, main, make_recipe, member_command
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
 from bids_varaug.training.recipe import STAGES
@@ -23,7 +25,8 @@ def labels_dir(tmp_path_factory):
         folder = tmp_path / "labels" / f"sub-{subject}"
         folder.mkdir(parents=True)
         nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"sub-{subject}_dseg.nii.gz")
-    image = nib.Nifti1Image((labels % 7 * 100 + labels % 3).astype(np.float32), np.eye(4))
+    smooth = gaussian_filter((labels % 7 * 100 + labels % 3).astype(np.float32), 1)
+    image = nib.Nifti1Image(smooth, np.eye(4))
     nib.save(image, tmp_path / "labels" / "sub-01" / "sub-01_T1w.nii.gz")
     return tmp_path / "labels"
 
@@ -81,6 +84,15 @@ def test_an_array_job_gives_the_bits_of_processes_side_by_side(
     assert ensemble.members == load_ensemble(str(trained[0])).members
 
 
+@pytest.mark.parametrize("flags", [[], ["--steps", "2", "fine=3", "--channels", "4", "4"]])
+def test_a_process_of_its_own_gets_the_flags_of_all(flags):
+    given = build_parser().parse_args(["labels", "out", "--device", "cuda:0,cuda:1", *flags])
+    module, *command = member_command(given, "mca01", "cuda:1")
+    found = vars(build_parser().parse_args(command))
+    changed = {"members": "mca01", "member_index": 0, "device": "cuda:1", "jobs": 1}
+    assert found == vars(given) | changed
+
+
 def test_an_array_task_does_not_delete_the_others_members(labels_dir, trained, capsys):
     out, command = trained
     assert main([*command, "--member-index", "0", "--no-resume"]) == 64
@@ -107,6 +119,15 @@ def test_steps_of_no_stage_are_refused(labels_dir, tmp_path, capsys, wrong):
     assert main(command) == 64
     assert wrong in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("asked", [1, None])
+def test_numba_gets_as_many_threads_as_torch(tmp_path, monkeypatch, asked):
+    given = []
+    monkeypatch.setattr("bids_varaug.threads.use_threads", given.append)
+    flags = [] if asked is None else ["--omp-nthreads", str(asked)]
+    assert main([str(tmp_path), str(tmp_path / "out"), *flags]) == 65
+    assert given == [asked or torch.get_num_threads()]
 
 
 def test_empty_label_folder_is_refused(tmp_path, capsys):
