@@ -48,8 +48,6 @@ def add_members(group) -> None:
     group.add_argument("--member-index", type=int, metavar="I",
                        help="train only member number I of --members, from 0 on, as in a Slurm "
                        "array; start it once more without this flag to calibrate")  # fmt: skip
-    group.add_argument("--trunk-only", action="store_true",
-                       help="stop where the members fork")  # fmt: skip
     group.add_argument("--name", help="of the ensemble; default: the folder's name")
 
 
@@ -78,13 +76,9 @@ def _share(text: str) -> float:
 
 def add_schedule(group) -> None:
     """Add the flags that change the recipe."""
-    group.add_argument("--trunk-steps", nargs="+", metavar="[STAGE=]N",
-                       help="steps of the common trunk, of each stage or of the named one: coarse "
-                       "and medium (the body alone), fine, settle, refine, polish, adapt, "
-                       "finish")  # fmt: skip
-    group.add_argument("--steps", type=int, help="steps of each member after the fork")
-    group.add_argument("--no-trunk", action="store_true",
-                       help="train every member from its own initialisation")  # fmt: skip
+    group.add_argument("--steps", nargs="+", metavar="[STAGE=]N",
+                       help="steps of each stage or of the named one: coarse and medium (the body "
+                       "alone), fine, decay")  # fmt: skip
     group.add_argument("--channels", type=int, nargs="+", help="network width at each level")
 
 
@@ -103,21 +97,17 @@ def add_machine(group) -> None:
 def make_recipe(arguments: argparse.Namespace, n_classes: int):
     """Return the standard recipe with the changes that the command line asks for."""
     from bids_varaug.models.shape import NetworkShape
-    from bids_varaug.training.recipe import MEMBER, Recipe
+    from bids_varaug.training.recipe import STAGES, Recipe
     from bids_varaug.training.synthesis import SynthesisSettings
 
     shape = NetworkShape(n_classes)
     if arguments.channels:
         shape = replace(shape, channels=tuple(arguments.channels))
-    trunk = with_steps(Recipe(shape).trunk, arguments.trunk_steps or [])
-    member = MEMBER if arguments.steps is None else replace(MEMBER, steps=arguments.steps)
     synthesis = SynthesisSettings(real_share=arguments.real_share)
-    if arguments.no_trunk:
-        return Recipe(shape, trunk=(), member=(*trunk, member), synthesis=synthesis)
-    return Recipe(shape, trunk=trunk, member=(member,), synthesis=synthesis)
+    return Recipe(shape, with_steps(STAGES, arguments.steps or []), synthesis=synthesis)
 
 
-def with_steps(trunk: tuple, changes: list[str]) -> tuple:
+def with_steps(stages: tuple, changes: list[str]) -> tuple:
     """Return the stages with other numbers of steps, ``N`` of all or ``STAGE=N`` of one.
 
     Raises
@@ -125,23 +115,25 @@ def with_steps(trunk: tuple, changes: list[str]) -> tuple:
     UsageError
         If there is no such stage, or N is no number.
     """
-    names = [stage.name for stage in trunk]
+    names = [stage.name for stage in stages]
     for change in changes:
         name, _, steps = change.rpartition("=")
         if (name and name not in names) or not steps.isdecimal():
             raise UsageError(
-                f"--trunk-steps {change}: a number of steps, or STAGE=N with a STAGE of "
+                f"--steps {change}: a number of steps, or STAGE=N with a STAGE of "
                 f"{', '.join(names)}"
             )
-        trunk = tuple(
+        stages = tuple(
             replace(stage, steps=int(steps)) if name in ("", stage.name) else stage
-            for stage in trunk
+            for stage in stages
         )
-    return trunk
+    return stages
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the label maps and train every member asked for."""
+    import torch
+
     from bids_varaug.models.memory import keep_freed_memory
     from bids_varaug.segmentation.device import resolve_device
     from bids_varaug.threads import use_threads
@@ -158,8 +150,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
     keep_freed_memory()
-    if arguments.omp_nthreads:
-        use_threads(arguments.omp_nthreads)
+    # Also where nobody asks for a number: numba does not know of OMP_NUM_THREADS.
+    use_threads(arguments.omp_nthreads or torch.get_num_threads())
     ids = parse_members(arguments.members)
     if arguments.member_index is not None:
         ids = (pick_member(ids, arguments.member_index),)
@@ -175,22 +167,21 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if not arguments.resume:
         forget(arguments.ensemble_dir)
-    with closing(open_progress(arguments, scheme)) as progress:
+    with closing(open_progress(arguments, scheme, recipe)) as progress:
         workshop = Workshop(
             arguments.ensemble_dir, recipe, scheme,
             load_heads(to_train, scheme, devices[0], arguments.real_share > 0),
             devices[0], progress.on_step,
         )  # fmt: skip
         name = arguments.name or arguments.ensemble_dir.resolve().name
-        # Side by side, other processes train the members; this one trains the trunk and waits.
-        apart = len(devices) > 1 and not arguments.trunk_only
-        ensemble = train_ensemble(workshop, name, () if apart or arguments.trunk_only else ids)
+        apart = len(devices) > 1  # other processes train the members; this one waits
+        ensemble = train_ensemble(workshop, name, () if apart else ids)
     if apart:
         train_side_by_side(
             partial(member_command, arguments), unfinished(ensemble, ids), devices,
             arguments.ensemble_dir / "logs",
         )  # fmt: skip
-    if left_out and arguments.member_index is None and not arguments.trunk_only:
+    if left_out and arguments.member_index is None:
         print("Calibrating the posteriors on the label maps left out", file=sys.stderr)
         ensemble = calibrate_ensemble(
             workshop, load_heads(left_out, scheme, devices[0]), [path.name for path in left_out]
@@ -234,15 +225,14 @@ def pick_member(ids: tuple[str, ...], index: int) -> str:
     return ids[index]
 
 
-def open_progress(arguments: argparse.Namespace, scheme):
+def open_progress(arguments: argparse.Namespace, scheme, recipe):
     """Return what shows and logs the training."""
     from bids_varaug.training.progress import Progress
-    from bids_varaug.training.recipe import MEMBER
 
     names = dict(zip(scheme.target_ids, scheme.target_names, strict=True))
     return Progress(
         arguments.ensemble_dir / "logs", arguments.monitor, arguments.monitor_every, names,
-        MEMBER.windows[0].voxel_size,
+        recipe.voxel_size,
     )  # fmt: skip
 
 

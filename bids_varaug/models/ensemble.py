@@ -42,6 +42,7 @@ class Member:
     of the rounding (8 where a Monte Carlo member was trained with bfloat16 layers, whose other
     operators have 24), None for members without; `sha256` that of the weights file; `base` the id
     of the member whose weights that file adds to, None where it adds to the trunk, or is whole.
+    `steps` and `format` are those of its training and of its file; None in earlier ensembles.
     """
 
     id: str
@@ -51,6 +52,8 @@ class Member:
     file: str
     sha256: str
     base: str | None = None
+    steps: int | None = None
+    format: str | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -123,7 +126,8 @@ def load_ensemble(name: str) -> Ensemble:
     Raises
     ------
     EnsembleError
-        If it is unknown, its manifest is damaged, or a member is of the family "rr".
+        If it is unknown, its manifest is damaged, a member is of the family "rr", or members
+        differ in steps or format.
     """
     folder = find_ensemble(name)
     path = folder / MANIFEST
@@ -141,6 +145,7 @@ def load_ensemble(name: str) -> Ensemble:
                 f"{path}: a member is of family {ROUNDED}, which names the baseline run under "
                 "random rounding (--perturb-inference). Give that family another name."
             )
+        _check_equal(path, members)
         return Ensemble(
             name=values["name"],
             version=values["version"],
@@ -155,6 +160,17 @@ def load_ensemble(name: str) -> Ensemble:
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
+
+
+def _check_equal(path: Path, members: Iterable[Member]) -> None:
+    for key, what in (("steps", "numbers of training steps"), ("format", "formats of weights")):
+        found = {getattr(member, key): member.id for member in members}
+        if len(found) > 1:
+            each = ", ".join(f"{member} {value}" for value, member in found.items())
+            raise EnsembleError(
+                f"{path}: members have unequal {what} ({each}), which would count as spread. "
+                "Train all members by one recipe with bids_varaug-train."
+            )
 
 
 def _temperature(value: float) -> float:

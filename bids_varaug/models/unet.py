@@ -115,8 +115,12 @@ class UNet(nn.Module):
     def features(self, image: torch.Tensor) -> Features:
         """Return what `classify` takes, for an image (B, 1, X, Y, Z) float32."""
         x, deep = self.body(fold(image))
-        fine = torch.cat([unfold(self.unfold(x)), image.to(x.dtype)], dim=1)
-        return Features(x, self.rim(_to_channels_last(fine)), deep)
+        convolution, norm, rectify = self.rim
+        weight, n_fine = convolution.weight, self.shape.rim_channels
+        # Two sums instead of one: backward, 17 channels take 1.6 times as long as 16 and 1.
+        fine = F.conv3d(_to_channels_last(unfold(self.unfold(x))), weight[:, :n_fine], padding=1)
+        fine = fine + F.conv3d(_to_channels_last(image), weight[:, n_fine:], padding=1)
+        return Features(x, rectify(norm(fine)), deep)
 
     def body(self, cubes: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the body's features and those of its coarser levels.
@@ -210,7 +214,8 @@ class UNet(nn.Module):
         coarse = F.linear(features.body.movedim(1, -1), weight, bias)
         batch, x, y, z, _ = coarse.shape
         coarse = coarse.reshape(batch, x, y, z, 2, k).transpose(3, 4).reshape(batch, x, 2 * y, z, k)
-        rim = features.rim[:, :, a::2, :, b::2].movedim(1, -1)
+        # Channels last first, or the gradient of the slice would have them in another order.
+        rim = features.rim.movedim(1, -1)[:, a::2, :, b::2]
         return coarse + F.linear(rim, self.rim_head.weight.reshape(k, -1))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

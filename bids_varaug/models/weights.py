@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, whole or as what separates a member from another network."""
+"""Weights on disk: safetensors. Files of earlier ensembles add to the weights of others."""
 
 from __future__ import annotations
 
@@ -11,36 +11,21 @@ from bids_varaug.derivatives.write import replacing
 from bids_varaug.models.checksum import sha256_of
 from bids_varaug.models.unet import UNet
 
+FORMAT = "float16"
+"""What weights are written in; it changes one by 2e-4 of its size."""
 STEP = ".step"
 """Ends the name of the tensor that holds the size of one integer step, for each row."""
-_LEVELS = 127
 
 
-def save_weights(network: UNet, path: Path, base: UNet | None = None) -> str:
-    """Write weights and return the file's SHA-256.
-
-    Without a base they are float16, which changes a weight by 2e-4 of its size: far less than
-    what separates two seeds. With one, what separates them from the base is written: for each
-    row of a matrix or kernel (its first axis) 8-bit integers and the size of their step, for
-    vectors float32. That is half the size, and its error is at most 0.4 % of the largest
-    difference in the row.
-
-    Parameters
-    ----------
-    base : the network that the file adds to, in full precision
+def save_weights(network: UNet, path: Path) -> str:
+    """Write weights as `FORMAT` and return the file's SHA-256.
 
     Raises
     ------
     OutputError
         If the file cannot be written.
     """
-    tensors = {name: p.detach().cpu() for name, p in network.named_parameters()}
-    if base is None:
-        tensors = {name: p.half() for name, p in tensors.items()}
-    else:
-        start = dict(base.named_parameters())
-        tensors = _coded({name: p - start[name].detach().cpu() for name, p in tensors.items()})
-    write_tensors(path, tensors)
+    write_tensors(path, {name: p.detach().cpu().half() for name, p in network.named_parameters()})
     return sha256_of(path)
 
 
@@ -82,19 +67,6 @@ def load_weights(path: Path, *bases: Path) -> dict[str, torch.Tensor]:
             if not name.endswith(STEP)
         }
     return weights
-
-
-def _coded(differences: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, difference in differences.items():
-        if difference.ndim < 2:
-            tensors[name] = difference
-            continue
-        steps = difference.flatten(1).abs().amax(1) / _LEVELS
-        levels = difference / _per_row(steps.clamp_min(torch.finfo(torch.float32).tiny), difference)
-        tensors[name] = levels.round().to(torch.int8)
-        tensors[name + STEP] = steps
-    return tensors
 
 
 def _decoded(coded: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:

@@ -33,13 +33,13 @@ def save_checkpoint(path: Path, network, optimiser, step: int, fingerprint: str)
     write_tensors(path, tensors, {"step": str(step), "fingerprint": fingerprint})
 
 
-def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int | None:
-    """Restore what `save_checkpoint` wrote and return the step; None where another recipe wrote it.
+def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int:
+    """Restore what `save_checkpoint` wrote and return the step.
 
     Raises
     ------
     UserError
-        If the file is damaged.
+        If the file is damaged, or another recipe wrote it.
     """
     try:
         return _restore(path, network, optimiser, fingerprint)
@@ -49,11 +49,15 @@ def load_checkpoint(path: Path, network, optimiser, fingerprint: str) -> int | N
         ) from error
 
 
-def _restore(path: Path, network, optimiser, fingerprint: str) -> int | None:
+def _restore(path: Path, network, optimiser, fingerprint: str) -> int:
     with safe_open(path, "pt", device=str(next(network.parameters()).device)) as file:
         metadata = file.metadata()
         if metadata["fingerprint"] != fingerprint:
-            return None
+            raise UserError(
+                f"{path}: checkpoint of another recipe, or of a device with other number formats. "
+                "Resume with the flags and on the kind of device that wrote it, or train into an "
+                "empty folder."
+            )
         step = int(metadata["step"])
         keys = set(file.keys())
         with torch.no_grad():

@@ -25,13 +25,13 @@ def segmentation_loss(
     () float32
     """
     log_p = F.log_softmax(logits, dim=1)
-    truth = F.one_hot(target, logits.shape[1]).to(log_p.dtype)
-    count = truth.sum(0)
-    weight = count.clamp_min(1.0).rsqrt() if balanced else None
-    cross_entropy = F.nll_loss(log_p, target, weight=weight)
-    p = log_p.exp()
-    overlap = (p * truth).sum(0)
-    dice = (2 * overlap + 1.0) / (p.sum(0) + count + 1.0)
+    log_true = log_p.gather(1, target[:, None])
+    count = torch.bincount(target, minlength=logits.shape[1]).to(log_p.dtype)
+    weight = count.clamp_min(1.0).rsqrt()[target] if balanced else torch.ones_like(count)[target]
+    cross_entropy = -(weight * log_true[:, 0]).sum() / weight.sum()
+    # Not index_add, whose order of sums changes from run to run on a GPU
+    overlap = torch.zeros_like(log_p).scatter(1, target[:, None], log_true.exp()).sum(0)
+    dice = (2 * overlap + 1.0) / (log_p.exp().sum(0) + count + 1.0)
     present = count[1:] > 0
     if not bool(present.any()):
         return cross_entropy

@@ -23,24 +23,22 @@ from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
-    Trunk,
     load_ensemble,
     write_manifest,
 )
 from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.models.weights import save_weights
+from bids_varaug.models.weights import FORMAT, save_weights
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.numerics.rules import DIGITS
 from bids_varaug.training.calibrate import calibrate
 from bids_varaug.training.heads import Head
 from bids_varaug.training.labels import LabelScheme
-from bids_varaug.training.recipe import Recipe, Stage
+from bids_varaug.training.recipe import Recipe
 from bids_varaug.training.synthesis import Randomiser
 from bids_varaug.training.train import StepReport, layer_format, train
 from bids_varaug.training.turns import take_turns
 
 _ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
-TRUNK = "trunk.safetensors"
 MANIFEST_LOCK = "manifest.lock"
 
 
@@ -132,86 +130,50 @@ class Workshop:
     def precision(self) -> int:
         """Bits of the coarsest format that members are trained in, which is what rounds most."""
         device = torch.device(self.device)
-        return min(DIGITS[layer_format(stage, device)] for stage in self.recipe.member)
+        return min(DIGITS[layer_format(stage, device)] for stage in self.recipe.stages)
 
-    def run(self, name: str, network: UNet, stages: tuple[Stage, ...], seed: int, arithmetic):
-        """Train `network` through `stages`, under the checkpoint `name`."""
-        return train(
-            network, self.heads, self.randomiser, self.recipe, stages, seed,
-            self.checkpoints / f"{name}.safetensors", arithmetic,
-            lambda report: self.on_step(name, report, network),
-        )  # fmt: skip
-
-    def train_trunk(self) -> tuple[UNet, Trunk]:
-        """Train (or finish, or load) what all members share, and write its weights."""
-        seed = self.recipe.trunk_seed
-        network = build_network(self.recipe.network, seed).to(self.device)
-        self.run("trunk", network, self.recipe.trunk, seed, lambda step: nullcontext())
-        checksum = save_weights(network, self.directory / TRUNK)
-        return network, Trunk(TRUNK, checksum)
-
-    def train_member(self, plan: Plan, trunk: UNet | None) -> UNet:
+    def train_member(self, plan: Plan) -> UNet:
         """Train one member (or finish, or load it from its checkpoint)."""
         network = build_network(self.recipe.network, plan.seed).to(self.device)
-        if trunk is not None:
-            network.load_state_dict(trunk.state_dict())
         with take_turns(self.checkpoints / f"{plan.id}.lock"):
-            self.run(plan.id, network, self.recipe.member, plan.seed, plan.arithmetic)
-        return network
+            return train(
+                network, self.heads, self.randomiser, self.recipe, plan.seed,
+                self.checkpoints / f"{plan.id}.safetensors", plan.arithmetic,
+                lambda report: self.on_step(plan.id, report, network),
+            )  # fmt: skip
 
-    def write_member(self, plan: Plan, network: UNet, trunk: UNet | None) -> Member:
-        """Write a trained member's weights.
-
-        Perturbation moves a Monte Carlo member far less than training does. Its file therefore
-        holds what separates it from the baseline, which is trained for it where it is not there:
-        the difference from the trunk, in 8 bits, would be wrong by more than that.
-        """
-        base = self.train_member(plan_member(BASELINE), trunk) if plan.is_perturbed else trunk
+    def write_member(self, plan: Plan, network: UNet) -> Member:
+        """Write a trained member's weights."""
         name = f"{plan.id}.safetensors"
-        checksum = save_weights(network, self.directory / name, base)
-        precision = self.precision if plan.is_perturbed else None
-        base_id = BASELINE if plan.is_perturbed else None
-        return Member(plan.id, plan.family, plan.seed, precision, name, checksum, base_id)
+        checksum = save_weights(network, self.directory / name)
+        return Member(
+            plan.id, plan.family, plan.seed, self.precision if plan.is_perturbed else None,
+            name, checksum, steps=self.recipe.steps, format=FORMAT,
+        )  # fmt: skip
 
 
 def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensemble:
-    """Train the trunk, then each member; the manifest grows with every finished member.
+    """Train each member from its first step; the manifest grows with every finished one.
 
-    Several processes may train members of one ensemble side by side: one of them trains the
-    trunk, and each adds its own members to what it finds in the manifest. With Monte Carlo members
-    comes the baseline, whether asked for or not.
+    Several processes may train members of one ensemble side by side: each adds its own members to
+    what it finds in the manifest.
 
     Raises
     ------
     UserError
-        If the folder holds members of another trunk or recipe, whose files add to other weights.
+        If the folder holds members of another recipe, or trained in another arithmetic.
     """
     workshop.directory.mkdir(parents=True, exist_ok=True)
-    with take_turns(workshop.checkpoints / "trunk.lock"):
-        network, trunk = workshop.train_trunk() if workshop.recipe.trunk else (None, None)
-    ensemble = _with_those_there(_empty_ensemble(workshop, name, trunk))
-    for member_id in unfinished(ensemble, with_baseline(ids)):
+    ensemble = _with_those_there(_empty_ensemble(workshop, name))
+    for member_id in unfinished(ensemble, ids):
         plan = plan_member(member_id)
-        member = workshop.write_member(plan, workshop.train_member(plan, network), network)
+        member = workshop.write_member(plan, workshop.train_member(plan))
         with take_turns(workshop.checkpoints / MANIFEST_LOCK):
             ensemble = _with_those_there(ensemble)
             others = tuple(m for m in ensemble.members if m.id != member_id)
             ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
             write_manifest(ensemble)
     return ensemble
-
-
-def with_baseline(ids: Iterable[str]) -> tuple[str, ...]:
-    """Add the baseline, last, where Monte Carlo members need it.
-
-    Examples
-    --------
-    >>> with_baseline(["mca01", "seed01"])
-    ('mca01', 'seed01', 'ieee')
-    """
-    ids = tuple(ids)
-    needed = (BASELINE,) if any(plan_member(i).is_perturbed for i in ids) else ()
-    return tuple(dict.fromkeys((*ids, *needed)))
 
 
 def unfinished(ensemble: Ensemble, ids: Iterable[str]) -> tuple[str, ...]:
@@ -258,10 +220,10 @@ def _with_those_there(ensemble: Ensemble) -> Ensemble:
     if not path.exists():
         return ensemble
     there = _load_there(ensemble.directory)
-    if there.trunk != ensemble.trunk or there.training["recipe"] != ensemble.training["recipe"]:
+    if any(there.training.get(key) != ensemble.training[key] for key in ("recipe", "arithmetic")):
         raise UserError(
-            f"{path}: its members were trained from another trunk or by another recipe. Train "
-            "into an empty folder, or delete this one's manifest and *.safetensors."
+            f"{path}: its members were trained by another recipe, or in other number formats. "
+            "Train into an empty folder, or delete this one's manifest and *.safetensors."
         )
     return replace(ensemble, members=there.members, temperature=there.temperature,
                    training=there.training)  # fmt: skip
@@ -276,27 +238,30 @@ def _order(member: Member):
     return (["ieee", "mca", "seed"].index(member.family), member.id)
 
 
-def _empty_ensemble(workshop: Workshop, name: str, trunk: Trunk | None) -> Ensemble:
+def _empty_ensemble(workshop: Workshop, name: str) -> Ensemble:
     recipe, scheme = workshop.recipe, workshop.scheme
-    finest = recipe.member[-1].windows[0].voxel_size
     return Ensemble(
         name=name,
         version=__version__,
         directory=workshop.directory,
-        voxel_size=finest,
+        voxel_size=recipe.voxel_size,
         labels=_labels(scheme),
         network=recipe.network,
         members=(),
         training={
             "recipe": recipe.to_json(),
-            "forked_at_step": recipe.trunk_steps,
-            "member_steps": sum(stage.steps for stage in recipe.member),
+            "steps": recipe.steps,
+            "arithmetic": {
+                "convolution_bits": workshop.precision,
+                "other_bits": DIGITS[torch.float32],
+                "mca": "every inexact operator of forward pass, backward pass and update, randomly "
+                "rounded at the bits of its result",
+            },
             "n_label_maps": len(workshop.heads),
             "torch": torch.__version__,
             "processor": platform.processor() or platform.machine(),
             "device": workshop.device,
         },
-        trunk=trunk,
     )
 
 

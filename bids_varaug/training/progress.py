@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,14 +54,17 @@ class Progress:
             self.name = name
             self.bar = tqdm(total=report.total, initial=report.step, desc=name, unit="step")
         last = report.step + 1 == report.total
-        dice = None
+        scores = {}
         if self.images and ((report.step + 1) % self.every == 0 or last):
-            dice = self._real_dice(network)
+            scores = self._real_dice(network)
+        dice = float(np.mean(list(scores.values()))) if scores else None
         self._log(name, report, dice)
         self.bar.update(1)
         self.bar.set_postfix(stage=report.stage, loss=f"{report.loss:.3f}")
         if dice is not None:
-            self.bar.write(f"{name} step {report.step + 1}: mean Dice on real images {dice:.3f}")
+            each = ", ".join(f"{image} {score:.4f}" for image, score in scores.items())
+            self.bar.write(f"{name} step {report.step + 1}: mean Dice on real images {dice:.4f}; "
+                           f"{each}", file=sys.stderr)  # fmt: skip
         if last or (report.step + 1) % self.every == 0:
             draw_curves(self.directory / f"{name}.tsv", self.directory / f"{name}.png")
 
@@ -70,12 +74,13 @@ class Progress:
             self.bar.close()
             self.bar = None
 
-    def _real_dice(self, network: UNet) -> float:
-        scores = [
-            np.nanmean(real_image_dice(network, image, self.class_ids, self.voxel_size))
+    def _real_dice(self, network: UNet) -> dict[str, float]:
+        return {
+            image.t1w.name.split("_T1w")[0]: float(
+                np.nanmean(real_image_dice(network, image, self.class_ids, self.voxel_size))
+            )
             for image in self.images
-        ]
-        return float(np.mean(scores))
+        }
 
     def _log(self, name: str, report: StepReport, dice: float | None) -> None:
         path = self.directory / f"{name}.tsv"

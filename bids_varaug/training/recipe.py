@@ -39,38 +39,36 @@ class Stage:
 
 
 # Where structures lie is learnt at 4 mm, at a few steps a second; what they look like at 2 mm, the
-# grid of the body of a 1 mm network; where exactly they end at 1 mm.
-HEADS_AT_4MM = (Window(0.7, 4.0, (48, 48, 48)), Window(0.3, 4.0, (48, 64, 64)))
-HEADS_AT_2MM = (Window(0.8, 2.0, (80, 96, 80)), Window(0.2, 2.0, (96, 112, 112)))
-# Mostly the brain at 1 mm; sometimes a whole head, which is what the network will be given, and
-# sometimes a whole head at 2 mm, which is what --sloppy gives it.
-MIXED = (
+# grid of the body of a 1 mm network; where exactly they end at 1 mm, first in parts of the brain,
+# last in all of it.
+CUBES_AT_4MM = (Window(1.0, 4.0, (48, 48, 48)),)
+CUBES_AT_2MM = (Window(1.0, 2.0, (64, 64, 64)),)
+# A step of 96^3 costs 0.4 of one of 128^3. A whole head at 2 mm is what --sloppy gives the network.
+SMALL = (
+    Window(0.90, 1.0, (96, 96, 96)),
+    Window(0.05, 1.0, (128, 128, 128)),
+    Window(0.05, 2.0, (96, 128, 128)),
+)
+# Mostly the brain; sometimes a whole head, which is what the network will be given.
+LARGE = (
     Window(0.84, 1.0, (128, 128, 128)),
     Window(0.08, 1.0, (160, 192, 160)),
     Window(0.08, 2.0, (96, 128, 128)),
 )
-COARSE = Stage("coarse", 1500, HEADS_AT_4MM, 6e-3, 4e-3, True, balanced=True, body_only=True)
-MEDIUM = Stage("medium", 500, HEADS_AT_2MM, 4e-3, 3e-3, True, balanced=True, body_only=True)
-FINE = Stage("fine", 2000, MIXED, 3e-3, 1.067e-3, bf16=True)
-SETTLE = Stage("settle", 350, MIXED, 1.066e-3, 1e-4, bf16=True)
-REFINE = Stage("refine", 2500, MIXED, 2e-3, 2e-4, bf16=True)
-POLISH = Stage("polish", 2000, MIXED, 2e-3, 1.5e-4, bf16=True)
-ADAPT = Stage("adapt", 2400, MIXED, 2e-3, 1.5e-4, bf16=True)
-FINISH = Stage("finish", 2000, MIXED, 1.5e-3, 1e-4, bf16=True)
-MEMBER = Stage("member", 50, MIXED, 5e-4, 1e-5, bf16=True)
+STAGES = (
+    Stage("coarse", 1500, CUBES_AT_4MM, 6e-3, 4e-3, True, balanced=True, body_only=True),
+    Stage("medium", 500, CUBES_AT_2MM, 4e-3, 3e-3, True, balanced=True, body_only=True),
+    Stage("fine", 5000, SMALL, 3e-3, 2e-3, True),
+    Stage("decay", 1000, LARGE, 2e-3, 1e-5, True),
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The trunk's stages, then the stage that every member runs on its own.
-
-    With no trunk stages each member is trained from its own initialisation.
-    """
+    """The stages that every member runs, each from its own initialisation."""
 
     network: NetworkShape
-    trunk: tuple[Stage, ...] = (COARSE, MEDIUM, FINE, SETTLE, REFINE, POLISH, ADAPT, FINISH)
-    member: tuple[Stage, ...] = (MEMBER,)
-    trunk_seed: int = 1000
+    stages: tuple[Stage, ...] = STAGES
     weight_decay: float = 1e-4
     clip: float = 1.0
     warmup: int = 40
@@ -78,7 +76,7 @@ class Recipe:
 
     def __post_init__(self):
         """Refuse windows that the network cannot take."""
-        for stage in (*self.trunk, *self.member):
+        for stage in self.stages:
             multiple = self.network.multiple // (2 if stage.body_only else 1)
             for window in stage.windows:
                 if any(side % multiple for side in window.shape):
@@ -88,15 +86,20 @@ class Recipe:
                     )
 
     @property
-    def trunk_steps(self) -> int:
-        """Steps shared by all members before they fork."""
-        return sum(stage.steps for stage in self.trunk)
+    def steps(self) -> int:
+        """Steps of a member, from its first to its last."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def voxel_size(self) -> float:
+        """Voxel size that members are trained for, mm."""
+        return self.stages[-1].windows[0].voxel_size
 
     def to_json(self) -> dict:
         """Return plain types for the manifest."""
         return json.loads(json.dumps(asdict(self)))
 
-    def fingerprint(self, stages: tuple[Stage, ...]) -> str:
-        """Name the part of the recipe that decides the bits of `stages`."""
-        relevant = self.to_json() | {"trunk": [asdict(s) for s in stages], "member": []}
-        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+    @property
+    def fingerprint(self) -> str:
+        """Name the recipe, which decides the bits of a member."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -101,8 +101,13 @@ class Randomiser:
     def _field(self, rng, shape, spacing: float, channels: int = 1) -> torch.Tensor:
         """Smooth noise (channels, *shape), knots `spacing` voxels apart, about unit variance."""
         knots = [max(2, round(side / spacing) + 1) for side in shape]
-        coarse = self._normal(rng, 1, channels, *knots)
-        return F.interpolate(coarse, size=tuple(shape), mode="trilinear", align_corners=True)[0]
+        field = self._normal(rng, channels, *knots)
+        for n, side in zip(knots, shape, strict=True):
+            # Linearly along one axis, which moves to the end: five times as fast as trilinearly
+            knot = torch.eye(n, device=self.device)[None]
+            line = F.interpolate(knot, size=side, mode="linear", align_corners=True)[0]
+            field = torch.tensordot(field, line, ([1], [0]))
+        return field
 
     def _sample_places(self, head, shape, voxel_size, rng) -> list[torch.Tensor]:
         """Return where in the head (voxels, per axis) a placed, turned, warped window looks."""
@@ -192,7 +197,11 @@ class Randomiser:
         if self._chance(rng, 0.7):
             keep |= tissue == TISSUES.index("csf")
         width = 2 * int(self._uniform(rng, 0.6, 2.6) / voxel_size + 0.5) + 1
-        soft = F.avg_pool3d(keep.float()[None, None], width, 1, width // 2)[0, 0]
+        soft = keep.float()[None, None]
+        for axis in range(3):  # a box is three lines: a third of the time
+            line = [width if a == axis else 1 for a in range(3)]
+            soft = F.avg_pool3d(soft, line, 1, [n // 2 for n in line])
+        soft = soft[0, 0]
         wobble = self._uniform(rng, 0.0, 0.15) * self._field(rng, image.shape, 15.0 / voxel_size)[0]
         threshold = self._uniform(rng, 0.15, 0.6)
         return torch.where(soft + wobble > threshold, image, 0.0)

@@ -14,6 +14,7 @@ import torch
 
 from bids_varaug.errors import UserError
 from bids_varaug.models.unet import UNet
+from bids_varaug.numerics.rules import DIGITS
 from bids_varaug.training.checkpoint import load_checkpoint, save_checkpoint
 from bids_varaug.training.heads import Head
 from bids_varaug.training.loss import training_loss
@@ -39,14 +40,13 @@ def train(
     heads: Sequence[Head],
     randomiser: Randomiser,
     recipe: Recipe,
-    stages: tuple[Stage, ...],
     data_seed: int,
     checkpoint: Path,
     arithmetic: Callable[[int], object] = lambda step: nullcontext(),
     on_step: Callable[[StepReport], None] = lambda report: None,
     save_every: int = 50,
 ) -> UNet:
-    """Run `stages` from where `checkpoint` left off, or from the start.
+    """Run the recipe's stages from where `checkpoint` left off, or from the start.
 
     Each step's data are a function of (`data_seed`, step) alone, so that an interrupted run gives
     the bits of an unbroken one.
@@ -56,21 +56,23 @@ def train(
     network : changed in place and returned
     heads : on the network's device
     arithmetic : step -> context manager under which forward, backward and update run
-    checkpoint : where the state is kept; resumed when the same recipe wrote it
+    checkpoint : where the state is kept
 
     Raises
     ------
     UserError
-        If the loss is not finite; the last good checkpoint is kept.
+        If the loss is not finite; the last good checkpoint is kept. If `checkpoint` is of another
+        recipe or seed, or of layers of another format.
     """
     optimiser = Optimiser(network, recipe.weight_decay)
-    fingerprint = f"{recipe.fingerprint(stages)}-{data_seed}"
+    digits = [DIGITS[layer_format(stage, randomiser.device)] for stage in recipe.stages]
+    fingerprint = f"{recipe.fingerprint}-{data_seed}-{digits}"
     done = 0
     if checkpoint.exists():
-        done = load_checkpoint(checkpoint, network, optimiser, fingerprint) or 0
-    total = sum(stage.steps for stage in stages)
+        done = load_checkpoint(checkpoint, network, optimiser, fingerprint)
+    total = recipe.steps
     first = 0
-    for stage in stages:
+    for stage in recipe.stages:
         for step in range(max(first, done), first + stage.steps):
             started = time.perf_counter()
             lr = learning_rate(recipe, stage, step - first, step)

@@ -1,15 +1,15 @@
 """``bids_varaug-train`` from label maps to an ensemble that the app can use."""
 
-from dataclasses import replace
-
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from scipy.ndimage import gaussian_filter
 
-from bids_varaug.cli.train import build_parser, main, make_recipe
+from bids_varaug.cli.train import build_parser, main, make_recipe, member_command
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
-from bids_varaug.training.recipe import MEMBER, Recipe
+from bids_varaug.training.recipe import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,13 @@ def labels_dir(tmp_path_factory):
         folder = tmp_path / "labels" / f"sub-{subject}"
         folder.mkdir(parents=True)
         nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"sub-{subject}_dseg.nii.gz")
-    image = nib.Nifti1Image((labels % 7 * 100 + labels % 3).astype(np.float32), np.eye(4))
+    smooth = gaussian_filter((labels % 7 * 100 + labels % 3).astype(np.float32), 1)
+    image = nib.Nifti1Image(smooth, np.eye(4))
     nib.save(image, tmp_path / "labels" / "sub-01" / "sub-01_T1w.nii.gz")
     return tmp_path / "labels"
 
 
-STEPS = ["--trunk-steps", "1", "adapt=0", "finish=0", "--steps", "1", "--hold-out", "1",
+STEPS = ["--steps", "1", "--hold-out", "1",
          "--channels", "4", "4", "4", "4", "4", "--device", "cpu",
          "--omp-nthreads", "1"]  # fmt: skip
 
@@ -50,11 +51,11 @@ def test_an_ensemble_is_trained_logged_and_calibrated(trained):
     ensemble = load_ensemble(str(out))
     assert ensemble.name == "mine"
     assert [member.id for member in ensemble.members] == ["ieee", "mca01"]
-    assert ensemble.training["forked_at_step"] == 6
+    assert ensemble.training["steps"] == 4
     assert ensemble.training["n_label_maps"] == 1
     load_member(ensemble, ensemble.members[0])
     rows = (out / "logs" / "ieee.tsv").read_text().splitlines()
-    assert len(rows) == 2 and rows[1].split("\t")[-1] != "n/a"  # looked at the real image
+    assert len(rows) == 1 + 4 and rows[-1].split("\t")[-1] != "n/a"  # looked at the real image
     assert (out / "logs" / "ieee.png").stat().st_size > 1000
     calibration = ensemble.training["calibration"]
     assert calibration["label_maps"] == ["sub-02_dseg.nii.gz"]
@@ -75,16 +76,21 @@ def test_an_array_job_gives_the_bits_of_processes_side_by_side(
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "aseg31"  # a folder of ours comes before the shipped ensemble of that name
     command = [str(labels_dir), "aseg31", "--members", "ieee,mca01", *STEPS]
-    assert main([*command, "--trunk-only"]) == 0
-    assert not (out / "manifest.json").exists()
     assert main([*command, "--member-index", "1"]) == 0
+    assert [member.id for member in load_ensemble(str(out)).members] == ["mca01"]
+    assert main([*command, "--member-index", "0"]) == 0
     ensemble = load_ensemble(str(out))
-    # With the baseline, whose weights those of a Monte Carlo member add to
-    assert [(member.id, member.base) for member in ensemble.members] == [
-        ("ieee", None), ("mca01", "ieee")
-    ]  # fmt: skip
     assert ensemble.temperature == 1  # not calibrated: others may follow
     assert ensemble.members == load_ensemble(str(trained[0])).members
+
+
+@pytest.mark.parametrize("flags", [[], ["--steps", "2", "fine=3", "--channels", "4", "4"]])
+def test_a_process_of_its_own_gets_the_flags_of_all(flags):
+    given = build_parser().parse_args(["labels", "out", "--device", "cuda:0,cuda:1", *flags])
+    module, *command = member_command(given, "mca01", "cuda:1")
+    found = vars(build_parser().parse_args(command))
+    changed = {"members": "mca01", "member_index": 0, "device": "cuda:1", "jobs": 1}
+    assert found == vars(given) | changed
 
 
 def test_an_array_task_does_not_delete_the_others_members(labels_dir, trained, capsys):
@@ -100,26 +106,28 @@ def test_an_index_beyond_the_members_is_refused(labels_dir, tmp_path, capsys):
     assert "--array=0-3" in capsys.readouterr().err
 
 
-def test_members_can_be_trained_from_their_own_initialisation():
-    arguments = build_parser().parse_args(["labels", "out", "--no-trunk", "--steps", "5"])
-    recipe = make_recipe(arguments, n_classes=32)
-    assert recipe.trunk == () and recipe.trunk_steps == 0
-    assert recipe.member == (*Recipe.trunk, replace(MEMBER, steps=5))
-
-
 def test_steps_are_those_of_each_stage_or_of_the_named_one():
-    arguments = build_parser().parse_args(["labels", "out", "--trunk-steps", "3", "fine=5"])
-    trunk = make_recipe(arguments, n_classes=32).trunk
-    assert {stage.name: stage.steps for stage in trunk} == {s.name: 3 for s in trunk} | {"fine": 5}
-    assert all(stage.name in build_parser().format_help() for stage in trunk)
+    arguments = build_parser().parse_args(["labels", "out", "--steps", "3", "fine=5"])
+    stages = make_recipe(arguments, n_classes=32).stages
+    assert {s.name: s.steps for s in stages} == {s.name: 3 for s in STAGES} | {"fine": 5}
+    assert all(stage.name in build_parser().format_help() for stage in stages)
 
 
 @pytest.mark.parametrize("wrong", ["final=5", "fine=", "fine=-1", "many"])
 def test_steps_of_no_stage_are_refused(labels_dir, tmp_path, capsys, wrong):
-    command = [str(labels_dir), str(tmp_path / "x"), "--trunk-steps", wrong]
+    command = [str(labels_dir), str(tmp_path / "x"), "--steps", wrong]
     assert main(command) == 64
     assert wrong in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("asked", [1, None])
+def test_numba_gets_as_many_threads_as_torch(tmp_path, monkeypatch, asked):
+    given = []
+    monkeypatch.setattr("bids_varaug.threads.use_threads", given.append)
+    flags = [] if asked is None else ["--omp-nthreads", str(asked)]
+    assert main([str(tmp_path), str(tmp_path / "out"), *flags]) == 65
+    assert given == [asked or torch.get_num_threads()]
 
 
 def test_empty_label_folder_is_refused(tmp_path, capsys):

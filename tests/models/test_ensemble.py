@@ -11,7 +11,6 @@ from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
-    Trunk,
     find_ensemble,
     load_ensemble,
     round_inference,
@@ -138,40 +137,15 @@ def test_missing_weights_are_refused(ensemble):
         load_member(ensemble, ensemble.members[0])
 
 
-@pytest.fixture
-def chained(ensemble):
-    """Its mca02 adds to the baseline's weights, which add to those of a trunk."""
-    start, baseline, perturbed = (build_network(SHAPE, seed) for seed in (7, 0, 8))
-    folder = ensemble.directory
-    trunk = Trunk("trunk.safetensors", save_weights(start, folder / "trunk.safetensors"))
-    first = save_weights(baseline, folder / "ieee.safetensors", start)
-    last = save_weights(perturbed, folder / "mca02.safetensors", baseline)
-    ieee, _, mca02 = ensemble.members[:3]
-    members = (replace(ieee, sha256=first), replace(mca02, sha256=last, base="ieee"))
-    made = replace(ensemble, members=members, trunk=trunk)
-    write_manifest(made)
-    return load_ensemble(str(made.directory)), perturbed
-
-
-def test_weights_that_add_to_a_members_are_their_sum(chained):
-    ensemble, perturbed = chained
-    found = load_member(ensemble, ensemble.members[1]).body_head.weight
-    assert torch.allclose(found, perturbed.body_head.weight, atol=0.02)
-    assert not torch.allclose(found, load_member(ensemble, ensemble.baseline).body_head.weight)
-
-
-def test_a_damaged_base_is_refused_by_name(chained):
-    ensemble, _ = chained
-    path = ensemble.directory / "ieee.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EnsembleError, match=r"ieee\.safetensors: checksum differs"):
-        load_member(ensemble, ensemble.members[1])
-
-
-def test_a_member_without_its_base_is_refused(chained):
-    ensemble, _ = chained
-    with pytest.raises(EnsembleError, match="mca02 adds to the weights of ieee"):
-        load_member(replace(ensemble, members=ensemble.members[1:]), ensemble.members[1])
+@pytest.mark.parametrize(("key", "value"), [("steps", 7), ("format", "float32")])
+def test_members_of_unequal_treatment_are_refused(ensemble, key, value):
+    equal = tuple(replace(member, steps=8, format="float16") for member in ensemble.members)
+    write_manifest(replace(ensemble, members=equal))
+    assert load_ensemble(str(ensemble.directory)).members == equal
+    unequal = (*equal[:-1], replace(equal[-1], **{key: value}))
+    write_manifest(replace(ensemble, members=unequal))
+    with pytest.raises(EnsembleError, match=rf"manifest\.json: .*unequal .*seed02 {value}"):
+        load_ensemble(str(ensemble.directory))
 
 
 def test_weights_of_another_network_are_refused(ensemble):

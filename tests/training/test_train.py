@@ -23,11 +23,10 @@ TINY = (Window(0.5, 2.0, (16, 16, 16)), Window(0.5, 4.0, (16, 16, 16)))
 
 @pytest.fixture
 def recipe(scheme):
-    trunk = (Stage("trunk", 2, TINY, 1e-2, 1e-3, bf16=True),)
-    # The first stage leaves the rim alone, so that its weights have no moments at the fork.
+    # The first stage leaves the rim alone, whose weights have no moments in its checkpoints.
     body = Stage("body", 2, TINY, 1e-2, 1e-2, bf16=False, balanced=True, body_only=True)
-    member = (body, Stage("member", 3, TINY, 1e-2, 0.0, bf16=False))
-    return Recipe(NetworkShape(len(scheme.target_ids), (4, 4), 4), trunk, member)
+    whole = Stage("whole", 3, TINY, 1e-2, 0.0, bf16=False)
+    return Recipe(NetworkShape(len(scheme.target_ids), (4, 4), 4), (body, whole))
 
 
 def same_weights(a, b):
@@ -47,7 +46,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_unbroken_run(
     randomiser = Randomiser(scheme, recipe.synthesis)
 
     def run(name, on_step=lambda report: None):
-        return train(build_network(recipe.network, 0), [head], randomiser, recipe, recipe.member,
+        return train(build_network(recipe.network, 0), [head], randomiser, recipe,
                      plan.seed, tmp_path / name, plan.arithmetic, on_step, 1)  # fmt: skip
 
     def kill(report):
@@ -71,8 +70,11 @@ def test_ensemble_is_written_and_its_members_differ(tmp_path, scheme, head, reci
     assert [m.id for m in ensemble.members] == ["ieee", "mca01", "seed01"]
     assert [m.precision for m in ensemble.members] == [None, 24, None]
     assert len({m.sha256 for m in ensemble.members}) == 3
-    assert ensemble.training["forked_at_step"] == 2
-    assert len(seen) == 2 + 3 * 5
+    assert {(m.steps, m.format) for m in ensemble.members} == {(5, "float16")}
+    assert ensemble.training["arithmetic"] | {"mca": 0} == {
+        "convolution_bits": 24, "other_bits": 24, "mca": 0,
+    }  # fmt: skip
+    assert len(seen) == 3 * 5
     json.dumps(ensemble.training)
 
 
@@ -126,7 +128,7 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, sc
     with torch.no_grad():
         network.body_head.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="at step 0 of stage body"):
-        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
+        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, 0,
               tmp_path / "c.safetensors")  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
 
@@ -137,7 +139,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, scheme, head, recipe):
     network = build_network(recipe.network, 0)
 
     def run():
-        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, recipe.member, 0,
+        train(network, [head], Randomiser(scheme, recipe.synthesis), recipe, 0,
               path, save_every=1, on_step=narrow)  # fmt: skip
 
     def narrow(report):
@@ -155,7 +157,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, scheme, head, recipe):
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
     steps = []
     train(build_network(recipe.network, 0), [head], Randomiser(scheme, recipe.synthesis), recipe,
-          recipe.member, 0, path, on_step=lambda report: steps.append(report.step))  # fmt: skip
+          0, path, on_step=lambda report: steps.append(report.step))  # fmt: skip
     assert steps == [2, 3, 4]
 
 
@@ -164,27 +166,64 @@ def test_damaged_checkpoint_is_named(tmp_path, scheme, head, recipe):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"c\.safetensors: damaged checkpoint"):
         train(build_network(recipe.network, 0), [head], Randomiser(scheme, recipe.synthesis),
-              recipe, recipe.member, 0, path)  # fmt: skip
+              recipe, 0, path)  # fmt: skip
 
 
-def test_members_of_another_recipe_are_not_mixed(tmp_path, scheme, head, recipe):
-    def workshop(recipe):
-        return Workshop(tmp_path / "e", recipe, scheme, [head], "cpu", lambda *report: None)
+@pytest.fixture
+def make_workshop(tmp_path, scheme, head, recipe):
+    def make(recipe=recipe, folder="e"):
+        return Workshop(tmp_path / folder, recipe, scheme, [head], "cpu", lambda *report: None)
 
-    train_ensemble(workshop(recipe), "tiny", ["ieee"])
-    with pytest.raises(UserError, match="another trunk or by another recipe"):
-        train_ensemble(workshop(replace(recipe, trunk_seed=5)), "tiny", ["mca01"])
+    return make
 
 
-def test_members_trained_by_several_processes_all_reach_the_manifest(
-    tmp_path, scheme, head, recipe
+def test_the_baseline_trained_twice_has_the_same_bits(make_workshop):
+    first, second = (
+        train_ensemble(make_workshop(folder=name), "tiny", ["ieee"]).members for name in "ab"
+    )
+    assert first == second
+
+
+def test_members_of_another_recipe_are_not_mixed(make_workshop, recipe):
+    train_ensemble(make_workshop(), "tiny", ["ieee"])
+    with pytest.raises(UserError, match="by another recipe"):
+        train_ensemble(make_workshop(replace(recipe, clip=2.0)), "tiny", ["mca01"])
+
+
+def test_members_of_another_arithmetic_are_not_mixed(make_workshop, recipe, monkeypatch):
+    """As where only some of the processors have bfloat16."""
+    half = replace(recipe, stages=(replace(recipe.stages[0], bf16=True), recipe.stages[1]))
+    monkeypatch.setattr("bids_varaug.training.train.has_bfloat16", lambda device: False)
+    train_ensemble(make_workshop(half), "tiny", ["ieee"])
+    monkeypatch.setattr("bids_varaug.training.train.has_bfloat16", lambda device: True)
+    with pytest.raises(UserError, match="other number formats"):
+        train_ensemble(make_workshop(half), "tiny", ["mca01"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "clip", "seed"), [(9, 1.0, 0), (3, 2.0, 0), (3, 1.0, 1)]
+)  # fmt: skip
+def test_a_checkpoint_of_another_recipe_or_seed_is_refused_and_kept(
+    tmp_path, scheme, head, recipe, steps, clip, seed
 ):
-    def train_one(member):
-        workshop = Workshop(tmp_path / "e", recipe, scheme, [head], "cpu", lambda *report: None)
-        train_ensemble(workshop, "tiny", [member])
+    path = tmp_path / "c.safetensors"
 
+    def run(recipe, seed):
+        train(build_network(recipe.network, 0), [head], Randomiser(scheme, recipe.synthesis),
+              recipe, seed, path)  # fmt: skip
+
+    run(recipe, 0)
+    before = path.read_bytes()
+    body, whole = recipe.stages
+    other = replace(recipe, stages=(body, replace(whole, steps=steps)), clip=clip)
+    with pytest.raises(UserError, match=r"c\.safetensors: checkpoint of another recipe"):
+        run(other, seed)
+    assert path.read_bytes() == before
+
+
+def test_members_trained_by_several_processes_all_reach_the_manifest(make_workshop, tmp_path):
     for member in ("seed01", "ieee", "mca01"):  # each starts without knowing of the others
-        train_one(member)
+        train_ensemble(make_workshop(), "tiny", [member])
     assert [m.id for m in load_ensemble(str(tmp_path / "e")).members] == [
         "ieee", "mca01", "seed01",
     ]  # fmt: skip
@@ -205,8 +244,8 @@ def test_windows_are_drawn_by_their_shares():
 @pytest.mark.parametrize(("has", "bits"), [(True, 8), (False, 24)])
 def test_precision_is_that_of_the_coarsest_layers(tmp_path, scheme, recipe, monkeypatch, has, bits):
     monkeypatch.setattr("bids_varaug.training.train.has_bfloat16", lambda device: has)
-    stages = (*recipe.member, Stage("half", 1, TINY, 1e-2, 0.0, bf16=True))
-    mixed = replace(recipe, member=stages)
+    stages = (*recipe.stages, Stage("half", 1, TINY, 1e-2, 0.0, bf16=True))
+    mixed = replace(recipe, stages=stages)
     workshop = Workshop(tmp_path, mixed, scheme, [], "cpu", lambda *report: None)
     assert workshop.precision == bits
     assert replace(workshop, recipe=recipe).precision == 24
@@ -216,6 +255,11 @@ def test_monte_carlo_members_share_the_seed_of_the_baseline():
     assert plan_member("mca03").seed == plan_member("ieee").seed
     assert plan_member("mca03").rounding_seed != plan_member("mca04").rounding_seed
     assert plan_member("seed03").seed != plan_member("ieee").seed
+
+
+def test_members_are_trained_in_the_order_given():
+    text = "ieee,seed01,mca01,seed02..seed03,mca02"
+    assert parse_members(text) == ("ieee", "seed01", "mca01", "seed02", "seed03", "mca02")
 
 
 @pytest.mark.parametrize("text", ["mca", "mca01..seed02", "mca05..mca01", "ieee..ieee", "x01"])
@@ -237,7 +281,7 @@ def test_perturbed_members_see_the_images_of_the_baseline(tmp_path, scheme, head
         drawn[member] = []
         plan = plan_member(member)
         recorder = Recorder(scheme, recipe.synthesis)
-        train(build_network(recipe.network, 0), [head], recorder, recipe, recipe.member,
+        train(build_network(recipe.network, 0), [head], recorder, recipe,
               plan.seed, tmp_path / f"{member}.safetensors", plan.arithmetic)  # fmt: skip
     for (image, target), (perturbed, labels) in zip(drawn["ieee"], drawn["mca01"], strict=True):
         assert torch.equal(image, perturbed)

@@ -1,8 +1,8 @@
-"""How far members part after the fork from their trunk, and whether the fork is long enough.
+"""How far members part as they train, each from its own first step.
 
-    python benchmarks/fork.py LABELS_DIR ENSEMBLE_DIR T1W.nii.gz ... --output DIR
-        [--members mca01 seed01] [--steps 100] [--hold-out 3] [--every 20] [--plot fork.png]
-        [--trunk aseg31] [--lr 4e-3] [--lr-end 4e-3] [--side 96]
+    python benchmarks/parting.py LABELS_DIR ENSEMBLE_DIR T1W.nii.gz ... --output DIR
+        [--members mca01 seed01] [--steps fine=500 decay=200] [--hold-out 3] [--every 500]
+        [--plot parting.png]
 
 Trains the baseline and the members in ENSEMBLE_DIR as ``bids_varaug-train`` does (to the bit: what
 is done here need not be done there), keeps the weights of every `--every` steps in DIR, and prints,
@@ -10,23 +10,18 @@ for each of these steps and each member,
 
 weights
     distance from the baseline's weights after as many steps, over the way that the baseline has
-    come since the fork;
+    come from its first weights;
 dice
     mean Dice over structures of the member's and the baseline's labels, mean over images;
 brain
     the same for the voxels called brain by both, as a share that got different labels.
 
-A fork is long enough when more steps bring no more spread. Run again, it goes on where it was.
-
-``--trunk`` starts from the trunk of an ensemble that is there instead of training one; ``--lr``,
-``--lr-end`` and ``--side`` (windows of so many voxels of 1 mm) make other forks than the recipe's,
-each in an ENSEMBLE_DIR of its own.
+Run again, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +30,18 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from bids_varaug.models.ensemble import BASELINE, load_ensemble
+from bids_varaug.cli.train import with_steps
+from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.models.weights import load_weights, write_tensors
+from bids_varaug.models.weights import write_tensors
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.heads import load_heads
 from bids_varaug.training.labels import find_label_maps, load_scheme
 from bids_varaug.training.members import Workshop, plan_member
 from bids_varaug.training.monitor import PreparedHead
-from bids_varaug.training.recipe import MEMBER, Recipe, Stage, Window
+from bids_varaug.training.recipe import STAGES, Recipe
 from bids_varaug.variability.regions import pairwise_dice, region_counts
 
 
@@ -60,7 +56,7 @@ class Snapshots:
         """Keep the weights when it is time."""
         self.bar.set_description(name)
         self.bar.update()
-        if (report.step + 1) % self.every == 0 and name != "trunk":
+        if (report.step + 1) % self.every == 0:
             weights = {key: p.detach() for key, p in network.named_parameters()}
             write_tensors(self.path(name, report.step + 1), weights)
 
@@ -95,22 +91,6 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], n_classes: int) ->
     return {"dice": float(np.mean(dice)), "brain": float(np.mean(different))}
 
 
-def the_member_stage(options: argparse.Namespace) -> Stage:
-    """Return the recipe's stage, changed as the command line says."""
-    values = {"steps": options.steps, "lr": options.lr, "lr_end": options.lr_end}
-    if options.side is not None:
-        values["windows"] = (Window(1.0, 1.0, (options.side,) * 3),)
-    return replace(MEMBER, **{key: value for key, value in values.items() if value is not None})
-
-
-def trunk_of(name: str) -> UNet:
-    """Return the network that the members of an ensemble have in common."""
-    ensemble = load_ensemble(name)
-    network = build_network(ensemble.network)
-    network.load_state_dict(load_weights(ensemble.directory / ensemble.trunk.file))
-    return network
-
-
 def plot(table: pd.DataFrame, path: Path) -> None:
     """Draw one minus Dice and the distance of the weights against the step."""
     import matplotlib
@@ -122,10 +102,10 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     for name, part in table.groupby("member", sort=False):
         axes[0].plot(part["step"], part["weights"], "o-", ms=3, label=name)
         axes[1].plot(part["step"], 1 - part["dice"], "o-", ms=3, label=name)
-    axes[0].set(yscale="log", ylabel="distance of weights / way since the fork")
+    axes[0].set(yscale="log", ylabel="distance of weights / way since the first step")
     axes[1].set(yscale="log", ylabel="1 - Dice with the baseline")
     for axis in axes:
-        axis.set_xlabel("steps since the fork")
+        axis.set_xlabel("step")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -138,36 +118,30 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--members", nargs="+", default=["mca01", "seed01"])
-    parser.add_argument("--steps", type=int, help="of each member; default: the recipe's")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--lr-end", type=float)
-    parser.add_argument("--side", type=int)
-    parser.add_argument("--trunk")
+    parser.add_argument("--steps", nargs="+", default=[], help="as of bids_varaug-train")
     parser.add_argument("--hold-out", type=int, default=3)
-    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--every", type=int, default=500)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     keep_freed_memory()
     scheme = load_scheme()
     n_classes = len(scheme.target_ids)
-    member = the_member_stage(options)
-    recipe = Recipe(NetworkShape(n_classes), member=(member,))
+    recipe = Recipe(NetworkShape(n_classes), with_steps(STAGES, options.steps))
     maps = find_label_maps(options.labels)
     heads = load_heads(maps[: len(maps) - options.hold_out], scheme, "cpu")
     snapshots = Snapshots(options.output, options.every)
     options.output.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(options.ensemble, recipe, scheme, heads, "cpu", snapshots.on_step)
-    trunk = trunk_of(options.trunk) if options.trunk else workshop.train_trunk()[0]
     for name in (BASELINE, *options.members):
-        workshop.train_member(plan_member(name), trunk)
-    network = build_network(recipe.network)
-    network.load_state_dict(trunk.state_dict())
-    voxel_size = member.windows[0].voxel_size
+        workshop.train_member(plan_member(name))
+    network = build_network(recipe.network, plan_member(BASELINE).seed)
+    start = {key: p.detach().clone() for key, p in network.named_parameters()}
+    # The brain is found by the trained network.
+    network.load_state_dict(snapshots.load(BASELINE, recipe.steps // options.every * options.every))
     network.eval()
-    prepared = [PreparedHead(path, network, voxel_size).head for path in options.images]
-    start = {key: p.detach().clone() for key, p in trunk.named_parameters()}
+    prepared = [PreparedHead(path, network, recipe.voxel_size).head for path in options.images]
     rows = []
-    for step in range(options.every, member.steps + 1, options.every):
+    for step in range(options.every, recipe.steps + 1, options.every):
         baseline = snapshots.load(BASELINE, step)
         truth = label(network, baseline, prepared)
         for name in options.members:
