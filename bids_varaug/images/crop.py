@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +85,9 @@ def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple:
     Box(start=(0, 5), shape=(4, 4))
     """
     low, high = np.maximum(low, 0), np.minimum(high, shape)
-    start, sides = [], []
-    for a, b in zip(low.tolist(), high.tolist(), strict=True):
-        side = multiple * math.ceil((b - a) / multiple)
-        start.append(a - (side - (b - a)) // 2)
-        sides.append(side)
-    return Box(start=tuple(start), shape=tuple(sides))
+    sides = -(-(high - low) // multiple) * multiple
+    start = low - (sides - (high - low)) // 2
+    return Box(tuple(start.tolist()), tuple(sides.tolist()))
 
 
 def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
@@ -174,12 +170,8 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first voxel of a mask (X, Y, Z) bool along each axis, and that after the last."""
-    low, high = [], []
-    for axis in range(3):
-        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        low.append(used[0])
-        high.append(used[-1] + 1)
-    return np.array(low), np.array(high)
+    used = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    return np.array([u[0] for u in used]), np.array([u[-1] + 1 for u in used])
 
 
 def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
@@ -213,13 +205,11 @@ def insert(data: np.ndarray, box: Box, shape: tuple[int, int, int], fill: float 
 
 
 def _overlap(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    inside, place = [], []
-    for a, b, size in zip(box.start, box.stop, shape, strict=True):
-        first, last = min(max(a, 0), size), max(min(b, size), 0)
-        last = max(first, last)
-        inside.append(slice(first, last))
-        place.append(slice(first - a, last - a) if last > first else slice(0, 0))
-    return tuple(inside), tuple(place)
+    """Where box and array overlap: in the array, and in the box."""
+    ends = np.array([box.start, box.stop])
+    inside = np.clip(ends, 0, shape).T
+    place = np.clip([np.zeros_like(shape), shape] - ends[0], 0, box.shape).T
+    return tuple(slice(*e) for e in inside), tuple(slice(*e) for e in place)
 
 
 def _block_means(data: np.ndarray, step: int) -> np.ndarray:
@@ -227,9 +217,7 @@ def _block_means(data: np.ndarray, step: int) -> np.ndarray:
         edges = np.arange(0, size, step)
         sums = np.add.reduceat(data, edges, axis=axis, dtype=np.float32)
         counts = np.diff(np.append(edges, size)).astype(np.float32)
-        along = [1, 1, 1]
-        along[axis] = -1
-        data = sums / counts.reshape(along)
+        data = sums / np.expand_dims(counts, [a for a in range(3) if a != axis])
     return data
 
 
