@@ -8,12 +8,7 @@ import numba
 import numpy as np
 
 from bids_varaug.compiled import compiled
-from bids_varaug.images.conform import (
-    corner_of,
-    native_to_conformed,
-    place_of,
-    samples_per_axis,
-)
+from bids_varaug.images.conform import corner_of, native_to_conformed, place_of
 from bids_varaug.images.crop import Box
 
 POSTERIOR_SCALE = 1 / 255
@@ -83,8 +78,7 @@ def resample_posterior(
     native_shape = tuple(int(n) for n in native_shape)
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
         raise ValueError("offsets, voxels, posterior and box do not belong together")
-    matrix = native_to_conformed(conformed_affine, native_affine)
-    samples = samples_per_axis(conformed_affine, native_affine)
+    matrix, samples = native_to_conformed(conformed_affine, native_affine)
     row_of = _rows_of_voxels(
         np.asarray(offsets, np.int64), np.asarray(voxels, np.int32), tuple(box.shape)
     )
