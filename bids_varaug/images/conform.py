@@ -12,11 +12,7 @@ import math
 import nibabel as nib
 import numba
 import numpy as np
-from nibabel.orientations import (
-    apply_orientation,
-    inv_ornt_aff,
-    io_orientation,
-)
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
 from bids_varaug.compiled import compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from scipy import ndimage
@@ -30,7 +31,7 @@ class Box:
     @property
     def stop(self) -> tuple[int, int, int]:
         """Voxel after the last, per axis."""
-        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+        return tuple(map(add, self.start, self.shape))
 
     def within(self, other: Box) -> Box:
         """Return this box, which counts from the first voxel of `other`, on the grid of `other`.
@@ -40,8 +41,7 @@ class Box:
         >>> Box((1, 0), (2, 2)).within(Box((10, -3), (8, 8)))
         Box(start=(11, -3), shape=(2, 2))
         """
-        start = tuple(a + b for a, b in zip(self.start, other.start, strict=True))
-        return Box(start, self.shape)
+        return Box(tuple(map(add, self.start, other.start)), self.shape)
 
 
 def head_box(
@@ -183,8 +183,9 @@ def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
     [0.0, 1.0]
     """
     result = np.full(box.shape, fill, dtype=data.dtype)
-    inside, place = _overlap(box, data.shape)
-    result[place] = data[inside]
+    inside = np.clip([box.start, box.stop], 0, data.shape).T
+    place = np.clip([np.zeros(3, int), data.shape] - np.array(box.start), 0, box.shape).T
+    result[tuple(slice(*ends) for ends in place)] = data[tuple(slice(*ends) for ends in inside)]
     return result
 
 
@@ -198,18 +199,7 @@ def insert(data: np.ndarray, box: Box, shape: tuple[int, int, int], fill: float 
     """
     if data.shape != tuple(box.shape):
         raise ValueError(f"data of shape {data.shape} do not fill a box of {box.shape}")
-    result = np.full(shape, fill, dtype=data.dtype)
-    inside, place = _overlap(box, shape)
-    result[inside] = data[place]
-    return result
-
-
-def _overlap(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where box and array overlap: in the array, and in the box."""
-    ends = np.array([box.start, box.stop])
-    inside = np.clip(ends, 0, shape).T
-    place = np.clip([np.zeros_like(shape), shape] - ends[0], 0, box.shape).T
-    return tuple(slice(*e) for e in inside), tuple(slice(*e) for e in place)
+    return extract(data, Box(tuple(-a for a in box.start), tuple(shape)), fill)
 
 
 def _block_means(data: np.ndarray, step: int) -> np.ndarray:

@@ -77,10 +77,8 @@ class People:
 
     def find(self, participant_id: str, session_id: str | None = None) -> Person | None:
         """Person at that session, else at any; None where the participant is not listed."""
-        for key in ((participant_id, session_id), (participant_id, None)):
-            if key in self._persons:
-                return self._persons[key]
-        return None
+        anyway = self._persons.get((participant_id, None))
+        return self._persons.get((participant_id, session_id), anyway)
 
     @property
     def participants(self) -> list[str]:

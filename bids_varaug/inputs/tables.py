@@ -68,8 +68,7 @@ def read_text_table(path: Path) -> TextTable:
     lines = [(n, _fields(path, line)) for n, line in _lines(path) if n == 1 or line.strip()]
     if not any(map(any, (fields for _, fields in lines))):
         raise TableError(f"{path}: is empty. It needs a line of column names and one for each row.")
-    columns = lines[0][1]
-    check_header(path, columns)
+    columns = _check_header(path, lines[0][1])
     wrong = [f"line {n} has {len(fields)}" for n, fields in lines if len(fields) != len(columns)]
     if wrong:
         raise TableError(
@@ -77,7 +76,7 @@ def read_text_table(path: Path) -> TextTable:
             "damaged or truncated; write it anew, with one tab between fields and n/a for missing "
             "values."
         )
-    return TextTable(path, tuple(columns), [fields for _, fields in lines[1:]])
+    return TextTable(path, columns, [fields for _, fields in lines[1:]])
 
 
 def read_header(path: Path) -> tuple[str, ...]:
@@ -86,34 +85,13 @@ def read_header(path: Path) -> tuple[str, ...]:
     Raises
     ------
     TableError
-        If the table cannot be read, is empty, or `check_header` refuses.
+        If the table cannot be read, is empty, has two columns of the same name, or other
+        separators than its own name promises.
     """
     _, line = next(_lines(path), (1, ""))
     if not line.strip():
         raise TableError(f"{path}: is empty, or does not begin with a line of column names.")
-    columns = tuple(_fields(path, line))
-    check_header(path, columns)
-    return columns
-
-
-def check_header(path: Path, columns: Sequence[str]) -> None:
-    """Refuse a header with a name twice, or with other separators than the file's name promises.
-
-    Raises
-    ------
-    TableError
-    """
-    named = [name for name in columns if name]
-    twice = sorted({name for name in named if named.count(name) > 1})
-    if twice:
-        raise TableError(
-            f"{path}: column {some(twice)} is there twice. Rename or remove one of them."
-        )
-    if len(columns) == 1 and _separator(path) == "\t" and re.search(r"[,;]", columns[0]):
-        raise TableError(
-            f"{path}: fields seem to be separated by {re.search(r'[,;]', columns[0])[0]!r}. A .tsv "
-            "file needs tabs: save it so."
-        )
+    return _check_header(path, _fields(path, line))
 
 
 def check_shape(path: Path, columns: Sequence[str]) -> None:
@@ -191,10 +169,7 @@ def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) 
     if wanted in columns:
         return wanted
     plain = {plain_name(name): name for name in reversed(columns)}  # of equals, the first
-    for name in (wanted, *usual):
-        if plain_name(name) in plain:
-            return plain[plain_name(name)]
-    return None
+    return next((plain[name] for name in map(plain_name, (wanted, *usual)) if name in plain), None)
 
 
 def plain_name(name: str) -> str:
@@ -208,7 +183,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def some(names: Sequence[str], separator: str = ", ") -> str:
+def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
     """First names of a list, and how many more there are, for a message.
 
     Examples
@@ -217,8 +192,24 @@ def some(names: Sequence[str], separator: str = ", ") -> str:
     ('a, b', 'a b c d e f g h and 2 more')
     """
     names = list(names)
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return separator.join(names[:SHOWN]) + rest
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return separator.join(names[:shown]) + rest
+
+
+def _check_header(path: Path, columns: list[str]) -> tuple[str, ...]:
+    """Refuse a header with a name twice, or with other separators than the file's name promises."""
+    named = [name for name in columns if name]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise TableError(
+            f"{path}: column {some(twice)} is there twice. Rename or remove one of them."
+        )
+    if len(columns) == 1 and _separator(path) == "\t" and re.search(r"[,;]", columns[0]):
+        raise TableError(
+            f"{path}: fields seem to be separated by {re.search(r'[,;]', columns[0])[0]!r}. A .tsv "
+            "file needs tabs: save it so."
+        )
+    return tuple(columns)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
