@@ -99,7 +99,8 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     return Volume(data, affine, header, warnings)
 
 
-def _read(path: Path, trust: str | None):
+def _read(path: Path, trust: str | None) -> tuple:
+    """Header, shape, affine, warnings, and the values as stored."""
     try:
         with _open(path) as stream:
             header = _read_header(stream)

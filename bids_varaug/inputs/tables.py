@@ -66,7 +66,7 @@ def read_text_table(path: Path) -> TextTable:
     """
     path = Path(path)
     lines = [(n, _fields(path, line)) for n, line in _lines(path) if n == 1 or line.strip()]
-    if not any(map(any, (fields for _, fields in lines))):
+    if not any(any(fields) for _, fields in lines):
         raise TableError(f"{path}: is empty. It needs a line of column names and one for each row.")
     columns = _check_header(path, lines[0][1])
     wrong = [f"line {n} has {len(fields)}" for n, fields in lines if len(fields) != len(columns)]
