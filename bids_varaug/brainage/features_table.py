@@ -14,7 +14,6 @@ from bids_varaug.brainage.assemble import BASELINE, Gathered, assemble
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
 from bids_varaug.brainage.spellings import match_people
-from bids_varaug.inputs.number_table import check_shape, read_columns, read_header
 from bids_varaug.inputs.participants import (
     DEFAULT_COLUMNS,
     FLAGS,
@@ -29,7 +28,10 @@ from bids_varaug.inputs.participants import (
 from bids_varaug.inputs.tables import (
     TableError,
     TextTable,
+    check_shape,
     find_column,
+    read_columns,
+    read_header,
     some,
 )
 

@@ -69,46 +69,44 @@ def choose_affine(
         If no form says where left and right are, or the two contradict each other in it.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
-    given = {form: _form(header, form) for form in codes if codes[form] > 0 or form == trust}
+    given = [trust] if trust else [form for form in codes if codes[form] > 0]
     if not given:
         raise ScanError(
             f"{name}: no orientation (qform_code and sform_code are 0), so left and right cannot "
             f"be told apart. {_FIX}"
         )
-    forms = {form: affine for form, affine in given.items() if affine is not None}
-    if not forms or (trust and trust not in forms):
+    unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+    forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
+    if not forms:
         raise ScanError(
             f"{name}: the affine has NaN or infinite values, or is singular "
             f"({', '.join(given)}). {_FIX}"
         )
-    chosen, warnings = trust or next(iter(forms)), []
-    if trust is None and len(forms) < len(given):
+    chosen, warnings = next(iter(forms)), []
+    if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
-    if trust is None and len(forms) == 2:
+    if len(forms) == 2:
         chosen, warnings = _choose_form(name, forms, codes)
-    affine = forms[chosen]
-    sizes, pixdim = voxel_sizes(affine), _unit(header)[1] * np.abs(header["pixdim"][1:4])
+    affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
+    sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
     if trust is None and len(forms) == 1 and pixdim.all() and not _same_sizes(sizes, pixdim):
-        warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
-                        f"pixdim of {_mm(pixdim)}.")  # fmt: skip
-        if (pixdim == _unit(header)[1]).all() and codes[chosen] not in _TEMPLATES:
-            # pixdim of 1 is what a header has that nobody filled in.
-            warnings[-1] += f" The {chosen} was used. {_FIX}"
-        else:
+        used = f"{chosen} was"
+        if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
-            warnings[-1] += f" The sizes of pixdim were used. {_FIX}"
-    if codes[chosen] in _TEMPLATES:
+            used = "sizes of pixdim were"
+        warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
+                        f"pixdim of {_mm(pixdim)}. The {used} used. {_FIX}")  # fmt: skip
+    if template:
         warnings.append(f"The header says that the image is in the space of a template (code "
-                        f"{codes[chosen]}: {_TEMPLATES[codes[chosen]]}). If so, volumes are those "
-                        "in that space, not the person's.")  # fmt: skip
-    if _unit(header)[0]:
-        warnings.append(f"The header gives lengths in {_unit(header)[0]}s; they were converted.")
+                        f"{codes[chosen]}: {template}). If so, volumes are those in that space, "
+                        "not the person's.")  # fmt: skip
+    if unit:
+        warnings.append(f"The header gives lengths in {unit}s; they were converted.")
     return affine, tuple(warnings)
 
 
 def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
-    told = [f"{f} (code {codes[f]}) with voxels of {_mm(voxel_sizes(forms[f]))}" for f in forms]
-    sform, qform = (polar(forms[form][:3, :3])[0] for form in ("sform", "qform"))
+    sform, qform = (polar(forms[form][:3, :3])[0] for form in forms)
     if np.linalg.det(sform) * np.linalg.det(qform) < 0:
         raise ScanError(
             f"{name}: sform and qform are mirror images of each other, so left and right cannot be "
@@ -118,30 +116,26 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
     if same_sizes and angle <= SAME_ANGLE:
         return "sform", []
-    in_template = [codes[form] in _TEMPLATES for form in ("sform", "qform")]
+    in_template = [codes[form] in _TEMPLATES for form in forms]
     qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
     chosen = "qform" if qform_first else "sform"
     apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
+    told = [f"{f} (code {codes[f]}) with voxels of {_mm(voxel_sizes(forms[f]))}" for f in forms]
     return chosen, [
         f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"
     ]
 
 
-def _form(header: nib.Nifti1Header, form: str) -> np.ndarray | None:
+def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:
     """One form in mm; None where it is no affine."""
     try:
         with np.errstate(all="ignore"):
             affine = np.array(getattr(header, f"get_{form}")(), np.float64)
     except (ValueError, nib.spatialimages.HeaderDataError):
         return None
-    affine[:3] *= _unit(header)[1]
+    affine[:3] *= mm
     usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
     return affine if usable else None
-
-
-def _unit(header: nib.Nifti1Header) -> tuple[str, float]:
-    """Name of the unit of length where it is not mm, and its mm."""
-    return _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
 
 
 def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,11 +12,7 @@ import math
 import nibabel as nib
 import numba
 import numpy as np
-from nibabel.orientations import (
-    apply_orientation,
-    inv_ornt_aff,
-    io_orientation,
-)
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
 from bids_varaug.compiled import compiled
@@ -110,22 +106,22 @@ def to_native_scalar(
     -------
     `native_shape`, float32; of the type of `data` with `order` 0
     """
-    matrix = native_to_conformed(conformed_affine, native_affine)
+    matrix, samples = native_to_conformed(conformed_affine, native_affine)
     if order == 0:
         return _resample(data, matrix, native_shape, nearest=True)
-    samples = samples_per_axis(conformed_affine, native_affine)
     return _resample(data.astype(np.float32, copy=False), matrix, native_shape, samples)
 
 
-def native_to_conformed(conformed_affine: np.ndarray, native_affine: np.ndarray) -> np.ndarray:
-    """Return the (4, 4) matrix from native to conformed voxel indices."""
-    return np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
+def native_to_conformed(
+    conformed_affine: np.ndarray, native_affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
 
-
-def samples_per_axis(conformed_affine: np.ndarray, native_affine: np.ndarray) -> np.ndarray:
-    """Return how many points along each native axis (3,) int64 stand for a native voxel."""
+    These, (3,) int64, are how many points along each native axis stand for a native voxel.
+    """
+    matrix = np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
     ratios = voxel_sizes(native_affine) / voxel_sizes(conformed_affine).mean()
-    return np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+    return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
 
 
 def _resample(
@@ -159,19 +155,16 @@ def _sample(data, matrix, samples, nearest, reach, out):
                         or not -reach[2] < z < n_z - 1 + reach[2]
                     ):
                         continue
-                    if nearest:
-                        out[i, j, k] = data[
-                            _inside(math.floor(x + 0.5), n_x),
-                            _inside(math.floor(y + 0.5), n_y),
-                            _inside(math.floor(z + 0.5), n_z),
-                        ]
-                        continue
+                    largest = np.float32(0)
                     for corner in range(8):
                         a, u = corner_of(x, n_x, corner & 1)
                         b, v = corner_of(y, n_y, corner >> 1 & 1)
                         c, w = corner_of(z, n_z, corner >> 2)
-                        if u * v * w > 0:
-                            total += u * v * w * data[a, b, c]
+                        weight = u * v * w
+                        if not nearest and weight > 0:
+                            total += weight * data[a, b, c]
+                        elif nearest and weight >= largest:  # of equals, the last
+                            out[i, j, k], largest = data[a, b, c], weight
                 if not nearest:
                     out[i, j, k] = total / count
 
@@ -200,8 +193,3 @@ def corner_of(x, n, upper):
 @compiled()
 def _rounded(x):
     return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
-
-
-@compiled()
-def _inside(index, n):
-    return min(max(index, 0), n - 1)

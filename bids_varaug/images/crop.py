@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from scipy import ndimage
@@ -31,7 +31,7 @@ class Box:
     @property
     def stop(self) -> tuple[int, int, int]:
         """Voxel after the last, per axis."""
-        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+        return tuple(map(add, self.start, self.shape))
 
     def within(self, other: Box) -> Box:
         """Return this box, which counts from the first voxel of `other`, on the grid of `other`.
@@ -41,8 +41,7 @@ class Box:
         >>> Box((1, 0), (2, 2)).within(Box((10, -3), (8, 8)))
         Box(start=(11, -3), shape=(2, 2))
         """
-        start = tuple(a + b for a, b in zip(self.start, other.start, strict=True))
-        return Box(start, self.shape)
+        return Box(tuple(map(add, self.start, other.start)), self.shape)
 
 
 def head_box(
@@ -86,12 +85,9 @@ def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple:
     Box(start=(0, 5), shape=(4, 4))
     """
     low, high = np.maximum(low, 0), np.minimum(high, shape)
-    start, sides = [], []
-    for a, b in zip(low.tolist(), high.tolist(), strict=True):
-        side = multiple * math.ceil((b - a) / multiple)
-        start.append(a - (side - (b - a)) // 2)
-        sides.append(side)
-    return Box(start=tuple(start), shape=tuple(sides))
+    sides = -(-(high - low) // multiple) * multiple
+    start = low - (sides - (high - low)) // 2
+    return Box(tuple(start.tolist()), tuple(sides.tolist()))
 
 
 def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
@@ -174,12 +170,8 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first voxel of a mask (X, Y, Z) bool along each axis, and that after the last."""
-    low, high = [], []
-    for axis in range(3):
-        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        low.append(used[0])
-        high.append(used[-1] + 1)
-    return np.array(low), np.array(high)
+    used = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    return np.array([u[0] for u in used]), np.array([u[-1] + 1 for u in used])
 
 
 def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
@@ -191,8 +183,9 @@ def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
     [0.0, 1.0]
     """
     result = np.full(box.shape, fill, dtype=data.dtype)
-    inside, place = _overlap(box, data.shape)
-    result[place] = data[inside]
+    inside = np.clip([box.start, box.stop], 0, data.shape).T
+    place = np.clip([np.zeros(3, int), data.shape] - np.array(box.start), 0, box.shape).T
+    result[tuple(slice(*ends) for ends in place)] = data[tuple(slice(*ends) for ends in inside)]
     return result
 
 
@@ -206,20 +199,7 @@ def insert(data: np.ndarray, box: Box, shape: tuple[int, int, int], fill: float 
     """
     if data.shape != tuple(box.shape):
         raise ValueError(f"data of shape {data.shape} do not fill a box of {box.shape}")
-    result = np.full(shape, fill, dtype=data.dtype)
-    inside, place = _overlap(box, shape)
-    result[inside] = data[place]
-    return result
-
-
-def _overlap(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    inside, place = [], []
-    for a, b, size in zip(box.start, box.stop, shape, strict=True):
-        first, last = min(max(a, 0), size), max(min(b, size), 0)
-        last = max(first, last)
-        inside.append(slice(first, last))
-        place.append(slice(first - a, last - a) if last > first else slice(0, 0))
-    return tuple(inside), tuple(place)
+    return extract(data, Box(tuple(-a for a in box.start), tuple(shape)), fill)
 
 
 def _block_means(data: np.ndarray, step: int) -> np.ndarray:
@@ -227,9 +207,7 @@ def _block_means(data: np.ndarray, step: int) -> np.ndarray:
         edges = np.arange(0, size, step)
         sums = np.add.reduceat(data, edges, axis=axis, dtype=np.float32)
         counts = np.diff(np.append(edges, size)).astype(np.float32)
-        along = [1, 1, 1]
-        along[axis] = -1
-        data = sums / counts.reshape(along)
+        data = sums / np.expand_dims(counts, [a for a in range(3) if a != axis])
     return data
 
 

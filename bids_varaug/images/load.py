@@ -1,7 +1,7 @@
 """Read one T1w image, or say precisely why it cannot be used.
 
-Nothing in a file is believed: sizes are checked before anything is allocated, and compressed
-data are read in pieces of bounded size.
+Nothing in a file is believed: sizes are checked before anything is allocated, and no more is read
+than the header claims and the file can hold.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +36,17 @@ MIN_SQUARENESS = 0.5
 """|determinant| of the unit voxel axes: 1 for right angles, 0.87 for a gantry tilt of 30 deg."""
 
 _QUIET = logging.Logger("nibabel header checks", level=logging.CRITICAL + 1)
-_CHUNK_BYTES = 1 << 23
 # DEFLATE cannot compress by more than 1032:1, so a .gz bounds what it can hold.
 _MAX_GZIP_RATIO = 1032
-_CANNOT_READ = (
-    HeaderDataError,
-    ImageFileError,
-    EOFError,
-    zlib.error,
-    OSError,
-    OverflowError,
-    ValueError,
-    MemoryError,
-)
+_MAX_TRAILING_BYTES = 1 << 26
+_CANNOT_READ = (HeaderDataError, ImageFileError, EOFError, zlib.error, OSError, OverflowError,
+                ValueError, MemoryError)  # fmt: skip
+_AGAIN = "Fetch or convert it again."
+_FILTER = "filter it out with --bids-filter-file."
+
+
+class _Refused(Exception):
+    """What is wrong and what to do, without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -92,144 +89,137 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """
     path = Path(path)
     try:
-        _check_file(path)
-        with _open(path) as stream:
-            header = _read_header(path, stream)
-            shape = _check_shape(path, header)
-            affine, warnings = choose_affine(path.name, header, trust)
-            _check_affine(path, affine, shape)
-            _check_memory(path, shape)
-            raw = _read_data(path, stream, header, shape)
-    except _CANNOT_READ as error:
-        raise ScanError(
-            f"{path.name}: cannot be read ({type(error).__name__}: {error}). The file is damaged; "
-            "fetch or convert it again."
-        ) from error
-    _check_values(path, raw)
-    data = standardise(raw, negative=(header.get_slope_inter()[0] or 1) < 0)
-    _check_continuity(path, data)
+        header, shape, affine, warnings, raw = _read(path, trust)
+        _check_values(raw)
+        data = standardise(raw, negative=(header.get_slope_inter()[0] or 1) < 0)
+        _check_continuity(data)
+    except _Refused as refused:
+        raise ScanError(f"{path.name}: {refused}") from refused.__cause__
     header.set_data_shape(shape)
     return Volume(data, affine, header, warnings)
 
 
-def _check_file(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise ScanError(
-            f"{path.name}: a link to content that is not here. Get it with "
-            f"`datalad get {path}`, or filter it out with --bids-filter-file."
-        )
-    if not path.is_file():
-        raise ScanError(f"{path.name}: no such file ({path}).")
-    if path.stat().st_size == 0:
-        raise ScanError(f"{path.name}: the file is empty (0 bytes). Fetch or convert it again.")
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise ScanError(f"{path.name}: not named .nii or .nii.gz. Convert it to NIfTI.")
+def _read(path: Path, trust: str | None) -> tuple:
+    """Header, shape, affine, warnings, and the values as stored."""
+    try:
+        with _open(path) as stream:
+            header = _read_header(stream)
+            shape = _check_shape(header)
+            affine, warnings = choose_affine(path.name, header, trust)
+            _check_affine(affine, shape)
+            _check_memory(shape)
+            return header, shape, affine, warnings, _read_data(path, stream, header, shape)
+    except _CANNOT_READ as error:
+        raise _Refused(
+            f"cannot be read ({type(error).__name__}: {error}). The file is damaged; "
+            "fetch or convert it again."
+        ) from error
 
 
 def _open(path: Path) -> BinaryIO:
-    if not path.name.lower().endswith(".gz"):
-        return path.open("rb")
-    with path.open("rb") as stream:
-        magic = stream.read(2)
-    if magic != b"\x1f\x8b":
-        raise ScanError(
-            f"{path.name}: named .gz but not gzip-compressed (it may be text or plain NIfTI). "
-            "Fetch or convert it again, or give it its right name."
+    if path.is_symlink() and not path.exists():
+        raise _Refused(
+            f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}"
         )
+    if not path.is_file():
+        raise _Refused(f"no such file ({path}).")
+    if path.stat().st_size == 0:
+        raise _Refused(f"the file is empty (0 bytes). {_AGAIN}")
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise _Refused("not named .nii or .nii.gz. Convert it to NIfTI.")
+    stream = path.open("rb")
+    if not path.name.lower().endswith(".gz"):
+        return stream
+    with stream:
+        if stream.read(2) != b"\x1f\x8b":
+            raise _Refused(
+                "named .gz but not gzip-compressed (it may be text or plain NIfTI). "
+                "Fetch or convert it again, or give it its right name."
+            )
     return gzip.open(path, "rb")
 
 
-def _read_header(path: Path, stream: BinaryIO) -> nib.Nifti1Header:
+def _read_header(stream: BinaryIO) -> nib.Nifti1Header:
     # Extensions are not read: their sizes are one more thing that a damaged file can lie about.
-    block = _read_exactly(path, stream, 348)
+    block = _read_exactly(stream, 348)
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
-    if 540 in sizes:
-        kind, magic = nib.Nifti2Header, b"n+2\x00"
-        block += _read_exactly(path, stream, 192)
-        found = block[4:8]
-    elif 348 in sizes:
-        kind, magic, found = nib.Nifti1Header, b"n+1\x00", block[344:348]
-    else:
-        raise ScanError(f"{path.name}: not a NIfTI image. Fetch it again or convert it to NIfTI.")
-    if found != magic:
-        raise ScanError(
-            f"{path.name}: a NIfTI pair or an Analyze header, not one file with header and data. "
+    if not sizes & {348, 540}:
+        raise _Refused("not a NIfTI image. Fetch it again or convert it to NIfTI.")
+    kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
+    header = kind(block + _read_exactly(stream, kind.sizeof_hdr - 348), check=False)
+    if header["magic"] != kind.single_magic:
+        raise _Refused(
+            "a NIfTI pair or an Analyze header, not one file with header and data. "
             "Convert it to .nii.gz."
         )
-    header = kind(block, check=False)
     # nibabel would log what it mends (it does no harm) beside what it raises (we say it).
     header.check_fix(logger=_QUIET, error_level=40)
     offset = float(header["vox_offset"])
-    if not (math.isfinite(offset) and len(block) + 4 <= offset < 2**30):
-        raise ScanError(
-            f"{path.name}: the header says that the data start at byte {offset:g}, which cannot "
-            "be. Fetch or convert it again."
+    if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
+        raise _Refused(
+            f"the header says that the data start at byte {offset:g}, which cannot be. {_AGAIN}"
         )
-    _skip(path, stream, int(offset) - len(block))
     return header
 
 
-def _check_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
+def _check_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
     shape = tuple(int(n) for n in header.get_data_shape())
     text = " x ".join(str(n) for n in shape)
     if any(n < 1 for n in shape):
-        raise ScanError(f"{path.name}: impossible shape ({text}). Fetch or convert it again.")
-    spatial = shape[:3] + (1,) * (3 - len(shape))
+        raise _Refused(f"impossible shape ({text}). {_AGAIN}")
     if math.prod(shape[3:]) > 1:
-        raise ScanError(
-            f"{path.name}: {len(shape)}D image ({text}). A T1w must be one volume; split it, or "
-            "filter it out with --bids-filter-file."
+        raise _Refused(
+            f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}"
         )
-    if math.prod(spatial) > MAX_VOXELS:
-        raise ScanError(
-            f"{path.name}: the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file "
-            "is not damaged, crop the image to the head or resample it to 0.5 mm or coarser."
+    if math.prod(shape) > MAX_VOXELS:
+        raise _Refused(
+            f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not "
+            "damaged, crop the image to the head or resample it to 0.5 mm or coarser."
         )
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise ScanError(
-            f"{path.name}: voxels of type {header.get_value_label('datatype')}. A T1w must hold "
-            "one real number per voxel; convert it to int16 or float32."
+        raise _Refused(
+            f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number "
+            "per voxel; convert it to int16 or float32."
         )
-    return spatial
+    return (*shape, 1, 1, 1)[:3]
 
 
-def _check_affine(path: Path, affine: np.ndarray, shape: tuple[int, int, int]) -> None:
+def _check_affine(affine: np.ndarray, shape: tuple[int, int, int]) -> None:
     fix = "If the header is wrong, correct it (fslorient, nibabel, dcm2niix); otherwise "
     sizes = voxel_sizes(affine)
+    extent = sizes * shape
     if np.abs(affine).max() > 1e6:
-        raise ScanError(f"{path.name}: the affine has absurd values. {fix}crop the image.")
+        raise _Refused(f"the affine has absurd values. {fix}crop the image.")
     if voxel_volume(affine) < MIN_SQUARENESS * sizes.prod():
-        raise ScanError(f"{path.name}: the affine is strongly sheared. {fix}resample the image.")
+        raise _Refused(f"the affine is strongly sheared. {fix}resample the image.")
     low, high = VOXEL_SIZE_RANGE
     if sizes.min() < low * 0.99 or sizes.max() > high * 1.01:
-        raise ScanError(
-            f"{path.name}: voxels of {_times(sizes, '.3g')} mm; {low:g} to {high:g} mm can be "
-            f"segmented. {fix}resample the image, or filter it out with --bids-filter-file. The "
-            "unit of length counts too (xyzt_units)."
+        raise _Refused(
+            f"voxels of {_times(sizes, '.3g')} mm; {low:g} to {high:g} mm can be segmented. "
+            f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units)."
         )
-    extent = sizes * shape
     low, high = FIELD_OF_VIEW_RANGE
     if extent.min() < low:
-        raise ScanError(
-            f"{path.name}: field of view of {_times(extent, '.0f')} mm; image far too small or "
-            f"cropped through the brain (at least {low:g} mm along each axis). Filter it out with "
+        raise _Refused(
+            f"field of view of {_times(extent, '.0f')} mm; image far too small or cropped through "
+            f"the brain (at least {low:g} mm along each axis). Filter it out with "
             "--bids-filter-file."
         )
     if extent.max() > high:
-        raise ScanError(
-            f"{path.name}: field of view of {_times(extent, '.0f')} mm, far larger than a head "
-            f"(at most {high:g} mm). {fix}crop the image."
+        raise _Refused(
+            f"field of view of {_times(extent, '.0f')} mm, far larger than a head (at most "
+            f"{high:g} mm). {fix}crop the image."
         )
 
 
-def _check_memory(path: Path, shape: tuple[int, int, int]) -> None:
+def _check_memory(shape: tuple[int, int, int]) -> None:
     """Refuse what the kernel would kill us for."""
     need = BYTES_PER_VOXEL * math.prod(shape) / GIB
     bound = memory_bound()
     if need > bound.free:
-        raise ScanError(
-            f"{path.name}: {_times(shape, '.0f')} voxels need about {need:.1f} GB of memory, and "
+        raise _Refused(
+            f"{_times(shape, '.0f')} voxels need about {need:.1f} GB of memory, and "
             f"{bound.free:.1f} GB of {bound.total:.1f} are free ({bound.source}). Give more "
             "memory, run fewer steps at once (--nprocs), or resample the image."
         )
@@ -239,69 +229,56 @@ def _read_data(
     path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]
 ) -> np.ndarray:
     dtype = header.get_data_dtype()
-    n_voxels = math.prod(shape)
-    n_bytes = n_voxels * dtype.itemsize
-    on_disk = os.stat(path).st_size
+    n_bytes = math.prod(shape) * dtype.itemsize
+    on_disk = path.stat().st_size
     compressed = isinstance(stream, gzip.GzipFile)
     if n_bytes > on_disk * (_MAX_GZIP_RATIO if compressed else 1):
-        raise ScanError(
-            f"{path.name}: the header claims {n_bytes:,} bytes of data, more than the file of "
-            f"{on_disk:,} bytes can hold. It is truncated or damaged; fetch or convert it again."
+        raise _Refused(
+            f"the header claims {n_bytes:,} bytes of data, more than the file of {on_disk:,} bytes "
+            f"can hold. It is truncated or damaged; fetch or convert it again."
         )
     # As stored: slope and intercept of the header would only round what `standardise` undoes.
     header.get_slope_inter()  # raises where they are not finite
-    flat = np.empty(n_voxels, dtype=dtype.newbyteorder("="))
-    step = _CHUNK_BYTES // dtype.itemsize
-    for start in range(0, n_voxels, step):
-        count = min(step, n_voxels - start)
-        block = _read_exactly(path, stream, count * dtype.itemsize)
-        flat[start : start + count] = np.frombuffer(block, dtype=dtype)
+    stream.seek(int(header["vox_offset"]))
+    stored = np.frombuffer(_read_exactly(stream, n_bytes), dtype).reshape(shape, order="F")
     # Reading on to the end makes gzip compare its checksum; bounded, for data that never end.
-    for _ in range(64):
-        if not stream.read(_CHUNK_BYTES // 8):
-            break
-    return np.ascontiguousarray(flat.reshape(shape, order="F"))
+    stream.read(_MAX_TRAILING_BYTES)
+    return np.array(stored, dtype.newbyteorder("="), order="C")
 
 
-def _check_values(path: Path, data: np.ndarray) -> None:
+def _check_values(data: np.ndarray) -> None:
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad:
-        raise ScanError(
-            f"{path.name}: {bad:,} of {data.size:,} voxels are NaN or infinite. Replace them "
-            "(by 0 outside the head), or filter the image out with --bids-filter-file."
+        raise _Refused(
+            f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the "
+            "head), or filter the image out with --bids-filter-file."
         )
     if data.min() == data.max():
-        raise ScanError(
-            f"{path.name}: every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert "
-            "it again, or filter it out with --bids-filter-file."
+        raise _Refused(
+            f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or "
+            f"{_FILTER}"
         )
 
 
-def _check_continuity(path: Path, data: np.ndarray) -> None:
+def _check_continuity(data: np.ndarray) -> None:
     share = spike_share(data)
     if share > MAX_SPIKE_SHARE:
-        raise ScanError(
-            f"{path.name}: {share:.1%} of the voxels are dark among bright ones, or bright among "
-            "dark ones. Either bright voxels wrapped around when the file was written "
-            "(convert it again, as uint16 or float32), or noise fills the background, as in the "
-            "UNI image of MP2RAGE (use the denoised one, combine UNI with both inversions, or "
-            "extract the brain)."
+        raise _Refused(
+            f"{share:.1%} of the voxels are dark among bright ones, or bright among dark ones. "
+            "Either bright voxels wrapped around when the file was written (convert it again, as "
+            "uint16 or float32), or noise fills the background, as in the UNI image of MP2RAGE "
+            "(use the denoised one, combine UNI with both inversions, or extract the brain)."
         )
 
 
-def _read_exactly(path: Path, stream: BinaryIO, count: int) -> bytes:
+def _read_exactly(stream: BinaryIO, count: int) -> bytes:
     block = stream.read(count)
     if len(block) < count:
-        raise ScanError(
-            f"{path.name}: truncated, or not a NIfTI image (the file ends before its header and "
-            "data are complete). Fetch or convert it again."
+        raise _Refused(
+            "truncated, or not a NIfTI image (the file ends before its header and data are "
+            f"complete). {_AGAIN}"
         )
     return block
-
-
-def _skip(path: Path, stream: BinaryIO, count: int) -> None:
-    while count > 0:
-        count -= len(_read_exactly(path, stream, min(count, _CHUNK_BYTES)))
 
 
 def _times(values: np.ndarray, form: str) -> str:

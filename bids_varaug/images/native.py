@@ -8,13 +8,8 @@ import numba
 import numpy as np
 
 from bids_varaug.compiled import compiled
-from bids_varaug.images.conform import (
-    corner_of,
-    native_to_conformed,
-    place_of,
-    samples_per_axis,
-)
-from bids_varaug.images.crop import Box
+from bids_varaug.images.conform import corner_of, native_to_conformed, place_of
+from bids_varaug.images.crop import Box, insert
 
 POSTERIOR_SCALE = 1 / 255
 """Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
@@ -83,12 +78,10 @@ def resample_posterior(
     native_shape = tuple(int(n) for n in native_shape)
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
         raise ValueError("offsets, voxels, posterior and box do not belong together")
-    matrix = native_to_conformed(conformed_affine, native_affine)
-    samples = samples_per_axis(conformed_affine, native_affine)
-    row_of = _rows_of_voxels(
-        np.asarray(offsets, np.int64), np.asarray(voxels, np.int32), tuple(box.shape)
-    )
-    start, sides = np.array(box.start, np.int64), np.array(conformed_shape, np.int64)
+    matrix, samples = native_to_conformed(conformed_affine, native_affine)
+    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
+    row_of = insert(rows.reshape(box.shape), box, conformed_shape, fill=-1)
     labels = np.zeros(native_shape, np.uint8)
     if not with_posterior:
         out = np.zeros((1, 1, 1, n_classes), np.uint8)
@@ -98,22 +91,12 @@ def resample_posterior(
         raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
     posterior = np.ascontiguousarray(posterior, np.float32)
     power = np.float32(1 / temperature)
-    _mix(row_of, start, sides, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
     return NativePosterior(labels=labels, posterior=out if with_posterior else None)
 
 
-@compiled()
-def _rows_of_voxels(offsets, voxels, shape):
-    """Return (X, Y, Z) int32: the row of each voxel of the box, -1 where none is stored."""
-    rows = np.full((shape[0], shape[1] * shape[2]), -1, dtype=np.int32)
-    for x in range(shape[0]):
-        for row in range(offsets[x], offsets[x + 1]):
-            rows[x, voxels[row]] = row
-    return rows.reshape(shape)
-
-
 @compiled(parallel=True)
-def _mix(row_of, start, sides, posterior, matrix, samples, labels, out, with_posterior, power):
+def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
     n_classes = posterior.shape[1]
     n_points = samples.prod()
     for i in numba.prange(labels.shape[0]):
@@ -125,20 +108,13 @@ def _mix(row_of, start, sides, posterior, matrix, samples, labels, out, with_pos
                 for point in range(n_points):
                     x, y, z = place_of(matrix, i, j, k, point, samples)
                     for corner in range(8):
-                        a, u = corner_of(x, sides[0], corner & 1)
-                        b, v = corner_of(y, sides[1], corner >> 1 & 1)
-                        c, w = corner_of(z, sides[2], corner >> 2)
+                        a, u = corner_of(x, row_of.shape[0], corner & 1)
+                        b, v = corner_of(y, row_of.shape[1], corner >> 1 & 1)
+                        c, w = corner_of(z, row_of.shape[2], corner >> 2)
                         weight = u * v * w / np.float32(n_points)
                         if weight == 0:
                             continue
-                        row = np.int32(-1)
-                        a, b, c = a - start[0], b - start[1], c - start[2]
-                        if (
-                            0 <= a < row_of.shape[0]
-                            and 0 <= b < row_of.shape[1]
-                            and 0 <= c < row_of.shape[2]
-                        ):
-                            row = row_of[a, b, c]
+                        row = row_of[a, b, c]
                         if row < 0:
                             mix[0] += weight
                         else:

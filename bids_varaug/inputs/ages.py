@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bids_varaug.inputs.tables import TableError, plain_name
 
@@ -94,8 +94,7 @@ def age_unit(column: str, sidecar: Path) -> str:
     TableError
         If the sidecar is damaged or names a unit that is not known.
     """
-    entry = column_entry(read_sidecar(sidecar), column)
-    given = next((entry[key] for key in entry if plain_name(str(key)) in ("units", "unit")), None)
+    given = sidecar_value(sidecar, column, "units", "unit")
     if given not in (None, "", "n/a"):
         unit = _read_unit(str(given))
         if unit is None:
@@ -121,26 +120,21 @@ def _read_unit(text: str) -> str | None:
     return named.pop() if len(named) == 1 and not strange else None
 
 
-def read_sidecar(path: Path) -> dict:
-    """Content of a JSON sidecar; empty where there is no file.
+def sidecar_value(path: Path, column: str, *keys: str) -> Any:
+    """What a JSON sidecar says of a column under one of `keys`, in any case; None where nothing.
 
     Raises
     ------
     TableError
-        If it is damaged.
+        If the sidecar is there and damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return None
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot read it as JSON ({error}). Mend or remove it.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def column_entry(sidecar: Mapping, column: str) -> Mapping:
-    """What a sidecar says about a column, whose name may differ in case; empty where nothing."""
-    for name, entry in sidecar.items():
-        if plain_name(str(name)) == plain_name(column) and isinstance(entry, Mapping):
-            return entry
-    return {}
+    for wanted in ([plain_name(column)], keys):
+        items = content.items() if isinstance(content, dict) else ()
+        content = next((value for name, value in items if plain_name(name) in wanted), None)
+    return content

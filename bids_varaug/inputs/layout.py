@@ -132,7 +132,7 @@ def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -
 
 def open_layouts(
     bids_dir: Path, participants: list[str], database: Path | None
-) -> tuple[BIDSLayout, list[BIDSLayout]]:
+) -> list[BIDSLayout]:
     """The layout, and one more for participants that an existing database does not hold.
 
     A database is made once and then only read: jobs that share it cannot disturb each other, and
@@ -146,7 +146,7 @@ def open_layouts(
         If it cannot be written.
     """
     if database is None:
-        return _index(bids_dir, participants, None), []
+        return [_index(bids_dir, participants, None)]
     if not (database / DATABASE_FILE).exists():
         _make_database(bids_dir, participants, database)
     from bids.layout import BIDSLayout
@@ -165,7 +165,7 @@ def open_layouts(
             "Give another --bids-database-dir, or delete this one."
         )
     missing = [p for p in participants if p not in held]
-    return layout, [_index(bids_dir, missing, None)] if missing else []
+    return [layout, _index(bids_dir, missing, None)] if missing else [layout]
 
 
 def _make_database(bids_dir: Path, participants: list[str], database: Path) -> None:

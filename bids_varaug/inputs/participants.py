@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from bids_varaug.errors import NoInputError
-from bids_varaug.inputs.ages import age_unit, column_entry, parse_age, read_sidecar
+from bids_varaug.inputs.ages import age_unit, parse_age, sidecar_value
 from bids_varaug.inputs.annex import datalad_command
 from bids_varaug.inputs.tables import (
+    MISSING,
     TableError,
     TextTable,
     find_column,
@@ -38,12 +39,10 @@ USUAL_COLUMNS = {
 SESSION_COLUMNS = ("session_id", "session", "ses", "session_label")
 FLAGS = {"age": "--age-column", "sex": "--sex-column", "site": "--site-column"}
 
-_SEXES = {
-    "F": ("f", "female", "woman", "girl", "w"),
-    "M": ("m", "male", "man", "boy"),
-    "O": ("o", "other", "intersex", "nonbinary", "diverse"),
-}
-_SEX_OF = {spelling: sex for sex, spellings in _SEXES.items() for spelling in spellings}
+_SEX_OF = dict.fromkeys("f female woman girl w".split(), "F")
+_SEX_OF |= dict.fromkeys("m male man boy".split(), "M")
+_SEX_OF |= dict.fromkeys("o other intersex nonbinary diverse".split(), "O")
+_COLUMNS = ["participant_id", "session_id", "age", "sex", "site"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,8 @@ class People:
 
     def find(self, participant_id: str, session_id: str | None = None) -> Person | None:
         """Person at that session, else at any; None where the participant is not listed."""
-        for key in ((participant_id, session_id), (participant_id, None)):
-            if key in self._persons:
-                return self._persons[key]
-        return None
+        anyway = self._persons.get((participant_id, None))
+        return self._persons.get((participant_id, session_id), anyway)
 
     @property
     def participants(self) -> list[str]:
@@ -90,14 +87,12 @@ class People:
 
     @cached_property
     def _persons(self) -> dict[tuple[str, str | None], Person]:
-        persons = {}
-        columns = ("participant_id", "session_id", "age", "sex", "site")
-        for participant, session, age, sex, site in zip(
-            *(_plain(self.table[name]) for name in columns), strict=True
-        ):
-            name = participant if session is None else f"{participant}_{session}"
-            persons[participant, session] = Person(age, sex, site, self.left_out.get(name, ""))
-        return persons
+        return {
+            (participant, session): Person(
+                *known, reason=self.left_out.get(_name(participant, session), "")
+            )
+            for participant, session, *known in self.table[_COLUMNS].itertuples(index=False)
+        }
 
 
 def read_people(
@@ -150,25 +145,24 @@ def read_people(
     if columns["age"] is None and require_age:
         raise missing_age_column(table, age_column)
     sites = table.column(columns["site"]) if columns["site"] else [None] * len(participants)
+    _check_sites(path, participants, sites)
     sessions = _session_column(table, participants)
-    _check_unique(path, participants, sessions, sites)
+    names = list(map(_name, participants, sessions))
+    _check_unique(path, names)
     notes: list[str] = []
     sexes = read_sexes(table, columns["sex"], sidecar, notes)
     left_out: dict[str, str] = {}
-    names = _names(participants, sessions)
     ages = read_ages(table, columns["age"], sidecar, names, left_out, notes)
-    rows = {
-        (row[0], row[1]): row
-        for row in zip(participants, sessions, ages, sexes, sites, strict=True)
-    }
-    first = {row[0]: row for row in reversed(rows.values())}
-    for tsv in _session_tables(Path(bids_dir), {only} & first.keys() if only else first):
-        participant, _, _, sex, site = first[tsv.parent.name]
+    people = list(zip(participants, sessions, ages, sexes, sites, strict=True))
+    rows = {row[:2]: row for row in people}
+    first = {row[0]: row for row in reversed(people)}
+    for participant in sorted({only} & first.keys() if only else first):
+        tsv = Path(bids_dir, participant, f"{participant}_sessions.tsv")
         for session, age in _session_ages(tsv, age_column, left_out, notes):
-            rows[participant, session] = (participant, session, age, sex, site)
+            rows[participant, session] = (participant, session, age, *first[participant][3:])
             if not math.isnan(age):
                 left_out.pop(participant, None)
-    return People(_table(list(rows.values())), left_out, tuple(notes))
+    return People(_table(rows.values()), left_out, tuple(notes))
 
 
 def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
@@ -182,18 +176,19 @@ def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
     by_default = wanted == DEFAULT_COLUMNS[key]
     found = find_column(table.columns, wanted, USUAL_COLUMNS[key] if by_default else ())
     if found is None and not by_default:
-        raise TableError(
-            f"{table.path}: no column {wanted!r} ({FLAGS[key]}). It has: "
-            f"{', '.join(table.columns)}."
-        )
+        raise _missing_column(table, f"{wanted!r} ({FLAGS[key]})")
     return found
 
 
 def missing_age_column(table: TextTable, wanted: str) -> TableError:
     """Error that says which columns there are."""
+    hint = " Name the one that holds the ages with --age-column."
+    return _missing_column(table, repr(wanted), hint)
+
+
+def _missing_column(table: TextTable, wanted: str, hint: str = "") -> TableError:
     return TableError(
-        f"{table.path}: no column {wanted!r}. It has: {', '.join(table.columns)}. Name the one "
-        "that holds the ages with --age-column."
+        f"{table.path}: no column {wanted}. It has: {', '.join(table.columns)}.{hint}"
     )
 
 
@@ -235,8 +230,7 @@ def read_sexes(
     """Sexes ("F", "M", "O"), None where missing or where a code could mean either."""
     if column is None:
         return [None] * len(table.rows)
-    entry = column_entry(read_sidecar(sidecar), column)
-    levels = next((entry[key] for key in entry if plain_name(str(key)) == "levels"), None)
+    levels = sidecar_value(sidecar, column, "levels")
     explained = {}
     for code, meaning in levels.items() if isinstance(levels, dict) else ():
         text = meaning.get("Description") if isinstance(meaning, dict) else meaning
@@ -270,9 +264,7 @@ def prefixed(label: str, entity: str = "sub") -> str:
 def _participants(table: TextTable) -> list[str]:
     column = find_column(table.columns, "participant_id")
     if column is None:
-        raise TableError(
-            f"{table.path}: no column 'participant_id'. It has: {', '.join(table.columns)}."
-        )
+        raise _missing_column(table, "'participant_id'")
     labels = table.column(column)
     without = [f"row {at + 1}" for at, label in enumerate(labels) if label is None]
     if without:
@@ -289,11 +281,11 @@ def _session_column(table: TextTable, participants: list[str]) -> list[str | Non
     return [None if s is None else prefixed(s, "ses") for s in table.column(column)]
 
 
-def _names(participants, sessions) -> list[str]:
-    return [p if s is None else f"{p}_{s}" for p, s in zip(participants, sessions, strict=True)]
+def _name(participant: str, session: str | None) -> str:
+    return participant if session is None else f"{participant}_{session}"
 
 
-def _check_unique(path: Path, participants, sessions, sites) -> None:
+def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -> None:
     at: dict[str, set[str]] = {}
     for participant, site in zip(participants, sites, strict=True):
         at.setdefault(participant, set()).update([site] if site else [])
@@ -303,22 +295,18 @@ def _check_unique(path: Path, participants, sessions, sites) -> None:
             f"{path}: in more than one site: {some(two)}. A participant belongs to one site; "
             "give people scanned at several sites one of them, or different ids."
         )
-    counts = Counter(_names(participants, sessions))
-    twice = [name for name, count in counts.items() if count > 1]
+
+
+def _check_unique(path: Path, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise TableError(f"{path}: listed more than once: {some(twice)}. Keep one row of each.")
 
 
-def _session_tables(bids_dir: Path, participants: Collection[str]) -> list[Path]:
-    """Tables ``sub-01/sub-01_sessions.tsv`` of listed participants, in their order."""
-    with os.scandir(bids_dir) as entries:
-        names = sorted(entry.name for entry in entries if entry.name in participants)
-    paths = (bids_dir / name / f"{name}_sessions.tsv" for name in names)
-    return [path for path in paths if path.is_file()]
-
-
 def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str, float]]:
     """Sessions whose age the table tells, well or not; sessions of missing age are not named."""
+    if not os.path.isfile(tsv):
+        return []
     table = read_text_table(tsv)
     ages_in = find_column(table.columns, age_column, USUAL_COLUMNS["age"])
     sessions_in = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
@@ -327,34 +315,17 @@ def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str
     sidecar = tsv.with_suffix(".json")
     if not sidecar.is_file():
         sidecar = tsv.parents[1] / "sessions.json"  # inherited
-    participant = tsv.parent.name
-    told = [
-        row
-        for row, session, age in zip(
-            table.rows, table.column(sessions_in), table.column(ages_in), strict=True
-        )
-        if session is not None and age is not None
-    ]
+    needed = [table.columns.index(name) for name in (sessions_in, ages_in)]
+    told = [row for row in table.rows if not any(row[at] in MISSING for at in needed)]
     table = TextTable(tsv, table.columns, told)
     sessions = [prefixed(session, "ses") for session in table.column(sessions_in)]
-    _check_unique(tsv, [participant] * len(sessions), sessions, [None] * len(sessions))
-    names = [f"{participant}_{session}" for session in sessions]
+    names = [_name(tsv.parent.name, session) for session in sessions]
+    _check_unique(tsv, names)
     for name in names:
         left_out.pop(name, None)  # what participants.tsv lacks is told here
     ages = read_ages(table, ages_in, sidecar, names, left_out, notes)
     return list(zip(sessions, ages, strict=True))
 
 
-def _table(rows: list[tuple]) -> pd.DataFrame:
-    columns = ["participant_id", "session_id", "age", "sex", "site"]
-    table = pd.DataFrame(rows, columns=columns).astype({"age": "float64"})
-    for name in ("participant_id", "session_id", "sex", "site"):
-        table[name] = table[name].astype(object).where(table[name].notna(), None)
-    return table
-
-
-def _plain(column: pd.Series) -> list:
-    """Values as Python's own, missing text as None."""
-    if column.dtype.kind == "f":
-        return column.tolist()
-    return [None if pd.isna(value) else value for value in column]
+def _table(rows: Iterable[tuple]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=_COLUMNS, dtype=object).astype({"age": "float64"})

@@ -22,6 +22,7 @@ from bids_varaug.inputs.layout import (
     participant_folders,
     read_bidsignore,
 )
+from bids_varaug.inputs.tables import some
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -113,8 +114,8 @@ class Selection:
 def find_scans(settings: Settings) -> Selection:
     """T1w images of the requested participants and sessions that pass the BIDS filters.
 
-    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_left_out`
-    lists.
+    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_sort_out`
+    leaves out.
 
     Raises
     ------
@@ -127,28 +128,27 @@ def find_scans(settings: Settings) -> Selection:
     """
     bids_dir = settings.bids_dir
     participants = select_participants(settings)
-    layout, extra = open_layouts(bids_dir, participants, settings.bids_database_dir)
+    layouts = open_layouts(bids_dir, participants, settings.bids_database_dir)
     filters = dict(settings.bids_filters.get("t1w", {}))
-    everything, wanted = [], []
-    for each in (layout, *extra):
-        found = _query(each, bids_dir, participants, {})
-        everything += found
-        wanted += _query(each, bids_dir, participants, filters) if filters else found
+    everything = _query(layouts, bids_dir, set(participants), {})
+    wanted = _query(layouts, bids_dir, set(participants), filters) if filters else everything
     named = {normalize_label(label) for label in settings.participant_labels}
     folders = [] if named else participant_folders(bids_dir)
     strange = [name for name in folders if not LABEL.fullmatch(name[4:])]
     is_ignored = read_bidsignore(bids_dir)
     everything, left_out = _sort_out(everything, strange, filters, is_ignored)
     if not everything:
-        who = f"participant {_some(participants)}" if named else "any participant"
+        who = f"participant {some(participants, shown=MANY)}" if named else "any participant"
         expected = f"{bids_dir}: no T1w image of {who}. Expected {EXPECTED.format('<label>')}"
         raise NoInputError("\n".join([expected, *_explain(left_out)]))
     with_ignored = {relative[4:].partition("/")[0] for relative in left_out[IGNORED]}
     with_any = {scan.subject for scan in everything} | with_ignored
     sessions = _existing_labels(
-        settings.session_labels, {scan.session for scan in everything} - {None}, "--session-label",
-        "no T1w image in session {} of the requested participants", "ses",
-    )  # fmt: skip
+        settings.session_labels,
+        {scan.session for scan in everything} - {None},
+        "--session-label: no T1w image in session {} of the requested participants",
+        "ses",
+    )
     wanted = [scan for scan in wanted if not sessions or scan.session in sessions]
     wanted, left_out = _sort_out(wanted, strange, filters, is_ignored)
     if not wanted:
@@ -188,8 +188,9 @@ def select_participants(settings: Settings) -> list[str]:
     hidden = {p for p in map(normalize_label, (*wanted, *excluded)) if is_ignored(f"sub-{p}/")}
     if named := hidden.intersection(map(normalize_label, wanted)):
         raise FiltersError(f"--participant-label: {', '.join(sorted(named))}: {IGNORED}")
-    wanted = _existing_labels(wanted, existing, "--participant-label")
-    excluded = _existing_labels(excluded, hidden.union(existing), "--exclude-participant-label")
+    absent = "-participant-label: not in the dataset: {}"
+    wanted = _existing_labels(wanted, existing, f"-{absent}")
+    excluded = _existing_labels(excluded, hidden.union(existing), f"--exclude{absent}")
     chosen = [p for p in existing if (not wanted or p in wanted) and p not in excluded]
     if not chosen:
         raise FiltersError(f"{bids_dir}: --exclude-participant-label leaves no participant.")
@@ -197,81 +198,76 @@ def select_participants(settings: Settings) -> list[str]:
 
 
 def _existing_labels(
-    labels: Iterable[str],
-    existing: Collection[str],
-    flag: str,
-    problem: str = "not in the dataset: {}",
-    entity: str = "sub",
+    labels: Iterable[str], existing: Collection[str], problem: str, entity: str = "sub"
 ) -> set[str]:
-    """Labels without prefix, all of which exist."""
+    """Labels without prefix, all of which exist; `problem` has a place for those that do not."""
     bare = {normalize_label(label, entity) for label in labels}
     missing = sorted(bare.difference(existing), key=natural_key)
     if missing:
-        there = _some(sorted(existing, key=natural_key)) or "none (the dataset has no sessions)"
-        raise FiltersError(f"{flag}: {problem.format(', '.join(missing))}. There are: {there}.")
+        there = (
+            some(sorted(existing, key=natural_key), shown=MANY)
+            or "none (the dataset has no sessions)"
+        )
+        raise FiltersError(f"{problem.format(', '.join(missing))}. There are: {there}.")
     return bare
 
 
-def _some(names: Iterable[str]) -> str:
-    """First names of a list, for a message."""
-    names = list(names)
-    rest = f" and {len(names) - MANY} more" if len(names) > MANY else ""
-    return ", ".join(names[:MANY]) + rest
-
-
 def _query(
-    layout: BIDSLayout, bids_dir: Path, participants: Iterable[str], filters: Mapping[str, Any]
+    layouts: Iterable[BIDSLayout],
+    bids_dir: Path,
+    participants: Collection[str],
+    filters: Mapping[str, Any],
 ) -> list[Scan]:
     """Images of the participants that pass pybids filters."""
-    known = sorted(layout.get_entities(metadata=False))
-    query: dict[str, Any] = {"suffix": "T1w", "datatype": "anat", "extension": list(EXTENSIONS)}
-    query.update({name: filter_value(name, value, known) for name, value in filters.items()})
-    chosen = set(participants)
     scans = []
-    for found in layout.get(scope="self", invalid_filters="allow", **query):
-        path = Path(str(found.path))
-        entities = {
-            name: str(value)
-            for name, value in found.get_entities().items()
-            if name not in ("suffix", "extension", "datatype")
-        }
-        relative = path.relative_to(bids_dir).as_posix()
-        # A database made by others may hold more than the anat folders.
-        if not _ANAT_FILE.fullmatch(relative) or entities.get("subject") not in chosen:
-            continue
-        scans.append(Scan(path, entities, relative))
+    for layout in layouts:
+        known = sorted(layout.get_entities(metadata=False))
+        query: dict[str, Any] = {"suffix": "T1w", "datatype": "anat", "extension": list(EXTENSIONS)}
+        query |= {name: filter_value(name, value, known) for name, value in filters.items()}
+        for found in layout.get(scope="self", invalid_filters="allow", **query):
+            path = Path(str(found.path))
+            relative = path.relative_to(bids_dir).as_posix()
+            entities = {name: str(value) for name, value in found.get_entities().items()}
+            for name in ("suffix", "extension", "datatype"):
+                entities.pop(name, None)
+            # A database made by others may hold more than the anat folders.
+            if _ANAT_FILE.fullmatch(relative) and entities.get("subject") in participants:
+                scans.append(Scan(path, entities, relative))
     return scans
 
 
-def _left_out(
-    scan: Scan, filters: Collection[str], is_ignored: Callable[[str], bool]
-) -> str | None:
-    """Why an image is not processed, as far as its name tells and `filters` do not ask for it."""
-    *folders, _, name = scan.relative.split("/")
-    entities = dict(re.findall("_([a-z]+)-([^_]+)", name))
-    checks = {
-        IGNORED: is_ignored(scan.relative),
-        MISNAMED: re.findall(r"(?:^|_)((?:sub|ses)-[0-9a-zA-Z+]+)(?=_)", name) != folders,
-        TEMPLATE: entities.get("space", "individual").lower() not in OWN_SPACES,
-        CHUNK: "chunk" in entities and "chunk" not in filters,
-        SILENT: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
-    }
-    return next((reason for reason, holds in checks.items() if holds), None)
-
-
 def _sort_out(
-    scans: Iterable[Scan], misnamed: Iterable[str], *conditions
+    scans: Iterable[Scan],
+    misnamed: Iterable[str],
+    filters: Collection[str],
+    is_ignored: Callable[[str], bool],
 ) -> tuple[list[Scan], dict[str, list[str]]]:
-    """Images to process, and by reason the paths of the others and of `misnamed` folders."""
+    """Images to process, and by reason the paths of the others and of `misnamed` folders.
+
+    An image is left out for the first reason that its name tells, unless `filters` ask for it.
+    """
     chosen, left_out = [], defaultdict(list, {MISNAMED: [*misnamed]})
     for scan in scans:
-        reason = _left_out(scan, *conditions)
+        *folders, _, name = scan.relative.split("/")
+        entities = dict(re.findall("_([a-z]+)-([^_]+)", name))
+        checks = {
+            IGNORED: is_ignored(scan.relative),
+            MISNAMED: re.findall(r"(?:^|_)((?:sub|ses)-[0-9a-zA-Z+]+)(?=_)", name) != folders,
+            TEMPLATE: entities.get("space", "individual").lower() not in OWN_SPACES,
+            CHUNK: "chunk" in entities and "chunk" not in filters,
+            SILENT: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
+        }
+        reason = next((reason for reason, holds in checks.items() if holds), None)
         chosen.append(scan) if reason is None else left_out[reason].append(scan.relative)
     return chosen, left_out
 
 
 def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
-    return [f"{_some(names)}: {reason}" for reason, names in left_out.items() if reason and names]
+    return [
+        f"{some(names, shown=MANY)}: {reason}"
+        for reason, names in left_out.items()
+        if reason and names
+    ]
 
 
 def _split_available(
@@ -296,7 +292,7 @@ def _split_available(
             complaints.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
     if absent:
         complaints.append(
-            f"{_some(absent)}: skipped, only a link is here, its content was not fetched. "
-            f"To fetch it:\n  {datalad_command(bids_dir, absent, whole_dataset)}"
+            f"{some(absent, shown=MANY)}: skipped, only a link is here, its content was not "
+            f"fetched. To fetch it:\n  {datalad_command(bids_dir, absent, whole_dataset)}"
         )
     return list(available.values()), complaints

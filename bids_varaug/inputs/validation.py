@@ -16,6 +16,7 @@ from textwrap import shorten
 
 from bids_varaug.errors import InvalidBidsError
 from bids_varaug.inputs.annex import datalad_command, is_absent
+from bids_varaug.inputs.tables import some
 
 EXECUTABLE = "bids-validator-deno"
 SKIP_HINT = "Mend the dataset, or give --skip-bids-validation to go on regardless."
@@ -109,13 +110,11 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
         issues = run_validator(looked_at, "--ignoreNiftiHeaders")
     errors = [issue for issue in issues if issue["code"] not in CONTENT_CODES]
     absent = _absent_locations(bids_dir, errors)
-    errors = [issue for issue in errors if _location(issue) not in absent]
-    if labels:
-        errors = [
-            issue
-            for issue in errors
-            if _subject(issue) in labels | {None} and issue["code"] not in OTHERS_CODES
-        ]
+    errors = [
+        issue
+        for issue in errors
+        if _location(issue) not in absent and not (labels and _is_of_others(issue, labels))
+    ]
     at_root = sorted(location[1:] for location in absent if location.count("/") == 1)
     if at_root:
         print(
@@ -164,10 +163,9 @@ def _location(issue: dict) -> str:
     return issue.get("location") or FILE_OF_CODE.get(issue["code"], "")
 
 
-def _subject(issue: dict) -> str | None:
-    """Participant in whose folder an error lies, None for the dataset's own files."""
-    match = re.match(r"/sub-([0-9a-zA-Z+]+)/", issue.get("location", ""))
-    return match[1] if match else None
+def _is_of_others(issue: dict, labels: set[str]) -> bool:
+    folder = re.match(r"/sub-([0-9a-zA-Z+]+)/", issue.get("location", ""))
+    return issue["code"] in OTHERS_CODES or folder is not None and folder[1] not in labels
 
 
 def summarize_errors(errors: Iterable[dict]) -> str:
@@ -185,10 +183,9 @@ def summarize_errors(errors: Iterable[dict]) -> str:
     lines = []
     for code, issues in list(by_code.items())[:SHOWN_CODES]:
         files = sorted(issue.get("location", "(dataset)") for issue in issues)
-        more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
         text = issues[0].get("issueMessage") or issues[0].get("message") or ""
         reason = f" ({shorten(text, 120, placeholder=' ...')})" if text else ""
-        lines.append(f"  {code}: {', '.join(files[:SHOWN_FILES])}{more}{reason}")
+        lines.append(f"  {code}: {some(files, shown=SHOWN_FILES)}{reason}")
     if len(by_code) > SHOWN_CODES:
         lines.append(f"  and {len(by_code) - SHOWN_CODES} other kinds of error")
     return "\n".join(lines)
