@@ -56,7 +56,7 @@ def choose_affine(
     Parameters
     ----------
     name : of the file, for messages
-    trust : "sform" or "qform" to take that one, whatever its code
+    trust : "sform" or "qform" to take that one where both are set, or none is
 
     Returns
     -------
@@ -69,12 +69,14 @@ def choose_affine(
         If no form says where left and right are, or the two contradict each other in it.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
-    given = [trust] if trust else [form for form in codes if codes[form] > 0]
+    given = [form for form in codes if codes[form] > 0] or ([trust] if trust else [])
     if not given:
         raise ScanError(
-            f"{name}: no orientation (qform_code and sform_code are 0), so left and right cannot "
-            f"be told apart. {_FIX}"
+            f"{name}: no orientation (qform_code and sform_code are 0 or unknown), so left and "
+            f"right cannot be told apart. {_FIX}"
         )
+    trusted = trust in given
+    given = [trust] if trusted else given
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
@@ -89,7 +91,8 @@ def choose_affine(
         chosen, warnings = _choose_form(name, forms, codes)
     affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
     sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
-    if trust is None and len(forms) == 1 and pixdim.all() and not _same_sizes(sizes, pixdim):
+    told = np.isfinite(pixdim).all() and pixdim.all()
+    if not trusted and len(forms) == 1 and told and not _same_sizes(sizes, pixdim):
         used = f"{chosen} was"
         if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim

@@ -147,11 +147,11 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
              "front": mask[:, -1], "back": mask[:, 0]}  # fmt: skip
     per_cm2 = voxel_size**2 / 100
     cut = [f for f, plane in faces.items() if plane.sum() * per_cm2 > _TOUCH_CM2[f]]
-    if len(cut) == len(faces):
+    if {"left", "right", "front", "back"} <= set(cut):
         return (
             "Head and background cannot be told apart: the image is bright up to its edges on all "
-            "sides. If the head is not cut there, the background is as bright as the head; set it "
-            "to 0, or extract the brain."
+            "sides. If the head is not cut there, the background is as bright as the head (as in "
+            "MP2RAGE's UNI image): denoise it or set it to 0, or extract the brain."
         )
     if cut:
         return (

@@ -92,7 +92,7 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
         header, shape, affine, warnings, raw = _read(path, trust)
         _check_values(raw)
         data = standardise(raw, negative=(header.get_slope_inter()[0] or 1) < 0)
-        _check_continuity(data)
+        _check_continuity(data, raw)
     except _Refused as refused:
         raise ScanError(f"{path.name}: {refused}") from refused.__cause__
     header.set_data_shape(shape)
@@ -153,7 +153,9 @@ def _read_header(stream: BinaryIO) -> nib.Nifti1Header:
             "Convert it to .nii.gz."
         )
     # nibabel would log what it mends (it does no harm) beside what it raises (we say it).
+    sizes = header["pixdim"][1:4].copy()
     header.check_fix(logger=_QUIET, error_level=40)
+    header["pixdim"][1:4] = np.abs(sizes)  # a size of 0 is no size, and not 1
     offset = float(header["vox_offset"])
     if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
         raise _Refused(
@@ -260,14 +262,19 @@ def _check_values(data: np.ndarray) -> None:
         )
 
 
-def _check_continuity(data: np.ndarray) -> None:
-    share = spike_share(data)
-    if share > MAX_SPIKE_SHARE:
+def _check_continuity(data: np.ndarray, raw: np.ndarray) -> None:
+    share, limit = spike_share(data), MAX_SPIKE_SHARE
+    if raw.dtype.kind == "i" and raw.itemsize < 4:
+        ends = np.iinfo(raw.dtype)
+        if raw.min() < 0.9 * ends.min and raw.max() > 0.9 * ends.max:
+            limit /= 5  # what wraps around lands at the other end of the type
+    if share > limit:
         raise _Refused(
-            f"{share:.1%} of the voxels are dark among bright ones, or bright among dark ones. "
+            f"{share:.2%} of the voxels are dark among bright ones, or bright among dark ones. "
             "Either bright voxels wrapped around when the file was written (convert it again, as "
             "uint16 or float32), or noise fills the background, as in the UNI image of MP2RAGE "
-            "(use the denoised one, combine UNI with both inversions, or extract the brain)."
+            "(use the denoised one, combine UNI with both inversions, or extract the brain). Dead "
+            "voxels look so too."
         )
 
 

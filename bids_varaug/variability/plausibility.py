@@ -10,6 +10,7 @@ from scipy.ndimage import binary_erosion
 TRAINED_VOXEL_MM = (0.5, 3.0)
 MIN_CONTRAST = 0.5  # separation of white matter and cortex in pooled standard deviations
 EDGE_FRACTION = 0.002  # of the labelled voxels
+SATURATED_FRACTION = 0.01  # of the labelled voxels
 WHITE, CORTEX = (2, 41), (3, 42)
 
 
@@ -87,6 +88,27 @@ def check_contrast(t1w: np.ndarray, labels: np.ndarray) -> list[str]:
     return []
 
 
+def check_saturation(t1w: np.ndarray, labels: np.ndarray) -> list[str]:
+    """Warning about a brain whose bright tissue was cut off at the image's largest value.
+
+    Parameters
+    ----------
+    t1w : (X, Y, Z) number
+    labels : (X, Y, Z) integer, 0 = background
+
+    Returns
+    -------
+    list of str
+    """
+    share = np.mean(t1w[labels > 0] == t1w.max()) if labels.any() else 0.0
+    if share <= SATURATED_FRACTION:
+        return []
+    return [
+        f"{share:.0%} of the brain's voxels have the largest value of the image: it is saturated, "
+        "and tissues cannot be told apart there. Convert the original again."
+    ]
+
+
 def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -> list[str]:
     """All warnings about one image.
 
@@ -100,4 +122,9 @@ def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -
     -------
     list of str
     """
-    return [*check_voxel_size(zooms), *check_field_of_view(labels), *check_contrast(t1w, labels)]
+    return [
+        *check_voxel_size(zooms),
+        *check_field_of_view(labels),
+        *check_contrast(t1w, labels),
+        *check_saturation(t1w, labels),
+    ]

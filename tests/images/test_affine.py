@@ -93,6 +93,19 @@ def test_trust_goes_before_every_rule():
                                scaled(0.8), atol=1e-6)  # fmt: skip
 
 
+@pytest.mark.parametrize("trust", ["sform", "qform"])
+def test_trust_does_not_touch_a_header_with_one_form(trust):
+    for forms in ({"sform": (MIRRORED, 1)}, {"qform": (MIRRORED, 1)}):
+        affine, warnings = chosen(**forms, trust=trust)
+        np.testing.assert_allclose(affine, MIRRORED, atol=1e-6)
+        assert warnings == ()
+
+
+def test_pixdim_that_is_no_number_leaves_the_sform_alone():
+    np.testing.assert_allclose(chosen((scaled(0.8), 1), pixdim=(np.nan, 1, 1))[0], scaled(0.8),
+                               atol=1e-6)  # fmt: skip
+
+
 def test_turned_forms_are_told_with_their_angle():
     _, (warning,) = chosen((turned(17), SCANNER), (np.eye(4), SCANNER))
     assert "17 degrees" in warning

@@ -73,6 +73,15 @@ def test_padding_of_any_value_is_air(name, value, width):
         assert (padded[:6] == 0).all()
 
 
+@pytest.mark.parametrize("value", [-1024, 0, 400], ids=lambda v: f"wedge of {v}")
+def test_small_wedge_of_padding_is_air(value):
+    image = whole_head(5) + 100
+    wedge = np.indices(SHAPE).sum(0) < 24
+    cornered = standardise(np.where(wedge, value, image))
+    assert (cornered[wedge] == 0).all()
+    np.testing.assert_allclose(cornered[~wedge], standardise(image)[~wedge], atol=0.01)
+
+
 def test_values_that_are_no_whole_numbers_follow_scale_and_offset_closely():
     image = gaussian_filter(whole_head(), 0.7)
     expected = standardise(image)

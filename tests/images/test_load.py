@@ -80,6 +80,13 @@ def test_affine_is_the_headers(save, image):
     np.testing.assert_allclose(load_t1w(save(image, affine)).affine, affine, atol=1e-5)
 
 
+def wrapped_at(image, percent):
+    """Values of which so many overflow 16 bits."""
+    grainy = image + np.random.default_rng(0).normal(0, 5, image.shape)
+    scaled = grainy * 32767 / np.percentile(grainy, 100 - percent)
+    return scaled.astype(np.int64).astype(np.int16)
+
+
 def bad_nan(save, image):
     image = image.astype(np.float32)
     image[3:5, 4, 5] = np.nan, np.inf
@@ -176,6 +183,9 @@ CASES = {
                        "left and right"),
     "singular": (lambda save, i: edited_header(save(i), srow_z=0), "singular"),
     "sheared": (lambda save, i: edited_header(save(i), srow_z=[0, 2, 0.5, 0]), "sheared"),
+    "no voxel size": (lambda save, i: edited_header(save(i), pixdim=[1, 0, 1, 1, 0, 0, 0, 0],
+                      qform_code=1, sform_code=0), "singular"),
+    "few values wrapped": (lambda save, i: save(wrapped_at(i, 0.3)), "wrapped around"),
     "NaN affine": (lambda save, i: edited_header(save(i), srow_x=np.nan), "affine has NaN"),
     "enormous": (lambda save, i: edited_header(save(i), dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]),
                  "header claims 32767"),

@@ -6,6 +6,7 @@ import pytest
 from bids_varaug.variability.plausibility import (
     check_contrast,
     check_field_of_view,
+    check_saturation,
     check_voxel_size,
     find_warnings,
 )
@@ -39,6 +40,11 @@ def test_noise_without_contrast_is_told(head):
     noise = np.random.default_rng(0).normal(100, 40, head.t1w.shape)
     noise[head.labels > 0] += np.where(np.isin(head.labels, (2, 41)), 5, 0)[head.labels > 0]
     assert "hardly differ" in check_contrast(noise, head.labels)[0]
+
+
+def test_saturated_brain_is_told(head):
+    assert check_saturation(head.t1w, head.labels) == []
+    assert "saturated" in check_saturation(head.t1w.clip(None, 95), head.labels)[0]
 
 
 def test_labels_without_tissue_are_told(head):
