@@ -10,7 +10,7 @@ from scipy.ndimage import binary_erosion
 TRAINED_VOXEL_MM = (0.5, 3.0)
 MIN_CONTRAST = 0.5  # separation of white matter and cortex in pooled standard deviations
 EDGE_FRACTION = 0.002  # of the labelled voxels
-SATURATED_FRACTION = 0.01  # of the labelled voxels
+SATURATED_FRACTION = 0.03  # of the labelled voxels
 WHITE, CORTEX = (2, 41), (3, 42)
 
 
