@@ -68,6 +68,7 @@ def head_box(
     rim = round(2 * _COARSE_MM / voxel_size)  # of air, whatever the image has
     inside = extract(data, Box(tuple(first - rim), tuple(last - first + 2 * rim)))
     low, high = (edge + first - rim for edge in bounds(head_mask(inside, voxel_size)))
+    low, high = np.maximum(low, first), np.minimum(high, last)
     margin = round(margin_mm / voxel_size)
     low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
     return enclose(low - margin, high + margin, data.shape, multiple)

@@ -81,8 +81,9 @@ def test_background_as_bright_as_the_head_is_called_that():
     assert "cannot be told apart" in is_probably_cropped(image, 2.0)
 
 
-def test_padding_does_not_move_the_box():
-    image, _ = big_head()
+@pytest.mark.parametrize("field_of_view", [slice(None), slice(20, 90)], ids=["wide", "tight"])
+def test_padding_does_not_move_the_box(field_of_view):
+    image = big_head()[0][field_of_view, field_of_view, field_of_view]
     box = head_box(image, 2.0)
     padded = head_box(np.pad(image, ((7, 0), (2, 11), (0, 4))), 2.0)
     assert padded == Box(tuple(np.add(box.start, (7, 2, 0)).tolist()), box.shape)
