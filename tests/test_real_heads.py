@@ -242,7 +242,8 @@ def test_counted_voxels_hold_when_a_head_is_resampled(finished, on_one_grid, gri
 def test_volumes_hold_worse_on_one_grid(finished, on_one_grid):
     for member in ("ieee", "seed01"):
         on_four, on_one = (differences_when_resampled(o, member) for o in (finished, on_one_grid))
-        assert on_four.mean() < on_one.mean() and on_four.max() < on_one.max()
+        # On average: the worst structure of one head, at one place, is chance.
+        assert on_four.mean() < on_one.mean()
 
 
 @pytest.mark.parametrize("desc", ["consensus", "ieee"])
