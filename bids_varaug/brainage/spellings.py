@@ -88,9 +88,9 @@ def match_people(
     participants, listed = list(dict.fromkeys(participants)), people.participants
     same = match_labels(participants, listed, here, people.source, notes)
     if participants and listed and not {same.get(p, p) for p in participants} & set(listed):
-        plain = {plain_label(label): label for label in reversed(listed)}
-        close = difflib.get_close_matches(plain_label(participants[0]), plain, n=1, cutoff=0.3)
-        guess = f" Did you mean that {participants[0]} is {plain[close[0]]}?" if close else ""
+        bare = [label[len("sub-") :] for label in (participants[0], *listed)]
+        close = difflib.get_close_matches(bare[0], bare[1:], n=1, cutoff=0.3)
+        guess = f" Did you mean that {participants[0]} is sub-{close[0]}?" if close else ""
         notes.append(
             f"No participant of {here} ({some(participants, shown=3)}) is in {people.source} "
             f"({some(listed, shown=3)}).{guess} Write each label the same way in both."

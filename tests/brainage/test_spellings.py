@@ -82,7 +82,7 @@ def test_labels_that_only_begin_alike_stay_apart(read):
 @pytest.mark.parametrize(
     ("here", "guess"),
     [
-        (["ctrl01", "ctrl02"], "Did you mean that sub-ctrl01 is sub-001?"),
+        (["ctrl01x", "ctrl02x"], "Did you mean that sub-ctrl01x is sub-001?"),
         (["001xyz"], "Did you mean that sub-001xyz is sub-001?"),
         (["A", "B"], "sub-003). Write"),
     ],
