@@ -21,20 +21,20 @@ _AGE = (
     # predictions of other tools
     r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|"
     r"brainpad|bagap|"
-    r"dob|yob|born|geboren|fodt"
+    r"dob|yob|born|geboren|f[oø]dt"
 )
 _BIRTH = (  # how such words begin; "birthplace"
     r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|"
-    r"nascim|nacim|urodz|narozen|fodsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
+    r"nascim|nacim|urodz|narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
 )
 _PERSON = (
     # identifiers
     r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|"
-    r"patients?|persons?|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|"
+    r"patients?|persons?|fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|"
     r"number|numero|nummer|idx|index|order|counters?|rows?|instance|"
     # visits and times
     r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|"
-    r"time|timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|"
+    r"time|scanned|timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|"
     r"annees?|annos?|anni|onset|duration|baseline|followup|"
     # people
     r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|"
@@ -44,7 +44,7 @@ _FILLER = (
     r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|"
     r"interview|chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|"
     r"raw|src|source|bids|float|int|log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|"
-    r"centered|centred|inv|inverse|bio|lebens"
+    r"centered|centred|inv|inverse|bio|lebens|untersuchungs?|school"
 )
 _SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
 # A single letter is no part of a word, and L and R are sides.

@@ -25,7 +25,7 @@ from bids_varaug.brainage.repeated_runs import read_aseg_stats
         "年龄", "나이", "yas", "yaş", "ikä", "vek", "Decennio", "edad_años", "fecha nacimiento",
         "agegrp", "ageonset", "lnage", "logage", "cage", "agey", "agem", "years_old", "months_old",
         "bday", "bioage", "decades_lived", "decades", "SFCN", "SFCN_out", "MCCQR", "MCCQRNN",
-        "BAGap", "ypred", "yhat", "y_hat", "y_pred",
+        "BAGap", "fødselsår", "ypred", "yhat", "y_hat", "y_pred",
     ],
 )  # fmt: skip
 def test_names_that_tell_the_age(name):
@@ -41,7 +41,8 @@ def test_names_that_tell_the_age(name):
         "VISCODE", "case_no", "FIQ", "sex_code", "site-id", "Height (cm)", "subNo", "ImageID",
         "", "jahr_scan", "år", "años", "over50", "grade", "EDUC", "EducYears", "GA", "PMA",
         "ga_weeks", "onset", "duration", "EID", "FID", "IID", "MRN", "nr", "numero", "Proband",
-        "barcode", "female", "male", "is_male", "Geschlecht",
+        "barcode", "famid", "YearScanned", "Untersuchungsdatum", "school_years",
+        "female", "male", "is_male", "Geschlecht",
     ],
 )  # fmt: skip
 def test_names_of_people_rows_and_visits(name):
