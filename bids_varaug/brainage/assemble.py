@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +64,14 @@ class Gathered:
             self.values = self.values[:, :, kept]
 
 
+def nobody_left(left_out: Mapping[str, str], notes: Iterable[str]) -> CohortError:
+    """Error that says why each was left out, and what was noted before."""
+    reasons = [f"{who}: {why}" for who, why in left_out.items()]
+    return CohortError(
+        " ".join([f"nobody is left to study. Left out: {some(reasons, '; ')}.", *notes])
+    )
+
+
 def assemble(
     found: Gathered,
     source: Mapping[str, object],
@@ -103,8 +111,7 @@ def assemble(
     dropped = {} if features is not None else _drop_sparse(found)
     _leave_out_missing(found)
     if not len(found.values):
-        reasons = [f"{who}: {why}" for who, why in found.left_out.items()]
-        raise CohortError(f"nobody is left to study. Left out: {some(reasons, '; ')}.")
+        raise nobody_left(found.left_out, source.get("notes", ()))
     if features is None and len(found.values) > 1 and found.names:
         dropped |= _drop_constant(found)
     if not found.names:

@@ -96,9 +96,9 @@ def read_features_table(
     age (in years, or as its name or a JSON sidecar of the table's name says), sex and site; every
     other column of numbers is a feature. Columns of text are ignored, and so are, with a note,
     numbers that are no measures of the brain by their names (IQ, education, body, identifiers,
-    anything called age) or values (almost a function of age, counters), see `leaks`; a few values
-    of text in a column of numbers count as missing. What the table lacks of age, sex and site
-    comes from `people`, also where the two spell ids differently and it is clear who is meant.
+    anything called age) or values (almost a function of age, counters, years), see `leaks`; a few
+    values of text in a column of numbers count as missing. What the table lacks of age, sex and
+    site comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.assemble import PEOPLE_COLUMNS, CohortError, Gathered, assemble
+from bids_varaug.brainage.assemble import PEOPLE_COLUMNS, Gathered, assemble, nobody_left
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.morph import MorphError, MorphLayout, MorphReader
@@ -115,7 +115,7 @@ def gather_cohort(
         {file.session_id for file in files if file.session_id}, output_dir.name, notes,
     )  # fmt: skip
     _report_absent(people, {same.get(f.participant_id, f.participant_id) for f in files}, left_out)
-    found = _gathered(tables, people, same, left_out, require_age)
+    found = _gathered(tables, people, same, left_out, require_age, notes)
     source = _source(root, runs, tables) | {"notes": notes}
     cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
     return replace(cohort, source=cohort.source | {"families": _families(cohort, tables)})
@@ -249,7 +249,7 @@ def _report_absent(people: People, there: Collection[str], left_out) -> None:
 
 
 def _gathered(
-    tables: list[_Read], people: People, same: Mapping[str, str], left_out, require_age
+    tables: list[_Read], people: People, same: Mapping[str, str], left_out, require_age, notes
 ) -> Gathered:
     rows, kept, age_reasons = [], [], {}
     for table in tables:
@@ -258,7 +258,9 @@ def _gathered(
             *(same.get(name, name) for name in (file.participant_id, file.session_id))
         )
         if person is None and require_age:
-            left_out[file.observation] = f"{file.participant_id} is not in {people.source}"
+            who = same.get(file.participant_id, file.participant_id)
+            at = f" at {file.session_id or 'no session'}" if who in people.participants else ""
+            left_out[file.observation] = f"{file.participant_id} is not in {people.source}{at}"
             continue
         known = (person.age, person.sex, person.site) if person else (np.nan, None, None)
         rows.append((file.participant_id, file.session_id, file.observation, *known))
@@ -266,8 +268,7 @@ def _gathered(
         if person and np.isnan(person.age):
             age_reasons[file.observation] = person.reason or f"no age in {people.source}"
     if not kept:
-        reasons = [f"{who}: {why}" for who, why in left_out.items()]
-        raise CohortError(f"nobody is left to study. Left out: {some(reasons, '; ')}.")
+        raise nobody_left(left_out, notes)
     ids = list(dict.fromkeys(m for layout in _layouts(kept) for m in layout.members))
     structures = kept[0].layout.structures
     values = np.full((len(kept), len(ids), len(structures)), np.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,33 +11,49 @@ import pandas as pd
 
 from bids_varaug.inputs.tables import plain_name
 
-# Words, in small letters. A name with one of the first kind anywhere is no measure of the brain;
-# neither is one of words of the second and third kind alone, at least one of them of the second.
-# "Left-Hippocampus" has others, and "Cartilage" holds no word "age".
+# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere
+# is no measure of the brain; neither is one of known words alone, at least one of them of a person
+# or a row. "Left-Hippocampus" has others, and "Cartilage" holds no word "age".
 _AGE = (
-    r"ages?|aged|agesq|dob|yob|born|decade|alter|edad|idade|leeftijd|brainpad|preds?|predicted|"
-    r"predictions?|pyment|deepbrainnet|spareba"
+    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|"
+    r"alters?|leeftijd|alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
+    r"\w*(?:возраст|年龄|年齡|年齢|나이|연령|ηλικια|عمر|גיל)\w*|"
+    # predictions of other tools
+    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|"
+    r"brainpad|bagap|"
+    r"dob|yob|born|geboren|f[oø]dt"
 )
-_BEGINS = r"ageat|agein|agegroup|birth|brainage|predictedage|education"  # "birthplace"
+_BIRTH = (  # how such words begin; "birthplace"
+    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|"
+    r"nascim|nacim|urodz|narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
+)
 _PERSON = (
-    r"ids?|identifiers?|guid|uuid|uid|pid|rid|ptid|subjid|subjects?|subjs?|sub|participants?|"
-    r"patients?|persons?|cases?|records?|accession|acquisition|acq|scans?|sessions?|sess?|visits?|"
-    r"viscode|waves?|time|timepoints?|tpno|tpnum|tpnumber|dates?|days?|weeks?|months?|years?|runs?|"
-    r"rows?|index|idx|key|counters?|codes?|series|study|exams?|images?|serial|instance|unnamed|"
-    r"number|order|site|cent(?:er|re)|scanner|sex|gender|group|diagnosis|dx|[fvp]s?iq|iq|edu|height|"
-    r"weight|bmi|handedness|bag|pad|baseline|followup"
+    # identifiers
+    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|"
+    r"patients?|persons?|fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|"
+    r"number|numero|nummer|idx|index|order|counters?|rows?|instance|"
+    # visits and times
+    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|"
+    r"time|scanned|timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|"
+    r"annees?|annos?|anni|onset|duration|baseline|followup|"
+    # people
+    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|"
+    r"educ?|grade|gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
 )
 _FILLER = (
-    r"full|scale|of|at|in|on|from|since|to|the|and|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|"
+    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|"
     r"interview|chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|"
-    r"raw|src|source|bids|float|int|log|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|"
-    r"centered|centred|inv|inverse"
+    r"raw|src|source|bids|float|int|log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|"
+    r"centered|centred|inv|inverse|bio|lebens|untersuchungs?|school"
 )
-_KNOWN = re.compile(f"(?:{_PERSON}|{_FILLER})+|[a-z]")  # a single letter is no part of a word
-_HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*")
+_SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
+# A single letter is no part of a word, and L and R are sides.
+_KNOWN = re.compile(f"(?:{_PERSON}|{_FILLER})+|{_SHORT}|[a-km-qs-z]")
+_HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*|{_SHORT}")
 _TELLS_AGE = re.compile(
-    rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BEGINS})\w*)"
+    rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BIRTH})\w*)"
 )
+_YEARS = (1900, 2035)
 
 MIN_PEOPLE = 5  # fewer follow anything by chance
 MIN_COUNTED = 10
@@ -47,12 +64,15 @@ def reason_by_name(name: str) -> str | None:
     """Why a column is no measure of the brain, by the words of its name; None where it may be.
 
     Words are told apart by capitals, digits, blanks and punctuation; "scanage" is two of them.
+    Accents do not count.
 
     Examples
     --------
     >>> reason_by_name("ScanAge"), reason_by_name("subject_number"), reason_by_name("Accessory_vol")
     ('tells the age', 'describes the person or the row, not the brain', None)
     """
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    name = unicodedata.normalize("NFC", "".join(letters))
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     for text in (apart, name, plain_name(name)):
         words = [word.lower() for word in re.findall(r"[^\W\d_]+", text)]
@@ -78,6 +98,9 @@ def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str,
     A column *counts* if its values are whole numbers, each there once and all the same step apart
     (from 10 people), or nearly all numbers of a range (from 20), or number each one's sessions.
 
+    A column *is a year* if at least 95 % of its values are whole numbers from 1900 to 2035, three
+    different ones or more.
+
     Parameters
     ----------
     values : (R, F) one row per observation
@@ -94,7 +117,14 @@ def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str,
             reasons[name] = "is almost a function of age"
         elif _counts(column[known], who[known]):
             reasons[name] = "counts people, rows or sessions"
+        elif _is_year(column[known]):
+            reasons[name] = "is a year"
     return reasons
+
+
+def _is_year(column: np.ndarray) -> bool:
+    years = (column == np.round(column)) & (column >= _YEARS[0]) & (column <= _YEARS[1])
+    return len(np.unique(column[years])) > 2 and years.mean() >= 0.95
 
 
 def _follows(column: np.ndarray, age: np.ndarray, n: int) -> bool:

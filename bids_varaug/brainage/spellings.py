@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable
 
@@ -12,7 +13,7 @@ from bids_varaug.inputs.tables import TableError, some
 _SUBJECT = re.compile(
     r"(?<![a-z0-9])sub-([a-z0-9+]+)(?=$|[\\/.]|_[a-z]+-|_T1w)", flags=re.IGNORECASE
 )
-_ADDED = re.compile(r"\.long\..*$|(_T1w)?(\.nii|\.gz|\.mg[hz]|\.0)*$", re.IGNORECASE)
+_ADDED = re.compile(r"\.long\..*$|(_MR\d+)?(_T1w)?(\.nii|\.gz|\.mg[hz]|\.0)*$", re.IGNORECASE)
 
 
 def plain_label(label: str) -> str:
@@ -22,12 +23,16 @@ def plain_label(label: str) -> str:
     --------
     >>> plain_label("sub-001"), plain_label("/data/sub-01_ses-1_T1w.nii.gz"), plain_label("ses-02")
     ('1', '1', '2')
+    >>> plain_label("sub01"), plain_label("01_MR1")
+    ('1', '1')
     >>> plain_label("OAS0007.long.OAS0007_base"), plain_label("sub-OAS7")
     ('oas7', 'oas7')
     """
     inside = _SUBJECT.search(label)
     name = inside[1] if inside else re.split(r"[\\/]", label)[-1]
-    name = re.sub("^(sub|ses)-", "", name, flags=re.IGNORECASE)
+    name = re.sub(
+        r"^((sub|ses)-)?((sub|subj|subject|ses)[-_ ]?(?=\d))?", "", name, flags=re.IGNORECASE
+    )
     return re.sub(r"(?<!\d)0+(?=\d)", "", _ADDED.sub("", name, count=1).lower())
 
 
@@ -52,7 +57,7 @@ def match_labels(
         if not set(ours[key]) <= set(theirs[key])
     }
     words = {
-        key: f"{' and '.join(mine)} here is {' or '.join(other)} there"
+        key: f"{' and '.join(mine)} here {'are' if mine[1:] else 'is'} {' or '.join(other)} there"
         for key, (mine, other) in sorted(differ.items())
     }
     unclear = [w for key, w in words.items() if len(differ[key][0]) + len(differ[key][1]) > 2]
@@ -80,9 +85,17 @@ def match_people(
     if people is None:
         return {}
     known = people.table["session_id"].dropna().unique()
-    return match_labels(participants, people.participants, here, people.source, notes) | (
-        match_labels(sessions, known, here, people.source, notes)
-    )
+    participants, listed = list(dict.fromkeys(participants)), people.participants
+    same = match_labels(participants, listed, here, people.source, notes)
+    if participants and listed and not {same.get(p, p) for p in participants} & set(listed):
+        bare = [label[len("sub-") :] for label in (participants[0], *listed)]
+        close = difflib.get_close_matches(bare[0], bare[1:], n=1, cutoff=0.3)
+        guess = f" Did you mean that {participants[0]} is sub-{close[0]}?" if close else ""
+        notes.append(
+            f"No participant of {here} ({some(participants, shown=3)}) is in {people.source} "
+            f"({some(listed, shown=3)}).{guess} Write each label the same way in both."
+        )
+    return same | match_labels(sessions, known, here, people.source, notes)
 
 
 def _by_plain(labels: Iterable[str]) -> dict[str, list[str]]:

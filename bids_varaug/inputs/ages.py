@@ -15,17 +15,24 @@ from bids_varaug.inputs.tables import TableError, plain_name
 YEARS_PER = {"years": 1.0, "months": 1 / 12, "weeks": 7 / 365.25, "days": 1 / 365.25}
 OLDEST = 120.0  # years; more is a code such as 999, or another unit
 
-_UNIT_OF = dict.fromkeys("years year yrs yr y a annum yo yearsold ageinyears".split(), "years")
-_UNIT_OF |= dict.fromkeys("months month mos mo mon mths mth m monthsold".split(), "months")
-_UNIT_OF |= dict.fromkeys("weeks week wks wk w weeksold".split(), "weeks")
-_UNIT_OF |= dict.fromkeys("days day d daysold".split(), "days")
+_UNIT_OF = dict.fromkeys("years year yrs yr y a annum yo".split(), "years")
+_UNIT_OF |= dict.fromkeys("jahre jahren ans annees anni anos jaar".split(), "years")
+_UNIT_OF |= dict.fromkeys(
+    "months month mos mo mon mths mth m monate monaten mois".split(), "months"
+)
+_UNIT_OF |= dict.fromkeys("weeks week wks wk w wochen semaines".split(), "weeks")
+_UNIT_OF |= dict.fromkeys("days day d tage tagen jours".split(), "days")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of age_months, AgeMonths
-# What may stand beside a unit and changes nothing: "years (rounded down)".
-_REMARK = re.compile(
-    r"ages?|as|at|of|in|the|to|s|old|older|time|date|scan\w*|mri|session|visit|study|birth|enrol\w*|"
-    r"inclusion|consent|baseline|participa\w*|test\w*|acqui\w*|round\w*|down|up|off|nearest|next|"
-    r"lower|whole|full|complete\w*|integers?|decimals?|numbers?|exact|floor\w*|truncat\w*|approx\w*|"
-    r"capped|top|coded|or|over|above|one|two|places?|subjects?|units?|and|with|is|chronological"
+# What may stand before a unit: "Age at scan, in completed years"; not "light years", "5-year bins".
+_BEFORE = re.compile(
+    r"(\W|\b(ages?|alter|edad|as|at|of|in|en|the|time|date|scan\w*|mri|session|visit|numbers?|units?|"
+    r"subjects?|participa\w*|s|is|full|whole|complete\w*|calendar|decimal|exact|chronological)\b)*"
+)
+# What makes another quantity of it: "year of birth", "years since diagnosis", "years - 50".
+_OTHER = re.compile(
+    r"^\W*(of (?!age)|(since|after|before|until|till|post)\b)|^ *(from|to (?!the|near|one|two|\d))|"
+    r"^\W{0,3}[-+−–] *\d|[*×·÷^]|/ *\d|\bx *\d|\b(birth|born|bins?\b|group|categor|decade|log|"
+    r"minus|times|divid|multipl|scor|standardi|normali|cente?red|educ|diagnos|onset|durati|predict|brain)"
 )
 _NUMBER = re.compile(
     r"(?P<more>>=?|≥)?\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<plus>\+)?"
@@ -96,8 +103,7 @@ def age_unit(column: str, sidecar: Path) -> str:
     """
     given = sidecar_value(sidecar, column, "units", "unit")
     if given not in (None, "", "n/a"):
-        unit = _read_unit(str(given))
-        if unit is None:
+        if (unit := _read_unit(str(given))) is None:
             raise TableError(
                 f"{sidecar}: Units {given!r} of {column!r} is not known. Write years, months, "
                 "weeks or days."
@@ -110,14 +116,16 @@ def age_unit(column: str, sidecar: Path) -> str:
 
 
 def _read_unit(text: str) -> str | None:
-    """Unit that a text names; None where it names none or two, or says more than a remark."""
-    if plain_name(text) in _UNIT_OF:
-        return _UNIT_OF[plain_name(text)]
-    text = re.sub("(since|from) birth", "", text.lower())
-    words = re.findall(r"[^\W\d_]+|[*×^]|/\s*\d|^\W*\d", text)  # "years * 10", "5-year bins"
-    named = {_UNIT_OF[word] for word in words if word in _UNIT_OF and len(word) > 1}
-    strange = [word for word in words if not _REMARK.fullmatch(word) and word not in _UNIT_OF]
-    return named.pop() if len(named) == 1 and not strange else None
+    """The first unit of a text; None where the rest makes another quantity or unit of it."""
+    if (plain := re.sub("^agein|old$", "", plain_name(text))) in _UNIT_OF:
+        return _UNIT_OF[plain]
+    skipped = r"(since|from|date of) birth|(the|same|scan) (day|month)\b|\(s\)|_"
+    text = re.sub(skipped, " ", text.lower())
+    words = re.finditer(r"[^\W\d_]([^\W\d_]|[\u0300-\u036f])+", text)
+    units = {w.span(): _UNIT_OF[n] for w in words if (n := plain_name(w[0])) in _UNIT_OF}
+    start, end = next(iter(units), (0, 0))
+    told = len(set(units.values())) == 1 and _BEFORE.fullmatch(text[:start])
+    return units[start, end] if told and not _OTHER.search(text[end:]) else None
 
 
 def sidecar_value(path: Path, column: str, *keys: str) -> Any:

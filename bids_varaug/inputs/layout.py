@@ -202,13 +202,10 @@ def filter_value(name: str, value: Any, known: list[str]) -> Any:
         raise UsageError(f"--bids-filter-file: t1w: {name!r} is not a pybids entity.{hint}")
     if isinstance(value, list):
         return [filter_value(name, item, known) for item in value]
-    if value is None:
-        return Query.NONE
-    if value == "*":
-        return Query.REQUIRED
+    if value in (None, "*"):
+        return Query.NONE if value is None else Query.REQUIRED
     if isinstance(value, str):
-        word = _QUERY_WORD.fullmatch(value)
-        if word:
+        if word := _QUERY_WORD.fullmatch(value):
             return Query["REQUIRED" if word[1] == "ANY" else word[1]]
         if name in ("subject", "session"):
             return value.removeprefix({"subject": "sub-", "session": "ses-"}[name])

@@ -37,6 +37,7 @@ USUAL_COLUMNS = {
     ),
 }  # fmt: skip
 SESSION_COLUMNS = ("session_id", "session", "ses", "session_label")
+VISIT_COLUMNS = ("visit", "visit_id", "visit_name", "wave", "timepoint", "timepoint_id", "tp")
 FLAGS = {"age": "--age-column", "sex": "--sex-column", "site": "--site-column"}
 
 _SEX_OF = dict.fromkeys("f female woman girl w".split(), "F")
@@ -182,8 +183,7 @@ def choose_column(table: TextTable, key: str, wanted: str) -> str | None:
 
 def missing_age_column(table: TextTable, wanted: str) -> TableError:
     """Error that says which columns there are."""
-    hint = " Name the one that holds the ages with --age-column."
-    return _missing_column(table, repr(wanted), hint)
+    return _missing_column(table, repr(wanted), " Name the one of the ages with --age-column.")
 
 
 def _missing_column(table: TextTable, wanted: str, hint: str = "") -> TableError:
@@ -274,7 +274,7 @@ def _participants(table: TextTable) -> list[str]:
 
 def _session_column(table: TextTable, participants: list[str]) -> list[str | None]:
     """Sessions of a participants.tsv with a row per session, which some datasets have."""
-    column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
+    column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS + VISIT_COLUMNS)
     # Where nobody has two rows, a column called "session" may as well count them.
     if column is None or column != "session_id" and len(set(participants)) == len(participants):
         return [None] * len(participants)
@@ -300,7 +300,8 @@ def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -
 def _check_unique(path: Path, names: list[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise TableError(f"{path}: listed more than once: {some(twice)}. Keep one row of each.")
+        hint = "Keep one row of each, or name the column that tells the rows apart session_id."
+        raise TableError(f"{path}: listed more than once: {some(twice)}. {hint}")
 
 
 def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str, float]]:

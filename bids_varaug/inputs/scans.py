@@ -204,10 +204,8 @@ def _existing_labels(
     bare = {normalize_label(label, entity) for label in labels}
     missing = sorted(bare.difference(existing), key=natural_key)
     if missing:
-        there = (
-            some(sorted(existing, key=natural_key), shown=MANY)
-            or "none (the dataset has no sessions)"
-        )
+        none = "none (the dataset has no sessions)"
+        there = some(sorted(existing, key=natural_key), shown=MANY) or none
         raise FiltersError(f"{problem.format(', '.join(missing))}. There are: {there}.")
     return bare
 
@@ -227,9 +225,8 @@ def _query(
         for found in layout.get(scope="self", invalid_filters="allow", **query):
             path = Path(str(found.path))
             relative = path.relative_to(bids_dir).as_posix()
-            entities = {name: str(value) for name, value in found.get_entities().items()}
-            for name in ("suffix", "extension", "datatype"):
-                entities.pop(name, None)
+            given, dropped = found.get_entities(), ("suffix", "extension", "datatype")
+            entities = {name: str(given[name]) for name in given if name not in dropped}
             # A database made by others may hold more than the anat folders.
             if _ANAT_FILE.fullmatch(relative) and entities.get("subject") in participants:
                 scans.append(Scan(path, entities, relative))
@@ -263,11 +260,7 @@ def _sort_out(
 
 
 def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
-    return [
-        f"{some(names, shown=MANY)}: {reason}"
-        for reason, names in left_out.items()
-        if reason and names
-    ]
+    return [f"{some(names, shown=MANY)}: {why}" for why, names in left_out.items() if why and names]
 
 
 def _split_available(

@@ -7,6 +7,7 @@ goes unseen.
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -173,14 +174,14 @@ def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) 
 
 
 def plain_name(name: str) -> str:
-    """Name without case, blanks and punctuation.
+    """Name without case, accents, blanks and punctuation.
 
     Examples
     --------
     >>> plain_name("Scanner_Site"), plain_name("Age (years)")
     ('scannersite', 'ageyears')
     """
-    return re.sub(r"[\W_]+", "", name).lower()
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKD", name)).lower()
 
 
 def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:

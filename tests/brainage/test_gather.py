@@ -353,6 +353,18 @@ def test_no_ages_at_all_are_an_error_with_reasons(derivatives):
         derivatives.gather()
 
 
+def test_people_of_other_names_are_shown_on_both_sides(derivatives):
+    derivatives.people("participant_id\tage\nX_1a\t30\nX_2a\t40\n")
+    with pytest.raises(CohortError, match=r"\(sub-1, sub-2, sub-3\) is in .*\(sub-X_1a, sub-X_2a"):
+        derivatives.gather()
+
+
+def test_visits_that_are_no_session_are_said_to_be_missing(derivatives):
+    derivatives.people("participant_id\tvisit\tage\n1\ta\t30\n1\tb\t32\n")
+    with pytest.raises(CohortError, match="sub-1 is not in participants.tsv at "):
+        derivatives.gather()
+
+
 def test_cohort_does_not_depend_on_the_order_of_people(derivatives):
     people = read_people(derivatives.root)
     backwards = People(people.table[::-1].reset_index(drop=True))

@@ -1,5 +1,7 @@
 """Columns that tell the age, the person or the row are no features, and no structure is lost."""
 
+from importlib.resources import files
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +19,13 @@ from bids_varaug.brainage.repeated_runs import read_aseg_stats
         "DOB", "yob", "age^2", "AgeAtMRI", "mriage", "MRIage", "agemonths", "Age.in.years",
         "log_age", "edad", "age_z", "SPARE_BA", "AgePrediction", "estimatedage", "mother_age",
         "Alter", "education_level",
+        "Lebensalter", "geboren", "Geburtsdatum", "Geburtsjahr", "Altersgruppe", "ålder", "alder",
+        "età", "eta_anni", "âge", "a\u0302ge", "annee_naissance", "date_naissance", "anno_nascita",
+        "ano_nascimento", "idade", "leeftijd", "geboortejaar", "wiek", "rok_urodzenia", "возраст",
+        "年龄", "나이", "yas", "yaş", "ikä", "vek", "Decennio", "edad_años", "fecha nacimiento",
+        "agegrp", "ageonset", "lnage", "logage", "cage", "agey", "agem", "years_old", "months_old",
+        "bday", "bioage", "decades_lived", "decades", "SFCN", "SFCN_out", "MCCQR", "MCCQRNN",
+        "BAGap", "fødselsår", "ypred", "yhat", "y_hat", "y_pred",
     ],
 )  # fmt: skip
 def test_names_that_tell_the_age(name):
@@ -30,7 +39,10 @@ def test_names_that_tell_the_age(name):
         "RID", "AccessionNumber", "acquisition time", "AcqTime", "visitno", "Row Number",
         "Unnamed: 0", "index", "scan#", "TimePoint", "tp_no", "months_since_baseline", "date",
         "VISCODE", "case_no", "FIQ", "sex_code", "site-id", "Height (cm)", "subNo", "ImageID",
-        "",
+        "", "jahr_scan", "år", "años", "over50", "grade", "EDUC", "EducYears", "GA", "PMA",
+        "ga_weeks", "onset", "duration", "EID", "FID", "IID", "MRN", "nr", "numero", "Proband",
+        "barcode", "famid", "YearScanned", "Untersuchungsdatum", "school_years",
+        "female", "male", "is_male", "Geschlecht",
     ],
 )  # fmt: skip
 def test_names_of_people_rows_and_visits(name):
@@ -46,7 +58,9 @@ def test_names_of_people_rows_and_visits(name):
         "Image_volume", "asymmetry_index", "NVoxels", "SurfaceHoles", "BrainSegVol-to-eTIV",
         "time-course volume", "Subiculum", "x", "1", "Agenesis_CC", "Percentage_WM", "Brain",
         "CC_Mid_Anterior", "Frontal_WM_R_mm3", "海馬", "FoldInd", "visitation",
-        "left_site_volume", "run1_Left-Hippocampus",
+        "left_site_volume", "run1_Left-Hippocampus", "index_L", "group_L", "PMA_R", "GA_vol",
+        "lat", "Inf-Lat-Vent", "ant_insula", "organum", "corona", "Alveus", "Substantia_nigra",
+        "overall_volume", "Pons", "Fornix", "lh_anterior", "ar_thickness", "CA1",
     ],
 )  # fmt: skip
 def test_names_of_structures_stay(name):
@@ -84,6 +98,12 @@ def test_no_column_of_freesurfer_or_of_our_labels_is_lost(shared_data):
 def test_public_tables_keep_every_measure(shared_data, name, ignored):
     cohort = read_features_table(shared_data / "brain_age" / name)
     assert sorted(cohort.source["ignored_columns"]) == ignored
+
+
+def test_our_names_are_kept():
+    for table in ("aseg31.tsv", "training_labels.tsv"):
+        names = pd.read_csv(files("bids_varaug") / "data" / table, sep="\t")["name"]
+        assert len(names) > 30 and [name for name in names if reason_by_name(name)] == []
 
 
 def people(n, rng, sessions=1):
@@ -146,6 +166,17 @@ def test_numbers_of_sessions_and_of_people_with_sessions_are_found():
     values = pd.DataFrame({"x": np.tile([1, 2, 3], 12), "y": np.repeat(np.arange(12), 3),
                            "lesions": rng.integers(0, 4, 36)})  # fmt: skip
     assert list(reasons_by_value(values, people(12, rng, 3))) == ["x", "y"]
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_years_are_found_whatever_their_name(unknown):
+    rng = np.random.default_rng(0)
+    years = rng.integers(2004, 2009, 30).astype(float)
+    years[:unknown] = 9999
+    values = pd.DataFrame({"x": years, "two": rng.integers(2004, 2006, 30),
+                           "volume": rng.normal(1970, 30, 30),
+                           "voxels": rng.integers(1700, 2200, 30)})  # fmt: skip
+    assert reasons_by_value(values, people(30, rng)) == {"x": "is a year"}
 
 
 def test_leaks_are_left_out_with_a_note(tmp_path):

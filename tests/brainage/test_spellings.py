@@ -33,7 +33,9 @@ def read(tmp_path):
     "spelled",
     ["{}", "0{}", "sub-{}", "SUB-0{}", "sub-00{}_T1w.nii.gz", "00{}_T1w.nii.gz", "00{}.nii.gz",
      "/data/sub-00{}/anat/sub-00{}_T1w.nii.gz", "sub-00{}_ses-1_T1w.nii", "00{}.long.00{}_template",
-     "sub-00{}_ses-a.long.sub-00{}", "000{}.mgz", "{}.0"],
+     "sub-00{}_ses-a.long.sub-00{}", "000{}.mgz", "{}.0", "sub0{}",
+     "Subj_00{}", "subject-{}", "0{}_MR1",
+     "sub-0{}_MR2_T1w.nii"],
 )  # fmt: skip
 def test_one_to_one_spellings_are_matched_with_a_note(read, spelled):
     cohort = read([spelled.replace("{}", str(n)) for n in (1, 2, 3)])
@@ -52,9 +54,14 @@ def test_the_same_spelling_needs_no_note(read):
     ("here", "there", "message"),
     [
         (["1", "2"], ["sub-01", "sub-001", "sub-2"], "sub-1 here is sub-01 or sub-001 there"),
-        (["1", "01"], ["sub-001", "sub-2"], "sub-1 and sub-01 here is sub-001 there"),
-        (["sub-1_ses-a", "sub-1_ses-b"], ["sub-1", "sub-2"], "sub-1_ses-a and sub-1_ses-b here"),
-        (["1", "01"], ["sub-01", "sub-2"], "sub-1 and sub-01 here is sub-01 there"),
+        (["1", "01"], ["sub-001", "sub-2"], "sub-1 and sub-01 here are sub-001 there"),
+        (
+            ["sub-1_ses-a", "sub-1_ses-b"],
+            ["sub-1", "sub-2"],
+            "sub-1_ses-a and sub-1_ses-b here are",
+        ),
+        (["01_MR1", "01_MR2"], ["sub-01", "sub-02"], "sub-01_MR1 and sub-01_MR2 here are sub-01 "),
+        (["1", "01"], ["sub-01", "sub-2"], "sub-1 and sub-01 here are sub-01 there"),
     ],
 )
 def test_what_may_be_several_people_is_refused_with_both_sides(read, here, there, message):
@@ -70,6 +77,22 @@ def test_people_who_differ_in_zeros_alone_stay_apart(read):
 def test_labels_that_only_begin_alike_stay_apart(read):
     cohort = read(["A_1", "A_2", "A_3"], ["A_1", "A_2"])
     assert len(cohort) == 2 and list(cohort.left_out) == ["sub-A_3"]
+
+
+@pytest.mark.parametrize(
+    ("here", "guess"),
+    [
+        (["ctrl01x", "ctrl02x"], "Did you mean that sub-ctrl01x is sub-001?"),
+        (["001xyz"], "Did you mean that sub-001xyz is sub-001?"),
+        (["A", "B"], "sub-003). Write"),
+    ],
+)
+def test_tables_of_different_people_show_both_sides(read, here, guess):
+    with pytest.raises(UserError, match="nobody is left.*No participant of features.tsv") as caught:
+        read(here)
+    message = str(caught.value)
+    assert guess in message
+    assert "sub-" + here[-1] in message and "(sub-001, sub-002, sub-003)" in message
 
 
 def test_people_without_a_counterpart_are_left_out_beside_matched_ones(read):

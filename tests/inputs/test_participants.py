@@ -75,6 +75,15 @@ def test_units_of_the_sidecar_are_turned_into_years(dataset, unit, value, years)
         ("years, rounded to the nearest integer", 30), ("years (to 1 decimal place)", 30),
         ("years at time of MRI", 30), ("completed years", 30), ("years since birth", 30),
         ("Years; 89 and older top-coded", 30), ("month(s)", 2.5), ("months (rounded)", 2.5),
+        ("Years. Participants older than 89 are coded 90", 30), ("years (self-reported)", 30),
+        ("years (shifted for anonymization)", 30), ("calendar years", 30), ("Jahre", 30),
+        ("years at the time of the first session", 30), ("ans", 30), ("años", 30), ("anni", 30),
+        ("yr (rounded to the nearest half-year)", 30), ("years, jittered by up to 2", 30),
+        ("years, computed from date of birth", 30), ("years of age", 30), ("Age (years)", 30),
+        ("Alter in Jahren", 30), ("age_in_years", 30), ("mois", 2.5),
+        ("years (range 18-90)", 30),
+        ("years old", 30), ("years (18-65)", 30), ("years on the day of the scan", 30),
+        ("Monate (gerundet)", 2.5), ("an\u0303os (redondeado)", 30),
     ],
 )  # fmt: skip
 def test_unit_is_read_by_words(dataset, unit, years):
@@ -87,7 +96,9 @@ def test_unit_is_read_by_words(dataset, unit, years):
     [
         "moons", "years or months", "light years", "half-years", "5-year bins", "years * 10",
         "decades", "gestational weeks", "years of education", "years since diagnosis",
-        "log(years)", "years/10",
+        "log(years)", "years/10", "year of birth", "years - 50", "years-50", "birth year",
+        "years (minus 50)", "years, mean-centered", "years in bins of 5", "years; infants: months",
+        "year (of birth)", "years from onset", "dog years", "years + 2", "years x 10",
     ],
 )  # fmt: skip
 def test_unknown_unit_is_refused(dataset, unit):
@@ -97,13 +108,24 @@ def test_unknown_unit_is_refused(dataset, unit):
     assert unit in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["session", "ses", "Session_ID", "SessionID", "session_id"])
+NAMES_OF_SESSIONS = (
+    "session ses Session_ID SessionID session_id visit Wave time_point Timepoint VisitID".split()
+)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_SESSIONS)
 @pytest.mark.parametrize("prefix", ["", "ses-"])
 def test_rows_of_sessions_are_told_apart_whatever_their_column_is_called(dataset, name, prefix):
     people = read_people(
         dataset(f"participant_id\t{name}\tage\nsub-1\t{prefix}a\t30\nSUB-1\t{prefix}b\t32\n")
     )
     assert [people.find("sub-1", s).age for s in ("ses-a", "ses-b")] == [30, 32]
+
+
+def test_rows_that_another_column_tells_apart_are_refused_with_the_way_out(dataset):
+    folder = dataset("participant_id\tvisit\texam\tage\nsub-1\t1\ta\t30\nsub-1\t1\tb\t32\n")
+    with pytest.raises(UserError, match="listed more than once: sub-1_ses-1.*session_id"):
+        read_people(folder)
 
 
 def test_a_session_column_of_single_rows_holds_for_any_session(dataset):
