@@ -276,17 +276,21 @@ def _difference(theirs: Origin, ours: Origin) -> str:
     """In what derivatives differ from those of this run; empty where in nothing that is known."""
     before, now = theirs.facts(), ours.facts()
     if theirs.sha256:  # the group level allows that members are missing: it leaves images out
-        before["members"], now["members"] = (" ".join(sorted(o.sha256)) for o in (theirs, ours))
+        before["members"], now["members"] = (
+            ", ".join(sorted(origin.sha256, key=natural_key)) for origin in (theirs, ours)
+        )
     other = [what for what, value in before.items() if value != now.get(what, value)]
-    if not other:
-        return ""
-    said = [
-        f"{what} {before.get(what, 'unknown')} (now {now[what]})"
-        for what in dict.fromkeys(["ensemble", *other])
-        if not what.startswith("weights")
+    said = []
+    if "--sloppy" in other:
+        said.append(f"made with{'' if theirs.sloppy else 'out'} --sloppy (now with"
+                    f"{'' if ours.sloppy else 'out'})")  # fmt: skip
+    said += [
+        f"{what} {before[what]} (now {now[what]})"
+        for what in other
+        if what != "--sloppy" and not what.startswith("weights")
     ]
     weights = [what.split()[-1] for what in other if what.startswith("weights")]
-    return ", ".join([*said, *([f"weights of {some(weights)}"] if weights else [])])
+    return "; ".join([*said, *([f"other weights of {some(weights)}"] if weights else [])])
 
 
 def check_same_origin(origins: Iterable[Origin]) -> None:

@@ -122,9 +122,10 @@ def run_participants(settings: Settings) -> ExitCode:
         print(f"ERROR: {complaint}", file=sys.stderr)
     made_again = () if settings.reports_only else selection.scans
     check_rerun(settings.output_dir, run_origin(settings, ensemble, members), made_again)
+    incomplete = ExitCode.SUBJECT_FAILED if selection.complaints else ExitCode.DONE
     if settings.dry_run:
         _print_plan(selection.scans, members)
-        return ExitCode.DONE
+        return incomplete
     from bids_varaug.derivatives.logs import write_logs
     from bids_varaug.derivatives.sidecars import write_dataset_files
 
@@ -134,9 +135,7 @@ def run_participants(settings: Settings) -> ExitCode:
     write_logs(settings, ensemble, members)
     step = _write_reports if settings.reports_only else _segment
     complete = step(settings, selection.scans, ensemble, members)
-    if not complete or selection.complaints:
-        return ExitCode.SUBJECT_FAILED
-    return ExitCode.DONE
+    return incomplete if complete else ExitCode.SUBJECT_FAILED
 
 
 def _ensure_home() -> None:

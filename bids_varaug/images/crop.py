@@ -44,21 +44,18 @@ class Box:
         return Box(tuple(map(add, self.start, other.start)), self.shape)
 
 
-def head_box(
-    data: np.ndarray, voxel_size: float, multiple: int = 32, margin_mm: float = 0.0
-) -> Box:
+def head_box(data: np.ndarray, voxel_size: float, multiple: int = 32) -> Box:
     """Find the box around the head, or around the brain of a brain-extracted image.
 
-    The foreground (see `head_mask`) with `margin_mm` around it; of a long neck, what lies more
-    than `HEAD_HEIGHT_MM` below the top of the head is left out. The sides are then enlarged to
-    multiples of `multiple`. Empty voxels (0) around the image do not move the box.
+    The foreground (see `head_mask`); of a long neck, what lies more than `HEAD_HEIGHT_MM` below the
+    top of the head is left out. The sides are then enlarged to multiples of `multiple`. Empty
+    voxels (0) around the image do not move the box.
 
     Parameters
     ----------
     data : (X, Y, Z) float32, conformed grid, RAS+
     voxel_size : float, mm
     multiple : the network halves its input this many times over
-    margin_mm : float, mm, beyond the up to 3 mm that `head_mask` is too large on each side
 
     Returns
     -------
@@ -69,9 +66,8 @@ def head_box(
     inside = extract(data, Box(tuple(first - rim), tuple(last - first + 2 * rim)))
     low, high = (edge + first - rim for edge in bounds(head_mask(inside, voxel_size)))
     low, high = np.maximum(low, first), np.minimum(high, last)
-    margin = round(margin_mm / voxel_size)
     low[2] = max(low[2], high[2] - round(HEAD_HEIGHT_MM / voxel_size))
-    return enclose(low - margin, high + margin, data.shape, multiple)
+    return enclose(low, high, data.shape, multiple)
 
 
 def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple: int) -> Box:
@@ -122,9 +118,7 @@ def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
     sizes[0] = 0
     # Give back what opening took from the head's own tips (a gyrus, the nose), not other specks.
     mask = ndimage.binary_dilation(parts == sizes.argmax(), mask=bright[1:-1, 1:-1, 1:-1])
-    for axis, size in enumerate(data.shape):
-        mask = np.take(mask, np.arange(size) // step, axis=axis)
-    return mask
+    return mask[np.ix_(*(np.arange(size) // step for size in data.shape))]
 
 
 def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bids.layout import BIDSLayout
 
 LABEL = re.compile(r"[0-9a-zA-Z+]+")
+PARTICIPANT = re.compile(f"sub-{LABEL.pattern}")
+_MEANT = re.compile(r"(?i)sub(?:j|ject)?[\W_\d]")  # also Sub-01, sub_01, subject01
 DATABASE_FILE = "layout_index.sqlite"
 
 _QUERY_WORD = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
@@ -54,7 +56,7 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
 
 
 def participant_folders(bids_dir: Path) -> list[str]:
-    """Names of the ``sub-*`` folders that .bidsignore leaves, in natural order.
+    """Names of folders that are meant for a participant and not in .bidsignore, in natural order.
 
     Raises
     ------
@@ -64,15 +66,15 @@ def participant_folders(bids_dir: Path) -> list[str]:
     is_ignored = read_bidsignore(bids_dir)
     try:
         with os.scandir(bids_dir) as entries:
-            names = [e.name for e in entries if e.name.startswith("sub-") and e.is_dir()]
+            names = [e.name for e in entries if _MEANT.match(e.name) and e.is_dir()]
     except OSError as error:
         raise NoInputError(f"{bids_dir}: cannot list this directory: {error.strerror}.") from error
     return sorted((name for name in names if not is_ignored(f"{name}/")), key=natural_key)
 
 
 def list_participants(bids_dir: Path) -> list[str]:
-    """Labels of the `participant_folders`; one whose label is impossible is nobody's."""
-    return [name[4:] for name in participant_folders(bids_dir) if LABEL.fullmatch(name[4:])]
+    """Labels of the `participant_folders`; one with an impossible name is nobody's."""
+    return [name[4:] for name in participant_folders(bids_dir) if PARTICIPANT.fullmatch(name)]
 
 
 def read_bidsignore(bids_dir: Path) -> Callable[[str], bool]:

@@ -13,7 +13,7 @@ from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import FiltersError, NoInputError
 from bids_varaug.inputs.annex import MANY, datalad_command, is_absent
 from bids_varaug.inputs.layout import (
-    LABEL,
+    PARTICIPANT,
     filter_value,
     list_participants,
     natural_key,
@@ -34,16 +34,24 @@ OWN_SPACES = set("individual subject native orig scanner scanras anat acpc fsnat
                  "flair bold boldref func epi dwi asl pet".split())  # fmt: skip
 
 IGNORED = "left out by .bidsignore."
-MISNAMED = ("not processed: a label has letters and digits only, and a file the labels of its "
-            "folders. Rename these, or list them in .bidsignore.")  # fmt: skip
+BAD_FOLDER = ("not processed. Folders of participants are named sub-<label>, with only letters and "
+              "digits in the label. Rename them, or list them in .bidsignore.")  # fmt: skip
+BAD_FILE = ("not processed. File names consist of BIDS entities, with the sub- and ses- labels of "
+            "their folders. Rename them, or list them in .bidsignore.")  # fmt: skip
 TEMPLATE = ("left out: in a template space, volumes are not the person's. If it is the person's "
             "own space, name it space-individual.")  # fmt: skip
-CHUNK = "left out: a chunk is no whole head. To process it, filter on chunk (--bids-filter-file)."
-EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz] that passes the filters."
-SILENT = ""  # phase images lie beside magnitude images, and nobody expects them to be processed
+PART = "left out: part of a head. To process it, filter on chunk or hemi (--bids-filter-file)."
+DERIVED = "left out beside its raw image. To use it, filter on desc or space (--bids-filter-file)."
+PHASE = "left out: the phase, real or imaginary part of an image has no T1w contrast."
+EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz]."
 
 _ANAT_FILE = re.compile(r"sub-[^/]+/(ses-[^/]*/)?anat/[^/]+")
+_GOOD_FILE = re.compile(  # no entity twice; sub- and ses- as in the folders
+    r"(?!.*(_[a-z]+-).*\1)(sub-L)/(?:(ses-L)/)?anat/\2(?(3)_\3)"
+    r"(?:_(?!sub-|ses-)[a-z]+-L)*_T1w\.nii(?:\.gz)?".replace("L", "[0-9a-zA-Z+]+")
+)
 _ENDING = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
+_MADE = re.compile("_(?:space|desc)-[^_]+")
 # Entities that no T1w image has, or that each output sets itself.
 _DROPPED = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")
 
@@ -134,15 +142,16 @@ def find_scans(settings: Settings) -> Selection:
     wanted = _query(layouts, bids_dir, set(participants), filters) if filters else everything
     named = {normalize_label(label) for label in settings.participant_labels}
     folders = [] if named else participant_folders(bids_dir)
-    strange = [name for name in folders if not LABEL.fullmatch(name[4:])]
+    strange = [name for name in folders if not PARTICIPANT.fullmatch(name)]
     is_ignored = read_bidsignore(bids_dir)
     everything, left_out = _sort_out(everything, strange, filters, is_ignored)
+    cause = {path.partition("/")[0]: why for why, paths in left_out.items() for path in paths}
     if not everything:
         who = f"participant {some(participants, shown=MANY)}" if named else "any participant"
-        expected = f"{bids_dir}: no T1w image of {who}. Expected {EXPECTED.format('<label>')}"
-        raise NoInputError("\n".join([expected, *_explain(left_out)]))
-    with_ignored = {relative[4:].partition("/")[0] for relative in left_out[IGNORED]}
-    with_any = {scan.subject for scan in everything} | with_ignored
+        why = _explain(left_out) or [f"Expected {EXPECTED.format('<label>')}"]
+        raise NoInputError("\n".join([f"{bids_dir}: no T1w image of {who} can be used.", *why]))
+    with_any = {scan.subject for scan in everything}
+    with_any |= {relative[4:].partition("/")[0] for relative in left_out[IGNORED]}
     sessions = _existing_labels(
         settings.session_labels,
         {scan.session for scan in everything} - {None},
@@ -151,22 +160,24 @@ def find_scans(settings: Settings) -> Selection:
     )
     wanted = [scan for scan in wanted if not sessions or scan.session in sessions]
     wanted, left_out = _sort_out(wanted, strange, filters, is_ignored)
+    flags = ["--session-label"] * bool(sessions) + ["--bids-filter-file"] * bool(filters)
+    unmet = f"passes {' and '.join(flags)}."
     if not wanted:
-        none = f"{bids_dir}: none of the {len(everything)} T1w images passes --session-label and "
-        none += "--bids-filter-file. Loosen them."
-        raise FiltersError("\n".join([none, *_explain(left_out)]))
+        none = f"{bids_dir}: none of the {len(everything)} T1w image(s) {unmet} "
+        raise FiltersError("\n".join([f"{none}Loosen the selection.", *_explain(left_out)]))
     wanted.sort(key=lambda scan: (natural_key(scan.relative), scan.relative))
     scans, complaints = _split_available(bids_dir, wanted, not named)
     if not scans:
         raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *complaints]))
-    if misnamed := left_out.pop(MISNAMED):
-        complaints.append(f"{', '.join(misnamed)}: {MISNAMED}")
+    cause |= {f"sub-{scan.subject}": f"no usable T1w image {unmet}" for scan in everything}
+    for reason in (BAD_FOLDER, BAD_FILE):
+        if names := left_out.pop(reason, ()):
+            complaints.append(f"{', '.join(names)}: {reason}")
     # A participant who was named must not vanish silently because of a filter.
     with_wanted = {scan.subject for scan in wanted}
     without = [p for p in participants if p not in (with_wanted if p in named else with_any)]
-    for p in without:
-        reason = IGNORED if p in with_ignored else f"no {EXPECTED.format(p)}"
-        complaints.append(f"sub-{p}: {reason}")
+    complaints += [f"sub-{p}: {cause.get(f'sub-{p}', f'no {EXPECTED.format(p)}')}" for p in without]
+    left_out.pop(PHASE, None)  # beside magnitude images, and nobody expects them to be processed
     return Selection(tuple(scans), tuple(without), tuple(complaints), tuple(_explain(left_out)))
 
 
@@ -181,7 +192,7 @@ def select_participants(settings: Settings) -> list[str]:
     bids_dir, existing = settings.bids_dir, list_participants(settings.bids_dir)
     if not existing:
         none = f"{bids_dir}: no sub-<label> folder. Give the root of a BIDS dataset."
-        strange = {MISNAMED: participant_folders(bids_dir)}
+        strange = {BAD_FOLDER: participant_folders(bids_dir)}
         raise NoInputError("\n".join([none, *_explain(strange)]))
     wanted, excluded = settings.participant_labels, settings.exclude_participant_labels
     is_ignored = read_bidsignore(bids_dir)
@@ -243,24 +254,27 @@ def _sort_out(
 
     An image is left out for the first reason that its name tells, unless `filters` ask for it.
     """
-    chosen, left_out = [], defaultdict(list, {MISNAMED: [*misnamed]})
+    chosen, left_out = [], defaultdict(list, {BAD_FOLDER: [*misnamed]})
     for scan in scans:
-        *folders, _, name = scan.relative.split("/")
-        entities = dict(re.findall("_([a-z]+)-([^_]+)", name))
+        entities = dict(re.findall("_([a-z]+)-([^_]+)", scan.path.name))
         checks = {
             IGNORED: is_ignored(scan.relative),
-            MISNAMED: re.findall(r"(?:^|_)((?:sub|ses)-[0-9a-zA-Z+]+)(?=_)", name) != folders,
-            TEMPLATE: entities.get("space", "individual").lower() not in OWN_SPACES,
-            CHUNK: "chunk" in entities and "chunk" not in filters,
-            SILENT: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
+            BAD_FILE: not _GOOD_FILE.fullmatch(scan.relative),
+            TEMPLATE: entities.get("tpl", entities.get("space", "orig")).lower() not in OWN_SPACES,
+            PART: any(part in entities and part not in filters for part in ("chunk", "hemi")),
+            PHASE: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
         }
         reason = next((reason for reason, holds in checks.items() if holds), None)
         chosen.append(scan) if reason is None else left_out[reason].append(scan.relative)
-    return chosen, left_out
+    made = {scan.relative: _MADE.sub("", scan.prefix) for scan in chosen
+            if _MADE.search(scan.path.name)}  # fmt: skip
+    raw = {_ENDING.sub("", scan.path.name) for scan in chosen if scan.relative not in made}
+    left_out[DERIVED] = [relative for relative, source in made.items() if source in raw]
+    return [scan for scan in chosen if made.get(scan.relative) not in raw], left_out
 
 
 def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
-    return [f"{some(names, shown=MANY)}: {why}" for why, names in left_out.items() if why and names]
+    return [f"{some(names, shown=MANY)}: {reason}" for reason, names in left_out.items() if names]
 
 
 def _split_available(

@@ -66,7 +66,7 @@ def test_group_report_shows_hostile_names_as_text(tmp_path):
     rows = ["\t".join(["participant_id", "member", "age", "site", "volume", HOSTILE])]
     for person, age in enumerate(np.linspace(20, 80, 24)):
         for member in ("ieee", "mca01", "mca02"):
-            values = age * 10 + rng.normal(0, 20, 2)
+            values = age * 10 + rng.normal(0, 90, 2)
             rows.append(f"sub-{person:02d}\t{member}\t{age:.1f}\t{HOSTILE[:35]}{person % 2}\t"
                         f"{values[0]:.2f}\t{values[1]:.2f}")  # fmt: skip
     table = tmp_path / "table.tsv"

@@ -235,6 +235,14 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(request_for, bids_dir
         "sub-01/ses-a_old/anat/sub-01_ses-a_T1w.nii.gz",
         "sub-01/ses-pre-op/anat/sub-01_ses-pre-op_T1w.nii.gz",
         "sub-01/ses-/anat/sub-01_ses-_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-a_b_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-a-b_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-_T1w.nii.gz",
+        "sub-02/anat/sub-02__T1w.nii.gz",
+        "sub-02/anat/sub-02_Acq-a_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-a_acq-b_T1w.nii.gz",
+        "sub-02/anat/acq-a_sub-02_T1w.nii.gz",
     ],
 )
 def test_file_that_does_not_agree_with_its_folders_is_named_and_nobodys(
@@ -248,7 +256,10 @@ def test_file_that_does_not_agree_with_its_folders_is_named_and_nobodys(
     assert complaint.startswith(f"{name}: not processed")
 
 
-STRANGE = ("sub-01_copy", "sub-01-backup", "sub-02 (1)", "sub-control-03", "sub-")
+STRANGE = (
+    "sub-01_copy", "sub-01-backup", "sub-02 (1)", "sub-control-03", "sub-", "Sub-17", "sub_18",
+    "SUB-19", "sub20", "Sub 21", "subject-22", "subj_23",
+)  # fmt: skip
 
 
 def test_all_folders_with_impossible_labels_are_named_in_one_message(request_for, bids_dir):
@@ -256,11 +267,21 @@ def test_all_folders_with_impossible_labels_are_named_in_one_message(request_for
     for name in STRANGE:
         _touch(bids_dir / name / "anat" / f"{name}_T1w.nii.gz")
         _touch(bids_dir / name / "anat" / "sub-01_T1w.nii.gz")
+    for name in ("subjects", "subcortical", "submission"):
+        _touch(bids_dir / name / "sub-01_T1w.nii.gz")
     selection = find_scans(request_for())
     assert [scan.relative for scan in selection.scans] == before
     complaint, without = selection.complaints
-    assert all(name in complaint for name in STRANGE)
+    assert sorted(complaint.partition(": not processed. ")[0].split(", ")) == sorted(STRANGE)
     assert without.startswith("sub-03: no ")
+
+
+def test_folders_and_files_with_bad_names_have_a_message_each(request_for, bids_dir):
+    _touch(bids_dir / "Sub-17/anat/Sub-17_T1w.nii.gz")
+    _touch(bids_dir / "sub-02/anat/sub-01_T1w.nii.gz")
+    folder, file, _ = find_scans(request_for()).complaints
+    assert folder.startswith("Sub-17: not processed. Folders of ")
+    assert file.startswith("sub-02/anat/sub-01_T1w.nii.gz: not processed. File names ")
 
 
 def test_folders_with_impossible_labels_alone_are_named(tmp_path):
@@ -282,6 +303,7 @@ DERIVATIVES = [
     "sub-10/anat/sub-10_space-MNI152NLin6Asym_res-2_T1w.nii.gz",
     "sub-10/anat/sub-10_space-fsaverage_T1w.nii.gz",
     "sub-10/anat/sub-10_acq-x_space-StudyTemplate_T1w.nii",
+    "sub-10/anat/sub-10_tpl-MNI152_T1w.nii.gz",
 ]
 
 
@@ -315,16 +337,87 @@ def test_filters_that_leave_only_template_spaces_are_told(request_for, bids_dir,
         find_scans(request_for(bids_filters={"t1w": filters}))
 
 
-def test_chunks_of_a_head_are_left_out_unless_asked_for(request_for, bids_dir):
-    chunks = [f"sub-20/anat/sub-20_chunk-{n}_T1w.nii.gz" for n in (1, 2)]
+@pytest.mark.parametrize(("entity", "labels"), [("chunk", [1, 2]), ("hemi", ["L"])])
+def test_parts_of_a_head_are_left_out_unless_asked_for(request_for, bids_dir, entity, labels):
+    chunks = [f"sub-20/anat/sub-20_{entity}-{label}_T1w.nii.gz" for label in labels]
     for name in chunks:
         _touch(bids_dir / name)
     selection = find_scans(request_for(participant_labels=("10", "20")))
     assert [scan.relative for scan in selection.scans] == [FILES[8]]
     assert all(name in selection.notes[0] for name in chunks)
     assert selection.participants_without_t1w == ("20",)
-    asked = request_for(participant_labels=("20",), bids_filters={"t1w": {"chunk": [1, 2]}})
+    asked = request_for(participant_labels=("20",), bids_filters={"t1w": {entity: labels}})
     assert _found(asked) == chunks
+
+
+MADE = ["space-T1w_desc-brain", "space-orig_desc-preproc", "desc-x_res-2"]
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("acq", ["", "_acq-y_run-1"])
+def test_derivative_beside_its_raw_image_is_left_out(request_for, bids_dir, made, acq):
+    raw, derivative, other = (
+        f"sub-20/anat/sub-20{name}_T1w.nii.gz" for name in (acq, f"{acq}_{made}", f"_acq-z_{made}")
+    )
+    for name in (raw, derivative, other):
+        _touch(bids_dir / name)
+    selection = find_scans(request_for(participant_labels=("20",)))
+    assert {scan.relative for scan in selection.scans} == {raw, other}
+    assert selection.notes[0].startswith(f"{derivative}: left out beside its raw image.")
+    desc = made.partition("desc-")[2].partition("_")[0]
+    asked = request_for(participant_labels=("20",), bids_filters={"t1w": {"desc": desc}})
+    assert set(_found(asked)) == {derivative, other}
+
+
+def test_derivative_of_an_ignored_image_is_processed(request_for, bids_dir):
+    names = [f"sub-20/anat/sub-20{desc}_T1w.nii.gz" for desc in ("", "_desc-brain")]
+    for name in names:
+        _touch(bids_dir / name)
+    (bids_dir / ".bidsignore").write_text("sub-20_T1w.nii.gz\n")
+    assert _found(request_for(participant_labels=("20",))) == names[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("space-MNI152Lin", "left out: in a template space"),
+        ("chunk-1", "left out: part of a head"),
+        ("part-phase", "left out: the phase"),
+        ("acq-a_b", "not processed. File names"),
+    ],
+)
+@pytest.mark.parametrize("labels", [(), ("06", "10")])
+def test_participant_of_whom_all_is_left_out_is_told_why(
+    request_for, bids_dir, name, reason, labels
+):
+    _touch(bids_dir / f"sub-06/anat/sub-06_{name}_T1w.nii.gz")
+    selection = find_scans(request_for(participant_labels=labels))
+    assert "06" in selection.participants_without_t1w
+    assert any(told.startswith(f"sub-06: {reason}") for told in selection.complaints)
+    assert "filters" not in "".join(selection.complaints)
+    with pytest.raises(NoInputError, match=f"of participant 06 can be used.\n.*T1w.*: {reason}"):
+        find_scans(request_for(participant_labels=("06",)))
+
+
+FLAGS = {
+    "--session-label": {"session_labels": ("a",)},
+    "--bids-filter-file": {"bids_filters": {"t1w": {"acquisition": "x"}}},
+}
+
+
+@pytest.mark.parametrize("flags", [list(FLAGS), *([flag] for flag in FLAGS)])
+def test_only_flags_that_were_given_are_named(request_for, flags):
+    given = {name: value for flag in flags for name, value in FLAGS[flag].items()}
+    complaints = find_scans(request_for(participant_labels=("01", "02"), **given)).complaints
+    assert complaints == (f"sub-02: no usable T1w image passes {' and '.join(flags)}.",)
+
+
+def test_error_names_the_only_flag_that_was_given(request_for):
+    with pytest.raises(FiltersError, match=r"passes --bids-filter-file\. "):
+        find_scans(request_for(bids_filters={"t1w": {"acquisition": "none"}}))
+    filters = {"t1w": {"acquisition": None}}
+    with pytest.raises(FiltersError, match="passes --session-label and --bids-filter-file"):
+        find_scans(request_for(session_labels=("a",), bids_filters=filters))
 
 
 def test_images_that_differ_in_what_only_derivatives_have_do_not_collide(request_for, bids_dir):

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,6 +427,19 @@ def test_dry_run_writes_nothing(app, tmp_path, capsys):
     assert app(tmp_path / "out", "--dry-run") == 0
     assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_dry_run_ends_as_the_run_would(dataset, small_ensemble, linear, tmp_path, capsys):
+    bids_dir = shutil.copytree(dataset, tmp_path / "bids")
+    (bids_dir / "sub-03" / "anat").mkdir(parents=True)
+    app = Run(bids_dir, small_ensemble)
+    told, few = [], (*linear, "--members", "ieee")
+    for options in ((), ("--dry-run",)):
+        assert app(tmp_path / "out", *few, *options) == 1
+        told += re.findall("ERROR: .*", capsys.readouterr().err)
+    assert told[0] == told[1] and told[0].startswith("ERROR: sub-03: no ")
+    named = ("--participant-label", "01", "02", "--dry-run")
+    assert app(tmp_path / "out", *few, *named) == 0
 
 
 def test_reports_only_draws_the_same_report_again(finished, app):
