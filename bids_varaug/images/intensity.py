@@ -59,7 +59,7 @@ def standardise(raw: np.ndarray, negative: bool = False) -> np.ndarray:
 
 
 def _faces(data: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.take(data, end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    return np.concatenate([np.take(data, end, i).ravel() for i in range(3) for end in (0, -1)])
 
 
 def _constants(data: np.ndarray) -> np.ndarray:
