@@ -262,7 +262,7 @@ def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
 def _tables(
     request: ScanRequest, files: Intermediate, g: Geometry
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Tables of regions, with verdicts, and of members; for whom the limits of volume are."""
+    """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
         entropy_mean = arrays["entropy_mean"]

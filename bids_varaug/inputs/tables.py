@@ -74,7 +74,7 @@ def read_text_table(path: Path) -> TextTable:
     if wrong:
         raise TableError(
             f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is "
-            "damaged or truncated; write it anew, with one tab between fields and n/a for missing "
+            "damaged or truncated; write it again, with one tab between fields and n/a for missing "
             "values."
         )
     return TextTable(path, columns, [fields for _, fields in lines[1:]])
@@ -109,7 +109,7 @@ def check_shape(path: Path, columns: Sequence[str]) -> None:
         if count != len(columns) and line.strip(" \n\0"):
             raise TableError(
                 f"{path}: line {number} has {count} fields, the header {len(columns)}. The table "
-                "is damaged or truncated; write it anew, with n/a for missing values."
+                "is damaged or truncated; write it again, with n/a for missing values."
             )
 
 
@@ -150,7 +150,7 @@ def read_columns(
                 float_precision="round_trip",
             )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
-        raise TableError(f"{path}: damaged: {error}. Write it anew.") from error
+        raise TableError(f"{path}: damaged: {error}. Write it again.") from error
     if not len(table):
         raise TableError(f"{path}: has column names but no rows.")
     return table.rename(columns=dict(enumerate(columns)))

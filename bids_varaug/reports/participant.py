@@ -32,7 +32,7 @@ class ScanReport:
     regions : table as in ``desc-consensus_dseg.tsv`` (index, name, volume_mean, ...)
     members : table as in ``desc-members_morph.tsv`` (member, family, index, name, volume)
     warnings : sentences
-    limits : for whom the limits of volume are
+    limits : whose limits of volume apply
     provenance : what was done to this image, shown as a list of name and value
     """
 

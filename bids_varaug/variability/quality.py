@@ -278,7 +278,7 @@ def volume_limits(
 
 
 def describe_limits(age: float | None = None, sex: str | None = None) -> str:
-    """Say for whom the limits are.
+    """Describe whose limits of volume apply.
 
     Examples
     --------
