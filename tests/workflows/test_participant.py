@@ -207,7 +207,7 @@ def test_odd_images_are_measured_rightly_with_a_warning_or_refused(
     rewrite(write_t1w(bids_dir, "sub-twosizes"), plain, **two)
     rewrite(write_t1w(bids_dir, "sub-mirror"), plain, np.diag([-3.0, 3, 3, 1]),
             srow_x=[3, 0, 0, 0], qform_code=1, sform_code=1)  # fmt: skip
-    rewrite(write_t1w(bids_dir, "sub-wrapped"), (plain.astype(int) * 90).astype(np.int16))
+    rewrite(write_t1w(bids_dir, "sub-wrapped"), (plain.astype(int) * 55).astype(np.int16))
     rewrite(write_t1w(bids_dir, "sub-metre"), plain, np.diag([3e-3, 3e-3, 3e-3, 1]), xyzt_units=1)
     run = Run(bids_dir, small_ensemble)
     options = [*linear, "--members", "mca", "--skip-bids-validation"]
