@@ -53,12 +53,12 @@ def written(trace: Path, start: Path) -> set[Path]:
 
 def write_traced(strace: list[str], folder: Path, arguments: list[str]) -> set[Path]:
     """Run the app as a user who has set nothing, and return what it wrote."""
-    for name in ("home", "tmp", "trace"):
+    for name in ("home", "t", "trace"):  # a socket in t has a path of at most 107 bytes
         (folder / name).mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in CACHES}
     # Python's own bytecode is written when a package is installed.
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder / "home"),
-                    "TMPDIR": str(folder / "tmp")}  # fmt: skip
+                    "TMPDIR": str(folder / "t")}  # fmt: skip
     program = "import sys; from bids_varaug.cli.run import main; sys.exit(main())"
     done = subprocess.run(
         [*strace, "-o", str(folder / "trace" / "of"), sys.executable, "-c", program, *arguments],
@@ -83,8 +83,8 @@ def test_participant_level_writes_output_work_and_temporary_files_only(strace, a
     paths = write_traced(strace, tmp_path, arguments)
     assert out / "sub-02.html" in paths or any(p.parent == out for p in paths)
     assert {p.name for p in (work / "caches").iterdir()} == set(CACHES.values())
-    assert elsewhere(paths, out, work, tmp_path / "tmp") == set()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert elsewhere(paths, out, work, tmp_path / "t") == set()
+    assert list((tmp_path / "t").iterdir()) == []
 
 
 def test_group_level_writes_output_work_and_temporary_files_only(strace, bids, output, tmp_path):  # noqa: F811
@@ -93,12 +93,12 @@ def test_group_level_writes_output_work_and_temporary_files_only(strace, bids, o
                  "--augmentation", "mean"]  # fmt: skip
     paths = write_traced(strace, tmp_path, arguments)
     assert any(p.parent == output for p in paths)
-    assert elsewhere(paths, output, work, tmp_path / "tmp") == set()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert elsewhere(paths, output, work, tmp_path / "t") == set()
+    assert list((tmp_path / "t").iterdir()) == []
 
 
 def test_dry_run_writes_temporary_files_only(strace, app, tmp_path):
     paths = write_traced(strace, tmp_path, app.arguments(tmp_path / "out", "--dry-run"))
-    assert any(p.is_relative_to(tmp_path / "tmp") for p in paths)
-    assert elsewhere(paths, tmp_path / "tmp") == set()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert any(p.is_relative_to(tmp_path / "t") for p in paths)
+    assert elsewhere(paths, tmp_path / "t") == set()
+    assert list((tmp_path / "t").iterdir()) == []
