@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from multiprocessing import forkserver
 
 from bids_varaug.cli.settings import Settings
+from bids_varaug.errors import OutputError
 
 LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
 """Environment variable by which nipype's worker processes learn how much to log."""
@@ -20,6 +22,11 @@ def start_workers_server(settings: Settings) -> None:
     """Start the server, which takes seconds; without it, only tell the environment.
 
     A run that computes nothing, or not here, needs none.
+
+    Raises
+    ------
+    OutputError
+        If the temporary folder does not take its socket.
     """
     # Workers and jobs do not inherit nipype's configuration.
     os.environ[LOG_LEVEL] = log_level(settings)
@@ -29,7 +36,13 @@ def start_workers_server(settings: Settings) -> None:
         multiprocessing.set_forkserver_preload(
             ["bids_varaug.segmentation.member", "bids_varaug.workflows.interfaces"]
         )
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:  # a socket's path holds about 100 bytes
+            raise OutputError(
+                f"{tempfile.gettempdir()}: cannot make a socket for the workers there ({error}). "
+                "Set TMPDIR to a writable folder with a shorter path."
+            ) from error
 
 
 def stop_workers_server() -> None:

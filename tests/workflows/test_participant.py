@@ -502,6 +502,18 @@ def test_no_home_directory_is_needed(app, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_temporary_folder_with_a_long_path_is_named(app, tmp_path):
+    folder = tmp_path / ("x" * 100)  # no room for the name of a socket
+    folder.mkdir()
+    command = [sys.executable, "-c", "import sys; from bids_varaug.cli.run import main; "
+               "sys.exit(main())", *app.arguments(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(folder)}
+    )
+    assert done.returncode == 73
+    assert done.stderr.startswith("ERROR: ") and "Set TMPDIR" in done.stderr
+
+
 def test_main_process_does_not_wait_for_torch(app, tmp_path):
     code = (
         "import os, sys; from bids_varaug.cli.run import main\n"
