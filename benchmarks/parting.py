@@ -16,7 +16,7 @@ dice
 brain
     the same for the voxels called brain by both, as a share that got different labels.
 
-Run again, it goes on where it was.
+To resume, run the same command again.
 """
 
 from __future__ import annotations

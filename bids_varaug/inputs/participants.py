@@ -119,7 +119,7 @@ def read_people(
         A raw dataset; images are not looked at.
     age_column, sex_column, site_column : str
     require_age : False to read whoever is there, with or without age
-    only : participant (``sub-01``) of whom alone a table of sessions is read
+    only : read the table of sessions of this participant (``sub-01``) and of nobody else
 
     Raises
     ------
