@@ -25,9 +25,9 @@ from aseg import harmonise
 from members import Members
 from scipy import stats
 
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
-from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
 from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior

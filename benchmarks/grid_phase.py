@@ -20,9 +20,9 @@ import nibabel as nib
 import numpy as np
 from members import Members
 
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
-from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.training.monitor import PreparedHead
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bids_varaug.models.memory import keep_freed_memory
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.training.heads import load_heads

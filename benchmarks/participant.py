@@ -23,17 +23,17 @@ from pathlib import Path
 
 import torch
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.scans import find_scans
+from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.subject import ReportRequest, write_subject_report
 from bids_varaug.segmentation.average import average_grids
 from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.segmentation.member import crop_with_member, segment_with_member
 from bids_varaug.segmentation.summary import summarise_members
-from bids_varaug.threads import use_threads
+from bids_varaug.settings import Settings
 
 
 @contextmanager

@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bids_varaug.cli.train import with_steps
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE
-from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import write_tensors

@@ -1,12 +1,30 @@
-"""Errors that a user can act on: each names the file and says what to do."""
+"""Errors that a user can act on, and the exit codes they lead to.
+
+Each message names the file and says what to do.
+"""
 
 from __future__ import annotations
 
-from bids_varaug.cli.exit_codes import ExitCode
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the BIDS Apps execution specification (0 is success)."""
+
+    DONE = 0
+    SUBJECT_FAILED = 1
+    INVALID_BIDS = 16
+    UNKNOWN_LEVEL = 17
+    FILTERS_LEFT_NOTHING = 18
+    USAGE = 64
+    DATA_ERROR = 65
+    NO_INPUT = 66
+    CANNOT_CREATE = 73
+    CANNOT_WRITE = 74
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what and how.
+    """Something the user can fix; the message says what and how.
 
     The command line prints the message without a traceback and leaves with `exit_code`.
     """

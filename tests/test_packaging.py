@@ -102,8 +102,8 @@ def test_label_table_is_in_the_package(name):
 
 
 def test_shipped_ensemble_is_in_the_package_with_every_member():
-    from bids_varaug.cli.settings import Settings
     from bids_varaug.models.ensemble import load_ensemble
+    from bids_varaug.settings import Settings
 
     name = Settings(Path("/in"), Path("/out"), "participant", Path("/work")).ensemble
     ids = {member.id for member in load_ensemble(name).members}
@@ -172,7 +172,7 @@ def test_usage_page_describes_every_flag(module):
 
 
 def test_usage_page_lists_every_exit_code():
-    from bids_varaug.cli.exit_codes import ExitCode
+    from bids_varaug.errors import ExitCode
 
     section = read("docs/usage.md").partition("## Exit codes")[2].partition("\n## ")[0]
     listed = {int(n) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE)

@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import numba, torch
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.threads import use_threads
+from bids_varaug.machine import use_threads
 {before}
 with MonteCarloArithmetic(seed=1):
     torch.rand(100_000).sqrt()

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL, package_version
 from bids_varaug.errors import NoInputError, UserError
@@ -18,6 +17,7 @@ from bids_varaug.inputs.layout import natural_key
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.settings import Settings
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -6,7 +6,6 @@ Nothing heavy (torch, nipype, pybids, nibabel) is imported here, so that ``--hel
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bids_varaug.cli import values
-from bids_varaug.cli.exit_codes import ExitCode
-from bids_varaug.cli.places import check_places
-from bids_varaug.cli.settings import Settings
-from bids_varaug.errors import UsageError
+from bids_varaug.cli.paths import check_paths
+from bids_varaug.errors import ExitCode, UsageError
+from bids_varaug.machine import available_processors
+from bids_varaug.settings import Settings
 
 LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
@@ -316,7 +315,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     UsageError
         Exit code 64, or 17 (`UnknownLevelError`) for a level that does not exist.
     NoInputError, OutputError
-        As `check_places`.
+        As `check_paths`.
     SystemExit
         After ``--help`` and ``--version``.
     """
@@ -333,7 +332,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
             f"{given.level!r} is not a level of analysis: give {' or '.join(LEVELS)}."
         )
     work_dir = given.work_dir or Path.cwd() / "work"
-    check_places(given.bids_dir, given.output_dir, work_dir)
+    check_paths(given.bids_dir, given.output_dir, work_dir)
     nprocs = given.nprocs or available_processors()
     omp_nthreads = given.omp_nthreads or min(nprocs, MAX_DEFAULT_THREADS)
     if omp_nthreads > nprocs:
@@ -450,13 +449,6 @@ def _config_arguments(
     if action.nargs == "+":
         return [flag, *map(str, items)]
     return [f"{flag}={items[0]}"]
-
-
-def available_processors() -> int:
-    """Processors that this process may use (fewer than the machine has, under Slurm or docker)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _unique(names: Any) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
 from bids_varaug.inputs.scans import Scan
+from bids_varaug.machine import memory_bound
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.models.memory import memory_bound
+from bids_varaug.settings import Settings
 from bids_varaug.workflows.participant import WRITE_GB, node_name, segment_gb, work_gb
 from bids_varaug.workflows.plugins import runs_here
 

@@ -13,11 +13,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from bids_varaug.cli.exit_codes import ExitCode
 from bids_varaug.cli.parser import parse_settings
-from bids_varaug.cli.places import caches_below, keep_caches_below
-from bids_varaug.cli.settings import Settings
-from bids_varaug.errors import UserError
+from bids_varaug.cli.paths import caches_below, keep_caches_below
+from bids_varaug.errors import ExitCode, UserError
+from bids_varaug.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,13 +89,13 @@ def run_participants(settings: Settings) -> ExitCode:
     from bids_varaug.derivatives import names
     from bids_varaug.inputs.scans import find_scans, select_participants
     from bids_varaug.inputs.validation import validate_input
+    from bids_varaug.machine import resolve_device
     from bids_varaug.models.ensemble import (
         check_member,
         load_ensemble,
         round_inference,
         select_members,
     )
-    from bids_varaug.segmentation.device import resolve_device
     from bids_varaug.workflows.participant import suitable_grids
     from bids_varaug.workflows.plugins import check_plugin, configure_nipype
 

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.cli.exit_codes import ExitCode
-from bids_varaug.errors import UsageError, UserError
+from bids_varaug.errors import ExitCode, UsageError, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,9 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the label maps and train every member asked for."""
     import torch
 
-    from bids_varaug.models.memory import keep_freed_memory
-    from bids_varaug.segmentation.device import resolve_device
-    from bids_varaug.threads import use_threads
+    from bids_varaug.machine import keep_freed_memory, resolve_device, use_threads
     from bids_varaug.training.fleet import train_side_by_side
     from bids_varaug.training.heads import load_heads
     from bids_varaug.training.labels import find_label_table, load_scheme

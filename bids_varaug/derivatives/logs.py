@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.derivatives.write import write_text
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.reports.citation import Citation, cite
+from bids_varaug.settings import Settings
 
 
 def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:

@@ -13,7 +13,6 @@ import numba
 import numpy as np
 import pandas as pd
 
-from bids_varaug.compiled import compiled
 from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
@@ -30,6 +29,7 @@ from bids_varaug.images.crop import insert
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
+from bids_varaug.machine import compiled
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW

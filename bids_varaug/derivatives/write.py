@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bids_varaug.cli.exit_codes import ExitCode
-from bids_varaug.errors import OutputError
+from bids_varaug.errors import ExitCode, OutputError
 
 if TYPE_CHECKING:
     import nibabel as nib

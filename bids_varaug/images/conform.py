@@ -15,9 +15,9 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
-from bids_varaug.compiled import compiled
 from bids_varaug.images.affine import is_oblique, voxel_sizes
 from bids_varaug.images.load import Volume, load_t1w
+from bids_varaug.machine import compiled
 
 __all__ = ["Volume", "conform", "load_t1w", "to_native_scalar"]
 

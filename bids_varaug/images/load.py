@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from bids_varaug.errors import ScanError
 from bids_varaug.images.affine import choose_affine, voxel_sizes, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
-from bids_varaug.models.memory import GIB, memory_bound
+from bids_varaug.machine import GIB, memory_bound
 
 MAX_VOXELS = 400_000_000
 """More voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from bids_varaug.compiled import compiled
 from bids_varaug.images.conform import corner_of, native_to_conformed, place_of
 from bids_varaug.images.crop import Box, insert
+from bids_varaug.machine import compiled
 
 POSTERIOR_SCALE = 1 / 255
 """Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""

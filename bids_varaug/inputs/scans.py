@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import FiltersError, NoInputError
 from bids_varaug.inputs.annex import MANY, datalad_command, is_absent
 from bids_varaug.inputs.layout import (
@@ -23,6 +22,7 @@ from bids_varaug.inputs.layout import (
     read_bidsignore,
 )
 from bids_varaug.inputs.tables import some
+from bids_varaug.settings import Settings
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout

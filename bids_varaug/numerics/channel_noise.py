@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import bits_of, float_of, like
 from bids_varaug.numerics.last_rounding import finished
 from bids_varaug.numerics.noise import SMALL

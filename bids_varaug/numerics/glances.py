@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 
 _LARGE = 2**15  # voxels from which on every fourth of a line is enough
 _ROWS = 256  # that one task handles

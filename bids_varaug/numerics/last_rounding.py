@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import bits_of, float_of, like, size_of
 from bids_varaug.numerics.random_numbers import wide
 from bids_varaug.numerics.rules import DITHER, STOCHASTIC, Rule

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.accumulation import bridge
 from bids_varaug.numerics.channel_noise import HYPOTENUSE, perturb_rows
 from bids_varaug.numerics.glances import flat_view, row_energies

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import like
 from bids_varaug.numerics.last_rounding import Finish, dithered, gridded
 from bids_varaug.numerics.random_numbers import line_key, random_word, remixed, standard

@@ -14,7 +14,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import bits_of, float_of, like
 from bids_varaug.numerics.rules import Rule
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import like, size_of
 
 BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 510

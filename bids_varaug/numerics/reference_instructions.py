@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 
 IEEE, RR, PB, MCA, SR, UD, CESTAC = range(7)
 MODES = ("ieee", "rr", "pb", "mca", "sr", "ud", "cestac")  # in the order of the numbers above

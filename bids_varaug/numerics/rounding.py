@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from bids_varaug.machine import start_numba_threads
 from bids_varaug.numerics.operator_models import Context
 from bids_varaug.numerics.operators import Operator, operator_of
 from bids_varaug.numerics.perturb import round_
 from bids_varaug.numerics.rules import DIGITS, MODES, Rule
-from bids_varaug.threads import start_numba_threads
 
 ACCUMULATIONS = ("exact", "fast", "none")
 DEVICES = ("cpu", "cuda")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.numerics.bits import bits_of, float_of, like
 from bids_varaug.numerics.last_rounding import finish, finished
 from bids_varaug.numerics.perturb import perturb_

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
@@ -28,6 +27,7 @@ from bids_varaug.reports.participant import (
 )
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.reports.volume_plot import draw_volumes
+from bids_varaug.settings import Settings
 
 NO_VERDICTS = (
     "The table of structures has no verdicts, an older version wrote it: run without "

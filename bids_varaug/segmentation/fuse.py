@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.segmentation.streams import PosteriorReader, PosteriorWriter, check_same_box
 from bids_varaug.variability.maps import (
     FLOAT32_BITS,

@@ -12,9 +12,9 @@ import torch
 
 from bids_varaug.errors import ScanError
 from bids_varaug.images.geometry import Geometry
+from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
 from bids_varaug.models.load import load_member
-from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
 from bids_varaug.models.unet import UNet
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.grids import Offset, move_to_grid
@@ -22,7 +22,6 @@ from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.segmentation.shift import shift_posterior
-from bids_varaug.threads import use_threads
 
 Result = TypeVar("Result")
 

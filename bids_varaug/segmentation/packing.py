@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 
 # The step between probabilities near 1 in float32; of what is no larger nothing is kept.
 SMALLEST = np.float32(2**-23)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.segmentation.posterior import SparsePosterior
 
 

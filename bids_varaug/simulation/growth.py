@@ -24,7 +24,7 @@ from types import MappingProxyType
 import numpy as np
 from scipy import fft
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.simulation.warp import Warp
 
 FLUID = 24

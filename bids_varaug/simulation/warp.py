@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 
 SOLVING_SPACING = 2.0
 """mm: displacements are kept on a grid about this fine, since they are smooth."""

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from significantdigits import Error, Method, significant_digits
 
-from bids_varaug.compiled import compiled
+from bids_varaug.machine import compiled
 from bids_varaug.variability.maps import FLOAT32_BITS
 
 BASELINE_FAMILY = "ieee"

@@ -41,7 +41,6 @@ from bids_varaug.brainage.population import (
 )
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
@@ -52,6 +51,7 @@ from bids_varaug.reports.citation import cite_group
 from bids_varaug.reports.group import ComparedPipeline, GroupContent, write_group_report
 from bids_varaug.reports.group_applied import AppliedContent, cite_applied, write_applied_report
 from bids_varaug.reports.group_saved import load_content, save_content
+from bids_varaug.settings import Settings
 
 MODEL = "models/brainage.skops"
 REPORT_CONTENT = "group_brainage.json"  # in the folder of logs

@@ -10,12 +10,12 @@ from nipype import MapNode, Node, Workflow
 from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member, identify
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.segmentation.grids import GRIDS
+from bids_varaug.settings import Settings
 from bids_varaug.workflows.finished import finished_outputs
 from bids_varaug.workflows.interfaces import (
     AverageGrids,

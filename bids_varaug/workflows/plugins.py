@@ -19,9 +19,9 @@ from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.utils import filemanip
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
-from bids_varaug.models.memory import memory_bound
+from bids_varaug.machine import memory_bound
+from bids_varaug.settings import Settings
 from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
 from bids_varaug.workflows.workers import log_level
 

@@ -11,8 +11,8 @@ import signal
 import tempfile
 from multiprocessing import forkserver
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import OutputError
+from bids_varaug.settings import Settings
 
 LOG_LEVEL = "BIDS_VARAUG_NIPYPE_LEVEL"
 """Environment variable by which nipype's worker processes learn how much to log."""

@@ -8,8 +8,7 @@ from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.reliability import intraclass_correlation
 from bids_varaug.brainage.scoring import agreement_scores, bootstrap_interval, sign_flip_p_values
 from bids_varaug.brainage.study import AUGMENTATIONS, SCORE_COLUMNS
-from bids_varaug.cli.exit_codes import ExitCode
-from bids_varaug.errors import UserError
+from bids_varaug.errors import ExitCode, UserError
 from tests.brainage.cohorts import simulated_cohort
 
 QUICK = {"n_bootstrap": 200, "n_permutations": 200}

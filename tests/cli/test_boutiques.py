@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bids_varaug.cli import parser, values
-from bids_varaug.cli.exit_codes import ExitCode
+from bids_varaug.errors import ExitCode
 from tests.workflows.conftest import describe, small_ensemble, write_t1w
 
 __all__ = ["small_ensemble"]  # fixture

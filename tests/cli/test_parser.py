@@ -7,6 +7,7 @@ import pytest
 
 from bids_varaug.cli import parser
 from bids_varaug.errors import NoInputError, OutputError, UsageError
+from bids_varaug.machine import available_processors
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_defaults(places, tmp_path):
     assert settings.members == ("all",)
     assert settings.perturb_inference == 0
     assert settings.device == "auto"
-    assert settings.nprocs == parser.available_processors()
+    assert settings.nprocs == available_processors()
     assert settings.omp_nthreads == min(settings.nprocs, 8)
 
 

@@ -124,7 +124,7 @@ def test_steps_of_no_stage_are_refused(labels_dir, tmp_path, capsys, wrong):
 @pytest.mark.parametrize("asked", [1, None])
 def test_numba_gets_as_many_threads_as_torch(tmp_path, monkeypatch, asked):
     given = []
-    monkeypatch.setattr("bids_varaug.threads.use_threads", given.append)
+    monkeypatch.setattr("bids_varaug.machine.use_threads", given.append)
     flags = [] if asked is None else ["--omp-nthreads", str(asked)]
     assert main([str(tmp_path), str(tmp_path / "out"), *flags]) == 65
     assert given == [asked or torch.get_num_threads()]

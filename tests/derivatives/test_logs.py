@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.logs import settings_toml, write_logs
+from bids_varaug.settings import Settings
 
 if sys.version_info >= (3, 11):
     import tomllib

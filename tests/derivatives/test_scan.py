@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.derivatives.names import OUTPUTS
 from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
 from bids_varaug.images.crop import Box
@@ -18,6 +17,7 @@ from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior
+from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)
 SPREAD = ("entropy", "sigbits", "std", "unreliable_mask")

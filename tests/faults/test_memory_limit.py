@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import pytest
 
-from bids_varaug.models.memory import memory_bound
+from bids_varaug.machine import memory_bound
 
 MEMINFO = "MemTotal:       {total} kB\nMemFree:        1000 kB\nMemAvailable:   {free} kB\n"
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import FiltersError, NoInputError, OutputError, UsageError
 from bids_varaug.inputs import layout
 from bids_varaug.inputs.annex import datalad_command
 from bids_varaug.inputs.layout import list_participants
 from bids_varaug.inputs.scans import find_scans
+from bids_varaug.settings import Settings
 
 FILES = [
     "sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-01_T1w.nii.gz",

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.reports.subject import _shown_settings
+from bids_varaug.settings import Settings
 
 
 def test_settings_of_the_group_level_are_not_shown():

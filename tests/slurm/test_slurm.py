@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.settings import Settings
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
+from bids_varaug.settings import Settings
 from tests.slurm.conftest import MEMBERS
 from tests.workflows.test_participant import digests
 from tests.workflows.test_plugins import fail, give, kill_own_worker, run

@@ -16,8 +16,8 @@ from nipype import Node, Workflow
 from nipype.interfaces.utility import Function
 
 from bids_varaug.cli.run import _remove_work
-from bids_varaug.cli.settings import Settings
 from bids_varaug.errors import UsageError
+from bids_varaug.settings import Settings
 from bids_varaug.workflows.interfaces import Conform
 from bids_varaug.workflows.participant import node_name
 from bids_varaug.workflows.plugins import (

@@ -1,18 +1,26 @@
-"""Memory: how much this process may use, and keeping what was freed.
+"""The machine's resources: processors, threads, devices, memory, and compiled code.
 
-Freed memory is kept by the C library so that large tensors are not zeroed anew by the kernel.
+torch and numba are imported where they are needed: the command line must not wait for them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from bids_varaug.errors import UsageError
+
+DRIVER = "libcuda.so.1"
+"""Shared library that comes with NVIDIA's driver, not with torch, which opens it by this name."""
+AMD_DEVICE = "/dev/kfd"
 
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
@@ -23,6 +31,99 @@ _release: threading.Timer | None = None
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def available_processors() -> int:
+    """Processors that this process may use (fewer than the machine has, under Slurm or docker)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def use_threads(n: int) -> None:
+    """Let torch and numba's parallel loops use `n` threads each; they never run at once."""
+    import numba
+    import torch
+
+    start_numba_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(n)
+
+
+@cache
+def start_numba_threads() -> None:
+    """Start numba's threads now, and leave torch the number that it has.
+
+    Both use OpenMP: as numba starts, at its first parallel loop, it sets the number of threads
+    for the whole process, to one for each processor. The bits of a training step depend on that
+    number, and a job on a cluster may have fewer.
+    """
+    import numba
+    import torch
+
+    before = torch.get_num_threads()
+    numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(before)
+
+
+def compiled(**options) -> Callable:
+    """Like ``numba.njit(cache=True, **options)``, but works where no cache can be written.
+
+    In a read-only container without a home directory numba raises while it looks for a place for
+    its cache; the kernel is then compiled again in each process (seconds, same result).
+
+    Examples
+    --------
+    >>> @compiled()
+    ... def twice(x):
+    ...     return 2 * x
+    >>> twice(4)
+    8
+    """
+    import numba
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # "cannot cache function: no locator available"
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+def resolve_device(wanted: str) -> str:
+    """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N.
+
+    Raises
+    ------
+    UsageError
+        If a GPU is asked for and this machine or this torch has none.
+    """
+    # torch takes seconds to import, and the main process needs it for nothing else.
+    if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
+        return "cpu"
+    if not re.fullmatch(r"auto|cuda(:\d+)?", wanted):
+        raise UsageError(f"--device {wanted}: use auto, cpu, cuda or cuda:N.")
+    import torch
+
+    if wanted == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    number = int(wanted.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {wanted}: torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) "
+            "here. Use --device cpu, or install a CUDA build of torch and check nvidia-smi."
+        )
+    return f"cuda:{number}"
+
+
+def _has_driver() -> bool:
+    """Whether a GPU's driver is there, without which torch can use none."""
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return os.path.exists(AMD_DEVICE)  # torch for ROCm calls its devices "cuda" too
+    return True
 
 
 class MemoryBound(NamedTuple):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.models.memory import keep_freed_memory
+from bids_varaug.machine import keep_freed_memory
 
 CODE = """
 import resource, sys, time
 import numpy as np
-from bids_varaug.models.memory import keep_freed_memory, release_freed_memory
+from bids_varaug.machine import keep_freed_memory, release_freed_memory
 
 def held():
     pages = int(open("/proc/self/statm").read().split()[1])

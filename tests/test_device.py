@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from bids_varaug import machine
 from bids_varaug.errors import UsageError
-from bids_varaug.segmentation import device
-from bids_varaug.segmentation.device import resolve_device
+from bids_varaug.machine import resolve_device
 
 A_LIBRARY = "libc.so.6"
 
@@ -15,8 +15,8 @@ def gpus(monkeypatch):
     """Let torch see some GPUs, with a driver or without."""
 
     def pretend(n: int, driver: str = A_LIBRARY) -> None:
-        monkeypatch.setattr(device, "DRIVER", driver)
-        monkeypatch.setattr(device, "AMD_DEVICE", "/there/is/none")
+        monkeypatch.setattr(machine, "DRIVER", driver)
+        monkeypatch.setattr(machine, "AMD_DEVICE", "/there/is/none")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
 
@@ -37,7 +37,7 @@ def test_without_a_driver_torch_is_not_asked(gpus, monkeypatch):
     gpus(1, driver="libno-such-driver.so.1")
     assert resolve_device("auto") == "cpu"
     assert resolve_device("cuda") == "cuda:0"  # asked for by name: torch has the last word
-    monkeypatch.setattr(device, "AMD_DEVICE", "/dev/null")
+    monkeypatch.setattr(machine, "AMD_DEVICE", "/dev/null")
     assert resolve_device("auto") == "cuda:0"
 
 

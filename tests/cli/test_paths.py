@@ -1,11 +1,11 @@
-"""Where caches go; what check_places refuses is tested with the command line."""
+"""Where caches go; what check_paths refuses is tested with the command line."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.places import CACHES, keep_caches_below, name_kernels
+from bids_varaug.cli.paths import CACHES, keep_caches_below, name_kernels
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def test_kernels_of_another_version_have_another_cache(tmp_path):
     (tmp_path / "numerics").mkdir()
     inner, outer, other = (tmp_path / "numerics" / f"{name}.py" for name in "abc")
     for path in (inner, outer):
-        path.write_text("from bids_varaug.compiled import compiled\n")
+        path.write_text("@compiled()\n")
     other.write_text("x = 1\n")
     before = name_kernels(tmp_path)
     other.write_text("x = 2\n")
     assert name_kernels(tmp_path) == before
-    inner.write_text("from bids_varaug.compiled import compiled  # changed\n")
+    inner.write_text("@compiled()  # changed\n")
     assert name_kernels(tmp_path) != before
 
 

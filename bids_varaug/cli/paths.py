@@ -42,12 +42,12 @@ def name_kernels(package: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         text = path.read_bytes()
-        if b"bids_varaug.compiled import" in text:
+        if b"@compiled(" in text:
             digest.update(text)
     return digest.hexdigest()[:12]
 
 
-def check_places(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     """Refuse directories that would lose or mix up data.
 
     The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do.
