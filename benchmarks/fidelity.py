@@ -4,9 +4,9 @@
         [--images PATH] [--repeats 16] [--quick] [--output fidelity.tsv]
 
 Runs torch operators, forward and backward, under `MonteCarloArithmetic` with one seed per repeat,
-and the same operators under `numerics.reference`, which rounds after each multiplication and each
-addition; then a small U-Net from end to end. Prints Markdown tables and writes a TSV with more
-columns. One thread.
+and the same operators under `tests/numerics/reference.py`, which rounds after each multiplication
+and each addition; then a small U-Net from end to end. Prints Markdown tables and writes a TSV with
+more columns. One thread.
 
 For each result of each operator:
 
@@ -41,16 +41,19 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import fidelity_cases
 import numba
 import numpy as np
 import scipy
 import torch
+
+from bids_varaug.numerics.rounding import MonteCarloArithmetic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the reference lies with the tests
+import fidelity_cases
 from fidelity_cases import Case, Images, all_cases, reference_network, small_network
 
-from bids_varaug.numerics import reference, reference_instructions
-from bids_varaug.numerics.reference import Arithmetic
-from bids_varaug.numerics.rounding import MonteCarloArithmetic
+from tests.numerics import reference, reference_instructions
+from tests.numerics.reference import Arithmetic
 
 KEPT = 4096  # elements of a result whose spread is looked at, at most
 NETWORK_TOLERANCE = {"exact": 0.5, "fast": 1.0}  # bits

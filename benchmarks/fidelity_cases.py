@@ -20,8 +20,8 @@ from nilearn.datasets import load_mni152_template
 
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network, fold, unfold
-from bids_varaug.numerics import reference
-from bids_varaug.numerics.reference import Arithmetic
+from tests.numerics import reference
+from tests.numerics.reference import Arithmetic
 
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]

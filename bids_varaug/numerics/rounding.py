@@ -39,7 +39,14 @@ class MonteCarloArithmetic(TorchDispatchMode):
     Parameters
     ----------
     mode : "rr", "pb", "mca", "sr" or "ud"
-        Which arithmetic; `reference.Arithmetic` defines them.
+        What an instruction returns for its exact result x, whose unit in the last place at the
+        virtual precision is u (Parker 1997, Monte Carlo Arithmetic, UCLA CSD-970002):
+
+        - rr, random rounding: ``x + u xi``, xi uniform in (-1/2, 1/2), rounded to the format;
+        - pb, precision bounding: each operand is perturbed like that, the result is rounded;
+        - mca: both;
+        - sr, stochastic rounding: one of the two neighbours of x on the grid of u, unbiased;
+        - ud, up-down: x rounded to the grid, then one u up or down with equal odds.
     precision : virtual precision t in bits, at least 2; None: that of each tensor's format
     seed : 0 or more; names the stream of random numbers
     accumulation : "exact", "fast" or "none"
@@ -71,12 +78,13 @@ class MonteCarloArithmetic(TorchDispatchMode):
     happens to be exact for its operands, such as 1.0 + 2.0, is not recognised.
 
     *Sums.* Convolutions, matrix products, sums, means, variances, norms, normalisations, softmax
-    and their gradients carry the error of all their partial sums, in the order of
-    `reference`, whatever order torch's own kernels take. With "exact" the energy of the terms is
-    computed for each element (a second convolution of squares); with "fast" it is estimated on a
-    coarse grid; both are scaled to agree with all partial sums of a sample of elements. With
-    "none", each element of a result is rounded once. What is not in this list (gradients of
-    unusual layers, scatter_add, cumulative sums, linear algebra) is one rounding per element.
+    and their gradients carry the error of all their partial sums, first to last (or in `lanes`
+    interleaved sums that are added pairwise), whatever order torch's own kernels take. With
+    "exact" the energy of the terms is computed for each element (a second convolution of squares);
+    with "fast" it is estimated on a coarse grid; both are scaled to agree with all partial sums of
+    a sample of elements. With "none", each element of a result is rounded once. What is not in this
+    list (gradients of unusual layers, scatter_add, cumulative sums, linear algebra) is one rounding
+    per element.
 
     *Formats.* float32 and float64 are computed at the virtual precision t. Results in float16 and
     bfloat16, also those of autocast, are rounded once, at t or the format's own 11 or 8 bits,

@@ -22,7 +22,7 @@ DITHER, STOCHASTIC, UP_DOWN = range(3)
 
 @dataclass(frozen=True)
 class Rule:
-    r"""How instructions of one format round; see `reference.Arithmetic` for the modes.
+    r"""How instructions of one format round; see `MonteCarloArithmetic` for the modes.
 
     Variances are in units of the squared ulp at the virtual precision, ``4^(e-t)`` for a result
     ``m 2^e`` with 0.5 <= \\|m\\| < 1.

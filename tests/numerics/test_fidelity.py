@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bids_varaug.numerics import MonteCarloArithmetic, reference
-from bids_varaug.numerics.reference import Arithmetic
+from bids_varaug.numerics import MonteCarloArithmetic
+from tests.numerics import reference
+from tests.numerics.reference import Arithmetic
 
 SEEDS = 28
 WITHIN = {"exact": (0.8, 1.25), "fast": (0.5, 2.0)}

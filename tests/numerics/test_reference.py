@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bids_varaug.numerics import reference
-from bids_varaug.numerics.reference import Arithmetic
+from tests.numerics import reference
+from tests.numerics.reference import Arithmetic
 
 F32, F64 = np.dtype("float32"), np.dtype("float64")
 DIGITS = {F32: 24, F64: 53}

@@ -21,8 +21,8 @@ from itertools import product
 
 import numpy as np
 
-from bids_varaug.numerics import reference_instructions as instructions
-from bids_varaug.numerics.reference_instructions import MODES
+from tests.numerics import reference_instructions as instructions
+from tests.numerics.reference_instructions import MODES
 
 # Format: bits of the significand, exponent of the smallest subnormal number
 FORMATS = {np.dtype("float32"): (24, -149), np.dtype("float64"): (53, -1074)}
