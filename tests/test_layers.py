@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bids_varaug"
 # Section 2 of the design. Segmentation counts votes with the pure functions of variability, the
 # trainer watches real images with segmentation, and brain age reads and writes as derivatives do.
 ORDER = (
-    "errors", "settings", "machine", "inputs", "images", "numerics", "models", "variability",
-    "segmentation", "training", "simulation", "derivatives", "brainage", "reports", "workflows",
-    "cli",
+    "errors", "settings", "machine", "locks", "inputs", "images", "numerics", "models",
+    "variability", "segmentation", "training", "simulation", "derivatives", "brainage", "reports",
+    "workflows", "cli",
 )  # fmt: skip
 # To be removed one by one: (module, folder after its own).
 KNOWN = {("models/weights.py", "derivatives"), ("derivatives/logs.py", "reports")}

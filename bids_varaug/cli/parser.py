@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
 MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
+NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 
 
 class UnknownLevelError(UsageError):
@@ -41,9 +43,6 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Print the version, which is looked up only when it is asked for."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from bids_varaug.derivatives.sidecars import package_version
 
@@ -52,254 +51,137 @@ class _Version(argparse.Action):
 
 
 def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
-    """Parser of all flags; without the positional arguments it reads configuration files."""
+    """Parser of all flags; without the positional arguments it reads configuration files.
+
+    Each flag's `dest` is a field of `Settings`, which gives its default unless one stands here.
+    """
     parser = _Parser(
         prog="bids_varaug",
-        description="Segment T1w images with a numerical ensemble, map its disagreement "
-        "(participant), and predict age with it (group).",
+        description="Segment T1w images with a numerical ensemble and map where its members "
+        "disagree (participant); predict age from the volumes (group).",
         epilog="Flags may be spelled with underscores too (--participant_label).",
         allow_abbrev=False,
     )
+    parser.set_defaults(**{f.name: f.default for f in fields(Settings) if f.default != MISSING})
     if positionals:
-        parser.add_argument("bids_dir", type=values.absolute_path, help="input BIDS dataset")
-        parser.add_argument(
-            "output_dir",
-            type=values.absolute_path,
-            help="derivatives; not inside BIDS_DIR except below BIDS_DIR/derivatives/",
-        )
-        parser.add_argument(
-            "level",
-            metavar="{participant,group}",
-            help="level of the analysis: segment images, or predict age from what that left",
-        )
-    _add_selection(parser)
-    _add_ensemble(parser)
-    _add_resources(parser)
-    _add_running(parser)
-    _add_group_level(parser)
+        _add_positionals(parser)
+    _add_selection(parser.add_argument_group("images"))
+    _add_ensemble(parser.add_argument_group("ensemble"))
+    _add_resources(parser.add_argument_group("computing"))
+    _add_running(parser.add_argument_group("running"))
+    _add_group_level(parser.add_argument_group("group level"))
     return parser
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which images")
-    label = {"nargs": "+", "metavar": "LABEL", "default": []}
-    group.add_argument(
-        "--participant-label",
-        type=values.participant_label,
-        help="participants to process, with or without sub- (default: all)",
-        **label,
-    )
-    group.add_argument(
-        "--exclude-participant-label",
-        type=values.participant_label,
-        help="participants to leave out",
-        **label,
-    )
-    group.add_argument(
-        "--session-label",
-        "--session-id",
-        type=values.session_label,
-        help="sessions to process, with or without ses- (default: all)",
-        **label,
-    )
-    group.add_argument(
-        "--bids-filter-file",
-        type=values.existing_file,
-        metavar="JSON",
-        help='pybids filters in the nipreps form: {"t1w": {"acquisition": null}}',
-    )
-    group.add_argument(
-        "--bids-database-dir",
-        type=values.absolute_path,
-        metavar="DIR",
-        help="pybids database: read where there is one, else made for these participants",
-    )
-    group.add_argument(
-        "--skip-bids-validation", action="store_true", help="do not check that BIDS_DIR is valid"
-    )
-    group.add_argument(
-        "--trust",
-        choices=("sform", "qform"),
-        help="which form of the header to use where the two contradict each other (default: that "
-        "of the scanner, with a warning)",
-    )
+# fmt: off
+def _add_positionals(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bids_dir", type=values.absolute_path, help="input BIDS dataset")
+    add("output_dir", type=values.absolute_path,
+        help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
+    add("level", metavar="{participant,group}",
+        help="level of the analysis: segment images, or predict age from the volumes")
 
 
-def _add_ensemble(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the ensemble")
-    group.add_argument(
-        "--ensemble",
-        type=values.ensemble,
-        metavar="NAME|DIR",
-        default="aseg31",
-        help="shipped ensemble, or the folder of one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--members",
-        type=values.member_names,
-        nargs="+",
-        metavar="NAME",
-        default=[("all",)],
-        help="families (mca, seed, ieee), single members such as mca01, or all (default: all)",
-    )
-    group.add_argument(
-        "--n-members", type=values.positive_int, metavar="N", help="the first N of each family"
-    )
-    group.add_argument(
-        "--perturb-inference",
-        type=values.rounded_members,
-        metavar="N",
-        default=0,
-        help="run the baseline N times (0 to 99) under random rounding too, as members rr01, "
-        "rr02, ... (default: %(default)s)",
-    )
-    group.add_argument(
-        "--grids",
-        choices=("auto", "1", "2", "4", "8"),
-        default="auto",
-        help="on how many grids, a voxel apart, the baseline segments the image; its posteriors "
-        "are averaged, and those of the other members moved by what that changes, so that volumes "
-        "depend less on where the head lies. auto: 4 where the members share a trunk, else and "
-        "with --sloppy 1 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--write-members", action="store_true", help="write the labels of each member too"
-    )
-    group.add_argument(
-        "--random-seed",
-        type=values.seed,
-        metavar="N",
-        default=0,
-        help="seed of the random rounding of --perturb-inference, all that the participant level "
-        "draws; group level: of folds, noise and resampling (default: %(default)s)",
-    )
-    group.add_argument(
-        "--sloppy", action="store_true", help="2 mm and two members: for tests and demos only"
-    )
+def _add_selection(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    labels = {"nargs": "+", "metavar": "LABEL"}
+    add("--participant-label", dest="participant_labels", type=values.participant_label, **labels,
+        help="participants to process, with or without sub- (default: all)")
+    add("--exclude-participant-label", dest="exclude_participant_labels",
+        type=values.participant_label, **labels, help="participants to leave out")
+    add("--session-label", "--session-id", dest="session_labels", type=values.session_label,
+        **labels, help="sessions to process, with or without ses- (default: all)")
+    add("--bids-filter-file", dest="bids_filters", type=values.existing_file, metavar="JSON",
+        help='pybids filters as in fMRIPrep: {"t1w": {"acquisition": null}}')
+    add("--bids-database-dir", type=values.absolute_path, metavar="DIR",
+        help="pybids database; created for these participants if it does not exist")
+    add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
+    add("--trust", choices=("sform", "qform"),
+        help="orientation to use where sform and qform contradict each other (default: the "
+        "scanner's, with a warning)")
 
 
-def _add_resources(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("computing")
-    group.add_argument(
-        "--device",
-        type=values.device,
-        metavar="auto|cpu|cuda[:N]",
-        default="auto",
-        help="auto (default) takes a GPU where there is one",
-    )
-    group.add_argument(
-        "--nprocs", type=values.positive_int, metavar="N", help="processors (default: available)"
-    )
-    group.add_argument(
-        "--omp-nthreads",
-        type=values.positive_int,
-        metavar="N",
-        help=f"threads of one task (default: --nprocs, at most {MAX_DEFAULT_THREADS})",
-    )
-    group.add_argument(
-        "--mem", type=values.memory_gb, metavar="8G", help="memory limit: 8G, 8000M, 8 (= 8G)"
-    )
-    group.add_argument(
-        "--use-plugin",
-        "--nipype-plugin-file",
-        type=values.existing_file,
-        metavar="YML",
-        help="nipype plugin settings",
-    )
+def _add_ensemble(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--ensemble", type=values.ensemble, metavar="NAME|DIR",
+        help="a shipped ensemble, or the folder of one (default: %(default)s)")
+    add("--members", type=values.member_names, nargs="+", metavar="NAME",
+        help="families (mca, seed, ieee), single members such as mca01, or all (default: all)")
+    add("--n-members", type=values.positive_int, metavar="N",
+        help="use the first N members of each family")
+    add("--perturb-inference", type=values.rounded_members, metavar="N",
+        help="also run the baseline N times (0 to 99) with random rounding, as members rr01, "
+        "rr02, ... (default: %(default)s)")
+    add("--grids", choices=("auto", "1", "2", "4", "8"), default="auto",
+        help="number of grids, shifted by one voxel, on which the baseline segments the image. Its "
+        "posteriors are averaged and those of the other members corrected likewise: volumes "
+        "then depend less on the position of the head. auto: 4 if the members share a trunk; 1 "
+        "otherwise and with --sloppy (default: %(default)s)")
+    add("--write-members", action="store_true", help="also write the labels of each member")
+    add("--random-seed", type=values.seed, metavar="N",
+        help="seed of --perturb-inference, the only random numbers of the participant level; "
+        "group level: seed of folds, noise and resampling (default: %(default)s)")
+    add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "-w",
-        "--work-dir",
-        type=values.absolute_path,
-        metavar="DIR",
-        default=None,
-        help="intermediate results; give the same again to resume (default: ./work)",
-    )
-    for flag, text in (
-        ("--clean-workdir", "remove the work of an image once it is written, the rest at the end"),
-        ("--dry-run", "show what would be done and stop"),
-        ("--reports-only", "write the reports anew from existing outputs"),
-        ("--stop-on-first-crash", "stop everything when one image fails"),
-        ("--notrack", "accepted and without effect: there is no telemetry"),
-    ):
-        group.add_argument(flag, action="store_true", help=text)
-    group.add_argument(
-        "--config-file",
-        type=values.existing_file,
-        metavar="TOML",
-        help="defaults of any flag, one 'flag = value' a line; the command line wins",
-    )
-    group.add_argument(
-        "-v", "--verbose", action="count", default=0, help="nipype's messages (-vv: all of them)"
-    )
-    group.add_argument("--version", action=_Version, help="show the version and exit")
+def _add_resources(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", type=values.device, metavar="auto|cpu|cuda[:N]", default="auto",
+        help="where the networks run; auto uses a GPU if there is one (default: %(default)s)")
+    add("--nprocs", type=values.positive_int, metavar="N", default=None,
+        help="number of processors (default: all available)")
+    add("--omp-nthreads", type=values.positive_int, metavar="N", default=None,
+        help=f"threads per task (default: --nprocs, at most {MAX_DEFAULT_THREADS})")
+    add("--mem", dest="mem_gb", type=values.memory_gb, metavar="8G",
+        help="memory limit: 8G, 8000M, 8 (= 8G) (default: 90 %% of what is available)")
+    add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=values.existing_file,
+        metavar="YML", help="nipype plugin settings (default: MultiProc)")
 
 
-def _add_group_level(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("group level")
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-w", "--work-dir", type=values.absolute_path, metavar="DIR",
+        help="intermediate results; to resume, pass the same folder (default: ./work)")
+    add("--clean-workdir", action="store_true",
+        help="remove intermediate results: an image's once it is written, the rest at the end")
+    add("--dry-run", action="store_true", help="show what would be done and stop")
+    add("--reports-only", action="store_true", help="rewrite the reports from existing outputs")
+    add("--stop-on-first-crash", action="store_true", help="stop everything when one image fails")
+    add("--notrack", action="store_true", help="accepted for compatibility, without effect: "
+        "there is no telemetry")
+    add("--config-file", type=values.existing_file, metavar="TOML",
+        help="default values of flags, one 'flag = value' per line; the command line wins")
+    add("-v", "--verbose", dest="verbosity", action="count",
+        help="show nipype's messages (-vv: all of them)")
+    add("--version", action=_Version, nargs=0, help="show the version and exit")
+
+
+def _add_group_level(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     for name in ("age", "site", "sex"):
-        group.add_argument(
-            f"--{name}-column",
-            metavar="NAME",
-            default=name,
-            help="column of participants.tsv (default: %(default)s)",
-        )
-    group.add_argument(
-        "--brainage-model",
-        choices=BRAINAGE_MODELS,
-        default="auto",
-        help="regression; auto chooses within the training folds (default: %(default)s)",
-    )
-    group.add_argument(
-        "--augmentation",
-        choices=AUGMENTATIONS,
-        default="all",
-        help="how the members serve, beside none; all compares each with the controls jitter and "
-        "shuffled (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cv-folds",
-        type=values.folds,
-        metavar="N",
-        default=5,
-        help="folds of the cross-validation, grouped by participant (default: %(default)s)",
-    )
-    group.add_argument(
-        "--features-table",
-        type=values.existing_file,
-        metavar="TSV",
-        help="features made elsewhere, one row per participant and member",
-    )
-    group.add_argument(
-        "--relative-to",
-        choices=RELATIVE_TO,
-        help="what volumes are divided by (default: brain, the sum of the structures; none for "
-        "--features-table)",
-    )
-    group.add_argument(
-        "--asymmetries", action="store_true", help="left-right asymmetries as further features"
-    )
-    group.add_argument(
-        "--log-volumes", action="store_true", help="logarithms of volumes in place of volumes"
-    )
-    group.add_argument(
-        "--apply-model",
-        type=values.existing_file,
-        metavar="FILE",
-        help="predict ages with a model fitted before (models/brainage.skops); fit nothing",
-    )
-    group.add_argument(
-        "--compare",
-        type=values.named_path,
-        nargs="+",
-        metavar="NAME=DIR",
-        default=[],
-        help="another pipeline's repeated runs: FreeSurfer stats folders, a members table, or a "
-        "table of minimum Dice (.csv)",
-    )
+        add(f"--{name}-column", metavar="NAME",
+            help="column of participants.tsv (default: %(default)s)")
+    add("--brainage-model", choices=BRAINAGE_MODELS,
+        help="regression model; auto selects one within the training folds (default: %(default)s)")
+    add("--augmentation", choices=AUGMENTATIONS,
+        help="how the members augment the training data, compared with none; all compares each "
+        "way with the controls jitter and shuffled too (default: %(default)s)")
+    add("--cv-folds", type=values.folds, metavar="N",
+        help="folds of the cross-validation, grouped by participant (default: %(default)s)")
+    add("--features-table", type=values.existing_file, metavar="TSV",
+        help="features from another tool, one row per participant and member")
+    add("--relative-to", choices=RELATIVE_TO,
+        help="what to divide volumes by (default: brain, the sum of the structures; none with "
+        "--features-table)")
+    add("--asymmetries", action="store_true", help="add left-right asymmetries to the features")
+    add("--log-volumes", action="store_true", help="use logarithms of volumes")
+    add("--apply-model", type=values.existing_file, metavar="FILE",
+        help="predict ages with a saved model (models/brainage.skops); fit nothing")
+    add("--compare", type=values.named_path, nargs="+", metavar="NAME=DIR",
+        help="repeated runs of another pipeline to compare with: FreeSurfer stats folders, a "
+        "members table, or a table of minimum Dice (.csv)")
+# fmt: on
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -329,61 +211,25 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given = parser.parse_args(argv)
     if given.level not in LEVELS:
         raise UnknownLevelError(
-            f"{given.level!r} is not a level of analysis: give {' or '.join(LEVELS)}."
+            f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}."
         )
-    work_dir = given.work_dir or Path.cwd() / "work"
-    check_paths(given.bids_dir, given.output_dir, work_dir)
-    nprocs = given.nprocs or available_processors()
-    omp_nthreads = given.omp_nthreads or min(nprocs, MAX_DEFAULT_THREADS)
-    if omp_nthreads > nprocs:
+    given.work_dir = given.work_dir or Path.cwd() / "work"
+    check_paths(given.bids_dir, given.output_dir, given.work_dir)
+    given.nprocs = given.nprocs or available_processors()
+    given.omp_nthreads = given.omp_nthreads or min(given.nprocs, MAX_DEFAULT_THREADS)
+    if given.omp_nthreads > given.nprocs:
         raise UsageError(
-            f"--omp-nthreads {omp_nthreads} is more than --nprocs {nprocs}: no task could start."
+            f"--omp-nthreads {given.omp_nthreads} is more than --nprocs {given.nprocs}: no task "
+            "could start."
         )
-    return Settings(
-        bids_dir=given.bids_dir,
-        output_dir=given.output_dir,
-        level=given.level,
-        work_dir=work_dir,
-        participant_labels=_unique(given.participant_label),
-        exclude_participant_labels=_unique(given.exclude_participant_label),
-        session_labels=_unique(given.session_label),
-        bids_filters=(
-            values.read_bids_filters(given.bids_filter_file) if given.bids_filter_file else {}
-        ),
-        bids_database_dir=given.bids_database_dir,
-        skip_bids_validation=given.skip_bids_validation,
-        trust=given.trust,
-        ensemble=given.ensemble,
-        members=_unique(name for names in given.members for name in names),
-        n_members=given.n_members,
-        perturb_inference=given.perturb_inference,
-        grids=0 if given.grids == "auto" else int(given.grids),
-        write_members=given.write_members,
-        device=given.device,
-        nprocs=nprocs,
-        omp_nthreads=omp_nthreads,
-        mem_gb=given.mem,
-        plugin=values.read_plugin(given.use_plugin) if given.use_plugin else None,
-        clean_workdir=given.clean_workdir,
-        random_seed=given.random_seed,
-        sloppy=given.sloppy,
-        dry_run=given.dry_run,
-        reports_only=given.reports_only,
-        stop_on_first_crash=given.stop_on_first_crash,
-        verbosity=given.verbose,
-        age_column=given.age_column,
-        site_column=given.site_column,
-        sex_column=given.sex_column,
-        brainage_model=given.brainage_model,
-        augmentation=given.augmentation,
-        cv_folds=given.cv_folds,
-        features_table=given.features_table,
-        relative_to=given.relative_to,
-        asymmetries=given.asymmetries,
-        log_volumes=given.log_volumes,
-        apply_model=given.apply_model,
-        compare=_unique(given.compare),
-    )
+    given.bids_filters = values.read_bids_filters(given.bids_filters) if given.bids_filters else {}
+    given.plugin = values.read_plugin(given.plugin) if given.plugin else None
+    given.members = (name for names in given.members for name in names.split(","))
+    given.grids = 0 if given.grids == "auto" else int(given.grids)
+    for name in ("participant_labels", "exclude_participant_labels", "session_labels", "members",
+                 "compare"):  # fmt: skip
+        setattr(given, name, _unique(getattr(given, name)))
+    return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 
 
 def dash_flag(argument: str) -> str:
@@ -399,7 +245,7 @@ def dash_flag(argument: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Defaults of flags from a TOML file: names of flags without ``--``, dashes or underscores.
+    """Values from a TOML file, by `dest`: names of flags without ``--``, dashes or underscores.
 
     Raises
     ------
@@ -418,39 +264,32 @@ def read_config(path: Path) -> dict[str, Any]:
     parser = build_parser(positionals=False)
     actions = parser._option_string_actions
     arguments: list[str] = []
-    dests = []
     for name, value in table.items():
         flag = dash_flag(f"--{name}")
-        if flag not in actions or flag in ("--help", "--version", "--config-file"):
+        if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
-        dests.append(actions[flag].dest)
-        arguments += _config_arguments(path, name, flag, actions[flag], value)
+        arguments += _as_arguments(flag, value, actions[flag])
     try:
         given = vars(parser.parse_args(arguments))
     except UsageError as error:
         raise UsageError(f"--config-file {path}: {error}") from error
-    return {dest: given[dest] for dest in dests}
+    return {dest: given[dest] for dest in (actions[dash_flag(f"--{n}")].dest for n in table)}
 
 
-def _config_arguments(
-    path: Path, name: str, flag: str, action: argparse.Action, value: Any
-) -> list[str]:
-    """Command line arguments that say what a line of a configuration file says."""
-    is_switch = isinstance(action, argparse._StoreTrueAction)
-    is_count = isinstance(action, argparse._CountAction)
-    if is_switch and isinstance(value, bool):
-        return [flag] if value else []
-    if is_count and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10:
+def _as_arguments(flag: str, value: Any, action: argparse.Action) -> list[str]:
+    """Command line arguments that say what a line of a configuration file says.
+
+    A value of the wrong kind becomes arguments that the parser refuses.
+    """
+    if isinstance(value, bool):
+        return [] if action.nargs == 0 and not value else [flag]
+    if isinstance(action, argparse._CountAction) and value in range(10):
         return [flag] * value
-    items = value if isinstance(value, list) and action.nargs == "+" else [value]
-    simple = all(isinstance(i, (str, int, float)) and not isinstance(i, bool) for i in items)
-    if is_switch or is_count or not simple or not items:
-        raise UsageError(f"--config-file {path}: {name} = {value!r} is not a value of {flag}.")
-    if action.nargs == "+":
-        return [flag, *map(str, items)]
-    return [f"{flag}={items[0]}"]
+    if isinstance(value, list) and action.nargs == "+":
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
 
 
-def _unique(names: Any) -> tuple[str, ...]:
+def _unique(names: Iterable[Any]) -> tuple[Any, ...]:
     """Names in the order given, each once."""
     return tuple(dict.fromkeys(names))

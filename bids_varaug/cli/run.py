@@ -162,7 +162,7 @@ def _print_plan(scans, members) -> None:
 def _segment(settings: Settings, scans, ensemble, members) -> bool:
     """Segment what no other process works on now; return whether every scan succeeded."""
     from bids_varaug.derivatives import names
-    from bids_varaug.workflows.locks import hold_participants
+    from bids_varaug.locks import hold_participants
 
     folders = (names.logs(settings.output_dir), settings.work_dir)
     with hold_participants({scan.subject for scan in scans}, folders) as held:

@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bids_varaug.errors import UsageError
@@ -26,50 +26,40 @@ def session_label(text: str) -> str:
     return normalize_label(text, "ses")
 
 
-def member_names(text: str) -> tuple[str, ...]:
-    """Families or ids of members; commas separate several.
-
-    Examples
-    --------
-    >>> member_names("mca,seed01")
-    ('mca', 'seed01')
-    """
-    names = tuple(name for name in text.split(",") if name)
-    if not names or not all(re.fullmatch(r"[0-9a-zA-Z]+", name) for name in names):
+def member_names(text: str) -> str:
+    """Families or ids of members; commas separate several."""
+    if not re.fullmatch(r"[0-9a-zA-Z]+(,[0-9a-zA-Z]+)*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01"
         )
-    return names
+    return text
 
 
-def positive_int(text: str) -> int:
-    """Whole number from 1."""
-    return _whole_number(text, 1)
+def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
+    """Return what reads a whole number from `low` to `high`.
+
+    Examples
+    --------
+    >>> whole_number(1)("3")
+    3
+    """
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return number
+
+    return read
 
 
-def seed(text: str) -> int:
-    """Whole number from 0 that fits 32 bits."""
-    return _whole_number(text, 0)
-
-
-def rounded_members(text: str) -> int:
-    """Whole number from 0 to 99."""
-    return _whole_number(text, 0, 99)
-
-
-def folds(text: str) -> int:
-    """Whole number from 2."""
-    return _whole_number(text, 2)
-
-
-def _whole_number(text: str, low: int, high: int = 2**32 - 1) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-    return number
+positive_int = whole_number(1)
+seed = whole_number(0)
+rounded_members = whole_number(0, 99)
+folds = whole_number(2)
 
 
 def memory_gb(text: str) -> float:
@@ -101,11 +91,11 @@ def absolute_path(text: str) -> Path:
 
 
 def named_path(text: str) -> tuple[str, Path]:
-    """``NAME=PATH`` of a file or folder that is there; the name becomes part of file names."""
+    """``NAME=PATH`` of an existing file or folder; the name becomes part of file names."""
     name, equals, path = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9]+", name):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: give NAME=DIR, the name of letters and digits, e.g. freesurfer=/data/fs"
+            f"{text!r}: use NAME=DIR with a name of letters and digits, e.g. freesurfer=/data/fs"
         )
     found = absolute_path(path)
     if not found.exists():
@@ -114,7 +104,7 @@ def named_path(text: str) -> tuple[str, Path]:
 
 
 def existing_file(text: str) -> Path:
-    """Absolute path of a file that is there."""
+    """Absolute path of an existing file."""
     path = absolute_path(text)
     if not os.path.isfile(path):  # Path.is_file raises where a parent folder may not be entered
         raise argparse.ArgumentTypeError(f"{path}: no such file")
@@ -136,7 +126,7 @@ def read_bids_filters(path: Path) -> dict[str, dict]:
 
     Notes
     -----
-    Queries other than ``t1w`` are kept and have no effect, so that one file serves several tools.
+    Queries other than ``t1w`` are kept and have no effect: one file serves several tools.
     """
     flag = f"--bids-filter-file {path}"
     try:
@@ -151,7 +141,7 @@ def read_bids_filters(path: Path) -> dict[str, dict]:
         raise UsageError(f'{flag}: expected a form like {{"t1w": {{"session": "01"}}}}.')
     for name in filters:
         if name != "t1w" and difflib.get_close_matches(name.lower(), ["t1w"], cutoff=0.75):
-            raise UsageError(f"{flag}: unknown query {name!r}; T1w images are chosen under 't1w'.")
+            raise UsageError(f"{flag}: unknown query {name!r}. The query for T1w images is 't1w'.")
     return filters
 
 

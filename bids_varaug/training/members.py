@@ -17,6 +17,7 @@ import torch
 
 from bids_varaug import __version__
 from bids_varaug.errors import UsageError, UserError
+from bids_varaug.locks import file_lock
 from bids_varaug.models.ensemble import (
     BASELINE,
     MANIFEST,
@@ -36,7 +37,6 @@ from bids_varaug.training.labels import LabelScheme
 from bids_varaug.training.recipe import Recipe
 from bids_varaug.training.synthesis import Randomiser
 from bids_varaug.training.train import StepReport, layer_format, train
-from bids_varaug.training.turns import take_turns
 
 _ID = re.compile(r"(ieee|mca\d{2}|seed\d{2})")
 MANIFEST_LOCK = "manifest.lock"
@@ -135,7 +135,7 @@ class Workshop:
     def train_member(self, plan: Plan) -> UNet:
         """Train one member (or finish, or load it from its checkpoint)."""
         network = build_network(self.recipe.network, plan.seed).to(self.device)
-        with take_turns(self.checkpoints / f"{plan.id}.lock"):
+        with file_lock(self.checkpoints / f"{plan.id}.lock"):
             return train(
                 network, self.heads, self.randomiser, self.recipe, plan.seed,
                 self.checkpoints / f"{plan.id}.safetensors", plan.arithmetic,
@@ -168,7 +168,7 @@ def train_ensemble(workshop: Workshop, name: str, ids: Iterable[str]) -> Ensembl
     for member_id in unfinished(ensemble, ids):
         plan = plan_member(member_id)
         member = workshop.write_member(plan, workshop.train_member(plan))
-        with take_turns(workshop.checkpoints / MANIFEST_LOCK):
+        with file_lock(workshop.checkpoints / MANIFEST_LOCK):
             ensemble = _with_those_there(ensemble)
             others = tuple(m for m in ensemble.members if m.id != member_id)
             ensemble = replace(ensemble, members=tuple(sorted((*others, member), key=_order)))
@@ -206,7 +206,7 @@ def calibrate_ensemble(workshop: Workshop, heads: Sequence[Head], names: Sequenc
         return ensemble
     found = calibrate(ensemble, heads, workshop.randomiser)
     note = asdict(found) | {"label_maps": list(names), "members_sha256": weights}
-    with take_turns(workshop.checkpoints / MANIFEST_LOCK):
+    with file_lock(workshop.checkpoints / MANIFEST_LOCK):
         ensemble = _load_there(workshop.directory)
         training = ensemble.training | {"calibration": note}
         ensemble = replace(ensemble, temperature=found.temperature, training=training)

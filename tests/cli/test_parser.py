@@ -328,6 +328,7 @@ def test_command_line_wins_over_config_file(places, config):
         ("config-file = 'x'", "unknown flag"),
         ("help = true", "unknown flag"),
         ("[section]\nmem = 8", "unknown flag 'section'"),
+        ("verbose = 1000", "verbose"),
         ("sloppy = 'yes'", "sloppy"),
         ("mem = true", "mem"),
         ("mem = ['1G', '2G']", "mem"),

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from bids_varaug.errors import UserError
+from bids_varaug.locks import file_lock
 from bids_varaug.training.fleet import train_side_by_side
-from bids_varaug.training.turns import take_turns
 
 MODULE = """
 import sys, time
@@ -48,15 +48,15 @@ def test_turns_are_taken_between_processes_and_freed_by_a_kill(tmp_path):
     held = tmp_path / "held"
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from bids_varaug.training.turns import take_turns\n"
-        f"with take_turns(Path({str(tmp_path / 'lock')!r})):\n"
+        "from bids_varaug.locks import file_lock\n"
+        f"with file_lock(Path({str(tmp_path / 'lock')!r})):\n"
         f"    Path({str(held)!r}).touch()\n    time.sleep(60)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", script])
     got = threading.Event()
 
     def wait_for_it():
-        with take_turns(tmp_path / "lock"):
+        with file_lock(tmp_path / "lock"):
             got.set()
 
     try:
