@@ -1,4 +1,4 @@
-"""The machine's resources: processors, threads, devices, memory, and compiled code.
+"""The machine's resources: processors, threads, devices, memory, compiled code and its caches.
 
 torch and numba are imported where they are needed: the command line must not wait for them.
 """
@@ -6,6 +6,7 @@ torch and numba are imported where they are needed: the command line must not wa
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,9 @@ from bids_varaug.errors import UsageError
 DRIVER = "libcuda.so.1"
 """Shared library that comes with NVIDIA's driver, not with torch, which opens it by this name."""
 AMD_DEVICE = "/dev/kfd"
+
+CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
+"""Environment variable -> folder of a cache; deno runs the validator."""
 
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
@@ -89,6 +94,39 @@ def compiled(**options) -> Callable:
             return numba.njit(**options)(function)
 
     return decorate
+
+
+def caches_below(work_dir: Path) -> Path:
+    """Folder of what may be removed at any time, and is shared by the runs with this ``-w``."""
+    return work_dir / "caches"
+
+
+def keep_caches_below(work_dir: Path) -> None:
+    """Have compiled kernels and lists of fonts kept in the work directory, for this process.
+
+    Otherwise they are written to the home or the installed package, which may be read-only or
+    another user's. Variables that the user has set stay as they are. Before numba and matplotlib
+    are imported: they look at these variables once.
+    """
+    for variable, name in CACHES.items():
+        place = caches_below(work_dir) / name
+        if name == "numba":
+            place /= name_kernels(Path(str(files("bids_varaug"))))
+        os.environ.setdefault(variable, str(place))
+
+
+def name_kernels(package: Path) -> str:
+    """Name a package's compiled kernels by the text of the modules that hold them.
+
+    numba compiles a kernel again when its own module has changed, but not when only one that it
+    calls in another module has: after an upgrade, a work directory would go on with the old one.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        if b"@compiled(" in text:
+            digest.update(text)
+    return digest.hexdigest()[:12]
 
 
 def resolve_device(wanted: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.paths import keep_caches_below
+from bids_varaug.machine import keep_caches_below
 
 ROOT = Path(__file__).resolve().parents[1]
 # One for all: a run of the app would otherwise compile anew in each work directory.

@@ -1,50 +1,12 @@
-"""Directories of a run: where it may read, write and clean up."""
+"""Directories of a run: where it may read and write."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from importlib.resources import files
 from pathlib import Path
 
 from bids_varaug.errors import NoInputError, OutputError, UsageError
-
-CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
-"""Environment variable -> folder of a cache; deno runs the validator."""
-
-
-def caches_below(work_dir: Path) -> Path:
-    """Folder of what may be removed at any time, and is shared by the runs with this ``-w``."""
-    return work_dir / "caches"
-
-
-def keep_caches_below(work_dir: Path) -> None:
-    """Have compiled kernels and lists of fonts kept in the work directory, for this process.
-
-    Otherwise they are written to the home or the installed package, which may be read-only or
-    another user's. Variables that the user has set stay as they are. Before numba and matplotlib
-    are imported: they look at these variables once.
-    """
-    for variable, name in CACHES.items():
-        place = caches_below(work_dir) / name
-        if name == "numba":
-            place /= name_kernels(Path(str(files("bids_varaug"))))
-        os.environ.setdefault(variable, str(place))
-
-
-def name_kernels(package: Path) -> str:
-    """Name a package's compiled kernels by the text of the modules that hold them.
-
-    numba compiles a kernel again when its own module has changed, but not when only one that it
-    calls in another module has: after an upgrade, a work directory would go on with the old one.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        text = path.read_bytes()
-        if b"@compiled(" in text:
-            digest.update(text)
-    return digest.hexdigest()[:12]
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:

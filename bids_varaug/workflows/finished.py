@@ -1,4 +1,4 @@
-"""Scans that need no work directory any more: what is known of one after its steps are removed."""
+"""``--clean-workdir``: what is known of an image after its steps are removed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def record_finished(request: ScanRequest, outputs: Sequence[Path], folder: Path)
     outputs : derivatives of the scan; sidecars of the same names are noted too
     folder : of the step "write"
     """
-    sidecars = (_sidecar(path) for path in outputs)
+    sidecars = (path.with_name(path.name.partition(".")[0] + ".json") for path in outputs)
     files = [*outputs, *(path for path in sidecars if path.is_file())]
-    digests = {str(path): sha256_of(path) for path in files}
-    record = {"Request": _text_of(request), "Outputs": [str(p) for p in outputs], "SHA256": digests}
+    record = {
+        "Request": _text_of(request),
+        "Outputs": [str(path) for path in outputs],
+        "SHA256": {str(path): sha256_of(path) for path in files},
+    }
     write_json(record, folder / RECORD)
 
 
@@ -49,7 +52,7 @@ def finished_outputs(request: ScanRequest, scan_folder: Path) -> list[str] | Non
             return None
         return list(record["Outputs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, or not whole: the steps run
+        return None  # absent or damaged: the steps run
 
 
 def _text_of(request: ScanRequest) -> str:
@@ -60,7 +63,3 @@ def _text_of(request: ScanRequest) -> str:
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
         scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name.partition(".")[0] + ".json")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from nipype.interfaces.base import (
     BaseInterfaceInputSpec,
+    Bunch,
     File,
     InputMultiPath,
     SimpleInterface,
@@ -20,42 +19,42 @@ from nipype.interfaces.base import (
 from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
+from bids_varaug.images.geometry import Geometry
 from bids_varaug.workflows.finished import record_finished
-from bids_varaug.workflows.workers import LOG_LEVEL
 
-# Workers import this module before they run their first node.
-logging.getLogger("nipype.workflow").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
+# Torch takes seconds to import: what needs it is imported in the worker that runs the step.
 
 
 class _Step(SimpleInterface):
-    """A step that shows at once what a user can mend; its node then fails."""
+    """A step that shows at once what a user can fix; its node then fails."""
 
-    def _run_interface(self, runtime):
+    def _run_interface(self, runtime: Bunch) -> Bunch:
         try:
             self._results |= self._step(Path(runtime.cwd))
-        except UserError as error:
-            print(f"ERROR: {error}", file=sys.stderr, flush=True)
-            raise
-        except (OSError, SafetensorError) as error:
-            # Outputs have errors of their own; this is the work directory, full as a rule.
-            print(
-                f"ERROR: {runtime.cwd}: cannot read or write the work directory ({error}). Free "
-                "some space there or give -w another place; the same -w goes on from here.",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise
-        except (MemoryError, RuntimeError) as error:
-            # torch has no error of its own for this on the CPU.
-            if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                print(
-                    f"ERROR: {runtime.cwd}: not enough memory for this step ({error}). Give more "
-                    "memory, or run fewer steps at once (--nprocs); the same -w goes on from here.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        except Exception as error:
+            if message := explain(error, runtime.cwd):
+                print(f"ERROR: {message}", file=sys.stderr, flush=True)
             raise
         return runtime
+
+
+def explain(error: Exception, folder: str) -> str | None:
+    """Return what a user can do about the error of a step in `folder`; None of a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError | SafetensorError):
+        # Outputs have errors of their own; this is the work directory, full as a rule.
+        return (
+            f"{folder}: cannot read or write the work directory ({error}). Free some space there "
+            "and resume with the same -w, or choose another -w."
+        )
+    # torch has no error of its own for this on the CPU.
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return (
+            f"{folder}: not enough memory for this step ({error}). Provide more memory, or run "
+            "fewer steps at once (--nprocs), and resume with the same -w."
+        )
+    return None
 
 
 class _ConformInput(BaseInterfaceInputSpec):
@@ -70,11 +69,11 @@ class _HeadOutput(TraitedSpec):
     geometry_file = File(exists=True, desc="grids and box, JSON")
 
 
-def _save_head(folder: Path, head: np.ndarray, geometry) -> dict:
-    files = {"head_file": folder / "head.npy", "geometry_file": folder / "geometry.json"}
-    np.save(files["head_file"], head)
-    geometry.save(files["geometry_file"])
-    return {name: str(path) for name, path in files.items()}
+def _save_head(folder: Path, head: np.ndarray, geometry: Geometry) -> dict[str, str]:
+    head_file, geometry_file = folder / "head.npy", folder / "geometry.json"
+    np.save(head_file, head)
+    geometry.save(geometry_file)
+    return {"head_file": str(head_file), "geometry_file": str(geometry_file)}
 
 
 class Conform(_Step):
@@ -82,19 +81,19 @@ class Conform(_Step):
 
     input_spec, output_spec = _ConformInput, _HeadOutput
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.images.prepare import prepare_head
 
+        inputs = self.inputs
         head, geometry = prepare_head(
-            Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple,
-            self.inputs.trust,
-        )  # fmt: skip
+            Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust
+        )
         for doubt in geometry.warnings:
-            print(f"WARNING: {self.inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
+            print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
         return _save_head(folder, head, geometry)
 
 
-class _SegmentInput(BaseInterfaceInputSpec):
+class _MemberInput(BaseInterfaceInputSpec):
     head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
     # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
     member = traits.Any(mandatory=True, desc="models.ensemble.Member")
@@ -105,7 +104,7 @@ class _SegmentInput(BaseInterfaceInputSpec):
     num_threads = traits.Int(1, usedefault=True, nohash=True)
 
 
-class _LocateInput(_SegmentInput):
+class _LocateInput(_MemberInput):
     geometry_file = File(exists=True, mandatory=True)
 
 
@@ -114,40 +113,40 @@ class LocateBrain(_Step):
 
     input_spec, output_spec = _LocateInput, _HeadOutput
 
-    def _step(self, folder: Path) -> dict:
-        from bids_varaug.images.geometry import Geometry
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.segmentation.member import crop_with_member
 
+        inputs = self.inputs
         head, geometry = crop_with_member(
-            np.load(self.inputs.head_file), Geometry.load(Path(self.inputs.geometry_file)),
-            self.inputs.ensemble, self.inputs.member, self.inputs.device, self.inputs.num_threads,
+            np.load(inputs.head_file), Geometry.load(Path(inputs.geometry_file)), inputs.ensemble,
+            inputs.member, inputs.device, inputs.num_threads,
         )  # fmt: skip
         return _save_head(folder, head, geometry)
 
 
-class _SegmentMemberInput(_SegmentInput):
+class _SegmentInput(_MemberInput):
     offset = traits.Any(desc="of the grid to segment on, see segmentation.grids; absent: none")
     shift_file = File(exists=True, desc="what several grids add, safetensors")
 
 
-class _SegmentOutput(TraitedSpec):
+class _PosteriorOutput(TraitedSpec):
     posterior_file = File(exists=True, desc="sparse posterior, safetensors")
 
 
 class SegmentMember(_Step):
     """Segment a head with one member."""
 
-    input_spec, output_spec = _SegmentMemberInput, _SegmentOutput
+    input_spec, output_spec = _SegmentInput, _PosteriorOutput
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.segmentation.member import segment_with_member
 
-        path = folder / f"{self.inputs.member.id}.safetensors"
-        offset = self.inputs.offset if isdefined(self.inputs.offset) else (0, 0, 0)
-        shift = Path(self.inputs.shift_file) if isdefined(self.inputs.shift_file) else None
+        inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
+        offset = inputs.offset if isdefined(inputs.offset) else (0, 0, 0)
+        shift = Path(inputs.shift_file) if isdefined(inputs.shift_file) else None
         segment_with_member(
-            np.load(self.inputs.head_file), self.inputs.ensemble, self.inputs.member, path,
-            self.inputs.device, self.inputs.num_threads, offset, shift,
+            np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device,
+            inputs.num_threads, offset, shift,
         )  # fmt: skip
         return {"posterior_file": str(path)}
 
@@ -158,25 +157,23 @@ class _AverageInput(BaseInterfaceInputSpec):
     n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.grids.GRIDS")
 
 
-class _AverageOutput(TraitedSpec):
-    posterior_file = File(exists=True, desc="mean posterior, on the first grid, safetensors")
-    shift_file = File(exists=True, desc="that minus the first, safetensors")
+class _AverageOutput(_PosteriorOutput):
+    shift_file = File(exists=True, desc="mean minus the posterior on the first grid, safetensors")
 
 
 class AverageGrids(_Step):
-    """Average the posteriors of one member on several grids."""
+    """Average the posteriors of one member on several grids; the mean is on the first grid."""
 
     input_spec, output_spec = _AverageInput, _AverageOutput
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.segmentation.average import average_grids
         from bids_varaug.segmentation.grids import GRIDS
         from bids_varaug.segmentation.member import describe_member
 
-        paths = [Path(file) for file in self.inputs.posterior_files]
-        mean, shift = folder / f"{self.inputs.member.id}.safetensors", folder / "shift.safetensors"
-        note = describe_member(self.inputs.member)
-        average_grids(paths, GRIDS[self.inputs.n_grids], mean, shift, note)
+        member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
+        mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
+        average_grids(list(paths), GRIDS[self.inputs.n_grids], mean, shift, describe_member(member))
         return {"posterior_file": str(mean), "shift_file": str(shift)}
 
 
@@ -196,17 +193,15 @@ class FuseMembers(_Step):
 
     input_spec, output_spec = _FuseInput, _FuseOutput
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.segmentation.summary import summarise_members
 
-        files = {name: folder / f"{name}.npz" for name in ("maps", "counts")}
-        mean = folder / "mean.safetensors"
-        summary = summarise_members(
-            [Path(f) for f in self.inputs.posterior_files], self.inputs.families, mean
-        )
-        np.savez(files["maps"], **summary.maps)
-        np.savez(files["counts"], **summary.counts)
-        return {"mean_file": str(mean)} | {f"{k}_file": str(v) for k, v in files.items()}
+        mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
+        paths = [Path(file) for file in self.inputs.posterior_files]
+        summary = summarise_members(paths, self.inputs.families, mean)
+        np.savez(maps, **summary.maps)
+        np.savez(counts, **summary.counts)
+        return {"mean_file": str(mean), "maps_file": str(maps), "counts_file": str(counts)}
 
 
 class _WriteInput(BaseInterfaceInputSpec):
@@ -229,21 +224,20 @@ class WriteScan(_Step):
     input_spec, output_spec = _WriteInput, _WriteOutput
     always_run = True  # the output folder may have been emptied since
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, list[str]]:
         from bids_varaug.derivatives.scan import Intermediate, write_scan
 
-        inputs = self.inputs
+        inputs, request = self.inputs, self.inputs.request
         intermediate = Intermediate(
             Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
             Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
         )  # fmt: skip
-        written, doubts = write_scan(inputs.request, intermediate, folder, inputs.num_threads)
+        written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
         if doubts:
-            scan = inputs.request.scan
-            print(f"WARNING: {scan.path}: {' '.join(doubts)} See sub-{scan.subject}.html.",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        if inputs.request.settings.clean_workdir:
-            record_finished(inputs.request, written, folder)
+            told = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
+            print(told, f"See sub-{request.scan.subject}.html.", file=sys.stderr, flush=True)
+        if request.settings.clean_workdir:
+            record_finished(request, written, folder)
         return {"out_files": [str(path) for path in written]}
 
 
@@ -262,7 +256,7 @@ class WriteReport(_Step):
     input_spec, output_spec = _ReportInput, _ReportOutput
     always_run = True
 
-    def _step(self, folder: Path) -> dict:
+    def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.reports.subject import write_subject_report
 
         return {"out_file": str(write_subject_report(self.inputs.request))}

@@ -7,47 +7,50 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
-from nipype import Workflow, config, logging
+from nipype import Node, Workflow, config, logging
 from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.utils import filemanip
 
+from bids_varaug.derivatives import names
 from bids_varaug.errors import UsageError
 from bids_varaug.machine import memory_bound
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
-from bids_varaug.workflows.workers import log_level
 
 LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")
 MEMORY_SHARE = 0.9  # for the steps; the rest is for this process and what else runs
 SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")
+LOG_LEVELS = ("CRITICAL", "INFO", "DEBUG")  # of nipype, without -v, with -v and with -vv
 
 KILLED = (
-    "ERROR: a worker process was killed, most likely because memory ran out. Give a smaller "
-    "--nprocs or --mem (fewer steps at once), and the same -w to go on."
+    "ERROR: a worker process was killed, most likely because memory ran out. Use a smaller "
+    "--nprocs or --mem (fewer steps at once), and resume with the same -w."
 )
 
+# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long. It
+# waits for files by that clock too: one that is set forward would end the wait at once
+# (tests/faults/test_surroundings.py).
+plugins.base.time = filemanip.time = time.monotonic
 
-def configure_nipype(settings: Settings, log_dir: Path) -> None:
+
+def configure_nipype(settings: Settings) -> None:
     """Set nipype's global configuration; it has no other kind."""
-    level = log_level(settings)
     os.environ.setdefault("LOGNAME", "bids_varaug")  # jobs are named so; containers have none
+    level = log_level(settings)
+    levels = {f"{name}_level": level for name in ("workflow", "interface", "utils")}
     config.update_config({
-        "logging": {
-            "log_to_file": False,
-            "workflow_level": level,
-            "interface_level": level,
-            "utils_level": level,
-        },
+        "logging": {"log_to_file": False, **levels},
         "execution": {
-            "crashdump_dir": str(log_dir),
+            "crashdump_dir": str(names.logs(settings.output_dir)),
             "crashfile_format": "txt",
             "stop_on_first_crash": settings.stop_on_first_crash,
             "check_version": False,
@@ -58,6 +61,11 @@ def configure_nipype(settings: Settings, log_dir: Path) -> None:
         },
     })  # fmt: skip
     logging.update_logging(config)
+
+
+def log_level(settings: Settings) -> str:
+    """How much nipype logs."""
+    return LOG_LEVELS[min(settings.verbosity, 2)]
 
 
 def check_plugin(settings: Settings) -> None:
@@ -91,46 +99,50 @@ def submits_only(settings: Settings) -> bool:
     return settings.plugin is not None and settings.plugin["plugin"] in SUBMIT_ONLY
 
 
-def plugin_of(settings: Settings, status_callback: Callable) -> dict:
-    """Return the arguments of ``Workflow.run``: MultiProc, or what --use-plugin says."""
-    given = settings.plugin or {"plugin": "MultiProc"}
-    arguments = {"status_callback": status_callback} | dict(given.get("plugin_args", {}))
-    if given["plugin"] == "SLURM":
-        return {"plugin": SlurmPlugin(arguments)}
-    if given["plugin"] in SUBMIT_ONLY:
-        del arguments["status_callback"]  # there is nobody left to call
-    if given["plugin"] != "MultiProc":
-        return {"plugin": given["plugin"], "plugin_args": arguments}
-    # nipype would count the whole machine's, of which a container may have a small part.
-    memory = settings.mem_gb or MEMORY_SHARE * memory_bound().total
-    limits = {"n_procs": settings.nprocs, "memory_gb": memory, "raise_insufficient": False}
-    return {"plugin": WorkersPlugin(limits | arguments)}
+def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
+    """Run the graph with MultiProc or ``--use-plugin``; return whether every node succeeded.
 
-
-# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long. It
-# waits for files by that clock too: one that is set forward would end the wait at once.
-plugins.base.time = filemanip.time = time.monotonic
+    A failed node takes only those that depend on it along.
+    """
+    plugin = settings.plugin or {"plugin": "MultiProc"}
+    name, given = plugin["plugin"], dict(plugin.get("plugin_args", {}))
+    if name not in SUBMIT_ONLY:  # else there is nobody left to call
+        given = {"status_callback": progress} | given
+    if name.startswith("SLURM"):
+        request_resources(workflow, given.get("sbatch_args", ""))
+    runner = {"plugin": name, "plugin_args": given}
+    if name == "SLURM":
+        runner = {"plugin": SlurmPlugin(given)}
+    elif name == "MultiProc":
+        # nipype would count the whole machine's, of which a container may have a small part.
+        memory = settings.mem_gb or MEMORY_SHARE * memory_bound().total
+        limits = {"n_procs": settings.nprocs, "memory_gb": memory, "raise_insufficient": False}
+        runner = {"plugin": WorkersPlugin(limits | {"log_level": log_level(settings)} | given)}
+    try:
+        workflow.run(**runner)
+    except Exception as error:
+        # After all other nodes are done, nipype raises what the first failed node raised, or a
+        # RuntimeError; `progress` has told that node's name and the node its error.
+        if settings.verbosity or not progress.failed:
+            print(f"ERROR: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 class WorkerPool:
     """Processes that run one task at a time, of which the first idle one gets the next.
 
-    The members of a scan run one after another as a rule. In turns by all processes of one
-    executor, each pass would need memory that is new to its process: the kernel takes a fifth of
-    the pass to clear it.
-
-    Parameters
-    ----------
-    n_workers : int
-    new_executor : of one process, started when it gets its first task
+    A worker that is killed takes no other along, and is replaced. The members of a scan run one
+    after another as a rule: in turns by all processes of one executor, each pass would need memory
+    that is new to its process, and the kernel takes a fifth of the pass to clear it.
     """
 
-    def __init__(self, n_workers: int, new_executor: Callable[[], Executor]):
-        self._new_executor = new_executor
+    def __init__(self, n_workers: int, new_executor: Callable[[], ProcessPoolExecutor]):
+        self._new_executor = new_executor  # of one process, started when it gets its first task
         self._executors = [new_executor() for _ in range(n_workers)]
         self._last: list[Future | None] = [None] * n_workers
 
-    def submit(self, function: Callable, *arguments) -> Future:
+    def submit(self, function: Callable, *arguments: Any) -> Future:
         """Run `function` in the first idle process, or after what the last one does."""
         idle = (n for n, last in enumerate(self._last) if last is None or last.done())
         number = next(idle, len(self._last) - 1)
@@ -160,16 +172,17 @@ class WorkersPlugin(MultiProcPlugin):
         super().__init__(plugin_args)
         # Forking a process in which OpenMP has run may hang the child.
         context = multiprocessing.get_context(self.plugin_args.get("mp_context", "forkserver"))
+        setup = self._cwd, self.plugin_args.get("log_level", LOG_LEVELS[0])
         self.pool = WorkerPool(
-            self.processors, lambda: ProcessPoolExecutor(1, context, _start_worker, (self._cwd,))
+            self.processors, lambda: ProcessPoolExecutor(1, context, _start_worker, setup)
         )
 
-    def _generate_dependency_list(self, graph):
+    def _generate_dependency_list(self, graph: nx.DiGraph) -> None:
         super()._generate_dependency_list(graph)
         generations = enumerate(nx.topological_generations(graph))
         self.stages = {node: stage for stage, nodes in generations for node in nodes}
 
-    def _sort_jobs(self, jobids, scheduler=None):
+    def _sort_jobs(self, jobids: list[int], scheduler: str | None = None) -> list[int]:
         """Put first what is nearest to its end."""
 
         def stage(job: int) -> int:  # of a member, that of its MapNode
@@ -191,12 +204,13 @@ class WorkersPlugin(MultiProcPlugin):
         return {"taskid": taskid, "result": None, "traceback": [f"{reason}\n{error!r}\n"]}
 
 
-def _start_worker(folder: str) -> None:
+def _start_worker(folder: str, level: str) -> None:
     """Begin a worker, which ends when the main process does, however that ended.
 
     Otherwise it would go on writing to the work directory while the next run does too.
     """
     process_initializer(folder)
+    logging.getLogger("nipype.workflow").setLevel(level)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -209,20 +223,26 @@ def _end_with_parent() -> None:
 class ProgressLog:
     """Prints a line when a step ends: what is done, what is left, how long it may take.
 
-    Called by nipype in the main process with (node, status). `root` is the workflow's folder;
-    `on_written` is called with a scan's folder in it when its derivatives are written.
+    Called by nipype in the main process with (node, status).
+
+    Parameters
+    ----------
+    root : folder of the workflow
+    scans : folder below it -> what the scan is called
+    n_passes : how many times each scan is segmented
+    on_written : called with a scan's folder when its derivatives are written
     """
 
     root: Path
-    n_scans: int
+    scans: Mapping[str, str]
     n_passes: int
     on_written: Callable[[Path], None] | None = None
     started: float = field(default_factory=time.monotonic)
     passes_done: set[tuple[str, str]] = field(default_factory=set)
-    scans_done: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
 
-    def __call__(self, node, status: str) -> None:
+    def __call__(self, node: Node, status: str) -> None:
         """Take note of one node's change of status."""
         if status not in ("end", "exception"):
             return
@@ -230,63 +250,42 @@ class ProgressLog:
         # nipype follows links, of which the work directory may be one.
         folder = Path(os.path.realpath(node.output_dir()))
         where, step = (*folder.relative_to(os.path.realpath(self.root)).parts, "")[:2]
-        if where in self.failed:
+        name = self.scans.get(where, where)
+        if name in self.failed:
             return  # some plugins report what they skip as ended
         if status == "exception":
-            self.failed.add(where)
-            self._say(f"{where}: {step or 'step'} failed")
+            self.failed.add(name)
+            self._say(f"{name}: {step or 'step'} failed")
         elif step in ("grids", "segment"):
-            self._count_passes(where, _passes(step, node.inputs))
+            self._count_passes(name, _passes(step, node.inputs))
         elif step == "write":
-            self.scans_done.add(where)
-            self._say(f"{where}: written ({len(self.scans_done)} of {self.n_scans} scans)")
+            self.written.add(name)
+            self._say(f"{name}: written ({len(self.written)} of {len(self.scans)} scans)")
             if self.on_written is not None:
                 self.on_written(self.root / where)
 
-    def _count_passes(self, where: str, names: list[str]) -> None:
+    def _count_passes(self, scan: str, passes: list[str]) -> None:
         """Take note of one pass, or (again, or from plugins that do not split a node) of all."""
-        new = [name for name in names if (where, name) not in self.passes_done]
+        new = [each for each in passes if (scan, each) not in self.passes_done]
         if not new:
             return
-        self.passes_done.update((where, name) for name in new)
-        done, total = len(self.passes_done), self.n_scans * self.n_passes
-        left = (time.monotonic() - self.started) / done * (total - done)
+        self.passes_done.update((scan, each) for each in new)
+        done, total = len(self.passes_done), len(self.scans) * self.n_passes
+        left = round((time.monotonic() - self.started) / done * (total - done))
+        duration = f"{left // 60} min {left % 60:02d} s" if left >= 60 else f"{left} s"
         self._say(
-            f"{where}: {', '.join(new)} done ({done} of {total} segmentations, "
-            f"about {_duration(left)} left)"
+            f"{scan}: {', '.join(new)} done ({done} of {total} segmentations, "
+            f"about {duration} left)"
         )
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _passes(step: str, inputs) -> list[str]:
+def _passes(step: str, inputs: Any) -> list[str]:
     """Name what a node of `SegmentMember` does; its iterated input may be one or a list."""
     if step == "segment":
         members = inputs.member if isinstance(inputs.member, list) else [inputs.member]
         return [f"member {member.id}" for member in members]
     offsets = inputs.offset if isinstance(inputs.offset, list) else [inputs.offset]
     return [f"member {inputs.member.id}, grid {'-'.join(map(str, o))}" for o in offsets]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
-    """Run the graph; return whether every node succeeded.
-
-    A failed node takes only those that depend on it along.
-    """
-    if settings.plugin is not None and settings.plugin["plugin"].startswith("SLURM"):
-        request_resources(workflow, settings.plugin["plugin_args"].get("sbatch_args", ""))
-    try:
-        workflow.run(**plugin_of(settings, progress))
-    except Exception as error:
-        # After all other nodes are done, nipype raises what the first failed node raised, or a
-        # RuntimeError; `progress` has told that node's name and the node its error.
-        if settings.verbosity or not progress.failed:
-            print(f"ERROR: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    return True

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from nipype import Workflow
+from nipype import Node, Workflow
 from nipype.pipeline.plugins import SLURMPlugin
 
 POLL_SECONDS = 5
@@ -47,21 +47,17 @@ class SlurmPlugin(SLURMPlugin):
         self._unfinished: set[int] = set()
         self._logs: dict[int, Path] = {}
 
-    def run(self, graph, config, updatehash=False):
+    def run(self, graph: Any, config: dict, updatehash: bool = False) -> None:
         """Run the graph; cancel what is left of its jobs."""
-        config["execution"]["job_finished_timeout"] = self.plugin_args.get(
-            "result_seconds", RESULT_SECONDS
-        )
-        # What Slurm sends when the time of the job is over that this may be.
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        timeout = self.plugin_args.get("result_seconds", RESULT_SECONDS)
+        config["execution"]["job_finished_timeout"] = timeout
         try:
             super().run(graph, config, updatehash)
         finally:  # interrupted, or stopped on the first crash
             if self._pending:
                 subprocess.run(["scancel", *map(str, self._pending)], check=False)
-            signal.signal(signal.SIGTERM, before)
 
-    def _submit_batchtask(self, scriptfile, node):
+    def _submit_batchtask(self, scriptfile: str, node: Node) -> int:
         # An earlier run's would be taken for the result of a job that is killed before it starts.
         for result in Path(node.output_dir()).glob("result_*.pklz"):
             result.unlink()

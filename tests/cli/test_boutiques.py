@@ -103,9 +103,9 @@ def test_defaults_agree(inputs, actions):
 
 
 def test_suggested_memory_is_enough_for_the_largest_step(descriptor):
-    from bids_varaug.workflows.participant import SEGMENT_GB
+    from bids_varaug.workflows.plan import STEP_GB
 
-    assert descriptor["suggested-resources"]["ram"] >= SEGMENT_GB
+    assert descriptor["suggested-resources"]["ram"] >= STEP_GB["segment"]
 
 
 def test_error_codes_are_those_of_the_program(descriptor):

@@ -31,7 +31,7 @@ def test_a_signal_ends_the_run_and_its_workers(monkeypatch, capsys, number, code
     monkeypatch.setattr(app, "run", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     assert app.main([]) == code
-    assert "-w to go on" in capsys.readouterr().err
+    assert "pass the same -w" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     worker.join(30)
     assert worker.exitcode == -signal.SIGKILL

@@ -155,7 +155,7 @@ def test_plugin_with_a_step_killed_and_started_again(with_plugin, plain, slurm, 
     slurm("scancel", "--signal=KILL", "--full", await_that(fuse_of_03, "no step to kill")[0])
     error = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1, error
-    assert "sub_03: fuse failed" in error and "not finished: sub_03" in error
+    assert "sub-03: fuse failed" in error and "not finished: sub-03" in error
     assert {path.stem[4:] for path in (tmp_path / "out").glob("sub-*.html")} == {*labels} - {"03"}
 
     process = with_plugin("SLURM", labels)

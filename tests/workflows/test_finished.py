@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from bids_varaug.cli import resources
 from bids_varaug.cli.parser import parse_settings
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import find_scans
@@ -49,7 +48,7 @@ def test_work_of_a_written_scan_is_removed_and_the_next_run_goes_on(app, linear,
     assert app(out, *linear, *CLEAN) == 0
     told = capfd.readouterr().err
     assert "2 T1w image(s), 3 member(s) each, on cpu; 1 of them are done" in told
-    assert "sub_01" not in told and "sub_02: written (1 of 1 scans)" in told
+    assert "sub-01:" not in told and "sub-02: written (1 of 1 scans)" in told
     assert labels.stat().st_mtime_ns == before
     assert not list(work.glob("bids_varaug_*"))
 
@@ -129,7 +128,7 @@ def test_steps_without_a_record_stay(written):
 
 def test_too_little_disk_is_told_before_the_work(app, linear, tmp_path, monkeypatch, capfd):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     app(tmp_path / "out", *linear, "--participant-label", "01")
     told = capfd.readouterr().err
     assert f"WARNING: {tmp_path}/out-work: the members of 1 image(s) need about " in told

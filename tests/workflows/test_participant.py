@@ -24,7 +24,7 @@ from bids_varaug.inputs import validation
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import Trunk, load_ensemble
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.participant import suitable_grids
+from bids_varaug.workflows.plan import suitable_grids
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
 MAPS = ("entropy", "sigbits", "std")
@@ -546,7 +546,7 @@ def test_interrupted_run_says_how_to_go_on(app, tmp_path, monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_run, "run_participants", interrupt)
+    monkeypatch.setattr(cli_run, "run_participant_level", interrupt)
     assert app(tmp_path / "out") == 130
     assert "same -w" in capsys.readouterr().err
 

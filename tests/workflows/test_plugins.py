@@ -1,6 +1,7 @@
 """How the graph runs when a step or a worker fails."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -15,19 +16,19 @@ import pytest
 from nipype import Node, Workflow
 from nipype.interfaces.utility import Function
 
-from bids_varaug.cli.run import _remove_work
 from bids_varaug.errors import UsageError
 from bids_varaug.settings import Settings
+from bids_varaug.workflows.graph import node_name
 from bids_varaug.workflows.interfaces import Conform
-from bids_varaug.workflows.participant import node_name
+from bids_varaug.workflows.participant import _remove_work
 from bids_varaug.workflows.plugins import (
     ProgressLog,
     WorkersPlugin,
     check_plugin,
     configure_nipype,
+    log_level,
     run_workflow,
 )
-from bids_varaug.workflows.workers import LOG_LEVEL, start_workers_server
 from tests.workflows.conftest import head
 
 
@@ -65,14 +66,14 @@ def patience():
 
 def run(settings: Settings, **functions) -> tuple[bool, ProgressLog, Path]:
     """Run one node for each function, none of which depends on another."""
-    configure_nipype(settings, settings.output_dir)
+    configure_nipype(settings)
     workflow = Workflow("flow", base_dir=str(settings.work_dir))
     for name, function in functions.items():
         node = Node(Function(["number"], ["out"], function), name)
         node.inputs.number = 1
         workflow.add_nodes([node])
     root = settings.work_dir / "flow"
-    progress = ProgressLog(root, len(functions), 1)
+    progress = ProgressLog(root, {name: name for name in functions}, 1)
     return run_workflow(workflow, settings, progress), progress, root
 
 
@@ -137,13 +138,21 @@ def test_step_that_fails_in_this_process_is_no_crash(request_for, capfd):
 def test_verbose_shows_why_a_step_failed(request_for, capfd):
     run(request_for(plugin={"plugin": "Linear"}, verbosity=1), bad=fail)
     assert "OSError: no 1" in capfd.readouterr().err
-    configure_nipype(request_for(), request_for().output_dir)
+    configure_nipype(request_for())
 
 
-def test_workers_learn_how_much_to_log(request_for, monkeypatch):
-    monkeypatch.setenv(LOG_LEVEL, "")
-    start_workers_server(request_for(verbosity=1, dry_run=True))
-    assert os.environ[LOG_LEVEL] == "INFO"
+def level_of_nodes():
+    return logging.getLogger("nipype.workflow").level
+
+
+@pytest.mark.parametrize(("verbosity", "level"), [(0, logging.CRITICAL), (2, logging.DEBUG)])
+def test_workers_learn_how_much_to_log(request_for, verbosity, level):
+    plugin_args = {"n_procs": 1, "log_level": log_level(request_for(verbosity=verbosity))}
+    pool = WorkersPlugin(plugin_args).pool
+    try:
+        assert pool.submit(level_of_nodes).result() == level
+    finally:
+        pool.shutdown()
 
 
 def test_unknown_plugin_is_refused_with_those_that_exist(request_for):
@@ -154,12 +163,10 @@ def test_unknown_plugin_is_refused_with_those_that_exist(request_for):
 def test_cleaning_up_leaves_what_other_jobs_have_in_the_same_work_directory(tmp_path, capsys):
     for name in ("mine", "theirs"):
         (tmp_path / name).mkdir()
-    workflow = Workflow("flow")
-    workflow.add_nodes([Node(Function(["number"], ["out"], give), "mine")])
-    _remove_work(tmp_path, workflow)
+    _remove_work(tmp_path, ["mine"])
     assert os.listdir(tmp_path) == ["theirs"]
     (tmp_path / "theirs").rmdir()
-    _remove_work(tmp_path, workflow)
+    _remove_work(tmp_path, ["mine"])
     assert not tmp_path.exists()
 
 

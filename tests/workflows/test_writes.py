@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.paths import CACHES
+from bids_varaug.machine import CACHES
 from tests.workflows.test_group import bids, output  # noqa: F401
 
 CALLS = """open openat openat2 creat truncate mkdir mkdirat rmdir rename renameat renameat2 unlink

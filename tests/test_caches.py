@@ -1,11 +1,11 @@
-"""Where caches go; what check_paths refuses is tested with the command line."""
+"""Where caches go."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from bids_varaug.cli.paths import CACHES, keep_caches_below, name_kernels
+from bids_varaug.machine import CACHES, keep_caches_below, name_kernels
 
 
 @pytest.fixture

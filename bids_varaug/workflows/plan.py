@@ -1,0 +1,164 @@
+"""What each image is segmented with, and the memory and disk space that this takes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bids_varaug.errors import UsageError
+from bids_varaug.machine import memory_bound, resolve_device
+from bids_varaug.models.ensemble import (
+    Ensemble,
+    Member,
+    check_member,
+    load_ensemble,
+    round_inference,
+    select_members,
+)
+from bids_varaug.settings import Settings
+from bids_varaug.workflows.plugins import runs_here
+
+# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
+# of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
+STEP_GB = {
+    "conform": 1.0, "locate": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
+    "report": 1.0,
+}  # fmt: skip
+LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
+# What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
+POSTERIOR_GB = 0.07
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings with nothing left open, the ensemble, and its members to run."""
+
+    settings: Settings
+    ensemble: Ensemble
+    members: tuple[Member, ...]
+
+    @property
+    def voxel_size(self) -> float:
+        """Voxel size of the network grid, mm."""
+        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
+
+    @property
+    def locator(self) -> Member:
+        """The member that locates the brain and segments it on several grids."""
+        return self.ensemble.baseline or self.members[0]
+
+    @property
+    def single_pass(self) -> list[Member]:
+        """Members that segment an image once: all, but for the `locator` on several grids."""
+        several = self.settings.grids > 1
+        return [member for member in self.members if not (several and member == self.locator)]
+
+    @property
+    def n_passes(self) -> int:
+        """How many times an image is segmented."""
+        return len(self.single_pass) + (self.settings.grids if self.settings.grids > 1 else 0)
+
+    @property
+    def segment_gb(self) -> float:
+        """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
+        return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
+
+    @property
+    def work_gb(self) -> float:
+        """What the members of one image leave in the work directory, GB."""
+        n_files = self.n_passes + (2 if self.settings.grids > 1 else 0)
+        return POSTERIOR_GB * n_files / self.voxel_size**3
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Load the ensemble, choose members, device and number of grids, and check the weights.
+
+    Raises
+    ------
+    UsageError, EnsembleError
+        As `resolve_device`, `load_ensemble`, `select_members` and `check_member`.
+    """
+    device = resolve_device(settings.device)
+    ensemble = load_ensemble(settings.ensemble)
+    grids = settings.grids or suitable_grids(settings, ensemble)
+    n_members = settings.n_members
+    if settings.sloppy and n_members is None and settings.members == ("all",):
+        n_members = 1  # of each perturbed family, beside the baseline
+    members = select_members(ensemble, settings.members, n_members)
+    members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
+    for member in members:
+        check_member(ensemble, member)
+    return Plan(replace(settings, device=device, grids=grids), ensemble, members)
+
+
+def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
+    """Number of grids on which the baseline segments, with ``--grids auto``.
+
+    Of members that share no training it is not known whether they move with the baseline.
+    """
+    return 1 if settings.sloppy or ensemble.trunk is None else 4
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse, before anything is written, a memory limit with which no step can run.
+
+    Raises
+    ------
+    UsageError
+        With what is needed, what there is, and who limits it.
+    """
+    settings, need = plan.settings, max(plan.segment_gb, STEP_GB["write"])
+    if settings.mem_gb is not None and settings.mem_gb < need:
+        raise UsageError(
+            f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or "
+            "leave it out."
+        )
+    if settings.dry_run or settings.reports_only or not runs_here(settings):
+        return
+    bound = memory_bound()
+    if bound.total < need:
+        raise UsageError(
+            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and "
+            f"there are {bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for "
+            "more (docker --memory, sbatch --mem, ulimit -v), or use --sloppy for a first look."
+        )
+    if bound.free < need:
+        print(
+            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of "
+            f"{bound.total:.1f} GB are free ({bound.source}). If it is killed, resume with the "
+            "same -w.",
+            file=sys.stderr,
+        )
+
+
+def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
+    """Warn, before hours of work, if they will fill the disk of the work directory.
+
+    Parameters
+    ----------
+    folders : in the work directory, of images to segment; members that are there already count
+    """
+    settings = plan.settings
+    at_once = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
+    there = sum(
+        path.stat().st_size
+        for folder in folders
+        for step in ("segment", "grids", "average")
+        for path in (folder / step).glob("**/*.safetensors")
+    )
+    need = at_once * plan.work_gb - there / 1e9
+    free = shutil.disk_usage(settings.work_dir).free / 1e9
+    if need > free:
+        hint = (
+            "or use a smaller --nprocs"
+            if settings.clean_workdir
+            else "or use --clean-workdir, which removes those of an image once it is written"
+        )
+        print(
+            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about "
+            f"{need:.0f} GB more there, and {free:.0f} GB are free. Choose another -w, {hint}.",
+            file=sys.stderr,
+        )
