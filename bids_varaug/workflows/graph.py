@@ -20,7 +20,6 @@ from bids_varaug.workflows.interfaces import (
     AverageGrids,
     Conform,
     FuseMembers,
-    LocateBrain,
     SegmentMember,
     WriteReport,
     WriteScan,
@@ -74,12 +73,13 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     derivatives : files written for this scan
     """
     settings, ensemble, locator = plan.settings, plan.ensemble, plan.locator
-    multiple, threads = ensemble.network.multiple, settings.omp_nthreads
+    threads = settings.omp_nthreads
     by_locator = {"member": locator, "identity": identify(ensemble, locator)}
-    conform = Conform(
-        in_file=str(scan.path), voxel_size=plan.voxel_size, multiple=multiple, trust=settings.trust
-    )
-    conform = head = _node(conform, "conform")
+    conform = _node(Conform(in_file=str(scan.path), **_where(plan)), "conform", threads)
+    grid = {"voxel_size": plan.voxel_size, "multiple": ensemble.network.multiple}
+    conform.inputs.trait_set(trust=settings.trust, **grid)
+    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+        conform.inputs.trait_set(**by_locator)
     posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
     posteriors.run_without_submitting = True
     fuse = _node(FuseMembers(families=[member.family for member in plan.members]), "fuse")
@@ -88,35 +88,23 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 
     workflow = Workflow(name)
-    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
-        head = _node(LocateBrain(**_where(plan), **by_locator), "locate", threads)
-        files = [("head_file", "head_file"), ("geometry_file", "geometry_file")]
-        workflow.connect([(conform, head, files)])
     if settings.grids > 1:
         grids = _segment_node(plan, "grids", offset=list(GRIDS[settings.grids]))
         grids.inputs.trait_set(**by_locator)
         average = _node(AverageGrids(member=locator, n_grids=settings.grids), "average")
-        workflow.connect(
-            [
-                (head, grids, [("head_file", "head_file")]),
-                (grids, average, [("posterior_file", "posterior_files")]),
-            ]
-        )
+        workflow.connect(conform, "head_file", grids, "head_file")
+        workflow.connect(grids, "posterior_file", average, "posterior_files")
         if locator in plan.members:
             workflow.connect(average, "posterior_file", posteriors, "in1")
     if members := plan.single_pass:
         identities = [identify(ensemble, member) for member in members]
         segment = _segment_node(plan, "segment", member=members, identity=identities)
-        workflow.connect(
-            [
-                (head, segment, [("head_file", "head_file")]),
-                (segment, posteriors, [("posterior_file", "in2")]),
-            ]
-        )
+        workflow.connect(conform, "head_file", segment, "head_file")
+        workflow.connect(segment, "posterior_file", posteriors, "in2")
         if settings.grids > 1:
             workflow.connect(average, "shift_file", segment, "shift_file")
     workflow.connect([
-        (head, write, [("geometry_file", "geometry_file")]),
+        (conform, write, [("geometry_file", "geometry_file")]),
         (posteriors, fuse, [("out", "posterior_files")]),
         (posteriors, write, [("out", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"),

@@ -19,7 +19,6 @@ from nipype.interfaces.base import (
 from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.geometry import Geometry
 from bids_varaug.workflows.finished import record_finished
 
 # Torch takes seconds to import: what needs it is imported in the worker that runs the step.
@@ -57,29 +56,32 @@ def explain(error: Exception, folder: str) -> str | None:
     return None
 
 
-class _ConformInput(BaseInterfaceInputSpec):
+class _NetworkInput(BaseInterfaceInputSpec):
+    # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
+    member = traits.Any(desc="models.ensemble.Member")
+    identity = traits.Str(desc="models.ensemble.identify of it; not read")
+    # Where and how it runs does not change what comes out.
+    ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
+    device = traits.Str("cpu", usedefault=True, nohash=True)
+    num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _ConformInput(_NetworkInput):
     in_file = File(exists=True, mandatory=True, desc="T1w image")
     voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
     multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
     trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
 
 
-class _HeadOutput(TraitedSpec):
+class _ConformOutput(TraitedSpec):
     head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
     geometry_file = File(exists=True, desc="grids and box, JSON")
 
 
-def _save_head(folder: Path, head: np.ndarray, geometry: Geometry) -> dict[str, str]:
-    head_file, geometry_file = folder / "head.npy", folder / "geometry.json"
-    np.save(head_file, head)
-    geometry.save(geometry_file)
-    return {"head_file": str(head_file), "geometry_file": str(geometry_file)}
-
-
 class Conform(_Step):
-    """Bring a T1w image to the network grid and cut out the head."""
+    """Bring a T1w image to the network grid; cut out the head, or the brain if given a member."""
 
-    input_spec, output_spec = _ConformInput, _HeadOutput
+    input_spec, output_spec = _ConformInput, _ConformOutput
 
     def _step(self, folder: Path) -> dict[str, str]:
         from bids_varaug.images.prepare import prepare_head
@@ -90,41 +92,19 @@ class Conform(_Step):
         )
         for doubt in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
-        return _save_head(folder, head, geometry)
+        if isdefined(inputs.member):
+            from bids_varaug.segmentation.member import crop_with_member
+
+            where = inputs.ensemble, inputs.member, inputs.device, inputs.num_threads
+            head, geometry = crop_with_member(head, geometry, *where)
+        head_file, geometry_file = folder / "head.npy", folder / "geometry.json"
+        np.save(head_file, head)
+        geometry.save(geometry_file)
+        return {"head_file": str(head_file), "geometry_file": str(geometry_file)}
 
 
-class _MemberInput(BaseInterfaceInputSpec):
+class _SegmentInput(_NetworkInput):
     head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
-    # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
-    member = traits.Any(mandatory=True, desc="models.ensemble.Member")
-    identity = traits.Str(mandatory=True, desc="models.ensemble.identify of it; not read")
-    # Where and how it runs does not change what comes out.
-    ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
-    device = traits.Str("cpu", usedefault=True, nohash=True)
-    num_threads = traits.Int(1, usedefault=True, nohash=True)
-
-
-class _LocateInput(_MemberInput):
-    geometry_file = File(exists=True, mandatory=True)
-
-
-class LocateBrain(_Step):
-    """Cut the part that holds the brain out of a head box."""
-
-    input_spec, output_spec = _LocateInput, _HeadOutput
-
-    def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.segmentation.member import crop_with_member
-
-        inputs = self.inputs
-        head, geometry = crop_with_member(
-            np.load(inputs.head_file), Geometry.load(Path(inputs.geometry_file)), inputs.ensemble,
-            inputs.member, inputs.device, inputs.num_threads,
-        )  # fmt: skip
-        return _save_head(folder, head, geometry)
-
-
-class _SegmentInput(_MemberInput):
     offset = traits.Any(desc="of the grid to segment on, see segmentation.grids; absent: none")
     shift_file = File(exists=True, desc="what several grids add, safetensors")
 
@@ -173,7 +153,8 @@ class AverageGrids(_Step):
 
         member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
         mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
-        average_grids(list(paths), GRIDS[self.inputs.n_grids], mean, shift, describe_member(member))
+        offsets = GRIDS[self.inputs.n_grids]
+        average_grids(list(paths), offsets, mean, shift, describe_member(member))
         return {"posterior_file": str(mean), "shift_file": str(shift)}
 
 

@@ -24,7 +24,7 @@ from bids_varaug.workflows.plugins import runs_here
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 STEP_GB = {
-    "conform": 1.0, "locate": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
+    "conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
     "report": 1.0,
 }  # fmt: skip
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels

@@ -181,7 +181,7 @@ def conform(tmp_path):
         path = tmp_path / "sub-01_T1w.nii.gz"
         image = nib.Nifti1Image(np.asarray(data, np.float32), np.diag([3.0, 3, 3, 1]))
         nib.save(image, path)
-        return Conform(in_file=str(path), voxel_size=3.0, multiple=16)
+        return Conform(in_file=str(path), voxel_size=3.0, multiple=16, ensemble="none")
 
     return make
 
