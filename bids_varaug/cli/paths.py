@@ -28,48 +28,49 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     if not os.path.isdir(bids_dir):
         kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
-    # Links are followed: two names may mean one place.
+    # Links are followed: two names may mean one folder.
     source, output, work = (
-        Path(os.path.realpath(place)) for place in (bids_dir, output_dir, work_dir)
+        Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir)
     )
+    example = f"for example {bids_dir / 'derivatives' / 'bids_varaug'}"
     if output == source:
         raise UsageError(
-            f"{output_dir}: the output directory is the input dataset itself. "
-            f"Give another, for example {bids_dir / 'derivatives' / 'bids_varaug'}."
+            f"{output_dir}: the output directory is the input dataset itself. Choose another, "
+            f"{example}."
         )
     if output.is_relative_to(source) and source / "derivatives" not in output.parents:
         raise UsageError(
-            f"{output_dir}: the output directory lies inside the input dataset. That is allowed "
-            f"below derivatives/ only, for example {bids_dir / 'derivatives' / 'bids_varaug'}."
+            f"{output_dir}: the output directory is inside the input dataset. This is allowed only "
+            f"below derivatives/, {example}."
         )
     if work.is_relative_to(source):
         raise UsageError(
-            f"{work_dir}: the work directory lies inside the input dataset. Give -w another place."
+            f"{work_dir}: the work directory is inside the input dataset. Choose another -w."
         )
-    for name, place in (("input dataset", source), ("output directory", output)):
+    for name, path in (("input dataset", source), ("output directory", output)):
         # Whoever deletes the work directory by hand must not delete these.
-        if place.is_relative_to(work):
+        if path.is_relative_to(work):
             raise UsageError(
-                f"{work_dir}: the {name} lies in the work directory. Give -w another place."
+                f"{work_dir}: the {name} is inside the work directory. Choose another -w."
             )
-    for flag, place in (("output", output_dir), ("work", work_dir)):
-        _check_writable(flag, place)
+    for name, path in (("output", output_dir), ("work", work_dir)):
+        _check_writable(name, path)
     _check_not_foreign(output_dir)
 
 
-def _check_writable(name: str, place: Path) -> None:
+def _check_writable(name: str, path: Path) -> None:
     """Refuse a directory that exists and is not writable, or cannot be created."""
-    existing = place
+    existing = path
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
-    if os.path.islink(existing) and not os.path.exists(existing):
-        raise OutputError(f"{existing}: the {name} directory cannot be here: a dangling link.")
     if not os.path.isdir(existing):
-        raise OutputError(f"{existing}: the {name} directory cannot be here: this is a file.")
+        dangling = os.path.islink(existing) and not os.path.exists(existing)
+        what = "a dangling link" if dangling else "a file"
+        raise OutputError(f"{existing}: the {name} directory cannot be here: this is {what}.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
-            f"{place}: the {name} directory cannot be written (no permission in {existing}). "
-            "Change its permissions, mount it writable, or give another."
+            f"{path}: the {name} directory cannot be written (no permission in {existing}). "
+            "Change its permissions, mount it writable, or choose another."
         )
 
 
@@ -79,7 +80,7 @@ def _check_not_foreign(output_dir: Path) -> None:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # absent or damaged: there is nothing worth keeping, it is written anew
+        return  # absent or damaged: there is nothing worth keeping, it will be replaced
     if not isinstance(description, dict):
         return
     generated = description.get("GeneratedBy")
@@ -89,6 +90,6 @@ def _check_not_foreign(output_dir: Path) -> None:
         raise UsageError(f"{output_dir}: this is a raw BIDS dataset, not an output directory.")
     if tools and "bids_varaug" not in tools:
         raise UsageError(
-            f"{output_dir}: holds the derivatives of {', '.join(map(str, tools))}. "
-            "Give bids_varaug a directory of its own."
+            f"{output_dir}: contains the derivatives of {', '.join(map(str, tools))}. Choose "
+            "another output directory."
         )
