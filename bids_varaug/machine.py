@@ -243,16 +243,9 @@ def keep_freed_memory() -> bool:
     changes. Does nothing (and returns False) where the C library is not glibc.
     """
     _stop_releasing()
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return all(
-        mallopt(option, value)
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
-    )
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    libc = _glibc()
+    return libc is not None and all(libc.mallopt(option, value) for option, value in options)
 
 
 def release_freed_memory(seconds: float = IDLE_SECONDS) -> None:
@@ -272,11 +265,14 @@ def _stop_releasing() -> None:
         _release.cancel()
 
 
-def _trim() -> bool:
-    """Return whether there was anything to give back; False where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return False
+def _trim() -> None:
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
     try:
-        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
-    except (OSError, AttributeError):
-        return False
+        libc = ctypes.CDLL("libc.so.6") if sys.platform.startswith("linux") else None
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") else None

@@ -56,3 +56,8 @@ class Settings:
     log_volumes: bool = False
     apply_model: Path | None = None
     compare: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def plugin_name(self) -> str:
+        """Nipype's plugin that runs the steps."""
+        return self.plugin["plugin"] if self.plugin else "MultiProc"

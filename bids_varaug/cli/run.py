@@ -76,8 +76,7 @@ def run_participant_level(settings: Settings) -> ExitCode:
 
 def _start_workers_server(settings: Settings) -> None:
     """Start the server that worker processes are forked from, if there will be any."""
-    multi_proc = settings.plugin is None or settings.plugin["plugin"] == "MultiProc"
-    if settings.dry_run or settings.reports_only or not multi_proc:
+    if settings.dry_run or settings.reports_only or settings.plugin_name != "MultiProc":
         return
     multiprocessing.set_forkserver_preload(
         ["bids_varaug.segmentation.member", "bids_varaug.workflows.plugins",

@@ -106,7 +106,7 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     )  # fmt: skip
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
-    if no_error and plugins.submits_only(settings):
+    if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
         print("Submitted. The reports are written when the jobs are done.", file=sys.stderr)
         return True
     # nipype raises nothing where it fails to read what a step left.

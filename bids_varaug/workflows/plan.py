@@ -19,7 +19,7 @@ from bids_varaug.models.ensemble import (
     select_members,
 )
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.plugins import runs_here
+from bids_varaug.workflows.plugins import LOCAL
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
 # of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
@@ -116,7 +116,7 @@ def check_memory(plan: Plan) -> None:
             f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or "
             "leave it out."
         )
-    if settings.dry_run or settings.reports_only or not runs_here(settings):
+    if settings.dry_run or settings.reports_only or settings.plugin_name not in LOCAL:
         return
     bound = memory_bound()
     if bound.total < need:

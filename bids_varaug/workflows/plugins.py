@@ -26,9 +26,9 @@ from bids_varaug.machine import memory_bound
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.slurm import SlurmPlugin, request_resources
 
-LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")
+LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")  # the others are of batch systems
 MEMORY_SHARE = 0.9  # for the steps; the rest is for this process and what else runs
-SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")
+SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")  # end when the jobs are submitted
 LOG_LEVELS = ("CRITICAL", "INFO", "DEBUG")  # of nipype, without -v, with -v and with -vv
 
 KILLED = (
@@ -57,7 +57,7 @@ def configure_nipype(settings: Settings) -> None:
             "create_report": False,  # its files lie where jobs that share -w would collide
             "remove_unnecessary_outputs": False,
             # A batch system is not to be flooded.
-            "poll_sleep_duration": 0.1 if runs_here(settings) else 2,
+            "poll_sleep_duration": 0.1 if settings.plugin_name in LOCAL else 2,
         },
     })  # fmt: skip
     logging.update_logging(config)
@@ -76,27 +76,15 @@ def check_plugin(settings: Settings) -> None:
     UsageError
         With the names that there are.
     """
-    known = sorted(name.removesuffix("Plugin") for name in dir(plugins) if name.endswith("Plugin"))
-    if settings.plugin is not None and settings.plugin["plugin"] not in known:
+    name = settings.plugin_name
+    known = sorted(each.removesuffix("Plugin") for each in dir(plugins) if each.endswith("Plugin"))
+    if name not in known:
+        raise UsageError(f"--use-plugin: nipype has no plugin {name!r}. It has {', '.join(known)}.")
+    if settings.clean_workdir and name in SUBMIT_ONLY:
         raise UsageError(
-            f"--use-plugin: nipype has no plugin {settings.plugin['plugin']!r}. "
-            f"It has {', '.join(known)}."
+            f"--clean-workdir: with {name} the jobs still need the work directory when this "
+            "command ends. Leave one of the two out."
         )
-    if settings.clean_workdir and submits_only(settings):
-        raise UsageError(
-            f"--clean-workdir: with {settings.plugin['plugin']} the jobs still need the work "
-            "directory when this command ends. Leave one of the two out."
-        )
-
-
-def runs_here(settings: Settings) -> bool:
-    """Whether steps run on this machine, not on those of a batch system."""
-    return settings.plugin is None or settings.plugin["plugin"] in LOCAL
-
-
-def submits_only(settings: Settings) -> bool:
-    """Whether the plugin ends when the jobs are submitted, not when they are done."""
-    return settings.plugin is not None and settings.plugin["plugin"] in SUBMIT_ONLY
 
 
 def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
@@ -104,8 +92,7 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
 
     A failed node takes only those that depend on it along.
     """
-    plugin = settings.plugin or {"plugin": "MultiProc"}
-    name, given = plugin["plugin"], dict(plugin.get("plugin_args", {}))
+    name, given = settings.plugin_name, dict((settings.plugin or {}).get("plugin_args", {}))
     if name not in SUBMIT_ONLY:  # else there is nobody left to call
         given = {"status_callback": progress} | given
     if name.startswith("SLURM"):
