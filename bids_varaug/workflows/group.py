@@ -7,7 +7,9 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +63,7 @@ def run_group(settings: Settings) -> Path | None:
     """Score the augmented brain-age model, or apply one; return the file to look at first.
 
     With ``--dry-run`` nothing is fitted or written, and there is no such file. With
-    ``--reports-only`` the page of the last run is made again from what that run left.
+    ``--reports-only`` the page of the last run is rewritten from what that run left.
 
     Raises
     ------
@@ -78,7 +80,11 @@ def run_group(settings: Settings) -> Path | None:
     made = _derivation(settings, model)
     cohort = _derive(volumes, **made)
     notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
-    notes += _unused(settings, made)
+    notes += [
+        f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
+        for name, value in made.items()
+        if getattr(settings, name) not in (None, False, value)
+    ]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
     _say(notes)
@@ -116,7 +122,7 @@ def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | No
     wanted = None if model is None else model.source.get("measured", model.names)
     asked = {"features": wanted, "require_age": model is None}
     if settings.features_table is None:
-        progress = _bar("Reading tables", settings)
+        progress = partial(tqdm, desc="Reading tables", unit="file", disable=None)
         return gather_cohort(settings.output_dir, people, progress=progress, **asked)
     return read_features_table(
         settings.features_table, people, age_column=settings.age_column,
@@ -136,15 +142,6 @@ def _derivation(settings: Settings, model: BrainAgeModel | None) -> dict[str, ob
     }
 
 
-def _unused(settings: Settings, made: Mapping[str, object]) -> list[str]:
-    """What was asked for of features that a model fitted before makes otherwise."""
-    return [
-        f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
-        for name, value in made.items()
-        if getattr(settings, name) not in (None, False, value)
-    ]
-
-
 def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bool) -> Cohort:
     """Features that need nothing learnt; logarithms are only noted, the models take them."""
     derived = cohort
@@ -155,10 +152,6 @@ def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bo
     made = {"relative_to": relative_to, "asymmetries": asymmetries, "log_volumes": log_volumes}
     source = cohort.source | made | {"measured": list(cohort.names)}
     return replace(derived, source=source)
-
-
-def _bar(what: str, settings: Settings):
-    return lambda files: tqdm(files, desc=what, unit="file", disable=None)
 
 
 def _select(cohort: Cohort, settings: Settings) -> Cohort:
@@ -252,7 +245,10 @@ def _numerics(
     numerics = numerical_variability(cohort, seed, **known)
     compared = []
     for name, path in settings.compare:
-        other = _compared(path, seed)
+        if path.suffix == ".csv":
+            other = read_minimum_dice_csv(path)
+        else:
+            other = numerical_variability(read_repeated_runs(path), seed)
         comparison = compare_pipelines(numerics, other)
         if comparison.empty:
             raise UserError(
@@ -263,21 +259,16 @@ def _numerics(
     return numerics, compared
 
 
-def _compared(path: Path, seed: int) -> pd.DataFrame:
-    if path.suffix == ".csv":
-        return read_minimum_dice_csv(path)
-    return numerical_variability(read_repeated_runs(path), seed)
-
-
-def _write_tables(settings: Settings, tables, sidecar) -> Path:
-    """Write phenotype tables, each with the sidecar; return the first."""
+def _write_tables(
+    settings: Settings, tables: Mapping[str, pd.DataFrame], sidecar: dict[str, Any]
+) -> None:
+    """Write phenotype tables, each with the sidecar."""
     for name, table in tables.items():
         table = with_bids_labels(table)
         path = write_table(table, settings.output_dir / name)
         texts = {"source_id": {"Description": "participant_id as the features table has it"}}
         extra = texts if "source_id" in table else {}
         write_json(sidecar | extra, path.with_suffix(".json"))
-    return settings.output_dir / next(iter(tables))
 
 
 def _features_text(settings: Settings, cohort: Cohort) -> str:
