@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bids_varaug import __version__
 from bids_varaug.cli import values
 from bids_varaug.cli.paths import check_paths
 from bids_varaug.errors import ExitCode, UsageError
@@ -38,16 +39,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\nSee {self.prog} --help.")
-
-
-class _Version(argparse.Action):
-    """Print the version, which is looked up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from bids_varaug.derivatives.sidecars import package_version
-
-        print(f"bids_varaug {package_version()}")
-        parser.exit(0)
 
 
 def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
@@ -154,7 +145,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="default values of flags, one 'flag = value' per line; the command line wins")
     add("-v", "--verbose", dest="verbosity", action="count",
         help="show nipype's messages (-vv: all of them)")
-    add("--version", action=_Version, nargs=0, help="show the version and exit")
+    add("--version", action="version", version=f"bids_varaug {__version__}",
+        help="show the version and exit")
 
 
 def _add_group_level(group: argparse._ArgumentGroup) -> None:
