@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from bids_varaug.training.recipe import Recipe, Stage
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(arguments)
+        run(build_parser().parse_args(argv), argv)
     except UserError as error:
         print(f"bids_varaug-train: {error}", file=sys.stderr)
         return int(error.exit_code)
@@ -117,7 +118,7 @@ def with_steps(stages: tuple[Stage, ...], changes: list[str]) -> tuple[Stage, ..
     return stages
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Load the label maps and train every member asked for."""
     import torch
 
@@ -158,9 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
         apart = len(devices) > 1  # other processes train the members; this one waits
         ensemble = train_ensemble(workshop, name, () if apart else ids)
     if apart:
-        train_side_by_side(
-            partial(member_command, arguments), unfinished(ensemble, ids), devices, logs
-        )
+        train_side_by_side(partial(member_command, argv), unfinished(ensemble, ids), devices, logs)
     if left_out and arguments.member_index is None:
         print("Calibrating the posteriors on the held-out label maps", file=sys.stderr)
         ensemble = calibrate_ensemble(
@@ -215,16 +214,15 @@ def split_label_maps(directory: Path, hold_out: int) -> tuple[list[Path], list[P
     return paths[:n_train], paths[n_train:]
 
 
-def member_command(arguments: argparse.Namespace, member_id: str, device: str) -> list[str]:
-    """Return the command that trains one member of the same ensemble, for ``python -m``."""
-    command = ["bids_varaug.cli.train", str(arguments.labels_dir), str(arguments.ensemble_dir)]
-    changed = {"members": member_id, "member_index": 0, "device": device, "jobs": 1}
-    for name, value in (vars(arguments) | changed).items():
-        if name in ("labels_dir", "ensemble_dir", "resume") or value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        command += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return command
+def member_command(argv: Sequence[str], member_id: str, device: str) -> list[str]:
+    """Return the command that trains one member of the same ensemble, for ``python -m``.
+
+    Parameters
+    ----------
+    argv : arguments of this command, which the new ones follow and overrule
+    """
+    one = ["--members", member_id, "--member-index", "0", "--device", device, "--jobs", "1"]
+    return ["bids_varaug.cli.train", *argv, *one, "--resume"]
 
 
 if __name__ == "__main__":

@@ -84,13 +84,15 @@ def test_an_array_job_gives_the_bits_of_processes_side_by_side(
     assert ensemble.members == load_ensemble(str(trained[0])).members
 
 
-@pytest.mark.parametrize("flags", [[], ["--steps", "2", "fine=3", "--channels", "4", "4"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-resume"], ["--steps", "2", "fine=3", "--channels", "4", "4"]]
+)
 def test_a_process_of_its_own_gets_the_flags_of_all(flags):
-    given = build_parser().parse_args(["labels", "out", "--device", "cuda:0,cuda:1", *flags])
-    module, *command = member_command(given, "mca01", "cuda:1")
+    argv = ["labels", "out", "--device", "cuda:0,cuda:1", *flags]
+    module, *command = member_command(argv, "mca01", "cuda:1")
     found = vars(build_parser().parse_args(command))
-    changed = {"members": "mca01", "member_index": 0, "device": "cuda:1", "jobs": 1}
-    assert found == vars(given) | changed
+    changed = {"members": "mca01", "member_index": 0, "device": "cuda:1", "jobs": 1, "resume": True}
+    assert found == vars(build_parser().parse_args(argv)) | changed
 
 
 def test_an_array_task_does_not_delete_the_others_members(labels_dir, trained, capsys):
