@@ -1,7 +1,6 @@
 """File locks between processes, on one node or on several.
 
-The system frees what a killed process held. Where the file system has no locks, nobody waits and
-nothing is held back.
+The system frees what a killed process held. Where the file system has no locks, nobody waits and nothing is held back.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ def hold_participants(subjects: Iterable[str], folders: Sequence[Path]) -> Itera
             for path in (folder / f".sub-{subject}.lock" for folder in folders):
                 if not held.enter_context(file_lock(path, wait=False)):
                     print(
-                        f"ERROR: sub-{subject}: another run works on it ({_holder(path)}; {path}). "
-                        "It is left to that run.",
+                        f"ERROR: sub-{subject}: another run works on it ({_holder(path)}; {path}). It is left to that "
+                        "run.",
                         file=sys.stderr,
                     )
                     break

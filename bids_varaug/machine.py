@@ -59,9 +59,8 @@ def use_threads(n: int) -> None:
 def start_numba_threads() -> None:
     """Start numba's threads now, and leave torch the number that it has.
 
-    Both use OpenMP: as numba starts, at its first parallel loop, it sets the number of threads
-    for the whole process, to one for each processor. The bits of a training step depend on that
-    number, and a job on a cluster may have fewer.
+    Both use OpenMP: as numba starts, at its first parallel loop, it sets the number of threads for the whole process,
+    to one for each processor. The bits of a training step depend on that number, and a job on a cluster may have fewer.
     """
     import numba
     import torch
@@ -74,8 +73,8 @@ def start_numba_threads() -> None:
 def compiled(**options) -> Callable:
     """Like ``numba.njit(cache=True, **options)``, but works where no cache can be written.
 
-    In a read-only container without a home directory numba raises while it looks for a place for
-    its cache; the kernel is then compiled again in each process (seconds, same result).
+    In a read-only container without a home directory numba raises while it looks for a place for its cache; the kernel
+    is then compiled again in each process (seconds, same result).
 
     Examples
     --------
@@ -104,9 +103,8 @@ def caches_below(work_dir: Path) -> Path:
 def keep_caches_below(work_dir: Path) -> None:
     """Have compiled kernels and lists of fonts kept in the work directory, for this process.
 
-    Otherwise they are written to the home or the installed package, which may be read-only or
-    another user's. Variables that the user has set stay as they are. Before numba and matplotlib
-    are imported: they look at these variables once.
+    Otherwise they are written to the home or the installed package, which may be read-only or another user's. Variables
+    that the user has set stay as they are. Before numba and matplotlib are imported: they look at these variables once.
     """
     for variable, name in CACHES.items():
         place = caches_below(work_dir) / name
@@ -118,8 +116,8 @@ def keep_caches_below(work_dir: Path) -> None:
 def name_kernels(package: Path) -> str:
     """Name a package's compiled kernels by the text of the modules that hold them.
 
-    numba compiles a kernel again when its own module has changed, but not when only one that it
-    calls in another module has: after an upgrade, a work directory would go on with the old one.
+    numba compiles a kernel again when its own module has changed, but not when only one that it calls in another module
+    has: after an upgrade, a work directory would go on with the old one.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -149,8 +147,8 @@ def resolve_device(wanted: str) -> str:
     number = int(wanted.partition(":")[2] or 0)
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         raise UsageError(
-            f"--device {wanted}: torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) "
-            "here. Use --device cpu, or install a CUDA build of torch and check nvidia-smi."
+            f"--device {wanted}: torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) here. Use --device "
+            "cpu, or install a CUDA build of torch and check nvidia-smi."
         )
     return f"cuda:{number}"
 
@@ -175,8 +173,8 @@ class MemoryBound(NamedTuple):
 def memory_bound(root: Path = Path("/")) -> MemoryBound:
     """The tightest of the machine's memory, the limits of its control groups, and ``ulimit -v``.
 
-    The kernel kills a process beyond the first two without a word; beyond the last, an allocation
-    fails. `root` is where ``proc`` and ``sys`` are.
+    The kernel kills a process beyond the first two without a word; beyond the last, an allocation fails. `root` is
+    where ``proc`` and ``sys`` are.
     """
     return min(_bounds(root), key=lambda bound: bound.total)
 
@@ -193,10 +191,7 @@ def _bounds(root: Path) -> Iterator[MemoryBound]:
     yield MemoryBound(pages, free, "the machine's memory")
     for folder in _control_groups(root):
         # Version 2, then version 1.
-        for limit, usage in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
                 total = int((folder / limit).read_text())
                 used = int((folder / usage).read_text()) - _file_cache(folder)
@@ -238,9 +233,9 @@ def _file_cache(folder: Path) -> int:
 def keep_freed_memory() -> bool:
     """Make glibc reuse freed blocks instead of returning them to the kernel.
 
-    Each activation of a 3D network is a block of 50-500 MB, which malloc would map and unmap at
-    every layer; the page faults took up to three quarters of a forward pass. Peak memory hardly
-    changes. Does nothing (and returns False) where the C library is not glibc.
+    Each activation of a 3D network is a block of 50-500 MB, which malloc would map and unmap at every layer; the page
+    faults took up to three quarters of a forward pass. Peak memory hardly changes. Does nothing (and returns False)
+    where the C library is not glibc.
     """
     _stop_releasing()
     options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))

@@ -48,8 +48,8 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="bids_varaug",
-        description="Segment T1w images with a numerical ensemble and map where its members "
-        "disagree (participant); predict age from the volumes (group).",
+        description="Segment T1w images with a numerical ensemble and map where its members disagree (participant); "
+        "predict age from the volumes (group).",
         epilog="Flags may be spelled with underscores too (--participant_label).",
         allow_abbrev=False,
     )
@@ -89,8 +89,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         help="pybids database; created for these participants if it does not exist")
     add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
     add("--trust", choices=("sform", "qform"),
-        help="orientation to use where sform and qform contradict each other (default: the "
-        "scanner's, with a warning)")
+        help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
 
 
 def _add_ensemble(group: argparse._ArgumentGroup) -> None:
@@ -102,17 +101,16 @@ def _add_ensemble(group: argparse._ArgumentGroup) -> None:
     add("--n-members", type=values.positive_int, metavar="N",
         help="use the first N members of each family")
     add("--perturb-inference", type=values.rounded_members, metavar="N",
-        help="also run the baseline N times (0 to 99) with random rounding, as members rr01, "
-        "rr02, ... (default: %(default)s)")
+        help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
+        "%(default)s)")
     add("--grids", choices=("auto", "1", "2", "4", "8"), default="auto",
-        help="number of grids, shifted by one voxel, on which the baseline segments the image. Its "
-        "posteriors are averaged and those of the other members corrected likewise: volumes "
-        "then depend less on the position of the head. auto: 4 if the members share a trunk; 1 "
-        "otherwise and with --sloppy (default: %(default)s)")
+        help="number of grids, shifted by one voxel, on which the baseline segments the image. Its posteriors are "
+        "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
+        "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--random-seed", type=values.seed, metavar="N",
-        help="seed of --perturb-inference, the only random numbers of the participant level; "
-        "group level: seed of folds, noise and resampling (default: %(default)s)")
+        help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
+        "folds, noise and resampling (default: %(default)s)")
     add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
 
 
@@ -139,8 +137,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--dry-run", action="store_true", help="show what would be done and stop")
     add("--reports-only", action="store_true", help="rewrite the reports from existing outputs")
     add("--stop-on-first-crash", action="store_true", help="stop everything when one image fails")
-    add("--notrack", action="store_true", help="accepted for compatibility, without effect: "
-        "there is no telemetry")
+    add("--notrack", action="store_true", help="accepted for compatibility, without effect: there is no telemetry")
     add("--config-file", type=values.existing_file, metavar="TOML",
         help="default values of flags, one 'flag = value' per line; the command line wins")
     add("-v", "--verbose", dest="verbosity", action="count",
@@ -157,22 +154,21 @@ def _add_group_level(group: argparse._ArgumentGroup) -> None:
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,
-        help="how the members augment the training data, compared with none; all compares each "
-        "way with the controls jitter and shuffled too (default: %(default)s)")
+        help="how the members augment the training data, compared with none; all compares each way with the controls "
+        "jitter and shuffled too (default: %(default)s)")
     add("--cv-folds", type=values.folds, metavar="N",
         help="folds of the cross-validation, grouped by participant (default: %(default)s)")
     add("--features-table", type=values.existing_file, metavar="TSV",
         help="features from another tool, one row per participant and member")
     add("--relative-to", choices=RELATIVE_TO,
-        help="what to divide volumes by (default: brain, the sum of the structures; none with "
-        "--features-table)")
+        help="what to divide volumes by (default: brain, the sum of the structures; none with --features-table)")
     add("--asymmetries", action="store_true", help="add left-right asymmetries to the features")
     add("--log-volumes", action="store_true", help="use logarithms of volumes")
     add("--apply-model", type=values.existing_file, metavar="FILE",
         help="predict ages with a saved model (models/brainage.skops); fit nothing")
     add("--compare", type=values.named_path, nargs="+", metavar="NAME=DIR",
-        help="repeated runs of another pipeline to compare with: FreeSurfer stats folders, a "
-        "members table, or a table of minimum Dice (.csv)")
+        help="repeated runs of another pipeline to compare with: FreeSurfer stats folders, a members table, or a table "
+        "of minimum Dice (.csv)")
 # fmt: on
 
 
@@ -202,17 +198,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.set_defaults(**read_config(config_file))
     given = parser.parse_args(argv)
     if given.level not in LEVELS:
-        raise UnknownLevelError(
-            f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}."
-        )
+        raise UnknownLevelError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
     given.work_dir = given.work_dir or Path.cwd() / "work"
     check_paths(given.bids_dir, given.output_dir, given.work_dir)
     given.nprocs = given.nprocs or available_processors()
     given.omp_nthreads = given.omp_nthreads or min(given.nprocs, MAX_DEFAULT_THREADS)
     if given.omp_nthreads > given.nprocs:
         raise UsageError(
-            f"--omp-nthreads {given.omp_nthreads} is more than --nprocs {given.nprocs}: no task "
-            "could start."
+            f"--omp-nthreads {given.omp_nthreads} is more than --nprocs {given.nprocs}: no task could start."
         )
     given.bids_filters = values.read_bids_filters(given.bids_filters) if given.bids_filters else {}
     given.plugin = values.read_plugin(given.plugin) if given.plugin else None

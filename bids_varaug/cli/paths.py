@@ -12,8 +12,7 @@ from bids_varaug.errors import NoInputError, OutputError, UsageError
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     """Refuse directories that would lose or mix up data.
 
-    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do.
-    Nothing is created.
+    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. Nothing is created.
 
     Raises
     ------
@@ -29,30 +28,21 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
         kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
     # Links are followed: two names may mean one folder.
-    source, output, work = (
-        Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir)
-    )
+    source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
     example = f"for example {bids_dir / 'derivatives' / 'bids_varaug'}"
     if output == source:
-        raise UsageError(
-            f"{output_dir}: the output directory is the input dataset itself. Choose another, "
-            f"{example}."
-        )
+        raise UsageError(f"{output_dir}: the output directory is the input dataset itself. Choose another, {example}.")
     if output.is_relative_to(source) and source / "derivatives" not in output.parents:
         raise UsageError(
-            f"{output_dir}: the output directory is inside the input dataset. This is allowed only "
-            f"below derivatives/, {example}."
+            f"{output_dir}: the output directory is inside the input dataset. This is allowed only below derivatives/, "
+            f"{example}."
         )
     if work.is_relative_to(source):
-        raise UsageError(
-            f"{work_dir}: the work directory is inside the input dataset. Choose another -w."
-        )
+        raise UsageError(f"{work_dir}: the work directory is inside the input dataset. Choose another -w.")
     for name, path in (("input dataset", source), ("output directory", output)):
         # Whoever deletes the work directory by hand must not delete these.
         if path.is_relative_to(work):
-            raise UsageError(
-                f"{work_dir}: the {name} is inside the work directory. Choose another -w."
-            )
+            raise UsageError(f"{work_dir}: the {name} is inside the work directory. Choose another -w.")
     for name, path in (("output", output_dir), ("work", work_dir)):
         _check_writable(name, path)
     _check_not_foreign(output_dir)
@@ -69,8 +59,8 @@ def _check_writable(name: str, path: Path) -> None:
         raise OutputError(f"{existing}: the {name} directory cannot be here: this is {what}.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
-            f"{path}: the {name} directory cannot be written (no permission in {existing}). "
-            "Change its permissions, mount it writable, or choose another."
+            f"{path}: the {name} directory cannot be written (no permission in {existing}). Change its permissions, "
+            "mount it writable, or choose another."
         )
 
 
@@ -90,6 +80,5 @@ def _check_not_foreign(output_dir: Path) -> None:
         raise UsageError(f"{output_dir}: this is a raw BIDS dataset, not an output directory.")
     if tools and "bids_varaug" not in tools:
         raise UsageError(
-            f"{output_dir}: contains the derivatives of {', '.join(map(str, tools))}. Choose "
-            "another output directory."
+            f"{output_dir}: contains the derivatives of {', '.join(map(str, tools))}. Choose another output directory."
         )

@@ -63,8 +63,8 @@ def run_group_level(settings: Settings) -> ExitCode:
 
 def run_participant_level(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select."""
-    # With `docker -u` and a user id that the image has no name for, pybids and the validator, which
-    # look for the home directory, do not start.
+    # With `docker -u` and a user id that the image has no name for, pybids and the validator, which look for the home
+    # directory, do not start.
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = tempfile.gettempdir()
     _start_workers_server(settings)
@@ -86,16 +86,16 @@ def _start_workers_server(settings: Settings) -> None:
         forkserver.ensure_running()
     except OSError as error:  # a socket's path holds about 100 bytes
         raise OutputError(
-            f"{tempfile.gettempdir()}: cannot make a socket for the workers there ({error}). Set "
-            "TMPDIR to a writable folder with a shorter path."
+            f"{tempfile.gettempdir()}: cannot make a socket for the workers there ({error}). Set TMPDIR to a writable "
+            "folder with a shorter path."
         ) from error
 
 
 def _kill_workers() -> None:
     """End workers at once, and the server that they are forked from.
 
-    Python would wait for the steps that they are in, longer than docker does, and the server would
-    finish its imports first.
+    Python would wait for the steps that they are in, longer than docker does, and the server would finish its imports
+    first.
     """
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -29,9 +29,7 @@ def session_label(text: str) -> str:
 def member_names(text: str) -> str:
     """Families or ids of members; commas separate several."""
     if not re.fullmatch(r"[0-9a-zA-Z]+(,[0-9a-zA-Z]+)*", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01")
     return text
 
 
@@ -132,9 +130,7 @@ def read_bids_filters(path: Path) -> dict[str, dict]:
     try:
         filters = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{flag}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
+        raise UsageError(f"{flag}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag}: cannot read it: {error}.") from error
     if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
@@ -160,9 +156,7 @@ def read_plugin(path: Path) -> Mapping:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--use-plugin {path}: cannot read it as YAML: {error}") from error
     if not isinstance(plugin, dict) or not isinstance(plugin.get("plugin"), str):
-        raise UsageError(
-            f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'."
-        )
+        raise UsageError(f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'.")
     if not isinstance(plugin.setdefault("plugin_args", {}), dict):
         raise UsageError(f"--use-plugin {path}: plugin_args must be a mapping.")
     return plugin

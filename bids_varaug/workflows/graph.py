@@ -16,23 +16,14 @@ from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import identify
 from bids_varaug.reports.request import ReportRequest
 from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.workflows.interfaces import (
-    AverageGrids,
-    Conform,
-    FuseMembers,
-    SegmentMember,
-    WriteReport,
-    WriteScan,
-)
+from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
 from bids_varaug.workflows.plan import STEP_GB, Plan
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
 
 
-def init_participants_wf(
-    plan: Plan, scans: Sequence[Scan], finished: Mapping[str, Sequence[str]]
-) -> Workflow:
+def init_participants_wf(plan: Plan, scans: Sequence[Scan], finished: Mapping[str, Sequence[str]]) -> Workflow:
     """Segment every scan and write one report for each participant.
 
     Parameters

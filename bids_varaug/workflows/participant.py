@@ -123,8 +123,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     write_reports(plan, rest)
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
     print(
-        f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {others}; details are "
-        f"in {names.logs(settings.output_dir)}.",
+        f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {others}; details are in "
+        f"{names.logs(settings.output_dir)}.",
         file=sys.stderr,
     )
     return False

@@ -10,19 +10,12 @@ from pathlib import Path
 
 from bids_varaug.errors import UsageError
 from bids_varaug.machine import memory_bound, resolve_device
-from bids_varaug.models.ensemble import (
-    Ensemble,
-    Member,
-    check_member,
-    load_ensemble,
-    round_inference,
-    select_members,
-)
+from bids_varaug.models.ensemble import Ensemble, Member, check_member, load_ensemble, round_inference, select_members
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.plugins import LOCAL
 
-# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That
-# of a member varies between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
+# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That of a member varies
+# between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
 STEP_GB = {
     "conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
     "report": 1.0,
@@ -113,23 +106,21 @@ def check_memory(plan: Plan) -> None:
     settings, need = plan.settings, max(plan.segment_gb, STEP_GB["write"])
     if settings.mem_gb is not None and settings.mem_gb < need:
         raise UsageError(
-            f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or "
-            "leave it out."
+            f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or leave it out."
         )
     if settings.dry_run or settings.reports_only or settings.plugin_name not in LOCAL:
         return
     bound = memory_bound()
     if bound.total < need:
         raise UsageError(
-            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and "
-            f"there are {bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for "
-            "more (docker --memory, sbatch --mem, ulimit -v), or use --sloppy for a first look."
+            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and there are "
+            f"{bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for more (docker --memory, sbatch "
+            "--mem, ulimit -v), or use --sloppy for a first look."
         )
     if bound.free < need:
         print(
-            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of "
-            f"{bound.total:.1f} GB are free ({bound.source}). If it is killed, resume with the "
-            "same -w.",
+            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of {bound.total:.1f} GB are free "
+            f"({bound.source}). If it is killed, resume with the same -w.",
             file=sys.stderr,
         )
 
@@ -158,7 +149,7 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
             else "or use --clean-workdir, which removes those of an image once it is written"
         )
         print(
-            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about "
-            f"{need:.0f} GB more there, and {free:.0f} GB are free. Choose another -w, {hint}.",
+            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about {need:.0f} GB more there, and "
+            f"{free:.0f} GB are free. Choose another -w, {hint}.",
             file=sys.stderr,
         )

@@ -32,13 +32,12 @@ SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")  # end when the jobs ar
 LOG_LEVELS = ("CRITICAL", "INFO", "DEBUG")  # of nipype, without -v, with -v and with -vv
 
 KILLED = (
-    "ERROR: a worker process was killed, most likely because memory ran out. Use a smaller "
-    "--nprocs or --mem (fewer steps at once), and resume with the same -w."
+    "ERROR: a worker process was killed, most likely because memory ran out. Use a smaller --nprocs or --mem (fewer "
+    "steps at once), and resume with the same -w."
 )
 
-# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long. It
-# waits for files by that clock too: one that is set forward would end the wait at once
-# (tests/faults/test_surroundings.py).
+# nipype's loop sleeps until a time of day: a clock that is set back would stop it for as long. It waits for files by
+# that clock too: one that is set forward would end the wait at once (tests/faults/test_surroundings.py).
 plugins.base.time = filemanip.time = time.monotonic
 
 
@@ -82,8 +81,8 @@ def check_plugin(settings: Settings) -> None:
         raise UsageError(f"--use-plugin: nipype has no plugin {name!r}. It has {', '.join(known)}.")
     if settings.clean_workdir and name in SUBMIT_ONLY:
         raise UsageError(
-            f"--clean-workdir: with {name} the jobs still need the work directory when this "
-            "command ends. Leave one of the two out."
+            f"--clean-workdir: with {name} the jobs still need the work directory when this command ends. Leave one of "
+            "the two out."
         )
 
 
@@ -108,8 +107,8 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
     try:
         workflow.run(**runner)
     except Exception as error:
-        # After all other nodes are done, nipype raises what the first failed node raised, or a
-        # RuntimeError; `progress` has told that node's name and the node its error.
+        # After all other nodes are done, nipype raises what the first failed node raised, or a RuntimeError; `progress`
+        # has told that node's name and the node its error.
         if settings.verbosity or not progress.failed:
             print(f"ERROR: {type(error).__name__}: {error}", file=sys.stderr)
         return False
@@ -119,9 +118,9 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
 class WorkerPool:
     """Processes that run one task at a time, of which the first idle one gets the next.
 
-    A worker that is killed takes no other along, and is replaced. The members of a scan run one
-    after another as a rule: in turns by all processes of one executor, each pass would need memory
-    that is new to its process, and the kernel takes a fifth of the pass to clear it.
+    A worker that is killed takes no other along, and is replaced. The members of a scan run one after another as a
+    rule: in turns by all processes of one executor, each pass would need memory that is new to its process, and the
+    kernel takes a fifth of the pass to clear it.
     """
 
     def __init__(self, n_workers: int, new_executor: Callable[[], ProcessPoolExecutor]):
@@ -150,9 +149,9 @@ class WorkerPool:
 class WorkersPlugin(MultiProcPlugin):
     """nipype's MultiProc, but it survives a worker that is killed, and no worker survives it.
 
-    MultiProc waits for ever for the result of a worker that the kernel killed to free memory. Here
-    the step that was running fails, and a new worker does the others. It would also run the first
-    step of all scans, then the second: of an interrupted run of hundreds, none would be done.
+    MultiProc waits for ever for the result of a worker that the kernel killed to free memory. Here the step that was
+    running fails, and a new worker does the others. It would also run the first step of all scans, then the second: of
+    an interrupted run of hundreds, none would be done.
     """
 
     def __init__(self, plugin_args: dict | None = None):
@@ -160,9 +159,7 @@ class WorkersPlugin(MultiProcPlugin):
         # Forking a process in which OpenMP has run may hang the child.
         context = multiprocessing.get_context(self.plugin_args.get("mp_context", "forkserver"))
         setup = self._cwd, self.plugin_args.get("log_level", LOG_LEVELS[0])
-        self.pool = WorkerPool(
-            self.processors, lambda: ProcessPoolExecutor(1, context, _start_worker, setup)
-        )
+        self.pool = WorkerPool(self.processors, lambda: ProcessPoolExecutor(1, context, _start_worker, setup))
 
     def _generate_dependency_list(self, graph: nx.DiGraph) -> None:
         super()._generate_dependency_list(graph)
@@ -233,8 +230,8 @@ class ProgressLog:
         """Take note of one node's change of status."""
         if status not in ("end", "exception"):
             return
-        # <root>/<scan>/<step>, and below it the members' own folders.
-        # nipype follows links, of which the work directory may be one.
+        # <root>/<scan>/<step>, and below it the members' own folders. nipype follows links, of which the work directory
+        # may be one.
         folder = Path(os.path.realpath(node.output_dir()))
         where, step = (*folder.relative_to(os.path.realpath(self.root)).parts, "")[:2]
         name = self.scans.get(where, where)
@@ -260,10 +257,7 @@ class ProgressLog:
         done, total = len(self.passes_done), len(self.scans) * self.n_passes
         left = round((time.monotonic() - self.started) / done * (total - done))
         duration = f"{left // 60} min {left % 60:02d} s" if left >= 60 else f"{left} s"
-        self._say(
-            f"{scan}: {', '.join(new)} done ({done} of {total} segmentations, "
-            f"about {duration} left)"
-        )
+        self._say(f"{scan}: {', '.join(new)} done ({done} of {total} segmentations, about {duration} left)")
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """nipype's SLURM plugin for a cluster that others use too.
 
-Each step asks for the processors and the memory it needs, one ``squeue`` asks for all steps, a
-controller that does not answer for a while fails nothing, and no job outlives the run.
+Each step asks for the processors and the memory it needs, one ``squeue`` asks for all steps, a controller that does not
+answer for a while fails nothing, and no job outlives the run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def request_resources(workflow: Workflow, sbatch_args: str) -> None:
 class SlurmPlugin(SLURMPlugin):
     """nipype's SLURM plugin, with what the head of this module says.
 
-    Further plugin arguments: ``poll_seconds`` between two calls of squeue, and ``result_seconds``,
-    how long the result of a finished job may take to appear.
+    Further plugin arguments: ``poll_seconds`` between two calls of squeue, and ``result_seconds``, how long the result
+    of a finished job may take to appear.
     """
 
     def __init__(self, plugin_args: dict | None = None):
