@@ -27,10 +27,17 @@ def session_label(text: str) -> str:
 
 
 def member_names(text: str) -> str:
-    """Families or ids of members; commas separate several."""
-    if not re.fullmatch(r"[0-9a-zA-Z]+(,[0-9a-zA-Z]+)*", text):
+    """Families or ids of members; commas separate several.
+
+    Examples
+    --------
+    >>> member_names("mca,seed01,")
+    'mca,seed01'
+    """
+    names = [name for name in text.split(",") if name]
+    if not names or not all(re.fullmatch(r"[0-9a-zA-Z]+", name) for name in names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01")
-    return text
+    return ",".join(names)
 
 
 def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
