@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from bids_varaug.simulation.fields import smooth_field
 from bids_varaug.training.labels import TISSUES, LabelScheme, load_scheme
+from simulation.fields import smooth_field
 
 TEXTURE = {"air": 0.0, "brain": 0.02, "ventricle": 0.02, "csf": 0.02, "head": 0.12}
 """SD of the variation inside a structure, relative to white matter."""
