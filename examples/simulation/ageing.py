@@ -13,9 +13,8 @@ import numpy as np
 
 from bids_varaug.training.labels import load_scheme
 from simulation.charts import CHARTS, expected_ratio
-from simulation.fields import smooth_field
 from simulation.growth import deform_labels
-from simulation.scanner import Scanner, draw_image
+from simulation.scanner import Scanner, draw_image, smooth_field
 from simulation.warp import Warp
 
 TEMPLATE_AGE = 25.0
