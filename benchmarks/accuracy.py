@@ -20,18 +20,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 from aseg import harmonise
 from members import Members
 from scipy import stats
 
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
 from bids_varaug.segmentation.fuse import fuse_members
 from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.segmentation.posterior import load_posterior, save_posterior
-from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
+from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
+from bids_varaug.training.monitor import (
+    LabelledImage,
+    dice_with_truth,
+    find_labelled_images,
+    native_labels,
+)
 
 
 def score(
@@ -40,21 +48,27 @@ def score(
     """Print the rows of one image; return the mean Dice of each member."""
     name = image.t1w.name.split("_T1w")[0]
     finder = load_member(ensemble, ensemble.baseline or ensemble.members[0])
-    ids = [label.index for label in ensemble.labels]
-    prepared = PreparedImage(image, finder, ensemble.voxel_size, ids)
+    ids = np.array([label.index for label in ensemble.labels])
+    head = prepare_head(image.t1w, ensemble.voxel_size, finder.shape.multiple)
+    brain, geometry = crop_to_brain(finder, *head)
+    truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
     if options.harmonise:
-        prepared.truth = harmonise(prepared.truth)
-    segmenter = Members(ensemble, prepared.head, options.grids, folder)
+        truth = harmonise(truth)
+
+    def dice(sparse: SparsePosterior) -> np.ndarray:
+        return dice_with_truth(ids[native_labels(sparse, geometry)], truth, ids[1:])
+
+    segmenter = Members(ensemble, brain, options.grids, folder)
     paths, means = [], {}
     for member in members:
         sparse = segmenter.segment(member)
-        means[member.id] = float(np.nanmean(prepared.dice(sparse)))
+        means[member.id] = float(np.nanmean(dice(sparse)))
         print(f"{name}\t{member.id}\tmean\t{means[member.id]:.4f}", flush=True)
         if member.family != BASELINE or len(members) == 1:
             paths.append(folder / f"{member.id}.safetensors")
             save_posterior(paths[-1], sparse, {})
     fuse_members(paths, folder / "mean.safetensors")
-    scores = prepared.dice(load_posterior(folder / "mean.safetensors"))
+    scores = dice(load_posterior(folder / "mean.safetensors"))
     print(f"{name}\tconsensus\tmean\t{np.nanmean(scores):.4f}")
     for label, value in zip(ensemble.labels[1:], scores, strict=True):
         print(f"{name}\tconsensus\t{label.name}\t{value:.4f}")

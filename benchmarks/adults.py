@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
-from bids_varaug.training.labels import find_label_maps, load_label_map, load_scheme
+from bids_varaug.training.labels import load_scheme
+from bids_varaug.training.subjects import find_label_maps, load_label_map
 
 ADULT_YEARS = 18
 

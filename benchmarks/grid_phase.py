@@ -20,17 +20,19 @@ import nibabel as nib
 import numpy as np
 from members import Members
 
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import Ensemble, load_ensemble, select_members
 from bids_varaug.models.load import load_member
 from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.training.monitor import PreparedHead
+from bids_varaug.segmentation.locate import crop_to_brain
 
 
 def count_voxels(t1w: Path, ensemble: Ensemble, members, n_grids: int) -> np.ndarray:
     """Volumes by some members, (M, K - 1) voxels of the network's grid."""
     finder = load_member(ensemble, ensemble.baseline)
-    head = PreparedHead(t1w, finder, ensemble.voxel_size).head
+    whole = prepare_head(t1w, ensemble.voxel_size, finder.shape.multiple)
+    head, _ = crop_to_brain(finder, *whole)
     with tempfile.TemporaryDirectory() as folder:
         segmenter = Members(ensemble, head, n_grids, Path(folder))
         labels = (segmenter.segment(member).labels for member in members)

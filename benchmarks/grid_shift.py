@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from members import Members
 
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import Ensemble, Member, load_ensemble, select_members
 from bids_varaug.models.load import load_member
 from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.training.monitor import PreparedHead
+from bids_varaug.segmentation.locate import crop_to_brain
 
 
 def labels_three_ways(
@@ -50,7 +51,8 @@ def main() -> None:
     print("image\tmember\tbrain\tchanged_by_own_grids\tstill_different_when_moved")
     for t1w in options.heads:
         finder = load_member(ensemble, ensemble.baseline or ensemble.members[0])
-        head = PreparedHead(t1w, finder, ensemble.voxel_size).head
+        whole = prepare_head(t1w, ensemble.voxel_size, finder.shape.multiple)
+        head, _ = crop_to_brain(finder, *whole)
         for member in select_members(ensemble, options.members):
             one, own, moved = labels_three_ways(ensemble, head, member, options.grids)
             counts = (np.count_nonzero(x) for x in (own, one != own, moved != own))

@@ -14,15 +14,18 @@ import argparse
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import Features, UNet
+from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import PreparedImage, find_labelled_images
+from bids_varaug.training.monitor import dice_with_truth, find_labelled_images, native_labels
 
 
 def use_bfloat16(network: UNet) -> None:
@@ -50,19 +53,22 @@ def main() -> None:
     plain, half = (load_member(ensemble, ensemble.baseline) for _ in range(2))
     use_bfloat16(half)
     print("image\tdice\tdice_bfloat16\tdifferent\tseconds\tseconds_bfloat16")
-    ids = [label.index for label in ensemble.labels]
+    ids = np.array([label.index for label in ensemble.labels])
     for image in find_labelled_images(
         options.images, dict(zip(ids, (x.name for x in ensemble.labels), strict=True))
     ):
-        prepared = PreparedImage(image, plain, ensemble.voxel_size, ids)
+        head = prepare_head(image.t1w, ensemble.voxel_size, plain.shape.multiple)
+        cropped, geometry = crop_to_brain(plain, *head)
+        truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
         found, seconds = [], []
         for network in (plain, half):
             started = time.perf_counter()
-            found.append(segment_volume(network, prepared.head))
+            found.append(segment_volume(network, cropped))
             seconds.append(time.perf_counter() - started)
         brain = np.logical_and(*(sparse.labels > 0 for sparse in found))
         different = (found[0].labels != found[1].labels)[brain].mean()
-        dice = [np.nanmean(prepared.dice(sparse)) for sparse in found]
+        ours = [ids[native_labels(sparse, geometry)] for sparse in found]
+        dice = [np.nanmean(dice_with_truth(labels, truth, ids[1:])) for labels in ours]
         print(f"{image.t1w.name}\t{dice[0]:.4f}\t{dice[1]:.4f}\t{different:.2%}\t"
               f"{seconds[0]:.2f}\t{seconds[1]:.2f}", flush=True)  # fmt: skip
 

@@ -19,19 +19,18 @@ import torch
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.training.heads import load_heads
-from bids_varaug.training.labels import find_label_maps, load_scheme
-from bids_varaug.training.loss import training_loss
+from bids_varaug.training.labels import load_scheme
 from bids_varaug.training.monitor import dice_with_truth
-from bids_varaug.training.optimiser import Optimiser
-from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
+from bids_varaug.training.optimiser import Optimiser, training_loss
+from bids_varaug.training.subjects import TrainingSubject, find_label_maps, load_subjects
+from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 SHAPE, VOXEL_SIZE = (48, 48, 48), 4.0
 WARMUP = 50
 
 
 class AdamW:
-    """AdamW for every weight, behind the face of `Optimiser`."""
+    """AdamW for every weight, used like `Optimiser`."""
 
     def __init__(self, network: UNet):
         self.optimiser = torch.optim.AdamW(
@@ -42,21 +41,22 @@ class AdamW:
         """Set the learning rate."""
         self.optimiser.param_groups[0]["lr"] = lr
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        self.optimiser.zero_grad(set_to_none=True)
-
     def step(self) -> None:
         """Update all weights."""
         self.optimiser.step()
 
 
-def mean_dice(network: UNet, randomiser: Randomiser, heads, n_classes: int) -> float:
+def mean_dice(
+    network: UNet,
+    generator: SyntheticImageGenerator,
+    subjects: list[TrainingSubject],
+    n_classes: int,
+) -> float:
     """Mean over nine images of the mean Dice of the structures present."""
     scores, structures = [], range(1, n_classes)
     for number in range(9):
-        head = heads[number % len(heads)]
-        image, target = randomiser.draw(head, SHAPE, VOXEL_SIZE, 9000 + number)
+        subject = subjects[number % len(subjects)]
+        image, target = generator.draw(subject, SHAPE, VOXEL_SIZE, 9000 + number)
         with torch.no_grad():
             found = network.coarse_logits(image[None, None])[0][0].argmax(-1)
         scores.append(np.nanmean(dice_with_truth(found.numpy(), target.numpy(), structures)))
@@ -73,9 +73,9 @@ def main() -> None:
     keep_freed_memory()
     scheme = load_scheme()
     maps = find_label_maps(arguments.labels)
-    heads = load_heads(maps, scheme, "cpu")
-    to_train, left_out = heads[: -arguments.hold_out], heads[-arguments.hold_out :]
-    randomiser = Randomiser(scheme, SynthesisSettings())
+    subjects = load_subjects(maps, scheme, "cpu")
+    to_train, left_out = subjects[: -arguments.hold_out], subjects[-arguments.hold_out :]
+    generator = SyntheticImageGenerator(scheme, SynthesisSettings())
     n_classes = len(scheme.target_ids)
     print("optimiser\tlr\tstep\tdice")
     makers = (("muon", 5e-3, lambda n: Optimiser(n, 1e-4)), ("adamw", 8e-3, AdamW))
@@ -87,18 +87,18 @@ def main() -> None:
             share = max(0, step - WARMUP) / (arguments.steps - WARMUP)
             rise = min(1.0, (step + 1) / WARMUP)
             optimiser.set_lr(lr * (rise * 0.5 * (1 + np.cos(np.pi * share)) + 0.01))
-            head, seed = np.random.SeedSequence((77, step)).generate_state(2)
-            image, target = randomiser.draw(
-                to_train[int(head) % len(to_train)], SHAPE, VOXEL_SIZE, int(seed)
+            subject, seed = np.random.SeedSequence((77, step)).generate_state(2)
+            image, target = generator.draw(
+                to_train[int(subject) % len(to_train)], SHAPE, VOXEL_SIZE, int(seed)
             )
-            optimiser.zero_grad()
+            network.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
                 loss = training_loss(network, image, target, 0, balanced=True, body_only=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             if (step + 1) % 100 == 0:
-                score = mean_dice(network, randomiser, left_out, n_classes)
+                score = mean_dice(network, generator, left_out, n_classes)
                 print(f"{name}\t{lr}\t{step + 1}\t{score:.3f}", flush=True)
 
 

@@ -31,17 +31,19 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bids_varaug.cli.train import with_steps
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import write_tensors
+from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.heads import load_heads
-from bids_varaug.training.labels import find_label_maps, load_scheme
-from bids_varaug.training.members import Workshop, plan_member
-from bids_varaug.training.monitor import PreparedHead
+from bids_varaug.training.labels import load_scheme
+from bids_varaug.training.members import plan_member
 from bids_varaug.training.recipe import STAGES, Recipe
+from bids_varaug.training.subjects import find_label_maps, load_subjects
+from bids_varaug.training.train import Trainer
 from bids_varaug.variability.regions import pairwise_dice, region_counts
 
 
@@ -128,18 +130,20 @@ def main() -> None:
     n_classes = len(scheme.target_ids)
     recipe = Recipe(NetworkShape(n_classes), with_steps(STAGES, options.steps))
     maps = find_label_maps(options.labels)
-    heads = load_heads(maps[: len(maps) - options.hold_out], scheme, "cpu")
+    subjects = load_subjects(maps[: len(maps) - options.hold_out], scheme, "cpu")
     snapshots = Snapshots(options.output, options.every)
     options.output.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(options.ensemble, recipe, scheme, heads, "cpu", snapshots.on_step)
+    trainer = Trainer(options.ensemble, recipe, scheme, subjects, "cpu", snapshots.on_step)
     for name in (BASELINE, *options.members):
-        workshop.train_member(plan_member(name))
+        trainer.train_member(plan_member(name))
     network = build_network(recipe.network, plan_member(BASELINE).seed)
     start = {key: p.detach().clone() for key, p in network.named_parameters()}
     # The brain is found by the trained network.
     network.load_state_dict(snapshots.load(BASELINE, recipe.steps // options.every * options.every))
     network.eval()
-    prepared = [PreparedHead(path, network, recipe.voxel_size).head for path in options.images]
+    whole = (prepare_head(path, recipe.voxel_size, network.shape.multiple)
+             for path in options.images)  # fmt: skip
+    prepared = [crop_to_brain(network, *head)[0] for head in whole]
     rows = []
     for step in range(options.every, recipe.steps + 1, options.every):
         baseline = snapshots.load(BASELINE, step)

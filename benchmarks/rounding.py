@@ -27,8 +27,7 @@ from bids_varaug.machine import keep_freed_memory, use_threads
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.training.loss import training_loss
-from bids_varaug.training.optimiser import Optimiser
+from bids_varaug.training.optimiser import Optimiser, training_loss
 
 INFERENCE_BOX = (160, 192, 160)
 
@@ -77,7 +76,7 @@ class Work:
         if self.optimiser is None:
             self.optimiser = Optimiser(self.network, weight_decay=1e-4)
             self.optimiser.set_lr(1e-6)
-        self.optimiser.zero_grad()
+        self.network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             loss = training_loss(self.network, self.cube, self.target, seed=0)
         loss.backward()

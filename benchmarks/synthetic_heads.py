@@ -24,9 +24,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bids_varaug.training.heads import load_heads
-from bids_varaug.training.labels import LabelScheme, find_label_maps, load_scheme
-from bids_varaug.training.synthesis import Randomiser, SynthesisSettings
+from bids_varaug.training.labels import LabelScheme, load_scheme
+from bids_varaug.training.subjects import TrainingSubject, find_label_maps, load_subjects
+from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 KINDS = ("t1", "sharp", "any", "inverted", "t2")
 SHAPE = (160, 224, 192)
@@ -42,15 +42,17 @@ def t2_scheme(scheme: LabelScheme) -> LabelScheme:
     return replace(scheme, t1_mean=means.astype(np.float32))
 
 
-def draw(kind: str, head, scheme: LabelScheme, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    kind: str, subject: TrainingSubject, scheme: LabelScheme, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return image (X, Y, Z) float32 and label ids (X, Y, Z) int16 of one head."""
     share = 1.0 if kind == "any" else 0.0
     used = t2_scheme(scheme) if kind == "t2" else scheme
     settings = SynthesisSettings(random_contrast_share=share, thin_share=0.0)
     if kind == "sharp":
         settings = replace(settings, low_resolution_share=0.0)
-    randomiser = Randomiser(used, settings)
-    image, target = (part.numpy() for part in randomiser.draw(head, SHAPE, 1.0, seed))
+    generator = SyntheticImageGenerator(used, settings)
+    image, target = (part.numpy() for part in generator.draw(subject, SHAPE, 1.0, seed))
     if kind == "inverted":
         image = np.where(image > 0.05, 1.1 - np.minimum(image, 1.05), image)
     return image, np.asarray(scheme.target_ids)[target].astype(np.int16)
@@ -69,11 +71,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for n_map, path in enumerate(find_label_maps(options.labels)[-options.last :]):
         name = "".join(c for c in path.name.split(".")[0] if c.isalnum())
-        [head] = load_heads([path], scheme, "cpu")
+        [subject] = load_subjects([path], scheme, "cpu")
         for number in range(options.per_map):
             for kind in options.kinds:  # one seed: the same head in each contrast
                 seed = FIRST_SEED + options.per_map * n_map + number
-                image, labels = draw(kind, head, scheme, seed)
+                image, labels = draw(kind, subject, scheme, seed)
                 stem = options.out / f"{name}x{number}x{kind}"
                 nib.save(nib.Nifti1Image(image, np.eye(4)), f"{stem}_T1w.nii.gz")
                 nib.save(nib.Nifti1Image(labels, np.eye(4)), f"{stem}_desc-aseg_dseg.nii.gz")

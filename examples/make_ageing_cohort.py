@@ -5,7 +5,7 @@
 LABELS is a segmentation with FreeSurfer's ids, for instance what bids_varaug wrote for the MNI152
 template (`make demo`): the images are then those of extracted brains. A map with a skull
 (SynthSeg's training maps) gives whole heads. How the people differ, and where the numbers come
-from: bids_varaug/simulation/charts.py. True volumes are in ``sourcedata/truth.tsv``.
+from: examples/simulation/charts.py. True volumes are in ``sourcedata/truth.tsv``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.errors import OutputError, UsageError, UserError
-from bids_varaug.simulation.ageing import AGE_RANGE, TEMPLATE_AGE, Head, simulate_person
-from bids_varaug.simulation.scanner import draw_scanner
-from bids_varaug.simulation.template import read_template
 from bids_varaug.training.labels import load_scheme
+from simulation.ageing import AGE_RANGE, TEMPLATE_AGE, Head, simulate_person
+from simulation.scanner import draw_scanner
+from simulation.template import read_template
 
 README = """\
 # Simulated ageing heads

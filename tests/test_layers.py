@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bids_varaug"
 # trainer watches real images with segmentation, and brain age reads and writes as derivatives do.
 ORDER = (
     "errors", "settings", "machine", "locks", "inputs", "images", "numerics", "models",
-    "variability", "segmentation", "training", "simulation", "derivatives", "brainage", "reports",
+    "variability", "segmentation", "training", "derivatives", "brainage", "reports",
     "workflows", "cli",
 )  # fmt: skip
 # To be removed one by one: (module, folder after its own).

@@ -16,11 +16,13 @@ from nibabel.processing import resample_from_to
 
 from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
 from bids_varaug.cli.run import main
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.load import load_member
+from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import PreparedHead, dice_with_truth
+from bids_varaug.training.monitor import dice_with_truth, native_labels
 
 HEADS = {
     "bert": "t1w/bert/bert_desc-norm_T1w.nii.gz",
@@ -167,9 +169,10 @@ def baseline(shared_data):
     ids = np.array([label.index for label in ensemble.labels], np.uint8)
 
     def segment(path: str) -> nib.Nifti1Image:
-        head = PreparedHead(shared_data / path, network, ensemble.voxel_size)
-        labels = head.native_labels(segment_volume(network, head.head))
-        return nib.Nifti1Image(ids[labels], head.geometry.native_affine)
+        head = prepare_head(shared_data / path, ensemble.voxel_size, network.shape.multiple)
+        brain, geometry = crop_to_brain(network, *head)
+        labels = native_labels(segment_volume(network, brain), geometry)
+        return nib.Nifti1Image(ids[labels], geometry.native_affine)
 
     return segment
 

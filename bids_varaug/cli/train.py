@@ -123,17 +123,11 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     import torch
 
     from bids_varaug.machine import keep_freed_memory, resolve_device, use_threads
-    from bids_varaug.training.fleet import train_side_by_side
-    from bids_varaug.training.heads import load_heads
     from bids_varaug.training.labels import find_label_table, load_scheme
-    from bids_varaug.training.members import (
-        Workshop,
-        calibrate_ensemble,
-        forget,
-        train_ensemble,
-        unfinished,
-    )
-    from bids_varaug.training.progress import Progress
+    from bids_varaug.training.members import train_in_parallel
+    from bids_varaug.training.monitor import TrainingMonitor, find_labelled_images
+    from bids_varaug.training.subjects import load_subjects
+    from bids_varaug.training.train import Trainer, delete_ensemble, unfinished
 
     keep_freed_memory()
     # Also without --omp-nthreads: numba does not know OMP_NUM_THREADS.
@@ -145,25 +139,27 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     scheme = load_scheme(arguments.label_table or find_label_table(arguments.labels_dir))
     recipe = make_recipe(arguments, len(scheme.target_ids))
     if not arguments.resume:
-        forget(arguments.ensemble_dir)
+        delete_ensemble(arguments.ensemble_dir)
     logs = arguments.ensemble_dir / "logs"
     names = dict(zip(scheme.target_ids, scheme.target_names, strict=True))
-    monitored = (arguments.monitor, arguments.monitor_every, names, recipe.voxel_size)
-    with closing(Progress(logs, *monitored)) as progress:
-        workshop = Workshop(
-            arguments.ensemble_dir, recipe, scheme,
-            load_heads(to_train, scheme, devices[0], arguments.real_share > 0),
-            devices[0], progress.on_step,
-        )  # fmt: skip
+    images = find_labelled_images(arguments.monitor, names) if arguments.monitor else []
+    monitor = TrainingMonitor(
+        logs, images, arguments.monitor_every, scheme.target_ids, recipe.voxel_size
+    )
+    with closing(monitor):
+        subjects = load_subjects(to_train, scheme, devices[0], arguments.real_share > 0)
+        trainer = Trainer(
+            arguments.ensemble_dir, recipe, scheme, subjects, devices[0], monitor.on_step
+        )
         name = arguments.name or arguments.ensemble_dir.resolve().name
         apart = len(devices) > 1  # other processes train the members; this one waits
-        ensemble = train_ensemble(workshop, name, () if apart else ids)
+        ensemble = trainer.train_ensemble(name, () if apart else ids)
     if apart:
-        train_side_by_side(partial(member_command, argv), unfinished(ensemble, ids), devices, logs)
+        train_in_parallel(partial(member_command, argv), unfinished(ensemble, ids), devices, logs)
     if left_out and arguments.member_index is None:
         print("Calibrating the posteriors on the held-out label maps", file=sys.stderr)
-        ensemble = calibrate_ensemble(
-            workshop, load_heads(left_out, scheme, devices[0]), [path.name for path in left_out]
+        ensemble = trainer.calibrate_ensemble(
+            load_subjects(left_out, scheme, devices[0]), [path.name for path in left_out]
         )
         print(f"Temperature {ensemble.temperature}", file=sys.stderr)
 
@@ -202,7 +198,7 @@ def split_label_maps(directory: Path, hold_out: int) -> tuple[list[Path], list[P
     UserError
         If there are no label maps, or none to train on.
     """
-    from bids_varaug.training.labels import find_label_maps
+    from bids_varaug.training.subjects import find_label_maps
 
     paths = find_label_maps(directory)
     n_train = len(paths) - hold_out

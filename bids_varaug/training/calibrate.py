@@ -13,8 +13,8 @@ from scipy.optimize import minimize_scalar
 from bids_varaug.models.ensemble import Ensemble
 from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import Features, UNet
-from bids_varaug.training.heads import Head
-from bids_varaug.training.synthesis import Randomiser
+from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.training.synthesis import SyntheticImageGenerator
 
 SHAPE = (160, 192, 160)
 N_VOXELS = 20_000  # of each image
@@ -32,19 +32,19 @@ class Calibration:
 
 def calibrate(
     ensemble: Ensemble,
-    heads: Sequence[Head],
-    randomiser: Randomiser,
-    images_per_head: int = 2,
+    subjects: Sequence[TrainingSubject],
+    generator: SyntheticImageGenerator,
+    images_per_subject: int = 2,
     seed: int = 700_000,
 ) -> Calibration:
     """Find the temperature T of the mean posterior p: that of least cross-entropy of p^(1/T).
 
     The mean is that of the perturbed members (of the baseline where it is alone), on images of
-    heads that training left out [1]_, at voxels within and around the brain.
+    subjects that training left out [1]_, at voxels within and around the brain.
 
     Parameters
     ----------
-    heads : on the randomiser's device, not used in training
+    subjects : on the generator's device, not used in training
     seed : of the images
 
     Returns
@@ -60,22 +60,24 @@ def calibrate(
     """
     perturbed = [m for m in ensemble.members if not m.is_baseline] or list(ensemble.members)
     drawn = [
-        _draw(randomiser, head, ensemble.voxel_size, seed + images_per_head * number + again)
-        for number, head in enumerate(heads)
-        for again in range(images_per_head)
+        _draw(generator, subject, ensemble.voxel_size, seed + images_per_subject * number + again)
+        for number, subject in enumerate(subjects)
+        for again in range(images_per_subject)
     ]
 
     def logits() -> Iterator[torch.Tensor]:
         for member in perturbed:
-            network = load_member(ensemble, member, str(randomiser.device))
-            yield torch.cat([logits_at(network, image, places) for image, _, places in drawn])
+            network = load_member(ensemble, member, str(generator.device))
+            yield torch.cat([logits_at(network, image, voxels) for image, _, voxels in drawn])
 
     log_mean = log_mean_posterior(logits())
-    truth = torch.cat([target.reshape(-1)[places].long().cpu() for _, target, places in drawn])
+    truth = torch.cat([target.reshape(-1)[voxels].long().cpu() for _, target, voxels in drawn])
     found = minimize_scalar(
         lambda log_t: cross_entropy(log_mean, truth, math.exp(log_t)),
-        bounds=tuple(math.log(t) for t in _BOUNDS), method="bounded", options={"xatol": 1e-3},
-    )  # fmt: skip
+        bounds=tuple(math.log(t) for t in _BOUNDS),
+        method="bounded",
+        options={"xatol": 1e-3},
+    )
     temperature = round(math.exp(found.x), 3)
     before, after = (cross_entropy(log_mean, truth, t) for t in (1.0, temperature))
     return Calibration(temperature, round(before, 5), round(after, 5))
@@ -88,7 +90,7 @@ def log_mean_posterior(logits: Iterable[torch.Tensor]) -> torch.Tensor:
     ----------
     logits : (V, K) float32, of one member after another
     """
-    total, n_members = 0.0, 0
+    total, n_members = torch.zeros((), dtype=torch.float64), 0
     for one in logits:
         total = total + one.double().softmax(-1)
         n_members += 1
@@ -107,34 +109,28 @@ def cross_entropy(log_mean: torch.Tensor, truth: torch.Tensor, temperature: floa
 
 
 @torch.inference_mode()
-def logits_at(network: UNet, image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return logits (V, K) float32, on the CPU, at places (V,) int64 of the flattened image.
+def logits_at(network: UNet, image: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """Return logits (V, K) float32, on the CPU, at voxels (V,) int64 of the flattened image.
 
     Parameters
     ----------
     image : (X, Y, Z) float32, on the network's device; X even
-    places : ascending
+    voxels : ascending
     """
     features = network.features_by_slabs(image[None, None])
-    per_slab = 2 * image[0].numel()  # two slabs of voxels are one of the network's body
-    rows = []
-    for slab, inside in enumerate(_split(places, per_slab, image.shape[0] // 2)):
-        x = 2 * slab
-        part = Features(features.body[:, :, slab : slab + 1], features.rim[:, :, x : x + 2])
-        logits = network.classify(part)[0].flatten(1)
-        rows.append(logits[:, inside - slab * per_slab].T.cpu())
+    n_plane, rows = image[0].numel(), []
+    for x in range(0, len(image), 2):  # two slabs of voxels are one of the network's body
+        part = Features(features.body[:, :, x // 2 : x // 2 + 1], features.rim[:, :, x : x + 2])
+        inside = voxels[(voxels >= x * n_plane) & (voxels < (x + 2) * n_plane)] - x * n_plane
+        rows.append(network.classify(part)[0].flatten(1)[:, inside].T.cpu())
     return torch.cat(rows)
 
 
-def _split(places: torch.Tensor, size: int, count: int) -> tuple[torch.Tensor, ...]:
-    """Cut ascending places into those of each run of `size`."""
-    edges = torch.arange(1, count, device=places.device) * size
-    return torch.tensor_split(places, torch.searchsorted(places, edges).cpu())
-
-
-def _draw(randomiser: Randomiser, head: Head, voxel_size: float, seed: int):
-    """Return an image, its target and the (sorted) places of voxels in and around the brain."""
-    image, target = randomiser.draw(head, SHAPE, voxel_size, seed)
+def _draw(
+    generator: SyntheticImageGenerator, subject: TrainingSubject, voxel_size: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return an image, its target and (ascending) voxels drawn from in and around the brain."""
+    image, target = generator.draw(subject, SHAPE, voxel_size, seed)
     near = F.max_pool3d((target > 0).float()[None, None], 9, 1, 4)[0, 0].reshape(-1) > 0
     candidates = near.nonzero()[:, 0]
     rng = torch.Generator().manual_seed(seed)

@@ -1,30 +1,121 @@
-"""Real images watched during training: synthetic loss alone says little about them."""
+"""What a training run shows: a progress bar, a log, curves, and Dice on real images.
+
+The loss on synthetic images alone says little about real ones.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from bids_varaug.errors import UserError
+from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import resample_posterior
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.posterior import SparsePosterior
 from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.training.train import StepReport
 
 
-@dataclass(frozen=True)
-class LabelledImage:
+class LabelledImage(NamedTuple):
     """A T1w image and its label map on the same grid."""
 
     t1w: Path
     labels: Path
+
+
+@dataclass
+class TrainingMonitor:
+    """Receives every step of every member.
+
+    Attributes
+    ----------
+    directory : gets ``<member>.tsv`` (one row a step) and ``<member>.png``
+    images : real ones to evaluate on
+    every : steps between two evaluations
+    class_ids : label id of each class, background first
+    voxel_size : of the network grid, mm
+    """
+
+    directory: Path
+    images: Sequence[LabelledImage]
+    every: int
+    class_ids: Sequence[int]
+    voxel_size: float
+    member: str | None = field(default=None, init=False)
+    bar: tqdm | None = field(default=None, init=False)
+
+    def on_step(self, member: str, report: StepReport, network: UNet) -> None:
+        """Note one step; evaluate on the real images when it is time, and at the end."""
+        if self.bar is None or member != self.member:
+            self.close()
+            self.member = member
+            self.bar = tqdm(total=report.total, initial=report.step, desc=member, unit="step")
+        is_time = (report.step + 1) % self.every == 0 or report.step + 1 == report.total
+        scores = {}
+        for image in self.images if is_time else ():
+            by_structure = real_image_dice(network, image, self.class_ids, self.voxel_size)
+            scores[image.t1w.name.split("_T1w")[0]] = float(np.nanmean(by_structure))
+        dice = float(np.mean(list(scores.values()))) if scores else None
+        log = self.directory / f"{member}.tsv"
+        append_step(log, report, dice)
+        self.bar.update(1)
+        self.bar.set_postfix(stage=report.stage, loss=f"{report.loss:.3f}")
+        if dice is not None:
+            each = ", ".join(f"{image} {score:.4f}" for image, score in scores.items())
+            self.bar.write(
+                f"{member} step {report.step + 1}: mean Dice on real images {dice:.4f}; {each}",
+                file=sys.stderr,
+            )
+        if is_time:
+            draw_curves(log, log.with_suffix(".png"))
+
+    def close(self) -> None:
+        """End the bar of the current member."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def append_step(log: Path, report: StepReport, dice: float | None) -> None:
+    """Add a row to a member's table, which gets its header with the first."""
+    row = {
+        "stage": report.stage, "step": report.step, "loss": f"{report.loss:.5f}",
+        "lr": f"{report.lr:.3e}", "seconds": f"{report.seconds:.3f}",
+        "dice": "n/a" if dice is None else f"{dice:.4f}",
+    }  # fmt: skip
+    log.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame([row])
+    table.to_csv(log, sep="\t", index=False, mode="a", header=not log.exists(), lineterminator="\n")
+
+
+def draw_curves(log: Path, picture: Path) -> None:
+    """Plot loss (running median) and real-image Dice against the step."""
+    table = pd.read_csv(log, sep="\t")
+    half = max(1, len(table) // 60)
+    smooth = table["loss"].rolling(2 * half + 1, center=True, min_periods=1).median()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["step"], table["loss"], ",", color="0.7")
+    axes.plot(table["step"], smooth, color="C0")
+    axes.set(xlabel="step", ylabel="loss (synthetic images)", title=log.stem)
+    evaluated = table.dropna(subset="dice")
+    if len(evaluated):
+        right = axes.twinx()
+        right.plot(evaluated["step"], evaluated["dice"], "o-", color="C1")
+        right.set(ylabel="mean Dice (real images)", ylim=(0, 1))
+    figure.savefig(picture, dpi=90)
 
 
 def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[LabelledImage]:
@@ -57,56 +148,37 @@ def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
     if not table.exists():
         return True
     rows = pd.read_csv(table, sep="\t")
-    return any(names.get(i) == name for i, name in zip(rows["index"], rows["name"], strict=True))
+    return bool((rows["index"].map(names) == rows["name"]).any())
 
 
-class PreparedHead:
-    """A T1w image, cropped as the app does it.
+def real_image_dice(
+    network: UNet, image: LabelledImage, class_ids: Sequence[int], voxel_size: float
+) -> np.ndarray:
+    """Dice of each structure against the image's label map; NaN where the map lacks it.
+
+    Returns
+    -------
+    (K - 1,) float64, classes 1..K-1
+    """
+    head = prepare_head(image.t1w, voxel_size, network.shape.multiple)
+    brain, geometry = crop_to_brain(network, *head)
+    found = native_labels(segment_volume(network, brain), geometry)
+    truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
+    return dice_with_truth(np.asarray(class_ids)[found], truth, class_ids[1:])
+
+
+def native_labels(sparse: SparsePosterior, geometry: Geometry) -> np.ndarray:
+    """Return class indices (X, Y, Z) uint8 on the image's own grid.
 
     Parameters
     ----------
-    network : finds the brain
-    voxel_size : of the network grid, mm
-
-    Attributes
-    ----------
-    head : (X, Y, Z) float32, part with the brain, network grid
-    geometry : of that part
+    geometry : of the part of the head that was segmented
     """
-
-    def __init__(self, t1w: Path, network: UNet, voxel_size: float):
-        head, geometry = prepare_head(t1w, voxel_size, network.shape.multiple)
-        self.head, self.geometry = crop_to_brain(network, head, geometry)
-
-    def native_labels(self, sparse: SparsePosterior) -> np.ndarray:
-        """Return class indices uint8 on the image's own grid."""
-        g = self.geometry
-        return resample_posterior(
-            sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
-            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
-        ).labels  # fmt: skip
-
-
-class PreparedImage(PreparedHead):
-    """A prepared head and its label map on the image's own grid.
-
-    Parameters
-    ----------
-    network, voxel_size : as of `PreparedHead`
-    class_ids : label id of each class, background first
-    """
-
-    def __init__(
-        self, image: LabelledImage, network: UNet, voxel_size: float, class_ids: Sequence[int]
-    ):
-        super().__init__(image.t1w, network, voxel_size)
-        self.truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
-        self.class_ids = np.asarray(class_ids)
-
-    def dice(self, sparse: SparsePosterior) -> np.ndarray:
-        """Dice (K - 1,) float64 of classes 1..K-1, as of `dice_with_truth`."""
-        found = self.class_ids[self.native_labels(sparse)]
-        return dice_with_truth(found, self.truth, self.class_ids[1:])
+    return resample_posterior(
+        sparse.offsets, sparse.voxels, sparse.posterior, geometry.box, geometry.conformed_shape,
+        geometry.conformed_affine, geometry.native_affine, geometry.native_shape,
+        with_posterior=False,
+    ).labels  # fmt: skip
 
 
 def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:
@@ -133,16 +205,3 @@ def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) ->
         total = ours.sum() + theirs.sum()
         scores.append(2 * (ours & theirs).sum() / total if theirs.any() else np.nan)
     return np.array(scores)
-
-
-def real_image_dice(
-    network: UNet, image: LabelledImage, class_ids: Sequence[int], voxel_size: float
-) -> np.ndarray:
-    """Dice of each structure against the image's label map; NaN where the map lacks it.
-
-    Returns
-    -------
-    (K - 1,) float64, classes 1..K-1
-    """
-    prepared = PreparedImage(image, network, voxel_size, class_ids)
-    return prepared.dice(segment_volume(network, prepared.head))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from bids_varaug.models.shape import NetworkShape
@@ -12,7 +13,7 @@ from bids_varaug.training.synthesis import SynthesisSettings
 
 @dataclass(frozen=True)
 class Window:
-    """What a step looks at: a box of `shape` voxels of `voxel_size` mm, in `share` of the steps."""
+    """What a step sees: a box of `shape` voxels of `voxel_size` mm, in `share` of the steps."""
 
     share: float
     voxel_size: float
@@ -36,6 +37,14 @@ class Stage:
     bf16: bool
     balanced: bool = False
     body_only: bool = False
+
+    def choose_window(self, draw: float) -> Window:
+        """Return the window whose interval of cumulated shares holds `draw` (in [0, 1))."""
+        for window in self.windows:
+            draw -= window.share
+            if draw < 0:
+                return window
+        return self.windows[-1]
 
 
 # Where structures lie is learnt at 4 mm, at a few steps a second; what they look like at 2 mm, the
@@ -94,6 +103,24 @@ class Recipe:
     def voxel_size(self) -> float:
         """Voxel size that members are trained for, mm."""
         return self.stages[-1].windows[0].voxel_size
+
+    def steps_from(self, done: int) -> Iterator[tuple[int, Stage, float]]:
+        """Yield number, stage and learning rate of each step after the first `done`."""
+        first = 0
+        for stage in self.stages:
+            for step in range(max(first, done), first + stage.steps):
+                yield step, stage, self.learning_rate(stage, step - first, step)
+            first += stage.steps
+
+    def learning_rate(self, stage: Stage, step_in_stage: int, step: int) -> float:
+        """Linear from `stage.lr` to `stage.lr_end`, after a linear rise over the first steps.
+
+        The rise takes `warmup` steps, but at most a quarter of the stage.
+        """
+        share = step_in_stage / max(1, stage.steps - 1)
+        rate = stage.lr + share * (stage.lr_end - stage.lr)
+        warmup = max(1, min(self.warmup, stage.steps // 4))
+        return rate * min(1.0, (step + 1) / warmup)
 
     def to_json(self) -> dict:
         """Return plain types for the manifest."""

@@ -1,26 +1,45 @@
-"""The training loop: stages of steps, resumable to the bit after any step."""
+"""Train the members of an ensemble: stages of steps, resumable to the bit after any step."""
 
 from __future__ import annotations
 
+import colorsys
+import hashlib
 import math
+import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.colors import to_hex
 
+from bids_varaug import __version__
 from bids_varaug.errors import UserError
-from bids_varaug.models.unet import UNet
+from bids_varaug.locks import file_lock
+from bids_varaug.models.ensemble import (
+    MANIFEST,
+    Ensemble,
+    Label,
+    Member,
+    load_ensemble,
+    write_manifest,
+)
+from bids_varaug.models.unet import UNet, build_network
+from bids_varaug.models.weights import FORMAT, save_weights
 from bids_varaug.numerics.rules import DIGITS
-from bids_varaug.training.checkpoint import load_checkpoint, save_checkpoint
-from bids_varaug.training.heads import Head
-from bids_varaug.training.loss import training_loss
-from bids_varaug.training.optimiser import Optimiser
-from bids_varaug.training.recipe import Recipe, Stage, Window
-from bids_varaug.training.synthesis import Randomiser
+from bids_varaug.training.calibrate import calibrate
+from bids_varaug.training.labels import LabelScheme
+from bids_varaug.training.members import FAMILIES, MemberPlan, plan_member
+from bids_varaug.training.optimiser import Optimiser, training_loss
+from bids_varaug.training.recipe import Recipe, Stage
+from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.training.synthesis import SyntheticImageGenerator
 
 
 @dataclass(frozen=True)
@@ -35,104 +54,213 @@ class StepReport:
     seconds: float
 
 
-def train(
-    network: UNet,
-    heads: Sequence[Head],
-    randomiser: Randomiser,
-    recipe: Recipe,
-    data_seed: int,
-    checkpoint: Path,
-    arithmetic: Callable[[int], object] = lambda step: nullcontext(),
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    save_every: int = 50,
-) -> UNet:
-    """Run the recipe's stages from where `checkpoint` left off, or from the start.
+@dataclass(frozen=True)
+class Trainer:
+    """Trains the members of one ensemble, each from its first step, and keeps its manifest.
 
-    Each step's data are a function of (`data_seed`, step) alone, so that an interrupted run gives
-    the bits of an unbroken one.
+    Several processes may train members of one ensemble side by side: each adds its own members to
+    what it finds in the manifest.
 
-    Parameters
+    Attributes
     ----------
-    network : changed in place and returned
-    heads : on the network's device
-    arithmetic : step -> context manager under which forward, backward and update run
-    checkpoint : where the state is kept
-
-    Raises
-    ------
-    UserError
-        If the loss is not finite; the last good checkpoint is kept. If `checkpoint` is of another
-        recipe or seed, or of layers of another format.
+    directory : gets manifest, weights and ``checkpoints/``
+    subjects : on `device`
+    on_step : called with member id, report and network after every step
+    save_every : steps between two checkpoints
     """
-    optimiser = Optimiser(network, recipe.weight_decay)
-    digits = [DIGITS[layer_format(stage, randomiser.device)] for stage in recipe.stages]
-    fingerprint = f"{recipe.fingerprint}-{data_seed}-{digits}"
-    done = 0
-    if checkpoint.exists():
-        done = load_checkpoint(checkpoint, network, optimiser, fingerprint)
-    total = recipe.steps
-    first = 0
-    for stage in recipe.stages:
-        for step in range(max(first, done), first + stage.steps):
-            started = time.perf_counter()
-            lr = learning_rate(recipe, stage, step - first, step)
-            optimiser.set_lr(lr)
-            image, target, phase = _draw(heads, randomiser, stage, (data_seed, step))
-            # Not the data: perturbed members see the images of the baseline, to the bit.
-            with arithmetic(step):
-                loss = _one_step(network, optimiser, recipe, stage, image, target, phase)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"Loss became {loss} at step {step} of stage {stage.name}; the last good "
-                    f"state is in {checkpoint}. Lower the learning rate and resume."
-                )
-            on_step(StepReport(stage.name, step, total, loss, lr, time.perf_counter() - started))
-            if (step + 1) % save_every == 0 or step + 1 == total:
-                save_checkpoint(checkpoint, network, optimiser, step + 1, fingerprint)
-        first += stage.steps
-    return network
+
+    directory: Path
+    recipe: Recipe
+    scheme: LabelScheme
+    subjects: Sequence[TrainingSubject]
+    device: str
+    on_step: Callable[[str, StepReport, UNet], None] = lambda member, report, network: None
+    save_every: int = 50
+
+    @cached_property
+    def generator(self) -> SyntheticImageGenerator:
+        """What draws the images."""
+        return SyntheticImageGenerator(self.scheme, self.recipe.synthesis, self.device)
+
+    @property
+    def digits(self) -> list[int]:
+        """Bits of the results of convolutions, for each stage."""
+        return [DIGITS[layer_format(stage, self.generator.device)] for stage in self.recipe.stages]
+
+    @property
+    def precision(self) -> int:
+        """Bits of the coarsest format that members are trained in, which is what rounds most."""
+        return min(self.digits)
+
+    def train_member(self, plan: MemberPlan) -> UNet:
+        """Run the recipe's stages from where the member's checkpoint left off, or from the start.
+
+        Each step's data are a function of the member's seed and the step alone, so that an
+        interrupted run gives the bits of an unbroken one.
+
+        Raises
+        ------
+        UserError
+            If the loss is not finite; the last good checkpoint is kept. If the checkpoint is of
+            another recipe or seed, or of layers of another format.
+        """
+        network = build_network(self.recipe.network, plan.seed).to(self.device)
+        optimiser = Optimiser(network, self.recipe.weight_decay)
+        fingerprint = f"{self.recipe.fingerprint}-{plan.seed}-{self.digits}"
+        checkpoint = self.directory / "checkpoints" / f"{plan.id}.safetensors"
+        with self._lock(plan.id):
+            done = optimiser.load(checkpoint, fingerprint)
+            for step, stage, lr in self.recipe.steps_from(done):
+                started = time.perf_counter()
+                optimiser.set_lr(lr)
+                loss = self._train_step(network, optimiser, plan, stage, step)
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"Loss became {loss} at step {step} of stage {stage.name}; the last good "
+                        f"state is in {checkpoint}. Lower the learning rate and resume."
+                    )
+                seconds = time.perf_counter() - started
+                report = StepReport(stage.name, step, self.recipe.steps, loss, lr, seconds)
+                self.on_step(plan.id, report, network)
+                if (step + 1) % self.save_every == 0 or step + 1 == self.recipe.steps:
+                    optimiser.save(checkpoint, step + 1, fingerprint)
+        return network
+
+    def _train_step(
+        self, network: UNet, optimiser: Optimiser, plan: MemberPlan, stage: Stage, step: int
+    ) -> float:
+        """Return the loss; the weights move unless it is not finite."""
+        draws = np.random.SeedSequence((plan.seed, step)).generate_state(4).tolist()
+        number, window_draw, image_seed, phase = draws
+        window = stage.choose_window(window_draw / 2**32)
+        subject = self.subjects[number % len(self.subjects)]
+        image, target = self.generator.draw(subject, window.shape, window.voxel_size, image_seed)
+        half = layer_format(stage, image.device) == torch.bfloat16
+        # Not the data: perturbed members see the images of the baseline, to the bit.
+        with plan.arithmetic(step):
+            network.zero_grad()
+            with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
+                loss = training_loss(network, image, target, phase, stage.balanced, stage.body_only)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), self.recipe.clip)
+            value = float(loss.detach())
+            if math.isfinite(value):
+                optimiser.step()
+        return value
+
+    def train_ensemble(self, name: str, ids: Iterable[str]) -> Ensemble:
+        """Train the members that the manifest lacks; it grows with each.
+
+        Raises
+        ------
+        UserError
+            If the folder holds members of another recipe, or trained in another arithmetic.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        ensemble = self._ensemble_so_far(name)
+        for plan in map(plan_member, unfinished(ensemble, ids)):
+            path = self.directory / f"{plan.id}.safetensors"
+            member = Member(
+                id=plan.id,
+                family=plan.family,
+                seed=plan.seed,
+                precision=None if plan.rounding_seed is None else self.precision,
+                file=path.name,
+                sha256=save_weights(self.train_member(plan), path),
+                steps=self.recipe.steps,
+                format=FORMAT,
+            )
+            with self._lock("manifest"):
+                ensemble = self._ensemble_so_far(name)
+                members = [m for m in ensemble.members if m.id != member.id] + [member]
+                members.sort(key=lambda m: (FAMILIES.index(m.family), m.id))
+                ensemble = replace(ensemble, members=tuple(members))
+                write_manifest(ensemble)
+        return ensemble
+
+    def calibrate_ensemble(
+        self, subjects: Sequence[TrainingSubject], names: Sequence[str]
+    ) -> Ensemble:
+        """Fit the temperature on subjects left out of training, and write it to the manifest.
+
+        Nothing is done where the same members were calibrated before.
+
+        Parameters
+        ----------
+        subjects : on the trainer's device
+        names : of their label maps, for the manifest
+        """
+        ensemble = self._read_manifest()
+        weights = hashlib.sha256("".join(m.sha256 for m in ensemble.members).encode()).hexdigest()
+        if ensemble.training.get("calibration", {}).get("members_sha256") == weights:
+            return ensemble
+        found = calibrate(ensemble, subjects, self.generator)
+        note = asdict(found) | {"label_maps": list(names), "members_sha256": weights}
+        with self._lock("manifest"):
+            ensemble = self._read_manifest()
+            training = ensemble.training | {"calibration": note}
+            ensemble = replace(ensemble, temperature=found.temperature, training=training)
+            write_manifest(ensemble)
+        return ensemble
+
+    def _lock(self, name: str) -> AbstractContextManager[bool]:
+        return file_lock(self.directory / "checkpoints" / f"{name}.lock")
+
+    def _read_manifest(self) -> Ensemble:
+        # A bare name would be that of a shipped ensemble first.
+        return load_ensemble(str(self.directory.resolve()))
+
+    def _ensemble_so_far(self, name: str) -> Ensemble:
+        """Return the ensemble with what the folder's manifest has, which must be of our kind."""
+        new = Ensemble(
+            name=name,
+            version=__version__,
+            directory=self.directory,
+            voxel_size=self.recipe.voxel_size,
+            labels=_labels(self.scheme),
+            network=self.recipe.network,
+            members=(),
+            training={
+                "recipe": self.recipe.to_json(),
+                "steps": self.recipe.steps,
+                "arithmetic": {
+                    "convolution_bits": self.precision,
+                    "other_bits": DIGITS[torch.float32],
+                    "mca": "every inexact operator of forward pass, backward pass and update, "
+                    "randomly rounded at the bits of its result",
+                },
+                "n_label_maps": len(self.subjects),
+                "torch": torch.__version__,
+                "processor": platform.processor() or platform.machine(),
+                "device": self.device,
+            },
+        )
+        path = self.directory / MANIFEST
+        if not path.exists():
+            return new
+        found = self._read_manifest()
+        if any(found.training.get(key) != new.training[key] for key in ("recipe", "arithmetic")):
+            raise UserError(
+                f"{path}: its members were trained by another recipe, or in other number formats. "
+                "Train into an empty folder, or delete this one's manifest and *.safetensors."
+            )
+        return replace(
+            new, members=found.members, temperature=found.temperature, training=found.training
+        )
 
 
-def learning_rate(recipe: Recipe, stage: Stage, step_in_stage: int, step: int) -> float:
-    """Linear from `stage.lr` to `stage.lr_end`, after a linear rise over the first steps.
-
-    The rise takes `recipe.warmup` steps, but at most a quarter of the stage.
-    """
-    share = step_in_stage / max(1, stage.steps - 1)
-    rate = stage.lr + share * (stage.lr_end - stage.lr)
-    warmup = max(1, min(recipe.warmup, stage.steps // 4))
-    return rate * min(1.0, (step + 1) / warmup)
+def unfinished(ensemble: Ensemble, ids: Iterable[str]) -> tuple[str, ...]:
+    """Return those of `ids` that are not in the manifest, or whose weights are gone."""
+    trained = {m.id for m in ensemble.members if (ensemble.directory / m.file).is_file()}
+    return tuple(member_id for member_id in ids if member_id not in trained)
 
 
-def choose_window(stage: Stage, draw: float) -> Window:
-    """Return the window whose interval of cumulated shares holds `draw` (in [0, 1))."""
-    for window in stage.windows:
-        draw -= window.share
-        if draw < 0:
-            return window
-    return stage.windows[-1]
-
-
-def _draw(heads, randomiser, stage: Stage, key: tuple[int, int]):
-    """Return image, target and the phase of the sampled voxels of the step that `key` names."""
-    head_draw, shape_draw, image_seed, phase = np.random.SeedSequence(key).generate_state(4)
-    head = heads[int(head_draw) % len(heads)]
-    window = choose_window(stage, int(shape_draw) / 2**32)
-    image, target = randomiser.draw(head, window.shape, window.voxel_size, int(image_seed))
-    return image, target, int(phase)
-
-
-def _one_step(network, optimiser, recipe, stage: Stage, image, target, phase: int) -> float:
-    optimiser.zero_grad()
-    half = layer_format(stage, image.device) == torch.bfloat16
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
-        loss = training_loss(network, image, target, phase, stage.balanced, stage.body_only)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
-    value = float(loss.detach())
-    if math.isfinite(value):
-        optimiser.step()
-    return value
+def delete_ensemble(directory: Path) -> None:
+    """Delete what earlier trainings left in the folder: checkpoints, weights and manifest."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for folder in (directory, directory / "checkpoints"):
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
 
 
 def layer_format(stage: Stage, device: torch.device) -> torch.dtype:
@@ -145,3 +273,13 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _labels(scheme: LabelScheme) -> tuple[Label, ...]:
+    """Return the classes with their customary colours, or one of their own (golden-angle hues)."""
+    with (files("bids_varaug") / "data" / "aseg31.tsv").open() as stream:
+        known = pd.read_csv(stream, sep="\t").set_index("index")["color"].to_dict()
+    return tuple(
+        Label(i, name, known.get(i) or to_hex(colorsys.hsv_to_rgb((i * 0.61803) % 1.0, 0.65, 0.9)))
+        for i, name in zip(scheme.target_ids, scheme.target_names, strict=True)
+    )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.simulation.ageing import (
+from simulation.ageing import (
     BRAIN_AGE_SPREAD,
     HEAD_SEX_EFFECT,
     HEAD_SPREAD,

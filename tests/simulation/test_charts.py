@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.simulation.charts import CHARTS, expected_ratio
+from simulation.charts import CHARTS, expected_ratio
 
 CHART = {chart.ids[0]: chart for chart in CHARTS}
 

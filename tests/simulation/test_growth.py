@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import label
 
-from bids_varaug.simulation.growth import TOLERANCE, deform_labels
+from simulation.growth import TOLERANCE, deform_labels
 
 RATIOS = {2: 0.95, 41: 0.95, 3: 0.85, 42: 0.85, 4: 2.4, 43: 2.0, 17: 0.75, 53: 0.8}
 

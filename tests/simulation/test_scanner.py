@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.simulation.fields import smooth_field
-from bids_varaug.simulation.scanner import Scanner, draw_image, draw_scanner
+from simulation.scanner import Scanner, draw_image, draw_scanner, smooth_field
 
 
 def test_white_matter_is_brighter_than_cortex_and_cortex_than_fluid(head):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.simulation.template import read_template
+from simulation.template import read_template
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bids_varaug.training.heads import Head
 from bids_varaug.training.labels import load_scheme
+from bids_varaug.training.subjects import TrainingSubject
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def scheme():
 
 
 @pytest.fixture(scope="session")
-def head(scheme):
+def subject(scheme):
     """(64, 72, 64): skin, bone, CSF, cortex and white matter of both sides, ventricles."""
     labels = np.zeros((64, 72, 64), np.int32)
     for id_left, id_right, margin in ((511, 511, 4), (515, 515, 8), (24, 24, 11), (3, 42, 13),
@@ -22,4 +22,4 @@ def head(scheme):
         box = (slice(margin, -margin),) * 3
         labels[box] = id_right
         labels[:32][(slice(margin, None), *box[1:])] = id_left
-    return Head(torch.from_numpy(np.searchsorted(scheme.ids, labels).astype(np.uint8)))
+    return TrainingSubject(torch.from_numpy(np.searchsorted(scheme.ids, labels).astype(np.uint8)))

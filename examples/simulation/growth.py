@@ -25,7 +25,7 @@ import numpy as np
 from scipy import fft
 
 from bids_varaug.machine import compiled
-from bids_varaug.simulation.warp import Warp
+from simulation.warp import Warp
 
 FLUID = 24
 """FreeSurfer id of the cerebrospinal fluid around the brain."""

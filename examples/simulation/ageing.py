@@ -1,7 +1,7 @@
 """People of known age, and their heads: what a brain-age model should find.
 
 A person is a draw of head size, of how old the brain is for its years, and of each structure's
-volume around its chart (`bids_varaug.simulation.charts`). The head is the template's, deformed so
+volume around its chart (`simulation.charts`). The head is the template's, deformed so
 that the structures have these volumes, and then scanned.
 """
 
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bids_varaug.simulation.charts import CHARTS, expected_ratio
-from bids_varaug.simulation.fields import smooth_field
-from bids_varaug.simulation.growth import deform_labels
-from bids_varaug.simulation.scanner import Scanner, draw_image
-from bids_varaug.simulation.warp import Warp
 from bids_varaug.training.labels import load_scheme
+from simulation.charts import CHARTS, expected_ratio
+from simulation.growth import deform_labels
+from simulation.scanner import Scanner, draw_image, smooth_field
+from simulation.warp import Warp
 
 TEMPLATE_AGE = 25.0
 """Years; about the mean of the young adults whose average the MNI152 template is."""
@@ -135,7 +134,7 @@ def simulate_person(
 
     Parameters
     ----------
-    labels : (X, Y, Z) integer, the template, as `bids_varaug.simulation.template` reads it
+    labels : (X, Y, Z) integer, the template, as `simulation.template` reads it
     affine : (4, 4), voxel -> mm; voxels isotropic, axes RAS
     age, sex, rng, template_age : as for `draw_person`
     scanner : as for `draw_image`

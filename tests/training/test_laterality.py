@@ -1,4 +1,4 @@
-"""Left and right, by name and by place."""
+"""Left and right, by name and by position."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.training.labels import load_scheme
-from bids_varaug.training.sides import check_sides, other_side
+from bids_varaug.training.labels import load_scheme, other_side
+from bids_varaug.training.subjects import check_laterality
 
 HERE = Path("labels.nii.gz")
 
@@ -53,24 +53,24 @@ def scheme_of(tmp_path):
 
 
 def test_structures_in_their_places_are_accepted(halves, scheme_of):
-    check_sides(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)
+    check_laterality(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)
 
 
 def test_left_on_the_right_is_refused(halves, scheme_of):
     with pytest.raises(UserError, match=r"labels.nii.gz: Left-A lies to the right of Right-A"):
-        check_sides(halves[::-1], scheme_of("Left-A", "Right-A", "Stem"), HERE)
+        check_laterality(halves[::-1], scheme_of("Left-A", "Right-A", "Stem"), HERE)
 
 
 def test_one_sided_structure_without_counterpart_is_refused(halves, scheme_of):
     with pytest.raises(UserError, match="A lies on one side of the head and has no counterpart"):
-        check_sides(halves, scheme_of("A", "B", "Stem"), HERE)
+        check_laterality(halves, scheme_of("A", "B", "Stem"), HERE)
 
 
 def test_one_label_for_both_sides_is_accepted(halves, scheme_of):
-    check_sides(np.minimum(halves, 1), scheme_of("A"), HERE)
+    check_laterality(np.minimum(halves, 1), scheme_of("A"), HERE)
 
 
 def test_a_midline_structure_may_lie_a_little_to_one_side(halves, scheme_of):
     halves[halves == 3] = 2
     halves[21:27, 8:20, 8:20] = 3
-    check_sides(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)
+    check_laterality(halves, scheme_of("Left-A", "Right-A", "Stem"), HERE)

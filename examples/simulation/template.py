@@ -12,9 +12,9 @@ from scipy.fft import next_fast_len
 from scipy.ndimage import distance_transform_edt
 
 from bids_varaug.errors import UserError
-from bids_varaug.simulation.growth import FLUID
-from bids_varaug.simulation.warp import resample_labels
 from bids_varaug.training.labels import LabelScheme, load_scheme
+from simulation.growth import FLUID
+from simulation.warp import resample_labels
 
 MARGIN_MM = 14.0
 """Empty space around the head, so that a larger one fits."""

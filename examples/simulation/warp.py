@@ -139,7 +139,7 @@ def _vote(codes, x, y, z, votes):
     low1, high1 = u * (1.0 - v), u * v
     weights = (low * (1.0 - w), low * w, high * (1.0 - w), high * w,
                low1 * (1.0 - w), low1 * w, high1 * (1.0 - w), high1 * w)  # fmt: skip
-    # Ties go to either side by turns: always the first would favour the left half of the brain.
+    # Ties alternate between the sides: always the first would favour the left half of the brain.
     last_wins = ((i >> 1) + (j >> 1) + (k >> 1)) & 1 == 1
     best, chosen = -1.0, c0
     for a in range(8):
@@ -161,23 +161,27 @@ def _interpolate(field, x, y, z):
     x = min(max(x, 0.0), nx - 1.0)
     y = min(max(y, 0.0), ny - 1.0)
     z = min(max(z, 0.0), nz - 1.0)
-    i, j, k = int(x), int(y), int(z)
-    i1, j1, k1 = min(i + 1, nx - 1), min(j + 1, ny - 1), min(k + 1, nz - 1)
-    u, v, w = x - i, y - j, z - k
+    low = int(x), int(y), int(z)
+    high = min(low[0] + 1, nx - 1), min(low[1] + 1, ny - 1), min(low[2] + 1, nz - 1)
+    share = x - low[0], y - low[1], z - low[2]
+    return (
+        _trilinear(field[0], low, high, share),
+        _trilinear(field[1], low, high, share),
+        _trilinear(field[2], low, high, share),
+    )
+
+
+@compiled(inline="always")
+def _trilinear(field, low, high, share):
+    i, j, k = low
+    i1, j1, k1 = high
+    u, v, w = share
     a, b, c, d = (1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v
-    p = a * field[0, i, j, k] + b * field[0, i, j1, k]
-    p += c * field[0, i1, j, k] + d * field[0, i1, j1, k]
-    p1 = a * field[0, i, j, k1] + b * field[0, i, j1, k1]
-    p1 += c * field[0, i1, j, k1] + d * field[0, i1, j1, k1]
-    q = a * field[1, i, j, k] + b * field[1, i, j1, k]
-    q += c * field[1, i1, j, k] + d * field[1, i1, j1, k]
-    q1 = a * field[1, i, j, k1] + b * field[1, i, j1, k1]
-    q1 += c * field[1, i1, j, k1] + d * field[1, i1, j1, k1]
-    r = a * field[2, i, j, k] + b * field[2, i, j1, k]
-    r += c * field[2, i1, j, k] + d * field[2, i1, j1, k]
-    r1 = a * field[2, i, j, k1] + b * field[2, i, j1, k1]
-    r1 += c * field[2, i1, j, k1] + d * field[2, i1, j1, k1]
-    return p + w * (p1 - p), q + w * (q1 - q), r + w * (r1 - r)
+    p = a * field[i, j, k] + b * field[i, j1, k]
+    p += c * field[i1, j, k] + d * field[i1, j1, k]
+    p1 = a * field[i, j, k1] + b * field[i, j1, k1]
+    p1 += c * field[i1, j, k1] + d * field[i1, j1, k1]
+    return p + w * (p1 - p)
 
 
 @compiled()

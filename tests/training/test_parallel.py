@@ -9,7 +9,7 @@ import pytest
 
 from bids_varaug.errors import UserError
 from bids_varaug.locks import file_lock
-from bids_varaug.training.fleet import train_side_by_side
+from bids_varaug.training.members import train_in_parallel
 
 MODULE = """
 import sys, time
@@ -30,7 +30,7 @@ def command_of(tmp_path, monkeypatch):
 
 
 def test_members_are_spread_over_the_devices(command_of, tmp_path):
-    train_side_by_side(command_of, ["a", "b", "c", "d"], ["x", "y"], tmp_path / "logs")
+    train_in_parallel(command_of, ["a", "b", "c", "d"], ["x", "y"], tmp_path / "logs")
     ran = [path.name for path in tmp_path.glob("?.?")]
     assert sorted(name[0] for name in ran) == ["a", "b", "c", "d"]
     assert {name[2] for name in ran} == {"x", "y"}
@@ -39,12 +39,12 @@ def test_members_are_spread_over_the_devices(command_of, tmp_path):
 
 def test_a_failed_member_is_named_when_the_others_are_done(command_of, tmp_path, capsys):
     with pytest.raises(UserError, match=r"failed for bad; see .*bad.txt"):
-        train_side_by_side(command_of, ["bad", "b", "c"], ["x"], tmp_path / "logs")
+        train_in_parallel(command_of, ["bad", "b", "c"], ["x"], tmp_path / "logs")
     assert len(list(tmp_path.glob("*.x"))) == 3
     assert "bad: failed (exit code 3)" in capsys.readouterr().err
 
 
-def test_turns_are_taken_between_processes_and_freed_by_a_kill(tmp_path):
+def test_file_lock_holds_between_processes_and_is_freed_by_a_kill(tmp_path):
     held = tmp_path / "held"
     script = (
         "import sys, time\nfrom pathlib import Path\n"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from bids_varaug.simulation.fields import smooth_field
 from bids_varaug.training.labels import TISSUES, LabelScheme, load_scheme
 
 TEXTURE = {"air": 0.0, "brain": 0.02, "ventricle": 0.02, "csf": 0.02, "head": 0.12}
@@ -102,3 +101,42 @@ def draw_image(
     if not (scheme.tissue[which] == TISSUES.index("head")).any():
         image[labels == 0] = 0
     return (scanner.scale * image).astype(np.float32)
+
+
+def smooth_field(
+    rng: np.random.Generator, shape: tuple[int, int, int], length: float
+) -> np.ndarray:
+    """Gaussian random field: cubic B-splines with independent normal coefficients.
+
+    Parameters
+    ----------
+    rng : numpy Generator
+    shape : of the field, voxels
+    length : distance of the knots, voxels; nothing finer than about this is in the field
+
+    Returns
+    -------
+    `shape` float32, mean 0, variance 1 at every voxel
+    """
+    weights = [_spline_weights(n, length) for n in shape]
+    field = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
+    for axis, w in enumerate(weights):
+        # One short sum per voxel and axis, in an order that does not depend on threads.
+        knots = np.moveaxis(field, axis, 0)
+        first = np.argmax(w > 0, axis=1)
+        taps = np.arange(4)
+        near = np.minimum(first[:, None] + taps, w.shape[1] - 1)
+        share = np.take_along_axis(w, near, 1) * (first[:, None] + taps < w.shape[1])
+        spread = sum(share[:, tap].reshape(-1, 1, 1) * knots[near[:, tap]] for tap in range(4))
+        field = np.moveaxis(spread, 0, axis)
+    return np.ascontiguousarray(field)
+
+
+def _spline_weights(n: int, length: float) -> np.ndarray:
+    """Weights (n, knots) float32 of the cubic B-splines at n voxels, sum of squares 1 per voxel."""
+    knots = int(np.ceil((n - 1) / length)) + 4
+    distance = np.abs(np.arange(n)[:, None] / length + 1.5 - np.arange(knots)[None])
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = np.clip(2 - distance, 0, None) ** 3 / 6
+    weights = np.where(distance < 1, near, far)
+    return (weights / np.sqrt((weights**2).sum(1, keepdims=True))).astype(np.float32)
