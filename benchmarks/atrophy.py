@@ -38,9 +38,9 @@ import numpy as np
 import pandas as pd
 from heads import Head, find_heads, print_markdown, print_origin
 
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, Member, load_ensemble, select_members
 from bids_varaug.models.load import load_member
-from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import PreparedHead
 

@@ -40,6 +40,7 @@ from scipy.special import entr
 from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import to_native_scalar
 from bids_varaug.images.crop import insert
+from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import (
     BASELINE,
     Ensemble,
@@ -50,7 +51,6 @@ from bids_varaug.models.ensemble import (
     select_members,
 )
 from bids_varaug.models.load import load_member
-from bids_varaug.models.memory import keep_freed_memory
 from bids_varaug.segmentation.fuse import fuse_members
 from bids_varaug.segmentation.member import arithmetic_of
 from bids_varaug.segmentation.posterior import (
