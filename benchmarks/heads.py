@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -57,7 +57,7 @@ class Head:
 
     Attributes
     ----------
-    dataset, participant : folder's name, first entity of the file's name
+    dataset, participant : name of the folder; this, and the first entity of the file's name
     age : years, None if not given
     reference : label map on the same grid, of `protocol`; both None if there is none
     """
@@ -81,23 +81,23 @@ class Head:
 
 def find_heads(folder: Path) -> list[Head]:
     """Find the T1w images of a dataset, with ages and reference labels where there are any."""
-    ages = {}
+    folder, ages = folder.absolute(), {}
     if (folder / "participants.tsv").exists():
         people = pd.read_csv(folder / "participants.tsv", sep="\t", dtype={"participant_id": str})
-        ages = people.set_index("participant_id")["age"].astype(float).to_dict()
+        ages = people.set_index("participant_id")["age"].astype(float).dropna().to_dict()
     found = []
     for t1w in sorted(folder.rglob("*_T1w.nii.gz")):
         place = t1w.relative_to(folder)
         if place.parts[0] in ("derivatives", "sourcedata"):
             continue
         stem = t1w.name.split("_T1w")[0].split("_desc-")[0]
-        participant = stem.split("_")[0]
+        label = stem.split("_")[0]
         maps = [*t1w.parent.glob(f"{stem}*_dseg.nii.gz"),
                 *folder.glob(f"derivatives/*/{place.parent}/{stem}*_dseg.nii.gz")]  # fmt: skip
         known = [(p, path) for p in PROTOCOLS for path in maps if f"_desc-{p}_dseg" in path.name]
         protocol, reference = known[0] if known else (None, None)
         found.append(
-            Head(str(t1w), folder.name, participant, ages.get(participant),
+            Head(str(t1w), folder.name, f"{folder.name}/{label}", ages.get(label),
                  None if reference is None else str(reference), protocol)
         )  # fmt: skip
     return found
@@ -193,18 +193,23 @@ class SegmentedHead:
         return f"{self.head.dataset}, {'over' if self.head.age > OLD else 'up to'} {OLD}"
 
 
-def read_cache(folder: Path) -> Iterator[SegmentedHead]:
-    """Yield the heads of a cache folder, in the order of their names.
+def read_cache(folder: Path) -> list[SegmentedHead]:
+    """Read the heads of a cache folder, in the order of their names.
 
     Raises
     ------
-    FileNotFoundError
-        If there is none.
+    SystemExit
+        If there is none, or some were segmented by other members than the rest.
     """
-    paths = sorted(folder.glob("*/*.npz"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no segmented head. Run benchmarks/segment_heads.py.")
-    yield from map(SegmentedHead, paths)
+    heads = [SegmentedHead(path) for path in sorted(folder.glob("*/*.npz"))]
+    if not heads:
+        raise SystemExit(f"{folder}: no segmented head. Run benchmarks/segment_heads.py.")
+    members = [head.passes[head.passes["trained"]].to_dict("records") for head in heads]
+    others = [head.head.name for head, m in zip(heads, members, strict=True) if m != members[0]]
+    if others:
+        raise SystemExit(f"{folder}: {', '.join(others)} segmented by other members than "
+                         f"{heads[0].head.name}. Segment all heads with the same.")  # fmt: skip
+    return heads
 
 
 def confusion(truth: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--n-members", type=int, default=5)
     parser.add_argument("--tsv", type=Path)
     options = parser.parse_args()
-    heads = list(read_cache(options.cache))
+    heads = read_cache(options.cache)
     names = heads[0].names
     published = {
         kind: {title: pd.read_csv(options.tables / file) for file, title in files.items()}

@@ -142,8 +142,8 @@ def structure_table(people: pd.DataFrame) -> pd.DataFrame:
 
 def rescan_table(pair: Sequence[SegmentedHead], rows: pd.DataFrame) -> pd.DataFrame:
     """Compare two scans of one person: relative differences of volumes, in percent."""
-    names = [head.head.name for head in pair]
-    ours = rows[(rows["who"] == f"{CONSENSUS} all") & rows["head"].isin(names)]
+    same = rows["participant"] == pair[0].head.participant
+    ours = rows[same & (rows["who"] == f"{CONSENSUS} all")]
     columns = {}
     for title, key in ((CONSENSUS, "volume"), ("labels", "reference")):
         values = ours.pivot(index="structure", columns="head", values=key)
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--adults", type=Path)
     parser.add_argument("--tsv", type=Path)
     options = parser.parse_args()
-    everybody = list(read_cache(options.cache))
+    everybody = read_cache(options.cache)
     heads = [head for head in everybody if head.head.protocol]
     rows = pd.concat([score_head(head) for head in heads], ignore_index=True)
     if options.tsv:

@@ -1,6 +1,8 @@
 """Validation on real heads: its arithmetic, and all of its scripts on a small head."""
 
 import doctest
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +64,7 @@ def test_heads_are_found_with_the_labels_of_their_session(tmp_path):
     assert [one.name for one in found] == ["sub-01_ses-1", "sub-01_ses-2"]
     assert [Path(one.reference).name.split("_d")[0] for one in found] == [o.name for o in found]
     assert {(one.age, one.protocol) for one in found} == {(41, "aseg")}
+    assert len({one.participant for one in found}) == 1
 
 
 def test_auc_of_a_score_that_knows_and_of_one_that_does_not():
@@ -167,12 +170,23 @@ def test_head_is_segmented_once_unless_other_passes_are_wanted(cache, capsys):
     capsys.readouterr()
     cache()
     assert "2 heads, 0 to do, 11 passes" in capsys.readouterr().out
-    cache("--only", "nobody", "--n-members", "1")
-    assert "0 heads" in capsys.readouterr().out
+    assert len(heads.read_cache(folder)) == 2
+
+
+def test_heads_of_other_members_are_not_mixed(cache, tmp_path):
+    whole = cache()
+    shutil.copytree(whole, tmp_path / "cache")
+    path = next((tmp_path / "cache").glob("data/*.npz"))
+    arrays = dict(np.load(path))
+    meta = json.loads(str(arrays["meta"]))
+    meta["passes"][1]["weights"] = "others"
+    np.savez(path, **arrays | {"meta": json.dumps(meta)})
+    with pytest.raises(SystemExit, match="other members"):
+        heads.read_cache(tmp_path / "cache")
 
 
 def test_what_is_kept_fits_together(cache):
-    kept = next(heads.read_cache(cache()))
+    kept = heads.read_cache(cache())[0]
     assert kept.groups == ["mca", "all", "seed", "rr", "shift", "noise"]
     assert kept.of_family("all").sum() == 4
     voxels = len(kept.truth)
