@@ -30,6 +30,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bids_varaug.variability.regions import pairwise_dice, region_counts
+
 NOT_JUDGED = -1
 OLD = 40
 """Years. No recipe may be chosen by scores of people older than this."""
@@ -212,13 +214,6 @@ def read_cache(folder: Path) -> list[SegmentedHead]:
     return heads
 
 
-def confusion(truth: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Count judged voxels by class of the reference and of a segmentation: (K, K) int64."""
-    judged = truth >= 0
-    pairs = truth[judged].astype(np.int64) * n_classes + labels[judged]
-    return np.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes)
-
-
 def structure_scores(head: SegmentedHead, labels: np.ndarray) -> pd.DataFrame:
     """Compare classes (V,) with the reference: a row for each structure that the reference has.
 
@@ -227,13 +222,13 @@ def structure_scores(head: SegmentedHead, labels: np.ndarray) -> pd.DataFrame:
     DataFrame
         structure, dice, volume, reference [mm3, of judged voxels]
     """
-    counts = confusion(head.truth, labels, len(head.class_ids))
-    ours, theirs, both = counts.sum(axis=0)[1:], counts.sum(axis=1)[1:], np.diag(counts)[1:]
-    table = pd.DataFrame({
-        "structure": head.names, "dice": 2 * both / np.maximum(ours + theirs, 1),
-        "volume": ours * head.voxel_volume, "reference": theirs * head.voxel_volume,
-    })  # fmt: skip
-    return table[theirs > 0]
+    judged = head.truth >= 0
+    both = np.stack([head.truth[judged], labels[judged]]).astype(np.uint8)
+    counts = region_counts([both], 2, len(head.class_ids))
+    true, found = counts.volumes[:, 1:] * head.voxel_volume
+    table = pd.DataFrame({"structure": head.names, "dice": pairwise_dice(counts)[0, 1, 1:],
+                          "volume": found, "reference": true})  # fmt: skip
+    return table[true > 0]
 
 
 def print_markdown(table: pd.DataFrame, digits: int = 3) -> None:

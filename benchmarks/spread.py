@@ -16,7 +16,8 @@ Errors
 Unreliable, calibration
     Of voxels in which fewer than three in four members voted for the consensus: the share that is
     wrong, and the share of all errors that they hold. Expected calibration error of the mean
-    posterior's largest probability, 15 bins (Naeini et al. 2015), in percent.
+    posterior's largest probability, before the ensemble's temperature, 15 bins (Naeini et al.
+    2015), in percent; interpolation, as of ``shift``, softens posteriors.
 Structures
     Spearman's rank correlation of a structure's CV of volumes with its true relative error, and of
     its mean pairwise Dice with the consensus's Dice: over structures, mean over heads; and over
@@ -35,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from heads import SegmentedHead, print_markdown, print_origin, read_cache, structure_scores
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from bids_varaug.models.ensemble import BASELINE
@@ -77,15 +77,6 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
     gaps = np.bincount(bins, confidence, N_BINS) - np.bincount(bins, right, N_BINS)
     return float(np.abs(gaps).sum() / len(bins))
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, of the pairs without NaN; NaN with fewer than three, or if one is constant."""
-    known = np.isfinite(a) & np.isfinite(b)
-    a, b = np.asarray(a)[known], np.asarray(b)[known]
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return np.nan
-    return float(stats.spearmanr(a, b).statistic)
 
 
 def distance_in_sd(true: np.ndarray, volumes: np.ndarray) -> np.ndarray:
@@ -171,9 +162,9 @@ def summarise_structures(rows: pd.DataFrame) -> pd.DataFrame:
         for column, key in (("over structures", "head"), ("over heads", "structure")):
             for title, (a, b) in {"CV, error": ("spread", "error"),
                                   "pair Dice, Dice": ("overlap", "dice")}.items():  # fmt: skip
-                each = [rank_correlation(p[a], p[b]) for _, p in part.groupby(key)]
-                known = np.array(each)[np.isfinite(each)]
-                entry[f"{title}: {column}"] = known.mean() if len(known) else np.nan
+                each = [some[a].corr(some[b], "spearman", min_periods=3)
+                        for _, some in part.groupby(key)]  # fmt: skip
+                entry[f"{title}: {column}"] = pd.Series(each).mean()
         if group != BASELINE:
             entry["CV, %"] = 100 * part["spread"].median()
             entry["bits"] = part["bits"].mean()
@@ -181,11 +172,6 @@ def summarise_structures(rows: pd.DataFrame) -> pd.DataFrame:
             entry["distance, SD"] = part["distance"].median()
         found[group] = entry | {"volumes": len(part)}
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("group")
-
-
-def with_range(values: pd.Series) -> str:
-    """Mean of values and their range."""
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
 def main() -> None:
@@ -210,9 +196,11 @@ def main() -> None:
     for people, part in voxels.groupby("people", sort=False):
         print(f"## {people}: {part['head'].nunique()} heads\n")
         areas = part.dropna(subset="measure").groupby(["group", "measure"], sort=False)
-        titles = {"auc": "of the app's consensus", "auc_own": "of the group's own"}
         print("Area under the ROC curve for errors:\n")
-        print_markdown(areas[list(titles)].agg(with_range).rename(columns=titles))
+        print_markdown(areas.agg(**{
+            "app's consensus": ("auc", "mean"), "least": ("auc", "min"), "most": ("auc", "max"),
+            "own consensus": ("auc_own", "mean"),
+        }))  # fmt: skip
         rest = part[part["measure"].isna()].groupby("group", sort=False)
         print("Errors and the unreliable voxels, percent of the brain, mean over heads:\n")
         columns = ["errors", "calibration", "marked", "wrong_there", "errors_there"]
