@@ -5,10 +5,10 @@
         [--n-members 5] [--targets 17 4] [--factors 0.95 0.9 1.1] [--rescans 2] [--only OAS10061]
         [--minutes 8]
 
-DATASET is as `heads.py` says; heads without reference labels are passed over. ``bidsgate
-inject-atrophy`` shrinks or swells one structure of a head, by its reference labels, about its
-centroid; what lies within 12 mm gives way. Its ``rescanphantom`` makes copies of the head with
-another gain (5 %), bias field (10 %) and noise (1.5 %), in which nothing changed. All members
+DATASET is as `heads.py` says; heads without reference labels in FreeSurfer's ids are passed over.
+``bidsgate inject-atrophy`` shrinks or swells one structure of a head, by its reference labels,
+about its centroid; what lies within 12 mm gives way. Its ``rescanphantom`` makes copies of the head
+with another gain (5 %), bias field (10 %) and noise (1.5 %), in which nothing changed. All members
 segment all of them. Prints one row of Markdown for each kind of image, means over heads:
 
 injected, found
@@ -45,6 +45,7 @@ from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import PreparedHead
 
 ORIGINAL = "original"
+FREESURFER_IDS = ("aseg31", "aseg")
 
 
 def make_images(
@@ -148,7 +149,7 @@ def main() -> None:
     members = select_members(ensemble, [BASELINE, *options.members], options.n_members)
     names = {label.index: label.name for label in ensemble.labels}
     heads = [head for folder in options.datasets for head in find_heads(folder)
-             if head.reference and options.only in head.t1w]  # fmt: skip
+             if head.protocol in FREESURFER_IDS and options.only in head.t1w]  # fmt: skip
     found = []
     for head in heads:
         path = options.cache / "atrophy" / f"{head.name}.tsv"
