@@ -2,7 +2,7 @@
 
     python benchmarks/half_precision.py IMAGES_DIR [--ensemble aseg31] [--threads 2]
 
-For each image with labels (as for ``benchmarks/accuracy.py``), the baseline in float32 and with the
+For each ``*_T1w.nii.gz`` with a ``*_dseg.nii.gz`` beside it, the baseline in float32 and with the
 convolutions of its features in bfloat16 (statistics of the normalisation, last layer and softmax in
 float32): mean Dice of both, the share of the brain that they label differently, and the seconds of
 each, without loading and finding the brain.

@@ -1,0 +1,289 @@
+"""Segment real heads once with every member, and keep what validation needs.
+
+    python benchmarks/segment_heads.py DATASET ... --cache DIR [--ensemble aseg31]
+        [--members ieee mca seed] [--n-members 5] [--rr 5] [--shifts 5] [--noise 5]
+        [--only sub-OAS10111] [--minutes 8] [--posteriors]
+
+Each DATASET is as `heads.py` says. Beside the members, which must hold the baseline, its cheap
+rivals segment every head:
+
+``--rr N``
+    the baseline under random rounding, N times;
+``--shifts N``
+    the baseline on the image moved by up to half a voxel along each axis, N times; its posterior
+    is moved back. Cubic splines for the image, linear interpolation for the posterior;
+``--noise N``
+    the baseline on the image with Gaussian noise added inside the head, N times, of SD
+    `NOISE` of the 99th percentile.
+
+For each head the folder gets ``DATASET/NAME.npz``, labels and maps on the T1w's grid (see
+`heads.SegmentedHead`); with `--posteriors` also those of the baseline and the families' means, on
+the network's grid, 60 MB each. A head that is there is not segmented again, unless other passes are
+wanted. With `--minutes` it stops after that time; to resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from heads import Head, SegmentedHead, find_heads
+from scipy.ndimage import shift as shift_image
+from scipy.special import entr
+
+from bids_varaug.images.affine import voxel_volume
+from bids_varaug.images.conform import to_native_scalar
+from bids_varaug.images.crop import insert
+from bids_varaug.machine import keep_freed_memory
+from bids_varaug.models.ensemble import (
+    BASELINE,
+    Ensemble,
+    Member,
+    identify,
+    load_ensemble,
+    round_inference,
+    select_members,
+)
+from bids_varaug.models.load import load_member
+from bids_varaug.segmentation.fuse import fuse_members
+from bids_varaug.segmentation.member import arithmetic_of
+from bids_varaug.segmentation.posterior import (
+    BACKGROUND_CUT,
+    SparsePosterior,
+    load_posterior,
+    save_posterior,
+)
+from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.segmentation.streams import label_slabs
+from bids_varaug.training.monitor import PreparedHead
+from bids_varaug.variability.regions import region_counts
+
+NOISE = 0.03  # between quiet and noisy scanners, see `bids_varaug.simulation`
+SHIFT, NOISY = "shift", "noise"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way to segment a head: a member, and what the image goes through before.
+
+    `shift` is in voxels of the network's grid, `noise_seed` None where no noise is added.
+    """
+
+    id: str
+    family: str
+    member: Member
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    noise_seed: int | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a member of the ensemble, not the baseline's rival."""
+        return self.id == self.member.id and not self.member.is_rounded
+
+    def run(self, ensemble: Ensemble, image: np.ndarray) -> SparsePosterior:
+        """Return the posterior on the image's own grid; image (X, Y, Z) float32."""
+        if self.noise_seed is not None:
+            noise = np.random.default_rng(self.noise_seed).standard_normal(image.shape, np.float32)
+            inside = image > 0
+            noise *= NOISE * np.percentile(image[inside], 99) * inside
+            image = np.maximum(image + noise, 0)
+        if any(self.shift):
+            image = shift_image(image, [-s for s in self.shift], order=3, mode="nearest")
+        with arithmetic_of(self.member):
+            sparse = segment_volume(load_member(ensemble, self.member), image)
+        return move_posterior(sparse, self.shift) if any(self.shift) else sparse
+
+
+def plan_passes(ensemble: Ensemble, options: argparse.Namespace) -> list[Pass]:
+    """Return what to run on each head: the members, the baseline first, then its rivals."""
+    members = list(select_members(ensemble, options.members, options.n_members))
+    if not members or not members[0].is_baseline:
+        raise SystemExit(f"--members {' '.join(options.members)}: {BASELINE} must be among them.")
+    members += round_inference(ensemble, options.rr, random_seed=0)
+    passes = [Pass(member.id, member.family, member) for member in members]
+    for n in range(1, options.shifts + 1):
+        shift = tuple(np.random.default_rng(n).uniform(-0.5, 0.5, 3).tolist())
+        passes.append(Pass(f"{SHIFT}{n:02}", SHIFT, members[0], shift=shift))
+    for n in range(1, options.noise + 1):
+        passes.append(Pass(f"{NOISY}{n:02}", NOISY, members[0], noise_seed=n))
+    return passes
+
+
+def move_posterior(sparse: SparsePosterior, shift: Sequence[float]) -> SparsePosterior:
+    """Bring the posterior of an image that was moved back to the grid of the image as it was.
+
+    Linear interpolation; what would come from beyond one side comes from the other, so that the
+    borders must be background.
+
+    Parameters
+    ----------
+    sparse : its voxel v lies at v + `shift` of the image as it was
+    shift : voxels, -1 to 1 along each axis
+    """
+    shape, n_classes = sparse.labels.shape, sparse.posterior.shape[1]
+    slabs = np.repeat(np.arange(shape[0]), np.diff(sparse.offsets))
+    places = slabs * (shape[1] * shape[2]) + sparse.voxels
+    for k in range(n_classes):
+        dense = np.full(shape, k == 0, np.float32)
+        dense.reshape(-1)[places] = sparse.posterior[:, k]
+        for axis, s in enumerate(shift):
+            step = int(np.sign(s))
+            dense += np.float32(abs(s)) * (np.roll(dense, step, axis) - dense)
+        if k == 0:
+            stored = dense <= 1 - BACKGROUND_CUT
+            rows = np.empty((np.count_nonzero(stored), n_classes), np.float32)
+        rows[:, k] = dense[stored]
+    labels = np.zeros(shape, np.uint8)
+    labels[stored] = rows.argmax(axis=1)
+    by_slab = stored.reshape(shape[0], -1)
+    offsets = np.concatenate([[0], np.cumsum(by_slab.sum(axis=1))]).astype(np.int64)
+    return SparsePosterior(labels, offsets, by_slab.nonzero()[1].astype(np.int32), rows)
+
+
+def on_box(sparse: SparsePosterior, rows: np.ndarray) -> np.ndarray:
+    """Return values of stored voxels (N,) on the head box (X, Y, Z) float32, 0 elsewhere."""
+    out = np.zeros((len(sparse.labels), sparse.labels[0].size), np.float32)
+    out[np.repeat(np.arange(len(out)), np.diff(sparse.offsets)), sparse.voxels] = rows
+    return out.reshape(sparse.labels.shape)
+
+
+def entropy_of(sparse: SparsePosterior) -> np.ndarray:
+    """Return a posterior's entropy on the head box, bit."""
+    return on_box(sparse, entr(sparse.posterior).sum(axis=1) / np.float32(np.log(2)))
+
+
+def doubt_of(sparse: SparsePosterior) -> np.ndarray:
+    """Return one minus the largest probability on the head box."""
+    return on_box(sparse, 1 - sparse.posterior.max(axis=1))
+
+
+def segment_head(
+    head: Head, ensemble: Ensemble, passes: Sequence[Pass], path: Path, keep_posteriors: bool
+) -> None:
+    """Run all passes on a head, measure how they differ, and write `path`."""
+    finder = load_member(ensemble, passes[0].member)
+    prepared = PreparedHead(Path(head.t1w), finder, ensemble.voxel_size)
+    g = prepared.geometry
+
+    def native(values: np.ndarray) -> np.ndarray:
+        whole = insert(values, g.box, g.conformed_shape)
+        return to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
+
+    labels, entropies, found = [], {}, {}
+    groups = group_passes(passes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as scratch:
+        names = [p.id for p in passes] + [f"mean-{group}" for group in groups]
+        files = {name: Path(scratch) / f"{name}.safetensors" for name in names}
+        for p in passes:
+            sparse = p.run(ensemble, prepared.head)
+            save_posterior(files[p.id], sparse, {"member": p.id, "family": p.family})
+            labels.append(prepared.native_labels(sparse))
+            entropies[p.id] = entropy_of(sparse)
+            if p.id == BASELINE:
+                found[f"{BASELINE}_consensus"] = labels[-1]
+                found[f"{BASELINE}_entropy"] = native(entropies[p.id])
+                found[f"{BASELINE}_doubt"] = native(doubt_of(sparse))
+        for group, ids in groups.items():
+            mean_path = files[f"mean-{group}"]
+            found[f"{group}_vote"] = native(
+                fuse_members([files[i] for i in ids], mean_path).entropy
+            )
+            mean = load_posterior(mean_path)
+            entropy = entropy_of(mean)
+            expected = sum(entropies[i] for i in ids) / len(ids)
+            found[f"{group}_consensus"] = prepared.native_labels(mean)
+            found[f"{group}_entropy"] = native(entropy)
+            found[f"{group}_mutual"] = native(np.maximum(entropy - expected, 0))
+            found[f"{group}_doubt"] = native(doubt_of(mean))
+        same_image = [files[p.id] for p in passes if p.family not in (SHIFT, NOISY)]
+        counts = region_counts(label_slabs(same_image), len(same_image), len(ensemble.labels))
+        for name in (BASELINE, *(f"mean-{group}" for group in groups)) if keep_posteriors else ():
+            files[name].replace(path.parent / f"{head.name}_{name}.safetensors")
+    reference = head.read_reference() if head.reference else np.zeros(labels[0].shape, np.int32)
+    if reference.shape != labels[0].shape:
+        raise SystemExit(f"{head.reference}: {reference.shape} voxels, not {labels[0].shape}.")
+    known = np.any(labels, axis=0) | (reference != 0)
+    known |= np.any([values > 0 for values in found.values()], axis=0)
+    arrays = {"reference": reference[known], "labels": np.stack([x[known] for x in labels]),
+              "intersections": counts.intersections}  # fmt: skip
+    for name, values in found.items():
+        dtype = np.uint8 if name.endswith("_consensus") else np.float16
+        arrays[name] = values[known].astype(dtype)
+    meta = {
+        "head": asdict(head), "ensemble": ensemble.name, "groups": list(groups),
+        "passes": describe(ensemble, passes),
+        "names": [label.name for label in ensemble.labels[1:]],
+        "class_ids": [label.index for label in ensemble.labels],
+        "voxel_volume": float(voxel_volume(g.native_affine)),
+    }  # fmt: skip
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez_compressed(file, meta=json.dumps(meta), **arrays)
+    partial.replace(path)
+
+
+def group_passes(passes: Sequence[Pass]) -> dict[str, list[str]]:
+    """Return the passes of each family of two or more, and of all trained members but `ieee`."""
+    groups = {}
+    for p in passes:
+        if p.family != BASELINE:
+            groups.setdefault(p.family, []).append(p.id)
+            if p.is_trained:
+                groups.setdefault("all", []).append(p.id)
+    return {group: ids for group, ids in groups.items() if len(ids) > 1}
+
+
+def describe(ensemble: Ensemble, passes: Sequence[Pass]) -> list[dict]:
+    """Return what tells passes apart, as kept in a head's file."""
+    return [{"id": p.id, "family": p.family, "trained": p.is_trained,
+             "weights": identify(ensemble, p.member)} for p in passes]  # fmt: skip
+
+
+def is_done(path: Path, wanted: list[dict]) -> bool:
+    """Whether a head's file holds the passes that are wanted."""
+    return path.exists() and SegmentedHead(path).passes.to_dict("records") == wanted
+
+
+def main() -> None:
+    """Parse the command line and segment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("datasets", type=Path, nargs="+")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--ensemble", default="aseg31")
+    parser.add_argument("--members", nargs="+", default=["all"])
+    parser.add_argument("--n-members", type=int, help="of each family")
+    for rival in ("rr", "shifts", "noise"):
+        parser.add_argument(f"--{rival}", type=int, default=0)
+    parser.add_argument("--only", default="", help="heads whose path has this")
+    parser.add_argument("--minutes", type=float, default=np.inf)
+    parser.add_argument("--posteriors", action="store_true", help="keep them too")
+    options = parser.parse_args()
+    keep_freed_memory()
+    start = time.monotonic()
+    ensemble = load_ensemble(options.ensemble)
+    passes = plan_passes(ensemble, options)
+    wanted = describe(ensemble, passes)
+    heads = [head for folder in options.datasets for head in find_heads(folder)
+             if options.only in head.t1w]  # fmt: skip
+    paths = {options.cache / head.dataset / f"{head.name}.npz": head for head in heads}
+    todo = [path for path in paths if not is_done(path, wanted)]
+    print(f"{len(heads)} heads, {len(todo)} to do, {len(passes)} passes each")
+    for number, path in enumerate(todo, start=1):
+        before = time.monotonic()
+        segment_head(paths[path], ensemble, passes, path, options.posteriors)
+        now = time.monotonic()
+        print(f"{number}/{len(todo)} {paths[path].name}: {now - before:.0f} s", flush=True)
+        if now - start > 60 * options.minutes:
+            print(f"{len(todo) - number} heads left. Run the same command again.")
+            break
+
+
+if __name__ == "__main__":
+    main()
