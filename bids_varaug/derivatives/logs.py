@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from bids_varaug.atomic import write_text
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.citation import Citation, cite_participant
 from bids_varaug.derivatives.sidecars import package_versions
-from bids_varaug.derivatives.write import write_text
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.reports.citation import Citation, cite
 from bids_varaug.settings import Settings
 
 
@@ -23,7 +23,7 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     folder = names.logs(settings.output_dir)
     text = settings_toml(settings, ensemble, members)
     write_text(text, folder / _settings_name(text))
-    citation = cite(
+    citation = cite_participant(
         ensemble, members, package_versions(), sloppy=settings.sloppy, n_grids=settings.grids
     )
     write_text(citation.markdown(), folder / "CITATION.md")

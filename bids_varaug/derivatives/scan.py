@@ -13,15 +13,10 @@ import numba
 import numpy as np
 import pandas as pd
 
-from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.names import SEGMENTATION, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
-from bids_varaug.derivatives.write import (
-    write_image,
-    write_image_series,
-    write_json,
-    write_table,
-)
+from bids_varaug.derivatives.write import write_image, write_image_series, write_table
 from bids_varaug.errors import UserError
 from bids_varaug.images.affine import voxel_sizes, voxel_volume
 from bids_varaug.images.conform import to_native_scalar
@@ -89,24 +84,22 @@ class ScanWriter:
 
     def posterior(self, key: str, quantised: np.ndarray) -> None:
         """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
-        output, request = OUTPUTS[key], self.request
-        names = [label.name for label in request.ensemble.labels]
-        path = output.path(request.settings.output_dir, request.scan)
+        path = self.request.path(key)
         write_image_series(
             _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
             self.header, POSTERIOR_SCALE,
         )  # fmt: skip
         extra = {
-            "Temperature": request.ensemble.temperature,
-            "TemperatureDescription": "The members' mean posterior p is given as "
-            "p^(1/Temperature), scaled to sum to 1; found on images that training left out",
+            "Temperature": self.request.ensemble.temperature,
+            "TemperatureDescription": "The members' mean posterior p is given as p^(1/Temperature), scaled to sum to "
+            "1; found on images that training left out",
         }
-        self._sidecar(key, None, label_names=names, extra=extra)
+        self._sidecar(key, None, label_names=[label.name for label in self.request.ensemble.labels], extra=extra)
         self.written.append(path)
 
     def table(self, key: str, table) -> None:
         """Write a TSV."""
-        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
+        path = self.request.path(key)
         write_table(table, path)
         if key == "members_tsv":  # the group level must not mix ensembles or versions
             self._remove_strangers()
@@ -135,7 +128,7 @@ class ScanWriter:
         Labels of members would be taken for those of this run.
         """
         settings, scan = self.request.settings, self.request.scan
-        path = OUTPUTS["members_tsv"].sidecar(settings.output_dir, scan)
+        path = self.request.sidecar("members_tsv")
         try:
             before = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -152,9 +145,8 @@ class ScanWriter:
 
     def remove(self, key: str) -> None:
         """Remove an output of an earlier run, and its sidecar."""
-        where = self.request.settings.output_dir, self.request.scan
-        OUTPUTS[key].path(*where).unlink(missing_ok=True)
-        OUTPUTS[key].sidecar(*where).unlink(missing_ok=True)
+        self.request.path(key).unlink(missing_ok=True)
+        self.request.sidecar(key).unlink(missing_ok=True)
 
     def _ids(self, key: str) -> list[str]:
         if key == "ieee_dseg":
@@ -163,19 +155,18 @@ class ScanWriter:
         return [member.id for member in chosen]
 
     def _image(self, key, data, member=None, extra=None) -> None:
-        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan, member)
+        path = self.request.path(key, member)
         write_image(data, self.geometry.native_affine, path, source_header=self.header)
         self._sidecar(key, member, extra=extra)
         self.written.append(path)
 
     def _sidecar(self, key, member, **content) -> None:
-        settings, scan = self.request.settings, self.request.scan
+        settings = self.request.settings
         values = sidecar(
-            key, scan, members=[member] if member else self._ids(key),
-            skull_stripped=self.skull_stripped, sloppy=settings.sloppy,
-            n_grids=settings.grids, **content,
+            key, self.request.scan, members=[member] if member else self._ids(key), sloppy=settings.sloppy,
+            skull_stripped=self.skull_stripped, n_grids=settings.grids, **content,
         )  # fmt: skip
-        write_json(values, OUTPUTS[key].sidecar(settings.output_dir, scan, member))
+        write_json(values, self.request.sidecar(key, member))
 
 
 def write_scan(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from bids_varaug.derivatives.write import replacing
+from bids_varaug.atomic import replacing
 from bids_varaug.models.checksum import sha256_of
 from bids_varaug.models.unet import UNet
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.request import ScanRequest
-from bids_varaug.derivatives.write import write_json
+from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.models.checksum import sha256_of
 
 RECORD = "finished.json"

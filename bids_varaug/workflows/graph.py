@@ -11,10 +11,9 @@ from nipype.interfaces.base import BaseInterface
 from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import identify
-from bids_varaug.reports.request import ReportRequest
 from bids_varaug.segmentation.grids import GRIDS
 from bids_varaug.workflows.interfaces import (
     AverageGrids,
@@ -49,8 +48,8 @@ def init_participants_wf(
         label = node_name(f"sub-{subject}")
         gather = Node(Merge(len(theirs)), f"gather_{label}")
         gather.run_without_submitting = True  # not worth a job
-        request = ReportRequest(plan.settings, plan.ensemble, plan.members, tuple(theirs))
-        report = Node(WriteReport(request=request), f"report_{label}", mem_gb=STEP_GB["report"])
+        requests = [ScanRequest(plan.settings, scan, plan.ensemble, plan.members) for scan in theirs]
+        report = Node(WriteReport(requests=requests), f"report_{label}", mem_gb=STEP_GB["report"])
         for number, scan in enumerate(theirs, start=1):
             if scan.prefix in finished:
                 gather.inputs.trait_set(**{f"in{number}": list(finished[scan.prefix])})

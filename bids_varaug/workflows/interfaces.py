@@ -186,7 +186,7 @@ class FuseMembers(_Step):
 
 
 class _WriteInput(BaseInterfaceInputSpec):
-    request = traits.Any(mandatory=True, desc="derivatives.scan.ScanRequest")
+    request = traits.Any(mandatory=True, desc="derivatives.names.ScanRequest")
     geometry_file = File(exists=True, mandatory=True)
     mean_file = File(exists=True, mandatory=True)
     maps_file = File(exists=True, mandatory=True)
@@ -223,7 +223,7 @@ class WriteScan(_Step):
 
 
 class _ReportInput(BaseInterfaceInputSpec):
-    request = traits.Any(mandatory=True, desc="reports.subject.ReportRequest")
+    requests = traits.Any(mandatory=True, desc="a ScanRequest for each scan of the participant")
     derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
 
 
@@ -238,6 +238,6 @@ class WriteReport(_Step):
     always_run = True
 
     def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.reports.subject import write_subject_report
+        from bids_varaug.reports.participant import write_subject_report
 
-        return {"out_file": str(write_subject_report(self.inputs.request))}
+        return {"out_file": str(write_subject_report(self.inputs.requests))}

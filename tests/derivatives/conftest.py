@@ -1,10 +1,23 @@
-"""A scan that needs no file behind it."""
+"""A scan that needs no file behind it, and an ensemble without weights."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bids_varaug.inputs.scans import Scan
+
+ENSEMBLE = SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0)
+MEMBERS = tuple(
+    SimpleNamespace(
+        id=name,
+        family=name.rstrip("0123456789"),
+        seed=0,
+        precision=24 if "mca" in name else None,
+        sha256="ab" * 32,
+    )
+    for name in ("ieee", "mca01", "mca02", "seed01")
+)
 
 
 @pytest.fixture
@@ -15,3 +28,13 @@ def scan() -> Scan:
         entities={"subject": "01", "session": "a", "acquisition": "x", "run": "02"},
         relative=f"sub-01/ses-a/anat/{name}",
     )
+
+
+@pytest.fixture
+def ensemble():
+    return ENSEMBLE
+
+
+@pytest.fixture
+def members():
+    return MEMBERS

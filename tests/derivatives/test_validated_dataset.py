@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names, sidecars, write
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
@@ -57,10 +58,10 @@ def _write_outputs(output_dir, scan):
             content = sidecars.sidecar(
                 key, scan, members=["mca01"], label_names=label_names, extra={"Threshold": 0.5}
             )
-            write.write_json(content, output.sidecar(output_dir, scan, member))
+            write_json(content, output.sidecar(output_dir, scan, member))
     figures = output_dir / f"sub-{scan.subject}" / "figures"
-    write.write_text("png", figures / figure_name(scan.prefix, "entropy"))
-    write.write_text("<html></html>", names.report(output_dir, scan.subject))
+    write_text("png", figures / figure_name(scan.prefix, "entropy"))
+    write_text("<html></html>", names.report(output_dir, scan.subject))
 
 
 @pytest.fixture(scope="module", params=["beside", "inside", "elsewhere"])
@@ -81,9 +82,9 @@ def errors(tmp_path_factory, request):
             subject = prefix.split("_")[0].removeprefix("sub-")
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
     sidecars.write_dataset_files(raw, out, LABELS, MEMBERS)
-    write.write_text("a = 1\n", names.logs(out) / "run.toml")
-    write.write_text("# How to cite\n", names.logs(out) / "CITATION.md")
-    write.write_text("crash\n", names.logs(out) / "crash-1.txt")
+    write_text("a = 1\n", names.logs(out) / "run.toml")
+    write_text("# How to cite\n", names.logs(out) / "CITATION.md")
+    write_text("crash\n", names.logs(out) / "crash-1.txt")
     return run_validator(out)
 
 

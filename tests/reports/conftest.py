@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.reports.citation import cite
+from bids_varaug.derivatives.citation import cite_participant
 from bids_varaug.reports.participant import ReportContent, ScanReport
+from tests.derivatives.conftest import ENSEMBLE, MEMBERS
 
 # L to R, S to I, P to A: none of the axes is where RAS has it; 1 x 1.5 x 2 mm.
 AFFINE = np.array([[0, 0, -2.0, 30], [1.0, 0, 0, -20], [0, -1.5, 0, 25], [0, 0, 0, 1]])
@@ -62,29 +63,8 @@ def regions_table():
     )
 
 
-@pytest.fixture(scope="session")
-def ensemble():
-    """Stand-in with the attributes that citation reads."""
-    return SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0)
-
-
-@pytest.fixture(scope="session")
-def members():
-    """Members ieee, mca01, mca02, seed01."""
-    return tuple(
-        SimpleNamespace(
-            id=name,
-            family=name.rstrip("0123456789"),
-            seed=0,
-            precision=24 if "mca" in name else None,
-            sha256="ab" * 32,
-        )
-        for name in ("ieee", "mca01", "mca02", "seed01")
-    )
-
-
 @pytest.fixture
-def make_content(ensemble, members, regions_table, members_table):
+def make_content(regions_table, members_table):
     """Content of a report; any value may be replaced."""
 
     def make(prefix="sub-01_run-1", sloppy=False, warnings=("Look here.",), figures=None):
@@ -102,14 +82,14 @@ def make_content(ensemble, members, regions_table, members_table):
             scans=(scan,),
             settings={"bids_dir": "/data", "sloppy": sloppy, "n_members": None},
             ensemble={
-                "name": ensemble.name,
-                "version": ensemble.version,
+                "name": ENSEMBLE.name,
+                "version": ENSEMBLE.version,
                 "shared_steps": 0,
                 "own_steps": 50,
-                "members": [vars(m) for m in members],
+                "members": [vars(m) for m in MEMBERS],
             },
             versions={"torch": "2.0"},
-            citation=cite(ensemble, members, {"torch": "2.0"}),
+            citation=cite_participant(ENSEMBLE, MEMBERS, {"torch": "2.0"}),
         )
 
     return make

@@ -1,17 +1,22 @@
 """The participant's report: complete, self-contained, escaped, reproducible."""
 
 import base64
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from bids_varaug.reports.citation import Citation
+from bids_varaug.derivatives.citation import Citation
 from bids_varaug.reports.participant import (
     figure_name,
     render_participant_report,
+    shown_settings,
     write_participant_report,
 )
+from bids_varaug.settings import Settings
 
 HOSTILE = "sub-01_<script>alert(1)</script>\"onload='x'&amp;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -96,7 +101,7 @@ def hostile_content(content, where):
         "ensemble": content.ensemble
         | {"name": HOSTILE, "version": HOSTILE, "members": [{"id": HOSTILE}]},
         "versions": {HOSTILE: HOSTILE},
-        "citation": Citation(HOSTILE, ()),
+        "citation": Citation(HOSTILE),
     }[where]
     return replace(content, **{where: value})
 
@@ -135,16 +140,51 @@ def test_nothing_partial_is_left(make_content, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
-def test_headings_sort_the_table(page, make_content):
-    (table,) = [t for t in page.all("table") if t.get("class") == "sortable"]
-    assert table and len(page.all("button")) == 12
+def test_headings_sort_the_tables(page, make_content):
+    assert len(page.all("button")) == len(page.all("th")) > 12
     assert 'querySelectorAll("table.sortable")' in render_participant_report(make_content())
 
 
 def test_columns_have_tooltips(page):
     titles = [a["title"] for a in page.all("th") if "title" in a]
-    assert len(titles) == 12 and all(titles)
-    assert "Dice min mca" in page.text
+    assert all(titles) and "Coefficient of variation of the volume: SD divided by mean" in titles
+    assert "Smallest Dice over pairs of perturbed members, family mca only" in titles
+
+
+def test_families_stand_side_by_side_with_their_number_of_members(make_content, members_table):
+    content = make_content()
+    one = members_table[members_table["member"] == "mca01"]
+    more = pd.concat([members_table, *(one.assign(member=f"mca0{n}") for n in (3, 4, 5))])
+    regions = content.scans[0].regions.assign(
+        volume_mean_mca=[4019.0, 91.0], volume_mean_seed=[4021.0, 89.0], cv_mca=[0.002, 0.3], cv_seed=[0.004, 0.1],
+        dice_min_seed=[0.97, 0.6], entropy_mean_mca=[0.1, 0.2], entropy_mean_seed=[0.3, 0.5],
+    )  # fmt: skip
+    scan = replace(content.scans[0], regions=regions, members=more)
+    text = render_participant_report(replace(content, scans=(scan,)))
+    section = text.partition("Spread within each family")[2].partition("Volumes in each member")[0]
+    summary, _, by_structure = section.partition("families side by side")
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr.*?</tr>", summary, re.S)]
+    assert rows[1:3] == [
+        ["mca", "5", "15.10", "30.00", "0.500", "0.150"],
+        ["seed", "2", "5.20", "10.00", "0.600", "0.400"],
+    ]
+    headings = re.findall(r"<button[^>]*>([^<]*)", by_structure)
+    assert headings == [
+        "Structure", "Volume [mm³] mca", "Volume [mm³] seed", "CV [%] mca", "CV [%] seed", "Dice min mca",
+        "Dice min seed", "Entropy [bit] mca", "Entropy [bit] seed",
+    ]  # fmt: skip
+    assert "2 members of seed, fewer than 5" in section and "of mca, fewer" not in section
+
+
+def test_tables_without_measures_of_families_have_no_such_section(make_content):
+    content = make_content()
+    scan = replace(content.scans[0], regions=content.scans[0].regions.drop(columns="dice_min_mca"))
+    assert "Spread within each family" not in render_participant_report(replace(content, scans=(scan,)))
+
+
+def test_settings_of_the_group_level_are_not_shown():
+    shown = shown_settings(Settings(Path("/data"), Path("/out"), "participant", Path("/work")))
+    assert "members" in shown and not {"age_column", "brainage_model", "cv_folds"} & set(shown)
 
 
 def test_cells_carry_sort_keys_and_missing_values_none(page):
@@ -153,7 +193,8 @@ def test_cells_carry_sort_keys_and_missing_values_none(page):
 
 
 def test_unreliable_rows_are_marked_by_class_sign_and_reason(page):
-    assert [a.get("class") for a in page.all("tr")].count("unreliable") == 1
+    # In the table of structures and in that of families.
+    assert [a.get("class") for a in page.all("tr")].count("unreliable") == 2
     assert "✗ unreliable" in page.text and "✓ good" in page.text
     assert "smallest Dice 0.40 (below 0.70)" in page.text
 
