@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from bids_varaug.atomic import write_text
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import Citation, cite_participant
+from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
@@ -23,10 +23,13 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     folder = names.logs(settings.output_dir)
     text = settings_toml(settings, ensemble, members)
     write_text(text, folder / _settings_name(text))
-    citation = cite_participant(
-        ensemble, members, package_versions(), sloppy=settings.sloppy, n_grids=settings.grids
-    )
-    write_text(citation.markdown(), folder / "CITATION.md")
+    write_text(cite_participant(settings, ensemble, members).markdown(), folder / "CITATION.md")
+
+
+def cite_participant(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Citation:
+    """How to cite a run of the participant level."""
+    run = {"ensemble": ensemble, "members": members, "sloppy": settings.sloppy, "n_grids": settings.grids}
+    return cite("participant", package_versions(), **run)
 
 
 def write_group_logs(settings: Settings, citation: Citation) -> None:

@@ -84,8 +84,7 @@ class Output:
 
 
 FAMILIES = (
-    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, "
-    "by random rounding)"
+    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, by random rounding)"
 )
 _ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
 _REGIONS = {

@@ -187,9 +187,7 @@ def write_scan(
     mean = load_posterior(files.mean)
     dense_file = folder / "posterior.npy"
     n_classes = mean.posterior.shape[1]
-    dense = np.lib.format.open_memmap(
-        dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes)
-    )
+    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes))
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
     brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
@@ -220,9 +218,7 @@ def write_scan(
     return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
 
 
-def _to_native(
-    sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0
-) -> NativePosterior:
+def _to_native(sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0) -> NativePosterior:
     return resample_posterior(
         sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
         g.conformed_affine, g.native_affine, g.native_shape,
@@ -250,9 +246,7 @@ def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
                 "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
-def _tables(
-    request: ScanRequest, files: Intermediate, g: Geometry
-) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def _tables(request: ScanRequest, files: Intermediate, g: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])

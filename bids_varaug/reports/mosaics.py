@@ -337,9 +337,7 @@ def _write(figure: Figure, width: int, height: int, x: float, y: float, text: st
     figure.text(x / width, y / height, text, **{"color": INK, **style})
 
 
-def _mark_tile(
-    write: Callable[..., None], view: View, axis: int, index: int, place: tuple[int, int, int, int]
-) -> None:
+def _mark_tile(write: Callable[..., None], view: View, axis: int, index: int, place: tuple[int, int, int, int]) -> None:
     """Write the slice's position and the sides; `place` is left, top, width, height [px]."""
     left, top, width, height = place
     middle = [(view.shape[int(a)] - 1) / 2 for a in np.argsort(view.orientation[:, 0])]

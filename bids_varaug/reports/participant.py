@@ -15,7 +15,7 @@ import pandas as pd
 
 from bids_varaug.atomic import replacing, write_text
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import Citation, cite_participant
+from bids_varaug.derivatives.logs import cite_participant
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
@@ -33,15 +33,13 @@ NO_VERDICTS = (
     "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
 )
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
-# Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same
-# one), and what the group level is asked.
-_NOT_SHOWN = frozenset(
-    """
-    output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only
-    clean_workdir stop_on_first_crash participant_labels exclude_participant_labels
-    skip_bids_validation bids_database_dir age_column site_column sex_column brainage_model
-    augmentation cv_folds features_table apply_model
-    """.split()
+# Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same one), and what the
+# group level is asked.
+_NOT_SHOWN = set(
+    "output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only clean_workdir "
+    "stop_on_first_crash participant_labels exclude_participant_labels skip_bids_validation bids_database_dir "
+    "age_column site_column sex_column brainage_model augmentation cv_folds features_table apply_model relative_to "
+    "asymmetries log_volumes compare".split()
 )
 
 
@@ -70,29 +68,6 @@ class ScanReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ReportContent:
-    """What is shown of one participant.
-
-    Attributes
-    ----------
-    subject : label without ``sub-``
-    scans : in the order shown
-    settings : the run's settings, name to value; "sloppy" true gives the banner
-    ensemble : name, version, members (sequence of mappings with id, family, seed, precision,
-        sha256), shared_steps and own_steps (of training, before and after members forked)
-    versions : package to version
-    citation : how to cite
-    """
-
-    subject: str
-    scans: Sequence[ScanReport]
-    settings: Mapping[str, Any]
-    ensemble: Mapping[str, Any]
-    versions: Mapping[str, str]
-    citation: Citation
-
-
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     """Write ``sub-<label>.html`` and its figures from the derivatives of a participant's scans.
 
@@ -103,23 +78,7 @@ def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     OutputError
         If it cannot be written.
     """
-    settings, ensemble, members = requests[0].settings, requests[0].ensemble, requests[0].members
-    versions = package_versions()
-    content = ReportContent(
-        subject=requests[0].scan.subject,
-        scans=[scan_report(request) for request in requests],
-        settings=shown_settings(settings),
-        ensemble={
-            "name": ensemble.name,
-            "version": ensemble.version,
-            "shared_steps": ensemble.training.get("forked_at_step", 0),
-            "own_steps": ensemble.training.get("member_steps", 0),
-            "members": [{name: getattr(member, name) for name in table_columns("members")} for member in members],
-        },
-        versions=versions,
-        citation=cite_participant(ensemble, members, versions, sloppy=settings.sloppy, n_grids=settings.grids),
-    )
-    return write_participant_report(names.report(settings.output_dir, content.subject), content)
+    return write_participant_report(requests[0], [scan_report(request) for request in requests])
 
 
 def scan_report(request: ScanRequest) -> ScanReport:
@@ -187,27 +146,22 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _NOT_SHOWN}
 
 
-def write_participant_report(path: Path, content: ReportContent) -> Path:
-    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return `path`.
+def write_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> Path:
+    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
 
-    The same content gives the same bytes.
-
-    Parameters
-    ----------
-    path : ``<output>/sub-XX.html``; the figures go to ``<output>/sub-XX/figures``
-    content : ReportContent
+    The same content gives the same bytes. Parameters are those of `render_participant_report`.
 
     Raises
     ------
     OutputError
         If a file cannot be written.
     """
-    folder = path.parent / path.stem / "figures"
-    for scan in content.scans:
+    path = names.report(request.settings.output_dir, request.scan.subject)
+    for scan in scans:
         for name, png in scan.figures.items():
-            with replacing(folder / figure_name(scan.prefix, name)) as stream:
+            with replacing(path.parent / path.stem / "figures" / figure_name(scan.prefix, name)) as stream:
                 stream.write(png)
-    return write_text(render_participant_report(content), path)
+    return write_text(render_participant_report(request, scans), path)
 
 
 def figure_name(prefix: str, name: str) -> str:
@@ -222,20 +176,28 @@ def figure_name(prefix: str, name: str) -> str:
     return f"{prefix}_desc-{name}_T1w.png"
 
 
-def render_participant_report(content: ReportContent) -> str:
-    """Return the report as one HTML text; every value is escaped."""
-    members = pd.DataFrame(content.ensemble["members"])
+def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> str:
+    """Return the report as one HTML text; every value is escaped.
+
+    Parameters
+    ----------
+    request : of any of the participant's scans: participant, settings, ensemble and members
+    scans : in the order shown
+    """
+    settings, members = request.settings, request.members
+    columns = table_columns("members")
+    rows = pd.DataFrame([{name: getattr(member, name) for name in columns} for member in members])
     return render_page(
         "participant.html",
-        subject=content.subject,
-        sloppy=bool(content.settings.get("sloppy")),
-        scans=[_scan_values(scan, n) for n, scan in enumerate(content.scans, start=1)],
-        settings=content.settings,
-        ensemble=content.ensemble,
-        families=set(members.get("family", ())),
-        members=tabulate(members, table_columns("members")),
-        versions=content.versions,
-        citation=content.citation,
+        subject=request.scan.subject,
+        sloppy=settings.sloppy,
+        scans=[_scan_values(scan, n) for n, scan in enumerate(scans, start=1)],
+        settings=shown_settings(settings),
+        ensemble=request.ensemble,
+        families={member.family for member in members},
+        members=tabulate(rows, columns),
+        versions=package_versions(),
+        citation=cite_participant(settings, request.ensemble, members),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
         unreliable_below=percent(UNRELIABLE_BELOW),
         few=int(MEMBERS.caution),
@@ -244,7 +206,8 @@ def render_participant_report(content: ReportContent) -> str:
 
 def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     """What the template shows of a scan; measures within families have tables of their own."""
-    regions, known = scan.regions, table_columns("regions")
+    regions, texts = scan.regions, names.OUTPUTS["regions_tsv"].columns
+    known = {name: replace(column, tooltip=texts[name][0]) for name, column in table_columns("regions").items()}
     perturbed = scan.members[scan.members["family"] != BASELINE]
     verdicts = list(regions["verdict"]) if "verdict" in regions else ["good"] * len(regions)
     if "verdict" in regions:
@@ -253,6 +216,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
     within = _family_columns(regions, known)
     others = {name: Column(name, name, "{:.4g}") for name in regions if name not in known and name not in within}
+    has_spread = regions[list(within)].notna().to_numpy().any()
     n_members = perturbed.groupby("family", sort=False)["member"].nunique().to_dict()
     return {
         "anchor": f"scan-{number}",
@@ -260,7 +224,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
         "figures": [(name, data_uri(png, "png")) for name, png in scan.figures.items()],
         "regions": tabulate(regions, known | others, classes),
         "has_unreliable": "unreliable" in classes,
-        "within": tabulate(regions, {"name": known["name"], **within}, classes) if within else None,
+        "within": tabulate(regions, {"name": known["name"], **within}, classes) if has_spread else None,
         "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
         "few_members": {family: n for family, n in n_members.items() if n < MEMBERS.caution},
         "limits": scan.limits.rstrip("."),

@@ -107,9 +107,7 @@ def draw_ranked(predictions: pd.DataFrame) -> str:
         return _svg(figure)
 
 
-def _draw_people(
-    axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarray | slice = slice(None)
-) -> None:
+def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarray | slice = slice(None)) -> None:
     """A dot per image; prediction interval and numerical spread of the rows `shown`."""
     at, part = x.iloc[shown], table.iloc[shown]
     some = f" of {len(part)} of {len(table)}" if len(part) < len(table) else ""

@@ -45,7 +45,7 @@ from bids_varaug.brainage.population import (
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import cite_applied, cite_group
+from bids_varaug.derivatives.citation import cite
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
 from bids_varaug.derivatives.write import write_table
@@ -185,7 +185,7 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequ
            if key in ("table", "ensemble", "ensemble_version", "bids_varaug", "members")},
     }  # fmt: skip
     versions = package_versions()
-    citation = cite_applied(described, _features_text(settings, cohort), versions)
+    citation = cite("applied", versions, model=described, features=_features_text(settings, cohort))
     write_group_logs(settings, citation)
     run = RunInfo(
         citation.methods, cohort.left_out, notes, cohort.source, {"level": "group"}, versions,
@@ -280,8 +280,8 @@ def _features_text(settings: Settings, cohort: Cohort) -> str:
 
 def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
     versions = package_versions()
-    citation = cite_group(
-        study.settings, _features_text(settings, cohort), versions,
+    citation = cite(
+        "group", versions, settings=study.settings, features=_features_text(settings, cohort),
         has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from bids_varaug.inputs.scans import Scan
 
-ENSEMBLE = SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0)
+ENSEMBLE = SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0, training={})
 MEMBERS = tuple(
     SimpleNamespace(
         id=name,

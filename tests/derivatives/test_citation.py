@@ -3,16 +3,22 @@
 import re
 from types import SimpleNamespace
 
-from bids_varaug.derivatives.citation import cite_group, references
-from bids_varaug.derivatives.citation import cite_participant as cite
+from bids_varaug.derivatives import citation as citations
+from bids_varaug.derivatives.citation import references
+
+
+def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1):
+    run = {"ensemble": ensemble, "members": members, "sloppy": sloppy, "n_grids": n_grids}
+    return citations.cite("participant", versions or {}, **run)
 
 
 def cite_full_group():
     """A group level with everything that it can do."""
     augmentations = ["none", "mean", "members", "analytic", "jitter", "shuffled"]
-    return cite_group(
-        {"model": "auto", "augmentations": augmentations}, "volumes of 31 structures [mm3]",
-        has_numerics=True, has_reliability=True, compared_with=["FreeSurfer"],
+    return citations.cite(
+        "group", {}, settings={"model": "auto", "augmentations": augmentations},
+        features="volumes of 31 structures [mm3]", has_numerics=True, has_reliability=True,
+        compared_with=["FreeSurfer"],
     )  # fmt: skip
 
 
@@ -104,6 +110,9 @@ def test_methods_of_the_group_level_cite_what_they_name():
 
 
 def test_methods_leave_out_what_was_not_done():
-    citation = cite_group({"model": "ridge", "augmentations": ["none"]}, "thickness")
+    citation = citations.cite(
+        "group", {}, settings={"model": "ridge", "augmentations": ["none"]}, features="thickness",
+        has_numerics=False, has_reliability=False, compared_with=[],
+    )  # fmt: skip
     assert "augmentation" not in citation.methods and "the model ridge" in citation.methods
     assert "chatelain2026" not in {r.key for r in citation.references}

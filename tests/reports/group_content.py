@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.study import BASELINES, Study, judge_gains
-from bids_varaug.derivatives.citation import cite_group
+from bids_varaug.derivatives.citation import cite
 from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, study_page
 
 GAINS = {"mean": 0.05, "members": 0.31, "analytic": 0.28, "jitter": 0.02, "shuffled": 0.27}
@@ -113,9 +113,9 @@ def make_page(study: Study | None = None, *, numerics="made up", compared="made 
 
     study = study or make_study()
     ours, other = make_numerics(), make_numerics(1.6, seed=2)
-    citation = cite_group(
-        study.settings, f"volumes of {len(STRUCTURES)} structures [mm3]",
-        {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"},
+    citation = cite(
+        "group", {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"}, settings=study.settings,
+        features=f"volumes of {len(STRUCTURES)} structures [mm3]",
         has_numerics=True, has_reliability=True, compared_with=["FreeSurfer"],
     )  # fmt: skip
     parts = {

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.derivatives.citation import cite_applied
+from bids_varaug.derivatives.citation import cite
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.reports.group import Page, RunInfo, applied_page, load_page
 from tests.reports.group_content import make_numerics, make_page, make_study
@@ -23,7 +23,9 @@ def make_applied(known: int = 30, predicted: pd.DataFrame | None = None, **chang
     model = {"model": "ridge", "augmentation": "members", "n_participants": 300, "age_min": 18.0,
              "age_max": 85.0, "sha256": "b" * 64} | changes  # fmt: skip
     parts = {
-        "methods": cite_applied(model, "volumes of 31 features [mm3]", {"bids_varaug": "0.1.0"}).methods,
+        "methods": cite(
+            "applied", {"bids_varaug": "0.1.0"}, model=model, features="volumes of 31 features [mm3]"
+        ).methods,
         "left_out": {"sub-900": "no value of <b>CSF</b>"},
         "warnings": ["3 images are of people outside the ages of training."],
         "source": {"ensemble": "aseg31", "sha256": {"ieee": "a" * 64}},
