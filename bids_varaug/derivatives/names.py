@@ -1,7 +1,6 @@
 """The one table of outputs: names, schema status, units and meaning of each.
 
-Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new
-row of `OUTPUTS`.
+Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new row of `OUTPUTS`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numba
@@ -25,7 +26,6 @@ from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.machine import compiled
-from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
@@ -66,14 +66,14 @@ class ScanWriter:
         self.written: list[Path] = []
         self.ids = np.array([label.index for label in request.ensemble.labels], np.int32)
 
-    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra) -> None:
+    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra: Any) -> None:
         """Write class indices (X, Y, Z) uint8 as label ids."""
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
-        self._image(key, self.ids.astype(dtype)[classes], member, extra)
+        self._image(key, self.ids.astype(dtype)[classes], member, **extra)
 
-    def mask(self, key: str, mask: np.ndarray, **extra) -> None:
+    def mask(self, key: str, mask: np.ndarray, **extra: Any) -> None:
         """Write a mask (X, Y, Z) bool."""
-        self._image(key, mask.astype(np.uint8), extra=extra)
+        self._image(key, mask.astype(np.uint8), **extra)
 
     def scalar_map(self, key: str, values: np.ndarray) -> None:
         """Bring a map of the head box to the native grid and write it."""
@@ -89,23 +89,21 @@ class ScanWriter:
             _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
             self.header, POSTERIOR_SCALE,
         )  # fmt: skip
-        extra = {
-            "Temperature": self.request.ensemble.temperature,
-            "TemperatureDescription": "The members' mean posterior p is given as p^(1/Temperature), scaled to sum to "
-            "1; found on images that training left out",
-        }
-        self._sidecar(key, None, label_names=[label.name for label in self.request.ensemble.labels], extra=extra)
+        self._sidecar(
+            key,
+            Temperature=self.request.ensemble.temperature,
+            TemperatureDescription="The members' mean posterior p is given as p^(1/Temperature), scaled to sum to 1; "
+            "found on images that training left out",
+        )
         self.written.append(path)
 
-    def table(self, key: str, table) -> None:
-        """Write a TSV."""
+    def table(self, key: str, table: pd.DataFrame) -> None:
+        """Write a TSV; that of the regions shares the sidecar of the consensus labels."""
         path = self.request.path(key)
         write_table(table, path)
         if key == "members_tsv":  # the group level must not mix ensembles or versions
             self._remove_strangers()
-            self._sidecar(key, None, extra=self._origin())
-        elif key != "regions_tsv":  # shares the sidecar of the consensus labels
-            self._sidecar(key, None)
+            self._sidecar(key, **self._origin())
         self.written.append(path)
 
     def _origin(self) -> dict:
@@ -148,25 +146,15 @@ class ScanWriter:
         self.request.path(key).unlink(missing_ok=True)
         self.request.sidecar(key).unlink(missing_ok=True)
 
-    def _ids(self, key: str) -> list[str]:
-        if key == "ieee_dseg":
-            return [BASELINE]
-        chosen = self.request.members if key == "members_tsv" else self.request.perturbed
-        return [member.id for member in chosen]
-
-    def _image(self, key, data, member=None, extra=None) -> None:
+    def _image(self, key: str, data: np.ndarray, member: str | None = None, **extra: Any) -> None:
         path = self.request.path(key, member)
         write_image(data, self.geometry.native_affine, path, source_header=self.header)
-        self._sidecar(key, member, extra=extra)
+        self._sidecar(key, member, **extra)
         self.written.append(path)
 
-    def _sidecar(self, key, member, **content) -> None:
-        settings = self.request.settings
-        values = sidecar(
-            key, self.request.scan, members=[member] if member else self._ids(key), sloppy=settings.sloppy,
-            skull_stripped=self.skull_stripped, n_grids=settings.grids, **content,
-        )  # fmt: skip
-        write_json(values, self.request.sidecar(key, member))
+    def _sidecar(self, key: str, member: str | None = None, **extra: Any) -> None:
+        content = sidecar(self.request, key, member, skull_stripped=self.skull_stripped, extra=extra)
+        write_json(content, self.request.sidecar(key, member))
 
 
 def write_scan(

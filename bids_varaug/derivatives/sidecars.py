@@ -14,9 +14,9 @@ import pandas as pd
 
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.write import write_table
-from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Label, Member
+from bids_varaug.models.ensemble import BASELINE, Label, Member
 from bids_varaug.variability.quality import VERDICTS
 
 BIDS_VERSION = "1.10.0"
@@ -42,11 +42,6 @@ def package_versions() -> dict[str, str]:
     """Versions of what the results depend on."""
     installed = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {TOOL: package_version()} | installed
-
-
-def raw_uri(scan: Scan) -> str:
-    """BIDS URI of the T1w image in the input dataset."""
-    return f"bids:raw:{scan.relative}"
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
@@ -121,28 +116,22 @@ def _container(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def sidecar(
+    request: ScanRequest,
     key: str,
-    scan: Scan,
+    member: str | None = None,
     *,
-    members: Iterable[str] = (),
-    label_names: Iterable[str] = (),
     skull_stripped: bool = False,
     extra: Mapping[str, Any] | None = None,
-    sloppy: bool = False,
-    n_grids: int = 1,
 ) -> dict[str, Any]:
     """JSON sidecar of one output (of the consensus labels: also of the table of that name).
 
     Parameters
     ----------
+    request : of which scan, made by which members
     key : of `names.OUTPUTS`
-    scan : Scan
-    members : ids of the members that the output was computed from
-    label_names : names of the volumes of ``mean_probseg``, in order
+    member : id, where the output is of one alone
     skull_stripped : whether the T1w image has no skull
-    extra : further keys, e.g. ``{"Threshold": 0.5, "ThresholdUnits": "bit"}``
-    sloppy : whether to warn that the results are for tests only
-    n_grids : on how many grids the baseline segmented
+    extra : further keys, e.g. ``{"Threshold": 0.5}``
 
     Raises
     ------
@@ -150,11 +139,11 @@ def sidecar(
         If there is no such output.
     """
     output = names.OUTPUTS[key]
-    content: dict[str, Any] = {"Description": output.description, "Sources": [raw_uri(scan)]}
+    raw = f"bids:raw:{request.scan.relative}"
+    content: dict[str, Any] = {"Description": output.description, "Sources": [raw]}
     if output.extension != ".tsv":
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
-        content["SpatialReference"] = raw_uri(scan)
-        content["Resolution"] = "Grid of the T1w image"
+        content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
     if output.suffix == "statmap":
         content["SkullStripped"] = skull_stripped
     if output.suffix == "dseg":
@@ -163,18 +152,20 @@ def sidecar(
         content["Type"] = "Brain" if key == "brain_mask" else "ROI"
     if output.units:
         content["Units"] = output.units
-    for name, items in (("LabelMap", list(label_names)), ("Members", list(members))):
-        if items:
-            content[name] = items
-    content.update(extra or {})
-    if n_grids > 1:
-        content[GRIDS_KEY] = n_grids
-    if sloppy:
+    if output.suffix == "probseg":
+        content["LabelMap"] = [label.name for label in request.ensemble.labels]
+    if key == "ieee_dseg":
+        member = BASELINE
+    members = request.members if key == "members_tsv" else request.perturbed
+    content["Members"] = [member] if member else [m.id for m in members]
+    content |= extra or {}
+    if request.settings.grids > 1:
+        content[GRIDS_KEY] = request.settings.grids
+    if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
     if key == "consensus_dseg":
-        content.update(_column_descriptions(names.OUTPUTS["regions_tsv"]))
-    content.update(_column_descriptions(output))
-    return content
+        content |= _column_descriptions(names.OUTPUTS["regions_tsv"])
+    return content | _column_descriptions(output)
 
 
 def _column_descriptions(output: names.Output) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bids_varaug.brainage.study import ALPHA, CONTROLS, Study
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.reports import plots
-from bids_varaug.reports.html import Column, data_uri, p_text, percent, render_page, signed, table_columns, tabulate
+from bids_varaug.reports.html import Column, data_uri, render_page, table_columns, tabulate
 
 FORMAT = 2
 ADVICE = "Run the group level again without --reports-only."
@@ -147,7 +147,7 @@ def study_page(
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
         at_sites=_at_sites(study, best),
         structures=_structures(numerics),
-        tiles=_tiles(study, best, scores, gain),
+        n_images=study.settings.get("n_observations", len(study.predictions)),
         figures=_figures(study, best, numerics, compared),
         chosen=study.chosen,
         evaluation=study.settings,
@@ -184,26 +184,21 @@ def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]
     with_age = predicted[predicted["age"].astype(float).notna()]
     errors = (known["brain_age"] - known["age"]).abs()
     limits = known.dropna(subset=["lower", "upper"])
-    inside = (limits["lower"] <= limits["age"]) & (limits["age"] <= limits["upper"])
-    tiles = [(f"{len(people):,}", "participants", f"{int(people['n_images'].sum()):,} images")]
-    low = high = None
+    low = high = [np.nan]
     if len(known):
-        ends = bootstrap_interval(errors.to_numpy()[:, None], np.random.default_rng(0), N_BOOTSTRAP)
-        low, high = (end[0] for end in ends)
-        tiles.append((f"{errors.mean():.2f} y", "mean absolute error", f"in {len(known):,} of known age, uncorrected"))
-    if len(limits):
-        tiles.append((percent(inside.mean()), "of ages inside the interval", "90 % nominal"))
+        low, high = bootstrap_interval(errors.to_numpy()[:, None], np.random.default_rng(0), N_BOOTSTRAP)
     return _page(
         "applied.html",
         run,
         n_people=len(people),
         n_known=len(known),
-        mae={"mean": errors.mean(), "low": low, "high": high},
+        mae={"mean": errors.mean(), "low": low[0], "high": high[0]},
         bias=(known["brain_age"] - known["age"]).mean(),
         inner_mae=model.get("inner_mae"),
         width=(people["upper"] - people["lower"]).mean(),
         spread={"median": people["sd_num"].median(), "high": people["sd_num"].max()},
-        tiles=tiles,
+        n_images=people["n_images"].sum(),
+        inside=((limits["lower"] <= limits["age"]) & (limits["age"] <= limits["upper"])).mean(),
         figure=data_uri(plots.draw_ages(with_age) if len(with_age) else plots.draw_ranked(predicted), "svg+xml"),
         people=tabulate(people, table_columns("people")),
         has_sessions=predicted["session_id"].notna().any(),
@@ -275,21 +270,6 @@ def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:
         "n_needed": f"{known['n_needed'].median():,.0f}",
         "n_needed_worst": f"{known['n_needed'].max():,.0f}",
     }
-
-
-def _tiles(study: Study, best: str, scores: Mapping[str, Any], gain: Mapping[str, Any] | None) -> list[tuple]:
-    """Value, label and note of the few numbers that one looks for first."""
-    row = scores[best]
-    interval = f"95 % CI {row['mae_low']:.2f} to {row['mae_high']:.2f}, '{best}'"
-    tiles = [(f"{row['mae']:.2f} y", "mean absolute error", interval)]
-    if "mean_predictor" in scores:
-        tiles.append((f"{scores['mean_predictor']['mae']:.2f} y", "error of the mean age", "the same for everybody"))
-    if gain is not None:
-        note = f"95 % CI {signed(gain['low'])} to {signed(gain['high'])}, p {p_text(gain['p_value'])}"
-        label = f"{'gain' if gain['augmentation'] == best else 'largest gain'}: '{gain['augmentation']}'"
-        tiles.append((f"{signed(gain['gain'])} y", label, note))
-    images = study.settings.get("n_observations", len(study.predictions))
-    return [*tiles, (f"{int(row['n']):,}", "participants", f"{images:,} images")]
 
 
 def _figures(

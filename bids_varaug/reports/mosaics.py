@@ -1,8 +1,7 @@
 """Mosaics of the participant report: arrays in, PNG bytes out, the same bytes every time.
 
-Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in
-neurological convention: the subject's left is on the left of axial and coronal slices, and the
-nose points to the right in sagittal ones.
+Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in neurological convention:
+the subject's left is on the left of axial and coronal slices, and the nose points to the right in sagittal ones.
 """
 
 from __future__ import annotations

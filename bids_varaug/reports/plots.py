@@ -231,9 +231,8 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
 def draw_volumes(members: pd.DataFrame) -> bytes:
     """Volumes of every structure, one dot per member, relative to the mean of the members.
 
-    The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond,
-    so that structures of 0.3 % and of 30 % spread both show it. With a single member volumes
-    are drawn in mm3 on a logarithmic axis.
+    The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond, so that structures of
+    0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis.
 
     Parameters
     ----------

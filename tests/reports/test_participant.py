@@ -91,12 +91,11 @@ def hostile_content(content, where):
     }
     if where in scans:
         return content.with_scan(**scans[where])
-    values = vars(request.members[1])
     changed = {
         "subject": {"scan": replace(request.scan, entities={"subject": HOSTILE})},
         "settings": {"settings": replace(request.settings, bids_dir=HOSTILE)},
         "ensemble": {"ensemble": SimpleNamespace(**{**vars(request.ensemble), "name": HOSTILE, "version": HOSTILE})},
-        "family": {"members": (SimpleNamespace(**{**values, "id": HOSTILE, "family": HOSTILE}),)},
+        "family": {"members": (replace(request.members[1], id=HOSTILE, family=HOSTILE),)},
     }[where]
     return replace(content, request=replace(request, **changed))
 
@@ -241,8 +240,8 @@ def test_absence_of_warnings_is_said(make_content):
 )  # fmt: skip
 def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared, families, said):
     content = make_content()
-    like, training = vars(content.request.members[0]), {"forked_at_step": shared, "member_steps": 50}
-    members = tuple(SimpleNamespace(**{**like, "family": family}) for family in families)
+    training = {"forked_at_step": shared, "member_steps": 50}
+    members = tuple(replace(content.request.members[0], family=family) for family in families)
     ensemble = SimpleNamespace(**{**vars(content.request.ensemble), "training": training})
     request = replace(content.request, ensemble=ensemble, members=members)
     text = replace(content, request=request).html()
