@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member
@@ -67,14 +67,9 @@ class Output:
         middle = "".join(f"_{name}-{value}" for name, value in self.entities.items())
         return f"{prefix}{middle.format(member=member)}_{self.suffix}{self.extension}"
 
-    def relative(self, scan: Scan, member: str | None = None) -> str:
-        """POSIX path relative to the output directory."""
-        folder = PurePosixPath(scan.relative).parent
-        return (folder / self.name(scan.prefix, member)).as_posix()
-
     def path(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
         """Absolute path of the output of one T1w image."""
-        return Path(output_dir) / self.relative(scan, member)
+        return Path(output_dir) / Path(scan.relative).parent / self.name(scan.prefix, member)
 
     def sidecar(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
         """JSON sidecar; an image and a table of the same name share it."""

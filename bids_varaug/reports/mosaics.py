@@ -7,11 +7,10 @@ the subject's left is on the left of axial and coronal slices, and the nose poin
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import matplotlib
 import matplotlib.style
@@ -23,9 +22,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import IdentityTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from PIL import Image
 from scipy.ndimage import map_coordinates
+
+from bids_varaug.models.ensemble import Label
 
 DPI = 100
 ROWS = (2, 1, 0)  # RAS axes cut, top to bottom: axial, coronal, sagittal
@@ -97,17 +99,6 @@ MAP_STYLES: dict[str, MapStyle] = {
 }
 
 
-def parse_colors(labels: Mapping[int, str]) -> dict[int, RGB]:
-    """Turn ``{index: "#rrggbb"}`` into ``{index: (r, g, b)}``, each 0-255.
-
-    Examples
-    --------
-    >>> parse_colors({17: "#dcd814"})
-    {17: (220, 216, 20)}
-    """
-    return {index: tuple(bytes.fromhex(color.removeprefix("#"))) for index, color in labels.items()}
-
-
 def plan_view(labels: np.ndarray, affine: np.ndarray, n_slices: int = 7, max_width: int = 1900) -> View:
     """Choose slices through the brain and the scale of a mosaic.
 
@@ -143,13 +134,7 @@ def plan_view(labels: np.ndarray, affine: np.ndarray, n_slices: int = 7, max_wid
     return View(labels.shape, orientation, ras_affine, zooms, tuple(box), tuple(cuts), scale)
 
 
-def draw_labels(
-    t1w: np.ndarray,
-    labels: np.ndarray,
-    view: View,
-    colors: Mapping[int, RGB],
-    names: Mapping[int, str] | None = None,
-) -> bytes:
+def draw_labels(t1w: np.ndarray, labels: np.ndarray, view: View, structures: Sequence[Label]) -> bytes:
     """Mosaic of the T1w with each structure's contour in its colour.
 
     Parameters
@@ -157,23 +142,23 @@ def draw_labels(
     t1w : (X, Y, Z) number, native grid
     labels : (X, Y, Z) integer, native grid
     view : from `plan_view` of the same grid
-    colors : label index to (r, g, b), 0-255; labels without a colour are not drawn
-    names : label index to name, for the legend; no legend if None
+    structures : what the labels stand for, and their colours; others are not drawn
 
     Returns
     -------
     PNG file
     """
+    colors = {s.index: tuple(bytes.fromhex(s.color.removeprefix("#"))) for s in structures if s.index != 0}
 
     def paint(rgb: np.ndarray, axis: int, index: int) -> np.ndarray:
         return _draw_contours(rgb, _sample(labels, view, axis, index, order=0), colors)
 
     present = set(pd.unique(labels.ravel(order="K")).tolist())
     legend: dict[str, RGB] = {}
-    for index, name in (names or {}).items():
-        if index in present and index in colors and index != 0:
-            bare = name.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
-            legend.setdefault(bare, colors[index])  # the two sides share an entry
+    for structure in structures:
+        if structure.index in present and structure.index in colors:
+            bare = structure.name.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
+            legend.setdefault(bare, colors[structure.index])  # the two sides share an entry
     return _mosaic(t1w, labels, view, paint, legend)
 
 
@@ -310,7 +295,7 @@ def _mosaic(
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(width / DPI, total / DPI), dpi=DPI, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
-        write = partial(_write, figure, width, total)
+        write = partial(figure.text, color=INK, transform=IdentityTransform())  # at a place in px, from the lower left
         top = GAP
         for axis, row in zip(ROWS, rows, strict=True):
             for column, (index, part) in enumerate(zip(view.cuts[axis], row, strict=True)):
@@ -329,11 +314,6 @@ def _mosaic(
             figure.patches.append(Rectangle((x, y - 6), 12, 12, color=rgb, transform=None, figure=figure))
             write(x + 18, y, name, fontsize=10, va="center_baseline", parse_math=False)
         return to_png(canvas)
-
-
-def _write(figure: Figure, width: int, height: int, x: float, y: float, text: str, **style: Any) -> None:
-    """Write at a place in px from the lower left corner."""
-    figure.text(x / width, y / height, text, **{"color": INK, **style})
 
 
 def _mark_tile(write: Callable[..., None], view: View, axis: int, index: int, place: tuple[int, int, int, int]) -> None:

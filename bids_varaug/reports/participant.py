@@ -106,11 +106,9 @@ def _draw(
     request: ScanRequest, t1w: np.ndarray, affine: np.ndarray, members: pd.DataFrame
 ) -> Iterator[tuple[str, bytes]]:
     """Name and PNG of each figure that there is something to show for, in the order shown."""
-    structures = request.ensemble.labels[1:]
-    colors = mosaics.parse_colors({label.index: label.color for label in structures})
     labels = _read_image(request, "consensus_dseg")
     view = mosaics.plan_view(labels, affine)
-    yield "consensus", mosaics.draw_labels(t1w, labels, view, colors, {s.index: s.name for s in structures})
+    yield "consensus", mosaics.draw_labels(t1w, labels, view, request.ensemble.labels)
     yield "volumes", draw_volumes(members)
     for key, style in mosaics.MAP_STYLES.items():
         if request.path(key).exists():

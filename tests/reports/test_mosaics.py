@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bids_varaug.models.ensemble import Label
 from bids_varaug.reports import mosaics
 from bids_varaug.reports.mosaics import MAP_STYLES, draw_labels, draw_map, draw_mask, plan_view
 
 COLORS = {2: (245, 245, 245), 3: (205, 62, 78), 41: (245, 245, 245), 42: (10, 200, 30)}
+STRUCTURES = [Label(index, f"Structure-{index}", "#{:02x}{:02x}{:02x}".format(*rgb)) for index, rgb in COLORS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +60,12 @@ def test_aspect_follows_the_voxel_size(head, view):
 
 
 def test_mosaic_is_no_wider_than_asked(head, view):
-    png = draw_labels(head.t1w, head.labels, view, COLORS)
+    png = draw_labels(head.t1w, head.labels, view, STRUCTURES)
     assert pixels(png).shape[1] <= 600 + 3
 
 
 def test_contours_have_exactly_the_label_colours(head, view):
-    drawn = pixels(draw_labels(head.t1w, head.labels, view, COLORS)).reshape(-1, 3)
+    drawn = pixels(draw_labels(head.t1w, head.labels, view, STRUCTURES)).reshape(-1, 3)
     assert (drawn == COLORS[42]).all(axis=1).sum() > 100
 
 
@@ -122,7 +124,7 @@ def test_array_of_another_grid_is_refused(head, view):
 def test_nan_voxels_of_the_t1w_are_drawn(head, view):
     holes = head.t1w.copy()
     holes[::5] = np.nan
-    assert draw_labels(holes, head.labels, view, COLORS)[:4] == b"\x89PNG"
+    assert draw_labels(holes, head.labels, view, STRUCTURES)[:4] == b"\x89PNG"
 
 
 def test_pyplot_is_not_imported(subprocess_modules):
