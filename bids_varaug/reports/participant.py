@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,21 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
 def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     """What the template shows of a scan; measures within families have tables of their own."""
     regions, texts = scan.regions, names.OUTPUTS["regions_tsv"].columns
-    known = {name: replace(column, tooltip=texts[name][0]) for name, column in table_columns("regions").items()}
+    known = {
+        name: replace(column, tooltip=texts[name][0])
+        for name, column in table_columns("regions").items()
+        if name in texts
+    }
     perturbed = scan.members[scan.members["family"] != BASELINE]
     verdicts = list(regions["verdict"]) if "verdict" in regions else ["good"] * len(regions)
     if "verdict" in regions:
         regions = regions.assign(verdict=regions["verdict"].map(lambda verdict: MARKS.get(verdict, verdict)))
         known["verdict"] = replace(known["verdict"], order=tuple(MARKS.values()))
     classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
-    within = _family_columns(regions, known)
+    n_members = perturbed.groupby("family", sort=False)["member"].nunique().to_dict()
+    within = _family_columns(regions, known, n_members)
     others = {name: Column(name, name, "{:.4g}") for name in regions if name not in known and name not in within}
     has_spread = regions[list(within)].notna().to_numpy().any()
-    n_members = perturbed.groupby("family", sort=False)["member"].nunique().to_dict()
     return {
         "anchor": f"scan-{number}",
         "prefix": scan.prefix,
@@ -232,13 +236,12 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     }
 
 
-def _family_columns(regions: pd.DataFrame, known: Mapping[str, Column]) -> dict[str, Column]:
+def _family_columns(regions: pd.DataFrame, known: Mapping[str, Column], families: Iterable[str]) -> dict[str, Column]:
     """Columns like ``dice_min_mca``: each measure with all families side by side."""
     columns = {}
     for measure, column in known.items():
-        for name in regions.columns.difference(list(known), sort=False):
-            if name.startswith(f"{measure}_") and name not in columns:
-                family = name.removeprefix(f"{measure}_")
+        for family in families:
+            if (name := f"{measure}_{family}") in regions:
                 tooltip = f"{column.tooltip}, family {family} only"
                 columns[name] = replace(column, heading=f"{column.heading} {family}", tooltip=tooltip)
     return columns
