@@ -215,7 +215,8 @@ _DESCRIPTIONS_SIDECAR = {
     "family": {"Description": names.FAMILIES},
     "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
     "precision": {
-        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, other operators having 24",
+        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the other "
+        "operators having 24",
         "Units": "bit",
     },
     "sha256": {"Description": "SHA-256 of the checkpoint file"},
