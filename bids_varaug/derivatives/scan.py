@@ -195,7 +195,7 @@ def write_scan(
     geometry = Geometry.load(files.geometry)
     mean = load_posterior(files.mean)
     dense_file = folder / "posterior.npy"
-    n_classes = mean.posterior.shape[1]
+    n_classes = mean.rows.shape[1]
     dense = np.lib.format.open_memmap(
         dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes)
     )

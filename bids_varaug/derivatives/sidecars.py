@@ -27,7 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
-"""On how many grids the baseline segmented, see `segmentation.shift`; absent: one."""
+"""On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 
 
 class Features(NamedTuple):

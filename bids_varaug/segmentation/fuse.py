@@ -1,71 +1,85 @@
-"""One consensus from many members, a slab at a time: memory does not grow with their number."""
+"""The consensus of many members and how they disagree; memory does not grow with their number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import vstack
 
-from bids_varaug.machine import compiled
-from bids_varaug.segmentation.streams import PosteriorReader, PosteriorWriter, check_same_box
+from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.segmentation.posterior import (
+    SparsePosterior,
+    add_background,
+    label_slabs,
+    load_labels,
+    load_posterior,
+    save_posterior,
+    split_slabs,
+    sum_rows,
+)
 from bids_varaug.variability.maps import (
     FLOAT32_BITS,
-    entropy_terms,
     sample_std,
     significant_bits,
     unreliable,
+    vote_entropy,
     vote_share,
 )
+from bids_varaug.variability.regions import mean_entropy, region_counts
+
+ALL = "all"
+"""Name of the group of all perturbed members, beside the names of the families."""
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """Consensus of an ensemble and its voxel-wise spread, on the head box.
+class Spread:
+    """How the members of a group disagree about the consensus, on the head box.
 
     With one member there is no spread: `entropy` and `std` are 0 and mean nothing.
 
     Attributes
     ----------
-    labels : (X, Y, Z) uint8, class of the largest mean posterior, ties to the lower class
-    entropy : (X, Y, Z) float32, bit, of the members' votes
-    std : (X, Y, Z) float32, of the members' posteriors of the consensus label (sample, n - 1)
+    entropy : (X, Y, Z) float32, bit, of the group's votes
+    std : (X, Y, Z) float32, of the group's posteriors of the consensus label (sample, n - 1)
     sigbits : (X, Y, Z) float32, bit, of the same posteriors; 24 where the members agree exactly
-    share : (X, Y, Z) float32, share of the members that voted for the consensus label
-    unreliable : (X, Y, Z) bool, `share` below `variability.maps.UNRELIABLE_BELOW`
-    n_members : int
+    share : (X, Y, Z) float32, share of the group that voted for the consensus label
     """
 
-    labels: np.ndarray
     entropy: np.ndarray
     std: np.ndarray
     sigbits: np.ndarray
     share: np.ndarray
-    unreliable: np.ndarray
-    n_members: int
+
+    @property
+    def unreliable(self) -> np.ndarray:
+        """Where `share` is below `variability.maps.UNRELIABLE_BELOW`, (X, Y, Z) bool."""
+        return unreliable(self.share)
 
 
-def fuse_members(
-    paths: Sequence[Path], out_path: Path, metadata: dict[str, str] | None = None
-) -> Fusion:
+@dataclass(frozen=True)
+class Fusion:
+    """Consensus of an ensemble and its spread.
+
+    Attributes
+    ----------
+    mean : mean posterior; its labels are the consensus, ties go to the lower class
+    spread : of `ALL` members, and of each family with two members or more
+    """
+
+    mean: SparsePosterior
+    spread: Mapping[str, Spread]
+
+
+def fuse_members(paths: Sequence[Path], families: Sequence[str] = ()) -> Fusion:
     """Average the posteriors of the members and measure how they differ.
-
-    A voxel that a member does not store counts as surely background for that member. Means and
-    squared deviations are accumulated in float64 in the order of `paths` (Welford). One thread:
-    the time goes into reading, and threads that wait for each other at every slab on busy cores
-    made it five times slower.
 
     Parameters
     ----------
-    paths : posterior files of the members (see `segmentation.posterior`)
-    out_path : where the mean posterior goes, in the same layout; a voxel is stored if any member
-        stores it
-    metadata : str -> str, kept in that file
-
-    Returns
-    -------
-    Fusion
+    paths : posterior files of the members, see `segmentation.posterior`
+    families : (M,) family of each; without, there is the spread of all alone
 
     Raises
     ------
@@ -76,113 +90,128 @@ def fuse_members(
     """
     if not paths:
         raise ValueError("no member to fuse")
-    readers = [PosteriorReader.open(path) for path in paths]
-    first = readers[0]
-    check_same_box(readers)
-    shape, n_slab = first.shape, first.shape[1] * first.shape[2]
-    labels = np.zeros((shape[0], n_slab), np.uint8)
-    maps = {
-        "entropy": np.zeros(labels.shape, np.float32),
-        "std": np.zeros(labels.shape, np.float32),
-        "sigbits": np.full(labels.shape, FLOAT32_BITS, np.float32),
-        "share": np.ones(labels.shape, np.float32),
-    }
-    note = {"members": str(len(paths))} | (metadata or {})
-    writer = PosteriorWriter(out_path, shape, first.n_classes, note)
-    for x in range(shape[0]):
-        slab = _fuse_slab(readers, x, n_slab)
-        labels[x, slab.voxels] = slab.labels
-        for name, values in maps.items():
-            values[x, slab.voxels] = getattr(slab, name)
-        writer.write(slab.voxels, slab.mean)
-    writer.finish(labels.reshape(shape))
-    maps = {name: values.reshape(shape) for name, values in maps.items()}
-    return Fusion(
-        labels=labels.reshape(shape),
-        unreliable=unreliable(maps["share"]),
-        n_members=len(paths),
-        **maps,
+    groups = {ALL: list(range(len(paths)))}
+    for family in dict.fromkeys(families):
+        theirs = [m for m, other in enumerate(families) if other == family]
+        if len(theirs) > 1:
+            groups[family] = theirs
+    parts = [_fuse_slabs(paths, groups, slabs) for slabs in split_slabs(paths[0])]
+    mean = SparsePosterior(
+        np.concatenate([mean.labels for mean, _ in parts]),
+        vstack([mean.rows for mean, _ in parts], format="csr"),
     )
+    maps = [field.name for field in fields(Spread)]
+    return Fusion(mean, {
+        group: Spread(*(np.concatenate([getattr(s[group], m) for _, s in parts]) for m in maps))
+        for group in groups
+    })  # fmt: skip
+
+
+def _fuse_slabs(
+    paths: Sequence[Path], groups: Mapping[str, list[int]], slabs: slice
+) -> tuple[SparsePosterior, dict[str, Spread]]:
+    shape = load_labels(paths[0], slabs).shape
+    rows = sum_rows(paths, slabs)
+    rows.data /= len(paths)
+    mean = SparsePosterior.from_rows(rows.astype(np.float32), shape)
+    voxels = np.flatnonzero(mean.stored)
+    consensus = mean.labels.ravel()[voxels]
+    tallies = {group: _Tally(len(voxels), rows.shape[1]) for group in groups}
+    for m, path in enumerate(paths):
+        member = load_posterior(path, slabs)
+        posterior = add_background(member.rows[voxels].toarray())
+        values = _of_label(posterior, consensus).astype(np.float64)
+        for group, tally in tallies.items():
+            if m in groups[group]:
+                tally.add(values, member.labels.ravel()[voxels])
+    return mean, {
+        group: Spread(*(_place(v, voxels, shape, a) for v, a in tally.maps(consensus)))
+        for group, tally in tallies.items()
+    }
+
+
+def _of_label(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Take from (N, K) values those of the labels (N,)."""
+    return np.take_along_axis(values, labels[:, None].astype(np.int64), axis=1)[:, 0]
+
+
+def _place(
+    values: np.ndarray, voxels: np.ndarray, shape: tuple[int, ...], elsewhere: float
+) -> np.ndarray:
+    whole = np.full(np.prod(shape), elsewhere, np.float32)
+    whole[voxels] = values
+    return whole.reshape(shape)
+
+
+class _Tally:
+    """Votes of a group of members, and moments of their posterior of the consensus label.
+
+    Members come one after another (Welford's recurrence), so that memory does not grow.
+    """
+
+    def __init__(self, n_voxels: int, n_classes: int):
+        self.n_members = 0
+        self.mean, self.squares = np.zeros((2, n_voxels))
+        self.votes = np.zeros((n_voxels, n_classes), np.uint16)
+
+    def add(self, values: np.ndarray, labels: np.ndarray) -> None:
+        self.n_members += 1
+        delta = values - self.mean
+        self.mean += delta / self.n_members
+        self.squares += delta * (values - self.mean)
+        self.votes[np.arange(len(labels)), labels] += 1
+
+    def maps(self, consensus: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """What `Spread` holds, (N,), with what it is where nobody stores a voxel: all agree."""
+        std = sample_std(self.squares, self.n_members)
+        return [
+            (vote_entropy(self.votes.T, self.n_members), 0.0),
+            (std, 0.0),
+            (significant_bits(self.mean, std), FLOAT32_BITS),
+            (vote_share(_of_label(self.votes, consensus), self.n_members), 1.0),
+        ]
 
 
 @dataclass(frozen=True)
-class _Slab:
-    """The fused voxels of one slab: mean (U, K) float32, the rest (U,)."""
+class MembersSummary:
+    """Arrays on the head box, and counts per member and class.
 
-    voxels: np.ndarray
-    mean: np.ndarray
-    labels: np.ndarray
-    entropy: np.ndarray
-    std: np.ndarray
-    sigbits: np.ndarray
-    share: np.ndarray
+    Attributes
+    ----------
+    maps : entropy [bit], std, sigbits [bit] (X, Y, Z) float32; unreliable (X, Y, Z) bool; with
+        ``_FAMILY`` after the name within a family
+    counts : volumes (M, K) and intersections (M, M, K) int64, voxels; entropy_mean and
+        entropy_mean_FAMILY (K,) bit
+    """
 
-
-def _fuse_slab(readers: Sequence[PosteriorReader], x: int, n_slab: int) -> _Slab:
-    any_stored = np.zeros(n_slab, bool)
-    for reader in readers:
-        any_stored[reader.voxels(x)] = True
-    voxels = np.flatnonzero(any_stored).astype(np.int32)
-    n_classes, n_members = readers[0].n_classes, len(readers)
-    mean = np.zeros((len(voxels), n_classes))
-    squares = np.zeros((len(voxels), n_classes))
-    votes = np.zeros((len(voxels), n_classes), np.uint16)
-    row_of = np.empty(n_slab, np.int32)
-    for count, reader in enumerate(readers, start=1):
-        chosen, places, rows = reader.slab(x)
-        row_of[:] = -1
-        row_of[places] = np.arange(len(places), dtype=np.int32)
-        _add_member(mean, squares, votes, voxels, row_of, rows, chosen, count)
-    mean = mean.astype(np.float32)
-    label, entropy, square, votes_for = _summarise(mean, squares, votes, entropy_terms(n_members))
-    std = sample_std(square, n_members)
-    here = np.take_along_axis(mean, label[:, None].astype(np.int64), axis=1)[:, 0]
-    return _Slab(
-        voxels=voxels,
-        mean=mean,
-        labels=label,
-        entropy=entropy,
-        std=std.astype(np.float32),
-        sigbits=significant_bits(here, std),
-        share=vote_share(votes_for, n_members),
-    )
+    maps: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
 
 
-@compiled()
-def _add_member(mean, squares, votes, voxels, row_of, rows, chosen, count):
-    """Add the `count`-th member to the running mean, squared deviations (Welford) and votes."""
-    n_classes = mean.shape[1]
-    for u in range(len(voxels)):
-        row = row_of[voxels[u]]
-        votes[u, chosen[voxels[u]]] += 1
-        for k in range(n_classes):
-            if row >= 0:
-                value = np.float64(rows[row, k])
-            else:
-                value = 1.0 if k == 0 else 0.0
-            delta = value - mean[u, k]
-            if delta != 0:
-                mean[u, k] += delta / count
-                squares[u, k] += delta * (value - mean[u, k])
+def summarise_members(
+    paths: Sequence[Path], families: Sequence[str], mean_path: Path
+) -> MembersSummary:
+    """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
-
-@compiled()
-def _summarise(mean, squares, votes, terms):
-    """Per voxel: consensus label, vote entropy, its squared deviations, its votes."""
-    n_voxels, n_classes = mean.shape
-    label = np.empty(n_voxels, np.uint8)
-    entropy = np.empty(n_voxels, np.float32)
-    square = np.empty(n_voxels, np.float64)
-    votes_for = np.empty(n_voxels, np.uint16)
-    for u in range(n_voxels):
-        best = 0
-        total = 0.0
-        for k in range(n_classes):
-            if mean[u, k] > mean[u, best]:
-                best = k
-            total += terms[votes[u, k]]
-        label[u] = best
-        entropy[u] = total
-        square[u] = squares[u, best]
-        votes_for[u] = votes[u, best]
-    return label, entropy, square, votes_for
+    Parameters
+    ----------
+    paths : posterior file of every member
+    families : (M,) family of each
+    mean_path : where the mean posterior of the consensus goes
+    """
+    perturbed = [m for m, family in enumerate(families) if family != BASELINE]
+    chosen = perturbed or range(len(paths))
+    fusion = fuse_members([paths[m] for m in chosen], [families[m] for m in chosen])
+    save_posterior(mean_path, fusion.mean, {"members": str(len(chosen))})
+    n_classes = fusion.mean.rows.shape[1]
+    counts = region_counts(label_slabs(paths), len(paths), n_classes)
+    maps = {}
+    arrays = {"volumes": counts.volumes, "intersections": counts.intersections}
+    for name, spread in fusion.spread.items():
+        suffix = "" if name == ALL else f"_{name}"
+        for key in ("entropy", "std", "sigbits", "unreliable"):
+            maps[key + suffix] = getattr(spread, key)
+        arrays["entropy_mean" + suffix] = mean_entropy(
+            fusion.mean.labels, spread.entropy, n_classes
+        )
+    return MembersSummary(maps, arrays)

@@ -14,14 +14,13 @@ from bids_varaug.errors import ScanError
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
-from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import UNet
+from bids_varaug.models.weights import load_member
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.segmentation.grids import Offset, move_to_grid
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.segmentation.shift import shift_posterior
+from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
 
 Result = TypeVar("Result")
 

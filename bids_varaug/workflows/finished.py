@@ -10,7 +10,7 @@ from pathlib import Path
 from bids_varaug import __version__
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.write import write_json
-from bids_varaug.models.checksum import sha256_of
+from bids_varaug.models.ensemble import sha256_of
 
 RECORD = "finished.json"
 KEPT = "write"  # the step that leaves the record, and whose result nipype reads for the report

@@ -15,7 +15,7 @@ from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import identify
 from bids_varaug.reports.request import ReportRequest
-from bids_varaug.segmentation.grids import GRIDS
+from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.workflows.interfaces import (
     AverageGrids,
     Conform,

@@ -14,9 +14,8 @@ from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
 from bids_varaug.images.crop import Box
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble, Label, Member
-from bids_varaug.models.shape import NetworkShape
-from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior
+from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
+from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior, sparse_rows
 from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)
@@ -48,9 +47,8 @@ def files(tmp_path) -> Intermediate:
     geometry.save(tmp_path / "geometry.json")
     labels = np.zeros(SHAPE, np.uint8)
     labels[2, 3, 4] = 1
-    offsets = np.array([0, 0, 0, 1, 1, 1, 1], np.int64)
-    rows = np.array([[0.2, 0.8]], np.float32)
-    sparse = SparsePosterior(labels, offsets, np.array([3 * 6 + 4], np.int32), rows)
+    rows = sparse_rows(np.array([[0.2, 0.8]], np.float32), labels.ravel() > 0)
+    sparse = SparsePosterior(labels, rows)
     save_posterior(tmp_path / "mean.safetensors", sparse, {})
     maps = {"entropy": 0.5, "std": 0.1, "sigbits": 3.0}
     maps = {name: np.full(SHAPE, value, np.float32) for name, value in maps.items()}
