@@ -110,6 +110,7 @@ def _add_ensemble(group: argparse._ArgumentGroup) -> None:
         "then depend less on the position of the head. auto: 4 if the members share a trunk; 1 "
         "otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
+    add("--family-maps", action="store_true", help="also write the maps of spread of each family")
     add("--random-seed", type=values.seed, metavar="N",
         help="seed of --perturb-inference, the only random numbers of the participant level; "
         "group level: seed of folds, noise and resampling (default: %(default)s)")

@@ -7,7 +7,7 @@ row of `OUTPUTS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from bids_varaug.inputs.scans import Scan
@@ -24,7 +24,8 @@ class Output:
     key : str
         Name in the code.
     entities : mapping of str to str
-        Entities that follow those of the T1w, in BIDS order; ``{member}`` stands for a member's id.
+        Entities that follow those of the T1w, in BIDS order; ``{member}`` stands for the id of a
+        member, or of a family.
     suffix, extension : str
     schema_valid : bool
         False where BIDS has no such name yet and ``.bidsignore`` must list it.
@@ -47,7 +48,7 @@ class Output:
 
     @property
     def per_member(self) -> bool:
-        """Whether there is one such file for each member."""
+        """Whether there is one such file for each member or family."""
         return any("{member}" in value for value in self.entities.values())
 
     def name(self, prefix: str, member: str | None = None) -> str:
@@ -88,23 +89,32 @@ FAMILIES = (
     "by random rounding)"
 )
 _ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
-_REGIONS = {
-    **_ID,
+_MEASURES = {
     "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
     "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
     "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
     "sigbits": (
-        "Significant bits of the volume over the perturbed members (significantdigits, centred "
-        "normality hypothesis, probability 95 %, confidence 95 %)",
+        "Significant bits of the volume over the perturbed members: -log2(volume_std / "
+        "volume_mean), as in the map of significant bits",
+        "bit",
+    ),
+    "sigbits_lower": (
+        "Lower confidence bound of the significant bits: those that a further member would share "
+        "with the mean with a probability of 95 %, at a confidence of 95 % (significantdigits, "
+        "centred normality hypothesis)",
         "bit",
     ),
     "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
     "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
     "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
+}
+_REGIONS = {
+    **_ID,
+    **_MEASURES,
     **{
-        f"{measure}_{family}": (f"As {measure}, within the {family} family", None)
+        f"{measure}_{family}": (f"As {measure}, within the {family} family", unit)
         for family in ("mca", "seed", "rr")
-        for measure in ("cv", "dice_min", "dice_mean")
+        for measure, (_, unit) in _MEASURES.items()
     },
     "verdict": ("How far the volume can be trusted", None),
     "reason": ("Why the verdict is not good, the worst reason first", None),
@@ -217,6 +227,18 @@ OUTPUTS: dict[str, Output] = {
         ),
     )
 }
+
+OF_FAMILY = "_of_family"
+"""Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
+for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
+    _whole = OUTPUTS[_key]
+    OUTPUTS[_key + OF_FAMILY] = replace(
+        _whole,
+        key=_key + OF_FAMILY,
+        entities={**_whole.entities, "desc": "{member}"},
+        description=_whole.description.replace("perturbed members", "members of one family")
+        + " With --family-maps.",
+    )
 
 # Label, description of the desc- entities that are no member's id.
 DESCRIPTIONS = {

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import pandas as pd
 
-from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
+from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS, SEGMENTATION
 from bids_varaug.derivatives.request import ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
 from bids_varaug.derivatives.write import (
@@ -30,17 +30,25 @@ from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.machine import compiled
-from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.models.ensemble import BASELINE, Member
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
 from bids_varaug.variability.quality import (
+    describe_families,
     describe_limits,
     describe_thresholds,
     describe_verdicts,
     judge_regions,
 )
-from bids_varaug.variability.regions import RegionCounts, members_table, region_table
+from bids_varaug.variability.regions import (
+    ALL,
+    RegionCounts,
+    group_members,
+    members_table,
+    region_table,
+    suffix_of,
+)
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
@@ -76,16 +84,17 @@ class ScanWriter:
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
         self._image(key, self.ids.astype(dtype)[classes], member, extra)
 
-    def mask(self, key: str, mask: np.ndarray, **extra) -> None:
+    def mask(self, key: str, mask: np.ndarray, member: str | None = None, **extra) -> None:
         """Write a mask (X, Y, Z) bool."""
-        self._image(key, mask.astype(np.uint8), extra=extra)
+        self._image(key, mask.astype(np.uint8), member, extra)
 
-    def scalar_map(self, key: str, values: np.ndarray) -> None:
+    def scalar_map(self, key: str, values: np.ndarray, family: str | None = None) -> None:
         """Bring a map of the head box to the native grid and write it."""
         g = self.geometry
-        whole = insert(values, g.box, g.conformed_shape, fill=_OUTSIDE[key])
+        fill = _OUTSIDE[key.removesuffix(OF_FAMILY)]
+        whole = insert(values, g.box, g.conformed_shape, fill=fill)
         native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
-        self._image(key, native)
+        self._image(key, native, family)
 
     def posterior(self, key: str, quantised: np.ndarray) -> None:
         """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
@@ -156,11 +165,14 @@ class ScanWriter:
         OUTPUTS[key].path(*where).unlink(missing_ok=True)
         OUTPUTS[key].sidecar(*where).unlink(missing_ok=True)
 
-    def _ids(self, key: str) -> list[str]:
-        if key == "ieee_dseg":
-            return [BASELINE]
-        chosen = self.request.members if key == "members_tsv" else self.request.perturbed
-        return [member.id for member in chosen]
+    def _members(self, key: str, one: str | None) -> list[Member]:
+        """Members that an output was computed from; `one` is its member or family."""
+        request = self.request
+        if key.endswith(OF_FAMILY):
+            return [member for member in request.perturbed if member.family == one]
+        if one or key == "ieee_dseg":
+            return [member for member in request.members if member.id == (one or BASELINE)]
+        return list(request.members if key == "members_tsv" else request.perturbed)
 
     def _image(self, key, data, member=None, extra=None) -> None:
         path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan, member)
@@ -170,8 +182,12 @@ class ScanWriter:
 
     def _sidecar(self, key, member, **content) -> None:
         settings, scan = self.request.settings, self.request.scan
+        members = self._members(key, member)
+        if OUTPUTS[key].suffix in ("statmap", "mask") or key == "consensus_dseg":
+            families = Counter(member.family for member in members)
+            content["extra"] = {"MembersPerFamily": families} | (content.get("extra") or {})
         values = sidecar(
-            key, scan, members=[member] if member else self._ids(key),
+            key, scan, members=[member.id for member in members],
             skull_stripped=self.skull_stripped, sloppy=settings.sloppy,
             n_grids=settings.grids, **content,
         )  # fmt: skip
@@ -210,7 +226,12 @@ def write_scan(
     told = {
         "VolumeLimits": basis,
         "VerdictThresholds": describe_thresholds(),
-        "Warnings": [*geometry.warnings, *doubts, *describe_verdicts(regions)],
+        "Warnings": [
+            *geometry.warnings,
+            *doubts,
+            *describe_families(Counter(member.family for member in request.perturbed)),
+            *describe_verdicts(regions),
+        ],
     }
     writer.labels("consensus_dseg", consensus.labels, **told)
     writer.mask("brain_mask", brain)
@@ -249,14 +270,23 @@ def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: 
 
 
 def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
+    """Write the maps of all perturbed members, and of the families for which there are maps."""
+    families = [member.family for member in writer.request.members]
     with np.load(files.maps) as maps:
-        for key in _OUTSIDE:
-            writer.scalar_map(key, maps[key])
-        whole = insert(maps["unreliable"], g.box, g.conformed_shape, fill=False)
-    native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape, order=0)
-    writer.mask("unreliable_mask", native, Threshold=UNRELIABLE_BELOW,
-                ThresholdDescription="Share of the perturbed members that vote for the consensus "
-                "label, below which a voxel counts as unreliable")  # fmt: skip
+        for group in group_members(families):
+            if f"entropy{suffix_of(group)}" not in maps:
+                continue
+            family, ending = (None, "") if group == ALL else (group, OF_FAMILY)
+            for key in _OUTSIDE:
+                writer.scalar_map(key + ending, maps[key + suffix_of(group)], family)
+            mask = maps["unreliable" + suffix_of(group)]
+            whole = insert(mask, g.box, g.conformed_shape, fill=False)
+            native = to_native_scalar(
+                whole, g.conformed_affine, g.native_affine, g.native_shape, order=0
+            )
+            writer.mask("unreliable_mask" + ending, native, family, Threshold=UNRELIABLE_BELOW,
+                        ThresholdDescription="Share of the members that vote for the consensus "
+                        "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
 def _tables(
@@ -265,10 +295,14 @@ def _tables(
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
-        entropy_mean = arrays["entropy_mean"]
-    families = [member.family for member in request.members]
+        families = [member.family for member in request.members]
+        entropy = {
+            group: arrays[f"entropy_mean{suffix_of(group)}"]
+            for group, members in group_members(families).items()
+            if group == ALL or len(members) > 1
+        }
     labels, voxel = request.ensemble.labels, voxel_volume(g.conformed_affine)
-    regions = region_table(counts, families, labels, voxel, entropy_mean)
+    regions = region_table(counts, families, labels, voxel, entropy)
     age, sex, doubt = _who(request)
     regions = judge_regions(
         regions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -227,8 +227,8 @@ def lookup_table(labels: Iterable[LabelLike]) -> pd.DataFrame:
     return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
 
 
-def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
-    """Meaning of every ``desc-`` entity: one row per member, then the summaries.
+def descriptions_table(members: Collection[MemberLike]) -> pd.DataFrame:
+    """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
 
     Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
     ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
@@ -252,10 +252,9 @@ def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
         }
         for member in members
     ]
-    rows += [
-        {"desc_id": f"desc-{name}", "description": text}
-        for name, text in names.DESCRIPTIONS.items()
-    ]
+    families = dict.fromkeys(member.family for member in members if member.family != member.id)
+    texts = names.DESCRIPTIONS | {family: f"Members of the family {family}" for family in families}
+    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
     columns = ["desc_id", "description", "family", "seed", "precision", "sha256"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -296,7 +295,7 @@ def write_dataset_files(
     bids_dir: Path,
     output_dir: Path,
     labels: Iterable[LabelLike],
-    members: Iterable[MemberLike],
+    members: Collection[MemberLike],
     *,
     sloppy: bool = False,
 ) -> None:

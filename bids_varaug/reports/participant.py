@@ -129,6 +129,7 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "volume_std": ("SD [mm³]", "Standard deviation of the volume over them (N - 1)", "{:,.1f}"),
     "cv": ("CV [%]", "Coefficient of variation: SD divided by mean", "{:.2f}"),
     "sigbits": ("Sig. bits", "Significant bits of the volume over the perturbed members", "{:.1f}"),
+    "sigbits_lower": ("Sig. bits, lower", "Lower 95 % confidence bound of them", "{:.1f}"),
     "dice_min": ("Dice min", "Smallest Dice over pairs of perturbed members", "{:.3f}"),
     "dice_mean": ("Dice mean", "Mean Dice over pairs of perturbed members", "{:.3f}"),
     "entropy_mean": ("Entropy [bit]", "Mean vote entropy inside the consensus structure", "{:.3f}"),

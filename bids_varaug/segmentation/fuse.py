@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import vstack
 
-from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
     add_background,
@@ -28,10 +27,13 @@ from bids_varaug.variability.maps import (
     vote_entropy,
     vote_share,
 )
-from bids_varaug.variability.regions import mean_entropy, region_counts
-
-ALL = "all"
-"""Name of the group of all perturbed members, beside the names of the families."""
+from bids_varaug.variability.regions import (
+    ALL,
+    group_members,
+    mean_entropy,
+    region_counts,
+    suffix_of,
+)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class Fusion:
     spread: Mapping[str, Spread]
 
 
-def fuse_members(paths: Sequence[Path], families: Sequence[str] = ()) -> Fusion:
-    """Average the posteriors of the members and measure how they differ.
+def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -> Fusion:
+    """Average the posteriors of the perturbed members and measure how they differ.
 
     Parameters
     ----------
-    paths : posterior files of the members, see `segmentation.posterior`
-    families : (M,) family of each; without, there is the spread of all alone
+    paths : (M,) posterior files, see `segmentation.posterior`
+    families : (M,) family of each, see `group_members`; None takes all for perturbed
 
     Raises
     ------
@@ -90,11 +92,8 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] = ()) -> Fusion:
     """
     if not paths:
         raise ValueError("no member to fuse")
-    groups = {ALL: list(range(len(paths)))}
-    for family in dict.fromkeys(families):
-        theirs = [m for m, other in enumerate(families) if other == family]
-        if len(theirs) > 1:
-            groups[family] = theirs
+    groups = {ALL: range(len(paths))} if families is None else group_members(families)
+    groups = {group: m for group, m in groups.items() if group == ALL or len(m) > 1}
     parts = [_fuse_slabs(paths, groups, slabs) for slabs in split_slabs(paths[0])]
     mean = SparsePosterior(
         np.concatenate([mean.labels for mean, _ in parts]),
@@ -108,17 +107,17 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] = ()) -> Fusion:
 
 
 def _fuse_slabs(
-    paths: Sequence[Path], groups: Mapping[str, list[int]], slabs: slice
+    paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice
 ) -> tuple[SparsePosterior, dict[str, Spread]]:
     shape = load_labels(paths[0], slabs).shape
-    rows = sum_rows(paths, slabs)
-    rows.data /= len(paths)
+    rows = sum_rows([paths[m] for m in groups[ALL]], slabs)
+    rows.data /= len(groups[ALL])
     mean = SparsePosterior.from_rows(rows.astype(np.float32), shape)
     voxels = np.flatnonzero(mean.stored)
     consensus = mean.labels.ravel()[voxels]
     tallies = {group: _Tally(len(voxels), rows.shape[1]) for group in groups}
-    for m, path in enumerate(paths):
-        member = load_posterior(path, slabs)
+    for m in groups[ALL]:
+        member = load_posterior(paths[m], slabs)
         posterior = add_background(member.rows[voxels].toarray())
         values = _of_label(posterior, consensus).astype(np.float64)
         for group, tally in tallies.items():
@@ -189,7 +188,7 @@ class MembersSummary:
 
 
 def summarise_members(
-    paths: Sequence[Path], families: Sequence[str], mean_path: Path
+    paths: Sequence[Path], families: Sequence[str], mean_path: Path, family_maps: bool = False
 ) -> MembersSummary:
     """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
@@ -198,20 +197,19 @@ def summarise_members(
     paths : posterior file of every member
     families : (M,) family of each
     mean_path : where the mean posterior of the consensus goes
+    family_maps : whether to return maps of each family too
     """
-    perturbed = [m for m, family in enumerate(families) if family != BASELINE]
-    chosen = perturbed or range(len(paths))
-    fusion = fuse_members([paths[m] for m in chosen], [families[m] for m in chosen])
-    save_posterior(mean_path, fusion.mean, {"members": str(len(chosen))})
+    fusion = fuse_members(paths, families)
+    save_posterior(mean_path, fusion.mean, {})
     n_classes = fusion.mean.rows.shape[1]
     counts = region_counts(label_slabs(paths), len(paths), n_classes)
     maps = {}
     arrays = {"volumes": counts.volumes, "intersections": counts.intersections}
-    for name, spread in fusion.spread.items():
-        suffix = "" if name == ALL else f"_{name}"
-        for key in ("entropy", "std", "sigbits", "unreliable"):
-            maps[key + suffix] = getattr(spread, key)
-        arrays["entropy_mean" + suffix] = mean_entropy(
+    for group, spread in fusion.spread.items():
+        if group == ALL or family_maps:
+            for name in ("entropy", "std", "sigbits", "unreliable"):
+                maps[name + suffix_of(group)] = getattr(spread, name)
+        arrays["entropy_mean" + suffix_of(group)] = mean_entropy(
             fusion.mean.labels, spread.entropy, n_classes
         )
     return MembersSummary(maps, arrays)

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bids_varaug.models.ensemble import BASELINE
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -305,6 +307,26 @@ def describe_thresholds() -> dict[str, dict[str, float]]:
         for name, threshold in THRESHOLDS.items()
     }
     return measures | {"members": {"caution": MEMBERS.caution, "unknown": MEMBERS.unreliable}}
+
+
+def describe_families(members: Mapping[str, int]) -> list[str]:
+    """Warn of families of perturbed members too small for their spread to be trusted.
+
+    Parameters
+    ----------
+    members : perturbed members of each family; the baseline alone gives no warning
+
+    Examples
+    --------
+    >>> describe_families({"mca": 5, "seed": 2})
+    ['Family seed has 2 members: below 5, its spread is uncertain.']
+    """
+    return [
+        f"Family {family} has {'one member' if n == 1 else f'{n} members'}: below "
+        f"{MEMBERS.caution:.0f}, its spread is {'unknown' if n == 1 else 'uncertain'}."
+        for family, n in members.items()
+        if n < MEMBERS.caution and family != BASELINE
+    ]
 
 
 def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[str]:

@@ -82,7 +82,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         conform.inputs.trait_set(**by_locator)
     posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
     posteriors.run_without_submitting = True
-    fuse = _node(FuseMembers(families=[member.family for member in plan.members]), "fuse")
+    families = [member.family for member in plan.members]
+    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
     request = ScanRequest(settings, scan, ensemble, plan.members)
     write = _node(WriteScan(request=request, num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")

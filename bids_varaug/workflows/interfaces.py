@@ -160,6 +160,7 @@ class AverageGrids(_Step):
 class _FuseInput(BaseInterfaceInputSpec):
     posterior_files = InputMultiPath(File(exists=True), mandatory=True)
     families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+    family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
 
 
 class _FuseOutput(TraitedSpec):
@@ -178,7 +179,7 @@ class FuseMembers(_Step):
 
         mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
         paths = [Path(file) for file in self.inputs.posterior_files]
-        summary = summarise_members(paths, self.inputs.families, mean)
+        summary = summarise_members(paths, self.inputs.families, mean, self.inputs.family_maps)
         np.savez(maps, **summary.maps)
         np.savez(counts, **summary.counts)
         return {"mean_file": str(mean), "maps_file": str(maps), "counts_file": str(counts)}
