@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,18 +47,21 @@ class Spread:
     entropy : (X, Y, Z) float32, bit, of the group's votes
     std : (X, Y, Z) float32, of the group's posteriors of the consensus label (sample, n - 1)
     sigbits : (X, Y, Z) float32, bit, of the same posteriors; 24 where the members agree exactly
-    share : (X, Y, Z) float32, share of the group that voted for the consensus label
+    unreliable : (X, Y, Z) bool, where less than `variability.maps.UNRELIABLE_BELOW` of the group
+        voted for the consensus label
     """
 
     entropy: np.ndarray
     std: np.ndarray
     sigbits: np.ndarray
-    share: np.ndarray
+    unreliable: np.ndarray
 
-    @property
-    def unreliable(self) -> np.ndarray:
-        """Where `share` is below `variability.maps.UNRELIABLE_BELOW`, (X, Y, Z) bool."""
-        return unreliable(self.share)
+    @classmethod
+    def none(cls, shape: tuple[int, ...]) -> Spread:
+        """Return that of members that agree everywhere."""
+        full = np.full(shape, FLOAT32_BITS, np.float32)
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.float32), full,
+                   np.zeros(shape, bool))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,21 +97,23 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
         raise ValueError("no member to fuse")
     groups = {ALL: range(len(paths))} if families is None else group_members(families)
     groups = {group: m for group, m in groups.items() if group == ALL or len(m) > 1}
-    parts = [_fuse_slabs(paths, groups, slabs) for slabs in split_slabs(paths[0])]
-    mean = SparsePosterior(
-        np.concatenate([mean.labels for mean, _ in parts]),
-        vstack([mean.rows for mean, _ in parts], format="csr"),
-    )
-    maps = [field.name for field in fields(Spread)]
-    return Fusion(mean, {
-        group: Spread(*(np.concatenate([getattr(s[group], m) for _, s in parts]) for m in maps))
-        for group in groups
-    })  # fmt: skip
+    labels = np.zeros_like(load_labels(paths[0]))
+    spread = {group: Spread.none(labels.shape) for group in groups}
+    rows = []
+    for slabs in split_slabs(paths[0]):
+        mean, tallies = _fuse_slabs(paths, groups, slabs)
+        labels[slabs] = mean.labels
+        rows.append(mean.rows)
+        voxels = mean.stored.reshape(mean.labels.shape)
+        for group, tally in tallies.items():
+            for name, values in tally.spread(mean.labels[voxels]).items():
+                getattr(spread[group], name)[slabs][voxels] = values
+    return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), spread)
 
 
 def _fuse_slabs(
     paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice
-) -> tuple[SparsePosterior, dict[str, Spread]]:
+) -> tuple[SparsePosterior, dict[str, _Tally]]:
     shape = load_labels(paths[0], slabs).shape
     rows = sum_rows([paths[m] for m in groups[ALL]], slabs)
     rows.data /= len(groups[ALL])
@@ -123,23 +128,12 @@ def _fuse_slabs(
         for group, tally in tallies.items():
             if m in groups[group]:
                 tally.add(values, member.labels.ravel()[voxels])
-    return mean, {
-        group: Spread(*(_place(v, voxels, shape, a) for v, a in tally.maps(consensus)))
-        for group, tally in tallies.items()
-    }
+    return mean, tallies
 
 
 def _of_label(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Take from (N, K) values those of the labels (N,)."""
     return np.take_along_axis(values, labels[:, None].astype(np.int64), axis=1)[:, 0]
-
-
-def _place(
-    values: np.ndarray, voxels: np.ndarray, shape: tuple[int, ...], elsewhere: float
-) -> np.ndarray:
-    whole = np.full(np.prod(shape), elsewhere, np.float32)
-    whole[voxels] = values
-    return whole.reshape(shape)
 
 
 class _Tally:
@@ -160,15 +154,19 @@ class _Tally:
         self.squares += delta * (values - self.mean)
         self.votes[np.arange(len(labels)), labels] += 1
 
-    def maps(self, consensus: np.ndarray) -> list[tuple[np.ndarray, float]]:
-        """What `Spread` holds, (N,), with what it is where nobody stores a voxel: all agree."""
+    def spread(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the values of `Spread`, each (N,)."""
         std = sample_std(self.squares, self.n_members)
-        return [
-            (vote_entropy(self.votes.T, self.n_members), 0.0),
-            (std, 0.0),
-            (significant_bits(self.mean, std), FLOAT32_BITS),
-            (vote_share(_of_label(self.votes, consensus), self.n_members), 1.0),
-        ]
+        votes_for = _of_label(self.votes, consensus)
+        split = votes_for < self.n_members
+        entropy = np.zeros(len(consensus), np.float32)
+        entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
+        return {
+            "entropy": entropy,
+            "std": std,
+            "sigbits": significant_bits(self.mean, std),
+            "unreliable": unreliable(vote_share(votes_for, self.n_members)),
+        }
 
 
 @dataclass(frozen=True)
@@ -207,8 +205,7 @@ def summarise_members(
     arrays = {"volumes": counts.volumes, "intersections": counts.intersections}
     for group, spread in fusion.spread.items():
         if group == ALL or family_maps:
-            for name in ("entropy", "std", "sigbits", "unreliable"):
-                maps[name + suffix_of(group)] = getattr(spread, name)
+            maps |= {name + suffix_of(group): values for name, values in vars(spread).items()}
         arrays["entropy_mean" + suffix_of(group)] = mean_entropy(
             fusion.mean.labels, spread.entropy, n_classes
         )

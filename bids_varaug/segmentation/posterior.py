@@ -98,7 +98,7 @@ def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
 
 def add_background(rows: np.ndarray) -> np.ndarray:
     """Give rows (N, K), whose class 0 is empty, what they lack to 1 as background; in place."""
-    rows[:, 0] = np.maximum(1 - rows[:, 1:].sum(axis=1), 0)
+    rows[:, 0] = np.maximum(1 - rows.sum(axis=1), 0)
     return rows
 
 
