@@ -266,9 +266,7 @@ def check_output_dir(output_dir: Path) -> None:
             raise UsageError(f"{output_dir}: the folder is not empty. Choose another, or empty it.")
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
-        raise OutputError(
-            f"{output_dir}: cannot be written ({error.strerror}). Choose another folder."
-        ) from error
+        raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 
 
 def segment_into(settings: Settings, path: Path) -> ScanRequest:

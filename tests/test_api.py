@@ -178,9 +178,7 @@ def test_odd_names_and_types_are_taken(t1w, small_ensemble, tmp_path):
     data = np.round(nib.load(t1w).get_fdata()).astype(np.int64)
     image = nib.Nifti1Image(data, nib.load(t1w).affine, dtype=np.int64)
     result = segment(image, ensemble=small_ensemble, members="ieee", device="cpu")
-    assert {path.name for path in result.save(tmp_path / "a")} >= {
-        "image_seg-varaug_desc-consensus_dseg.nii.gz"
-    }
+    assert {path.name for path in result.save(tmp_path / "a")} >= {"image_seg-varaug_desc-consensus_dseg.nii.gz"}
     mgh = nib.MGHImage(data.astype(np.float32), nib.load(t1w).affine)
     again = segment(mgh, ensemble=small_ensemble, members="ieee", device="cpu")
     assert np.array_equal(again.labels.get_fdata(), result.labels.get_fdata())

@@ -210,9 +210,7 @@ def write_manifest(ensemble: Ensemble) -> None:
     partial.replace(path)
 
 
-def select_members(
-    ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None
-) -> tuple[Member, ...]:
+def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None) -> tuple[Member, ...]:
     """Return the members asked for, the baseline first, else in the manifest's order.
 
     Parameters

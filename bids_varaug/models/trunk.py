@@ -50,9 +50,7 @@ def base_files(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]
     return files
 
 
-def add_differences(
-    weights: dict[str, torch.Tensor], coded: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def add_differences(weights: dict[str, torch.Tensor], coded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add a file's tensors to weights of the same names; integers are multiples of their steps."""
     total = {}
     for name, difference in coded.items():

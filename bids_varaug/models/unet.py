@@ -102,9 +102,7 @@ class UNet(nn.Module):
             self.laterals.append(nn.Conv3d(deep, shallow, 1))
             self.decoder.append(ConvBlock(shallow, shallow))
         # Only training uses these: they teach the deep levels where left and right are.
-        self.deep_heads = nn.ModuleList(
-            nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1]
-        )
+        self.deep_heads = nn.ModuleList(nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1])
         rim = shape.rim_channels
         self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
         self.rim = ConvBlock(rim + 1, rim)

@@ -30,9 +30,7 @@ def save_weights(network: UNet, path: Path) -> str:
     return sha256_of(path)
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, aside first and renamed, so that a kill leaves the old one.
 
     Raises
@@ -79,7 +77,5 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
     try:
         network.load_state_dict(load_weights(*paths))
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise EnsembleError(
-            f"{paths[-1]}: weights do not fit the manifest's network: {error}"
-        ) from None
+        raise EnsembleError(f"{paths[-1]}: weights do not fit the manifest's network: {error}") from None
     return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)

@@ -206,7 +206,5 @@ def summarise_members(
     for group, spread in fusion.spread.items():
         if group == ALL or family_maps:
             maps |= {name + suffix_of(group): values for name, values in vars(spread).items()}
-        arrays["entropy_mean" + suffix_of(group)] = mean_entropy(
-            fusion.mean.labels, spread.entropy, n_classes
-        )
+        arrays["entropy_mean" + suffix_of(group)] = mean_entropy(fusion.mean.labels, spread.entropy, n_classes)
     return MembersSummary(maps, arrays)

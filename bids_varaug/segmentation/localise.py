@@ -46,9 +46,7 @@ def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     return enclose(2 * low - margin, 2 * high + margin, head.shape, network.shape.multiple)
 
 
-def crop_to_brain(
-    network: UNet, head: np.ndarray, geometry: Geometry
-) -> tuple[np.ndarray, Geometry]:
+def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
     """Cut the part that holds the brain out of a head box; see `localise_brain`.
 
     Returns

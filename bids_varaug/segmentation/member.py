@@ -73,9 +73,7 @@ def crop_with_member(
 
 
 @contextmanager
-def _network(
-    ensemble_name: str, member: Member, device: str, num_threads: int, head: np.ndarray
-) -> Iterator[UNet]:
+def _network(ensemble_name: str, member: Member, device: str, num_threads: int, head: np.ndarray) -> Iterator[UNet]:
     """Load a member; afterwards give back the memory that an idle worker would keep."""
     keep_freed_memory()
     use_threads(num_threads)

@@ -193,9 +193,7 @@ def _beyond(values: np.ndarray, threshold: Threshold) -> tuple[np.ndarray, list[
     unreliable = threshold.sign * values > threshold.sign * threshold.unreliable
     caution = threshold.sign * values > threshold.sign * threshold.caution
     passed = np.where(unreliable, threshold.unreliable, threshold.caution)
-    text = [
-        threshold.text.format(*pair).replace("%", " %") for pair in zip(values, passed, strict=True)
-    ]
+    text = [threshold.text.format(*pair).replace("%", " %") for pair in zip(values, passed, strict=True)]
     return np.where(unreliable, UNRELIABLE, np.where(caution, CAUTION, GOOD)), text
 
 
@@ -218,8 +216,7 @@ def _implausible(ids, volume, low, high) -> tuple[np.ndarray, list[str]]:
     levels = np.where((volume < low) | (volume > high), CAUTION, GOOD)
     levels[(volume < widest[:, 0]) | (volume > widest[:, 1])] = UNRELIABLE
     text = [
-        f"implausibly {'small' if v < a else 'large'} ({v:,.0f} mm3; broad limits {a:,.0f} to "
-        f"{b:,.0f})"
+        f"implausibly {'small' if v < a else 'large'} ({v:,.0f} mm3; broad limits {a:,.0f} to {b:,.0f})"
         for v, a, b in zip(volume, low, high, strict=True)
     ]
     return levels, text
@@ -242,9 +239,7 @@ def _lopsided(ids: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, list[str
     return levels, text
 
 
-def volume_limits(
-    ids: np.ndarray, age: float | None = None, sex: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Plausible volumes [mm3] of structures at an age, those of all adults where it is unknown.
 
     Parameters
@@ -292,10 +287,7 @@ def describe_limits(age: float | None = None, sex: str | None = None) -> str:
     if age is None or math.isnan(age):
         return "Broad limits of volume for adults of any age, since the age is unknown"
     if age < ADULT_AGE:
-        return (
-            f"Broad limits of volume for adults of any age, since there are none for "
-            f"{round(age, 1):g} years"
-        )
+        return f"Broad limits of volume for adults of any age, since there are none for {round(age, 1):g} years"
     who = {"F": "women", "M": "men"}.get(sex or "", "adults")
     return f"Broad limits of volume for {who} of {round(age, 1):g} years"
 
@@ -344,9 +336,7 @@ def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[
     """
     sentences = []
     for word in reversed(_WORDS[1:]):
-        rows = judged[judged["verdict"] == word].sort_values(
-            "cv", ascending=False, kind="stable", na_position="last"
-        )
+        rows = judged[judged["verdict"] == word].sort_values("cv", ascending=False, kind="stable", na_position="last")
         if rows.empty:
             continue
         start = f"{len(rows)} of {len(judged)} structures {_PHRASES[word]}"

@@ -37,9 +37,7 @@ def test_rows_come_back_but_for_what_is_near_zero(n_classes, tmp_path):
 def test_what_is_lost_is_no_more_than_the_step_of_a_probability_near_one():
     step = np.spacing(np.float32(1))
     rows = np.array([[0.5, 0.5 - 2 * step, step, 1.01 * step]], np.float32)
-    assert sparse_rows(rows, np.ones(1, bool)).toarray().tolist() == [
-        [0, rows[0, 1], 0, rows[0, 3]]
-    ]
+    assert sparse_rows(rows, np.ones(1, bool)).toarray().tolist() == [[0, rows[0, 1], 0, rows[0, 3]]]
 
 
 def test_only_stored_voxels_have_rows():

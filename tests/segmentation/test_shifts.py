@@ -130,9 +130,7 @@ def test_mean_is_that_of_the_grids_on_which_a_voxel_lies(averaged, image):
 
 def test_shift_is_what_the_mean_adds_to_the_first(averaged, image):
     posteriors, mean, shift = averaged
-    difference = (dense(mean, image.shape) - posteriors[0]).reshape(
-        -1, test_predict.SHAPE.n_classes
-    )
+    difference = (dense(mean, image.shape) - posteriors[0]).reshape(-1, test_predict.SHAPE.n_classes)
     assert shift.rows.data.min() < -0.05 and shift.rows.data.max() > 0.05
     np.testing.assert_allclose(shift.rows.toarray()[:, 1:], difference[:, 1:], atol=1e-6)
 
@@ -149,7 +147,5 @@ def test_boxes_that_differ_are_refused(network, image, tmp_path):
     for name, part in (("a", image), ("b", image[:16])):
         save_posterior(tmp_path / name, segment_volume(network, part), {})
     with pytest.raises(UserError, match="voxels"):
-        average_grids(
-            [tmp_path / "a", tmp_path / "b"], GRIDS[2], tmp_path / "mean", tmp_path / "shift"
-        )
+        average_grids([tmp_path / "a", tmp_path / "b"], GRIDS[2], tmp_path / "mean", tmp_path / "shift")
     assert not (tmp_path / "mean").exists()

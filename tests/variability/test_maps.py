@@ -36,9 +36,7 @@ def test_entropy_is_scipys_and_within_its_bounds(labels):
 @given(member_labels, st.randoms())
 def test_entropy_does_not_depend_on_the_order_of_members(labels, random):
     shuffled = random.sample(labels, len(labels))
-    assert np.array_equal(
-        vote_entropy(count(labels, 5), len(labels)), vote_entropy(count(shuffled, 5), len(labels))
-    )
+    assert np.array_equal(vote_entropy(count(labels, 5), len(labels)), vote_entropy(count(shuffled, 5), len(labels)))
 
 
 def test_entropy_is_zero_where_all_agree():

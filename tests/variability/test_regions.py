@@ -66,9 +66,7 @@ def test_volumes_are_counted_over_all_slabs(counts, labels):
 
 
 def test_counts_do_not_depend_on_the_slabs(counts, labels):
-    assert np.array_equal(
-        region_counts([labels], len(MEMBERS), K).intersections, counts.intersections
-    )
+    assert np.array_equal(region_counts([labels], len(MEMBERS), K).intersections, counts.intersections)
 
 
 def test_dice_is_that_of_the_label_maps(counts, labels):
@@ -111,9 +109,7 @@ def test_columns_are_those_of_the_contract(table):
 def test_measures_within_a_family_are_those_of_its_members_alone(table, counts):
     alone = RegionCounts(counts.volumes[3:], counts.intersections[3:, 3:])
     entropy = np.array([0.0, 0.125, np.nan, np.nan])
-    expected = region_table(
-        alone, ("seed", "seed"), LABELS, 8.0, dict.fromkeys(("all", "seed"), entropy)
-    )
+    expected = region_table(alone, ("seed", "seed"), LABELS, 8.0, dict.fromkeys(("all", "seed"), entropy))
     for name in MEASURES:
         assert table[f"{name}_seed"].equals(expected[name].rename(f"{name}_seed"))
         assert expected[name].equals(expected[f"{name}_seed"].rename(name))
