@@ -25,7 +25,6 @@ from bids_varaug.variability.maps import (
     significant_bits,
     unreliable,
     vote_entropy,
-    vote_share,
 )
 from bids_varaug.variability.regions import (
     ALL,
@@ -165,7 +164,7 @@ class _Tally:
             "entropy": entropy,
             "std": std,
             "sigbits": significant_bits(self.mean, std),
-            "unreliable": unreliable(vote_share(votes_for, self.n_members)),
+            "unreliable": unreliable(votes_for, self.n_members),
         }
 
 

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from significantdigits import Error, Method, significant_digits
 
 from bids_varaug.machine import compiled
-from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.models.ensemble import BASELINE, Label
 from bids_varaug.variability.maps import FLOAT32_BITS, significant_bits
 
 ALL = "all"
 """All perturbed members together, beside the names of the families."""
 PROBABILITY = 0.95
 CONFIDENCE = 0.95
-
-
-class RegionLabel(Protocol):
-    """What the tables need to know of a label."""
-
-    index: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -76,11 +68,8 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
             raise ValueError(f"label {slab.max()}, but there are {n_classes} classes")
         _count_pairs(slab, agreed, pairs)
     # Only the upper triangle was counted, and voxels on which all agree only once.
-    for a, b in combinations(range(n_members), 2):
-        pairs[b, a] = pairs[a, b]
-    pairs += agreed
-    members = np.arange(n_members)
-    return RegionCounts(volumes=pairs[members, members].copy(), intersections=pairs)
+    pairs = np.maximum(pairs, pairs.swapaxes(0, 1)) + agreed
+    return RegionCounts(volumes=np.einsum("aak->ak", pairs).copy(), intersections=pairs)
 
 
 @compiled()
@@ -223,7 +212,7 @@ def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.
 def region_table(
     counts: RegionCounts,
     families: Sequence[str],
-    labels: Sequence[RegionLabel],
+    labels: Sequence[Label],
     voxel_volume: float,
     entropy_means: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
@@ -278,7 +267,7 @@ def members_table(
     counts: RegionCounts,
     members: Sequence[str],
     families: Sequence[str],
-    labels: Sequence[RegionLabel],
+    labels: Sequence[Label],
     voxel_volume: float,
 ) -> pd.DataFrame:
     """Return the volume of every structure by every member, baseline included.

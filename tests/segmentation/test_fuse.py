@@ -108,9 +108,9 @@ def test_sigbits_are_those_of_the_pure_function(fusion, spread, members, mean):
 
 
 def test_unreliable_voxels_have_too_few_votes_for_the_consensus(fusion, spread, members):
-    share = (members.argmax(-1) == fusion.mean.labels).mean(0)
+    votes = (members.argmax(-1) == fusion.mean.labels).sum(0)
     assert 0 < spread.unreliable.mean() < 1
-    assert np.array_equal(spread.unreliable, unreliable(share))
+    assert np.array_equal(spread.unreliable, unreliable(votes, MEMBERS))
 
 
 def test_voxels_that_nobody_stores_are_surely_background(fusion, spread):

@@ -76,4 +76,4 @@ def test_one_member_has_no_std():
 
 
 def test_a_quarter_of_dissent_is_still_reliable():
-    assert unreliable(np.array([6 / 8, 5 / 8])).tolist() == [False, True]
+    assert unreliable(np.array([6, 5]), 8).tolist() == [False, True]
