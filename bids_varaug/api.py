@@ -126,8 +126,16 @@ Pass a file, or nibabel.Nifti1Image(array, affine).
 class Segmentation:
     """What `segment` found, on the image's own grid.
 
-    Images are nibabel images; without two perturbed members there is no spread, and `entropy`,
-    `sigbits`, `std` and `unreliable` are None.
+    Attributes
+    ----------
+    labels : nibabel image, consensus, FreeSurfer ids
+    entropy : nibabel image, of the members' votes [bit]
+    unreliable : nibabel image, mask of the voxels on whose label too many members disagree
+    volumes : DataFrame, structure x member [mm3]
+    regions : DataFrame, variability and verdict of each structure, see ``docs/outputs.md``
+    warnings : list of str, what speaks against the image or the segmentation
+
+    Without two perturbed members there is no spread; `entropy` and `unreliable` are None then.
     """
 
     def __init__(self, request: ScanRequest):
@@ -138,45 +146,43 @@ class Segmentation:
         return f"<Segmentation of {self._request.scan.path.name} by {members}>"
 
     @property
-    def labels(self) -> SpatialImage:
-        """Consensus labels, FreeSurfer ids."""
-        return self._image("consensus_dseg")
+    def labels(self) -> SpatialImage:  # noqa: D102
+        return self.image("consensus_dseg")
 
     @property
-    def entropy(self) -> SpatialImage | None:
-        """Entropy of the members' votes [bit]."""
-        return self._image("entropy")
+    def entropy(self) -> SpatialImage | None:  # noqa: D102
+        return self.image("entropy")
 
     @property
-    def sigbits(self) -> SpatialImage | None:
-        """Significant bits of the consensus label's posterior."""
-        return self._image("sigbits")
+    def unreliable(self) -> SpatialImage | None:  # noqa: D102
+        return self.image("unreliable_mask")
+
+    def image(self, output: str) -> SpatialImage | None:
+        """Return any image, None if it was not made.
+
+        Parameters
+        ----------
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask",
+            "entropy", "sigbits" or "std"
+        """
+        path = OUTPUTS[output].path(*self._where)
+        if not path.exists():
+            return None
+        image = nib.load(path)  # and read: its file goes with this object
+        return type(image)(np.asanyarray(image.dataobj), image.affine, image.header)
 
     @property
-    def std(self) -> SpatialImage | None:
-        """Standard deviation of the consensus label's posterior."""
-        return self._image("std")
-
-    @property
-    def unreliable(self) -> SpatialImage | None:
-        """Mask of the voxels on whose label too many members disagree."""
-        return self._image("unreliable_mask")
-
-    @property
-    def volumes(self) -> pd.DataFrame:
-        """Volume of each structure (rows) by each member (columns) [mm3]."""
+    def volumes(self) -> pd.DataFrame:  # noqa: D102
         table = self._table("members_tsv")
         wide = table.pivot(index="name", columns="member", values="volume")
         return wide.loc[table["name"].unique(), table["member"].unique()]
 
     @property
-    def regions(self) -> pd.DataFrame:
-        """Variability and verdict of each structure, the columns of ``docs/outputs.md``."""
+    def regions(self) -> pd.DataFrame:  # noqa: D102
         return self._table("regions_tsv").set_index("name")
 
     @property
-    def warnings(self) -> list[str]:
-        """What speaks against the image or the segmentation."""
+    def warnings(self) -> list[str]:  # noqa: D102
         sidecar = OUTPUTS["regions_tsv"].sidecar(*self._where)
         return json.loads(sidecar.read_text(encoding="utf-8"))["Warnings"]
 
@@ -229,13 +235,6 @@ class Segmentation:
     @property
     def _where(self) -> tuple[Path, Scan]:
         return self._request.settings.output_dir, self._request.scan
-
-    def _image(self, key: str) -> SpatialImage | None:
-        path = OUTPUTS[key].path(*self._where)
-        if not path.exists():
-            return None
-        image = nib.load(path)  # and read: its file goes with this object
-        return type(image)(np.asanyarray(image.dataobj), image.affine, image.header)
 
     def _table(self, key: str) -> pd.DataFrame:
         return pd.read_csv(OUTPUTS[key].path(*self._where), sep="\t", na_values="n/a")

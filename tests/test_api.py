@@ -47,8 +47,8 @@ def test_images_are_those_of_the_app(result, written):
     for image, ending in (
         (result.labels, "seg-varaug_desc-consensus_dseg"),
         (result.entropy, "seg-varaug_stat-entropy_statmap"),
-        (result.sigbits, "seg-varaug_stat-sigbits_statmap"),
-        (result.std, "seg-varaug_stat-std_statmap"),
+        (result.image("sigbits"), "seg-varaug_stat-sigbits_statmap"),
+        (result.image("std"), "seg-varaug_stat-std_statmap"),
         (result.unreliable, "label-unreliable_mask"),
     ):
         expected = nib.load(written / f"{PREFIX}_{ending}.nii.gz")

@@ -192,18 +192,8 @@ def _temperature(value: float) -> float:
 
 def write_manifest(ensemble: Ensemble) -> None:
     """Write `ensemble.directory`/manifest.json, aside first and renamed."""
-    values = {
-        "format": FORMAT,
-        "name": ensemble.name,
-        "version": ensemble.version,
-        "voxel_size": ensemble.voxel_size,
-        "labels": [asdict(label) for label in ensemble.labels],
-        "network": asdict(ensemble.network),
-        "members": [asdict(member) for member in ensemble.members],
-        "training": ensemble.training,
-        "trunk": None if ensemble.trunk is None else asdict(ensemble.trunk),
-        "temperature": ensemble.temperature,
-    }
+    values = {"format": FORMAT} | asdict(ensemble)
+    del values["directory"]
     path = ensemble.directory / MANIFEST
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
