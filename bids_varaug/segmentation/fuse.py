@@ -12,12 +12,11 @@ from scipy.sparse import vstack
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
     add_background,
+    check_same_box,
     label_slabs,
-    load_labels,
     load_posterior,
     save_posterior,
     split_slabs,
-    sum_rows,
 )
 from bids_varaug.variability.maps import (
     FLOAT32_BITS,
@@ -96,10 +95,10 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
         raise ValueError("no member to fuse")
     groups = {ALL: range(len(paths))} if families is None else group_members(families)
     groups = {group: m for group, m in groups.items() if group == ALL or len(m) > 1}
-    labels = np.zeros_like(load_labels(paths[0]))
+    labels = np.zeros(check_same_box(paths), np.uint8)
     spread = {group: Spread.none(labels.shape) for group in groups}
     rows = []
-    for slabs in split_slabs(paths[0]):
+    for slabs in split_slabs(len(labels)):
         mean, tallies = _fuse_slabs(paths, groups, slabs)
         labels[slabs] = mean.labels
         rows.append(mean.rows)
@@ -113,10 +112,12 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
 def _fuse_slabs(
     paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice
 ) -> tuple[SparsePosterior, dict[str, _Tally]]:
-    shape = load_labels(paths[0], slabs).shape
-    rows = sum_rows([paths[m] for m in groups[ALL]], slabs)
-    rows.data /= len(groups[ALL])
-    mean = SparsePosterior.from_rows(rows.astype(np.float32), shape)
+    total = 0
+    for m in groups[ALL]:
+        member = load_posterior(paths[m], slabs)
+        total = member.rows.astype(np.float64) + total
+    rows = (total / len(groups[ALL])).astype(np.float32)
+    mean = SparsePosterior.from_rows(rows, member.labels.shape)
     voxels = np.flatnonzero(mean.stored)
     consensus = mean.labels.ravel()[voxels]
     tallies = {group: _Tally(len(voxels), rows.shape[1]) for group in groups}

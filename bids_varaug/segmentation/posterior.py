@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ BACKGROUND_CUT = 1e-4
 """A voxel has a row unless its background probability exceeds 1 - BACKGROUND_CUT."""
 SMALLEST = np.float32(2**-23)
 """Step between float32 probabilities near 1; no larger ones are stored."""
+_UNREADABLE = (SafetensorError, OSError, ValueError, IndexError, KeyError, TypeError)
 _SLABS_AT_ONCE = 8
 _ROWS_AT_ONCE = 2**16  # with all their zeros
 
@@ -129,7 +130,7 @@ def load_posterior(path: Path, slabs: slice = slice(None)) -> SparsePosterior:
     """Read what `save_posterior` wrote, or some slabs of it.
 
     The file is mapped into memory, and pages once touched count as memory of this process until it
-    is closed: who needs little memory reads a few slabs at a time.
+    is closed: to need little memory, read a few slabs at a time.
 
     Raises
     ------
@@ -152,29 +153,37 @@ def load_posterior(path: Path, slabs: slice = slice(None)) -> SparsePosterior:
         rows.check_format(full_check=True)
         if indptr[-1] != len(values) or labels.max() >= n_classes:
             raise ValueError("its tensors do not fit together")
-    except (SafetensorError, OSError, ValueError, IndexError, KeyError) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, error) from error
     return SparsePosterior(labels, rows)
 
 
-def load_labels(path: Path, slabs: slice = slice(None)) -> np.ndarray:
-    """Read the labels of a posterior file, or of some slabs of it, (S, Y, Z) uint8.
+def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
+    """Return the shape (X, Y, Z) of all posterior files.
 
     Raises
     ------
     UserError
-        If the file is absent or damaged.
+        If a file is absent or damaged, or the boxes or classes differ.
     """
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return tensors.get_slice("labels")[slabs]
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    boxes = []
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                shape = tuple(tensors.get_slice("labels").get_shape())
+                boxes.append((shape, int(tensors.metadata()["n_classes"])))
+        except _UNREADABLE as error:
+            raise _damaged(path, error) from error
+        if boxes[-1] != boxes[0]:
+            raise UserError(
+                f"{path}: {boxes[-1][1]} classes on {shape} voxels, but {Path(paths[0]).name} has {boxes[0][1]} on "
+                f"{boxes[0][0]}. Delete the work directory and run again."
+            )
+    return boxes[0][0]
 
 
-def split_slabs(path: Path) -> list[slice]:
-    """Cut the slabs of a posterior file into parts that take little memory."""
-    length = len(load_labels(path))
+def split_slabs(length: int) -> list[slice]:
+    """Cut X slabs into parts that take little memory."""
     return [slice(x, min(x + _SLABS_AT_ONCE, length)) for x in range(0, length, _SLABS_AT_ONCE)]
 
 
@@ -184,43 +193,14 @@ def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
     Raises
     ------
     UserError
-        If a file is damaged.
+        If a file is damaged, or the boxes differ.
     """
-    for slabs in split_slabs(paths[0]):
-        yield np.stack([load_labels(path, slabs).ravel() for path in paths])
-
-
-def sum_rows(
-    paths: Sequence[Path],
-    slabs: slice = slice(None),
-    move: Callable[[csr_array, int], csr_array] = lambda rows, number: rows,
-) -> csr_array:
-    """Return the sum of the rows of several files, in float64 and in their order.
-
-    Parameters
-    ----------
-    slabs : those to read
-    move : what to do with the rows of each file before they are added; given its number too
-
-    Raises
-    ------
-    UserError
-        If a file is damaged, or the boxes or classes differ.
-    """
-    first, total = None, 0
-    for number, path in enumerate(paths):
-        member = load_posterior(path, slabs)
-        box = member.rows.shape[1], member.labels.shape
-        if first is None:
-            first = box
-        if box != first:
-            raise UserError(
-                f"{path}: {box[0]} classes on {box[1]} voxels, but {Path(paths[0]).name} has "
-                f"{first[0]} on {first[1]}. Delete the work directory and run again."
-            )
-        # A copy, because a sum is a view of an array of twice its size.
-        total = (move(member.rows, number).astype(np.float64) + total).copy()
-    return total
+    for slabs in split_slabs(check_same_box(paths)[0]):
+        members = []
+        for path in paths:
+            with safe_open(path, framework="numpy") as tensors:
+                members.append(tensors.get_slice("labels")[slabs].ravel())
+        yield np.stack(members)
 
 
 def _damaged(path: Path, reason: Exception) -> UserError:

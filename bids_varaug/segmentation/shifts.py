@@ -18,10 +18,9 @@ from scipy.sparse import csr_array, diags_array, vstack
 
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
-    load_labels,
+    check_same_box,
     load_posterior,
     save_posterior,
-    sum_rows,
 )
 
 Offset = tuple[int, int, int]
@@ -82,10 +81,13 @@ def average_grids(
     UserError
         If a file is damaged, or the boxes or classes differ.
     """
-    shape = load_labels(paths[0]).shape
-    places = [_place_on_first(shape, offset) for offset in grids]
-    total = sum_rows(paths, move=lambda rows, number: _move_rows(rows, places[number]))
-    n_grids = np.sum([place < len(place) for place in places], axis=0)
+    shape = check_same_box(paths)
+    total, n_grids = 0, 0
+    for path, offset in zip(paths, grids, strict=True):
+        place = _place_on_first(shape, offset)
+        # A copy, because a sum is a view of an array of twice its size.
+        total = (_move_rows(load_posterior(path).rows, place).astype(np.float64) + total).copy()
+        n_grids = n_grids + (place < len(place))
     rows = (diags_array(1 / n_grids) @ total).astype(np.float32)
     mean = SparsePosterior.from_rows(rows, shape)
     shift = csr_array(rows - load_posterior(paths[0]).rows)

@@ -181,11 +181,13 @@ def test_same_bits_with_one_and_two_threads(paths):
     assert fusions[0].mean.rows.data.tobytes() == fusions[1].mean.rows.data.tobytes()
 
 
-def test_members_on_different_boxes_are_refused(paths, members, tmp_path):
+@pytest.mark.parametrize("part", [np.s_[:, :, :-1], np.s_[:-1], np.s_[..., :-1]])
+def test_members_on_different_boxes_are_refused(paths, members, tmp_path, part):
     other = tmp_path / "other.safetensors"
-    save_posterior(other, sparse_of(members[0][:, :, :-1]), {})
-    with pytest.raises(UserError, match="other.safetensors"):
-        fuse_members([*paths, other])
+    save_posterior(other, sparse_of(members[0][part]), {})
+    for files in ([*paths, other], [other, *paths]):
+        with pytest.raises(UserError, match="other.safetensors"):
+            fuse_members(files)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "absent", "wrong class", "lost row"])
