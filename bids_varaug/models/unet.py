@@ -46,7 +46,7 @@ class InstanceNorm(nn.Module):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
         return self.apply_statistics(x, *pool_statistics([slab_statistics(x)]))
 
-    def apply_statistics(self, x: torch.Tensor, mean, variance) -> torch.Tensor:
+    def apply_statistics(self, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """Normalise by a mean and a variance (C,) that are known already."""
         return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False)
 
@@ -61,7 +61,7 @@ def slab_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (centred * centred).mean(1) - (mean - mean[:1]) ** 2, mean
 
 
-def pool_statistics(parts: list[tuple[torch.Tensor, torch.Tensor]]):
+def pool_statistics(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and variance (C,) of all slabs together, which are of one size."""
     variances, means = (torch.cat(values) for values in zip(*parts, strict=True))
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)

@@ -73,7 +73,7 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
 
 
 @compiled()
-def _count_pairs(slab, agreed, pairs):
+def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> None:
     n_members = slab.shape[0]
     for v in range(slab.shape[1]):
         same = True
