@@ -27,10 +27,10 @@ from scipy import stats
 
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, load_ensemble, select_members
-from bids_varaug.models.load import load_member
+from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.fuse import fuse_members
-from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.segmentation.posterior import load_posterior, save_posterior
+from bids_varaug.segmentation.posterior import save_posterior
+from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.training.monitor import LabelledImage, PreparedImage, find_labelled_images
 
 
@@ -53,8 +53,7 @@ def score(
         if member.family != BASELINE or len(members) == 1:
             paths.append(folder / f"{member.id}.safetensors")
             save_posterior(paths[-1], sparse, {})
-    fuse_members(paths, folder / "mean.safetensors")
-    scores = prepared.dice(load_posterior(folder / "mean.safetensors"))
+    scores = prepared.dice(fuse_members(paths).mean)
     print(f"{name}\tconsensus\tmean\t{np.nanmean(scores):.4f}")
     for label, value in zip(ensemble.labels[1:], scores, strict=True):
         print(f"{name}\tconsensus\t{label.name}\t{value:.4f}")

@@ -19,8 +19,8 @@ import torch
 
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import Features, UNet
+from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import PreparedImage, find_labelled_images
 

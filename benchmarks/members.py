@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.models.load import load_member
-from bids_varaug.segmentation.average import average_grids
-from bids_varaug.segmentation.grids import GRIDS, move_to_grid
+from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.segmentation.shift import shift_posterior
+from bids_varaug.segmentation.shifts import GRIDS, average_grids, move_to_grid, shift_posterior
 
 
 class Members:

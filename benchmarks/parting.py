@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 from bids_varaug.cli.train import with_steps
 from bids_varaug.machine import keep_freed_memory
-from bids_varaug.models.ensemble import BASELINE
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import BASELINE, NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import write_tensors
 from bids_varaug.segmentation.predict import segment_volume

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bids_varaug"
 ORDER = (
     "errors", "atomic", "settings", "machine", "locks", "inputs", "images", "numerics", "models",
     "variability", "segmentation", "training", "simulation", "derivatives", "brainage", "reports",
-    "workflows", "cli",
+    "workflows", "api", "cli",
 )  # fmt: skip
 
 

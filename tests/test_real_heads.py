@@ -18,7 +18,7 @@ from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
 from bids_varaug.cli.run import main
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.load import load_member
+from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import PreparedHead, dice_with_truth
 

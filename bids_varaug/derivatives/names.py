@@ -6,7 +6,7 @@ Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bids_varaug.inputs.scans import Scan
@@ -23,7 +23,8 @@ class Output:
     Attributes
     ----------
     key : name in the code
-    entities : those that follow the T1w's own, in BIDS order; ``{member}`` stands for a member's id
+    entities : those that follow the T1w's own, in BIDS order; ``{member}`` stands for the id of a member, or
+        of a family
     suffix : of the file name
     description : for the sidecar and the README
     units : of the voxels; None for labels and tables
@@ -46,7 +47,7 @@ class Output:
 
     @property
     def per_member(self) -> bool:
-        """Whether there is one such file for each member."""
+        """Whether there is one such file for each member or family."""
         return any("{member}" in value for value in self.entities.values())
 
     def name(self, prefix: str, member: str | None = None) -> str:
@@ -81,23 +82,32 @@ FAMILIES = (
     "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, by random rounding)"
 )
 _ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
-_REGIONS = {
-    **_ID,
+_MEASURES = {
     "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
     "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
     "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
     "sigbits": (
-        "Significant bits of the volume over the perturbed members (significantdigits, centred "
-        "normality hypothesis, probability 95 %, confidence 95 %)",
+        "Significant bits of the volume over the perturbed members: -log2(volume_std / "
+        "volume_mean), as in the map of significant bits",
+        "bit",
+    ),
+    "sigbits_lower": (
+        "Lower confidence bound of the significant bits: those that a further member would share "
+        "with the mean with a probability of 95 %, at a confidence of 95 % (significantdigits, "
+        "centred normality hypothesis)",
         "bit",
     ),
     "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
     "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
     "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
+}
+_REGIONS = {
+    **_ID,
+    **_MEASURES,
     **{
-        f"{measure}_{family}": (f"As {measure}, within the {family} family", None)
+        f"{measure}_{family}": (f"As {measure}, within the {family} family", unit)
         for family in ("mca", "seed", "rr")
-        for measure in ("cv", "dice_min", "dice_mean")
+        for measure, (_, unit) in _MEASURES.items()
     },
     "verdict": ("How far the volume can be trusted", None),
     "reason": ("Why the verdict is not good, the worst reason first", None),
@@ -138,6 +148,18 @@ _ROWS = (
            "Volume of each structure in each member.", columns=_MEMBERS, extension=".tsv"),
 )  # fmt: skip
 OUTPUTS: dict[str, Output] = {output.key: output for output in _ROWS}
+
+OF_FAMILY = "_of_family"
+"""Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
+for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
+    _whole = OUTPUTS[_key]
+    OUTPUTS[_key + OF_FAMILY] = replace(
+        _whole,
+        key=_key + OF_FAMILY,
+        entities={**_whole.entities, "desc": "{member}"},
+        description=_whole.description.replace("perturbed members", "members of one family")
+        + " With --family-maps.",
+    )
 
 # Label, description of the desc- entities that are no member's id.
 DESCRIPTIONS = {

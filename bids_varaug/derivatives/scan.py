@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.atomic import write_json
-from bids_varaug.derivatives.names import SEGMENTATION, ScanRequest
+from bids_varaug.derivatives.names import OF_FAMILY, SEGMENTATION, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
 from bids_varaug.derivatives.write import write_image, write_image_series, write_table
 from bids_varaug.errors import UserError
@@ -30,12 +30,20 @@ from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
 from bids_varaug.variability.quality import (
+    describe_families,
     describe_limits,
     describe_thresholds,
     describe_verdicts,
     judge_regions,
 )
-from bids_varaug.variability.regions import RegionCounts, members_table, region_table
+from bids_varaug.variability.regions import (
+    ALL,
+    RegionCounts,
+    group_members,
+    members_table,
+    region_table,
+    suffix_of,
+)
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
@@ -71,16 +79,17 @@ class ScanWriter:
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
         self._image(key, self.ids.astype(dtype)[classes], member, **extra)
 
-    def mask(self, key: str, mask: np.ndarray, **extra: Any) -> None:
+    def mask(self, key: str, mask: np.ndarray, member: str | None = None, **extra: Any) -> None:
         """Write a mask (X, Y, Z) bool."""
-        self._image(key, mask.astype(np.uint8), **extra)
+        self._image(key, mask.astype(np.uint8), member, **extra)
 
-    def scalar_map(self, key: str, values: np.ndarray) -> None:
+    def scalar_map(self, key: str, values: np.ndarray, family: str | None = None) -> None:
         """Bring a map of the head box to the native grid and write it."""
         g = self.geometry
-        whole = insert(values, g.box, g.conformed_shape, fill=_OUTSIDE[key])
+        fill = _OUTSIDE[key.removesuffix(OF_FAMILY)]
+        whole = insert(values, g.box, g.conformed_shape, fill=fill)
         native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
-        self._image(key, native)
+        self._image(key, native, family)
 
     def posterior(self, key: str, quantised: np.ndarray) -> None:
         """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
@@ -174,7 +183,7 @@ def write_scan(
     geometry = Geometry.load(files.geometry)
     mean = load_posterior(files.mean)
     dense_file = folder / "posterior.npy"
-    n_classes = mean.posterior.shape[1]
+    n_classes = mean.rows.shape[1]
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes))
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
@@ -187,7 +196,12 @@ def write_scan(
     told = {
         "VolumeLimits": basis,
         "VerdictThresholds": describe_thresholds(),
-        "Warnings": [*geometry.warnings, *doubts, *describe_verdicts(regions)],
+        "Warnings": [
+            *geometry.warnings,
+            *doubts,
+            *describe_families(Counter(member.family for member in request.perturbed)),
+            *describe_verdicts(regions),
+        ],
     }
     writer.labels("consensus_dseg", consensus.labels, **told)
     writer.mask("brain_mask", brain)
@@ -224,24 +238,37 @@ def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: 
 
 
 def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
+    """Write the maps of all perturbed members, and of the families for which there are maps."""
+    families = [member.family for member in writer.request.members]
     with np.load(files.maps) as maps:
-        for key in _OUTSIDE:
-            writer.scalar_map(key, maps[key])
-        whole = insert(maps["unreliable"], g.box, g.conformed_shape, fill=False)
-    native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape, order=0)
-    writer.mask("unreliable_mask", native, Threshold=UNRELIABLE_BELOW,
-                ThresholdDescription="Share of the perturbed members that vote for the consensus "
-                "label, below which a voxel counts as unreliable")  # fmt: skip
+        for group in group_members(families):
+            if f"entropy{suffix_of(group)}" not in maps:
+                continue
+            family, ending = (None, "") if group == ALL else (group, OF_FAMILY)
+            for key in _OUTSIDE:
+                writer.scalar_map(key + ending, maps[key + suffix_of(group)], family)
+            mask = maps["unreliable" + suffix_of(group)]
+            whole = insert(mask, g.box, g.conformed_shape, fill=False)
+            native = to_native_scalar(
+                whole, g.conformed_affine, g.native_affine, g.native_shape, order=0
+            )
+            writer.mask("unreliable_mask" + ending, native, family, Threshold=UNRELIABLE_BELOW,
+                        ThresholdDescription="Share of the members that vote for the consensus "
+                        "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
 def _tables(request: ScanRequest, files: Intermediate, g: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
-        entropy_mean = arrays["entropy_mean"]
-    families = [member.family for member in request.members]
+        families = [member.family for member in request.members]
+        entropy = {
+            group: arrays[f"entropy_mean{suffix_of(group)}"]
+            for group, members in group_members(families).items()
+            if group == ALL or len(members) > 1
+        }
     labels, voxel = request.ensemble.labels, voxel_volume(g.conformed_affine)
-    regions = region_table(counts, families, labels, voxel, entropy_mean)
+    regions = region_table(counts, families, labels, voxel, entropy)
     age, sex, doubt = _who(request)
     regions = judge_regions(
         regions,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
-"""On how many grids the baseline segmented, see `segmentation.shift`; absent: one."""
+"""On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 
@@ -129,7 +130,7 @@ def sidecar(
     ----------
     request : of which scan, made by which members
     key : of `names.OUTPUTS`
-    member : id, where the output is of one alone
+    member : id, where the output is of one alone; or family
     skull_stripped : whether the T1w image has no skull
     extra : further keys, e.g. ``{"Threshold": 0.5}``
 
@@ -154,10 +155,10 @@ def sidecar(
         content["Units"] = output.units
     if output.suffix == "probseg":
         content["LabelMap"] = [label.name for label in request.ensemble.labels]
-    if key == "ieee_dseg":
-        member = BASELINE
-    members = request.members if key == "members_tsv" else request.perturbed
-    content["Members"] = [member] if member else [m.id for m in members]
+    members = _members_behind(request, key, member)
+    content["Members"] = [m.id for m in members]
+    if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
+        content["MembersPerFamily"] = Counter(m.family for m in members)
     content |= extra or {}
     if request.settings.grids > 1:
         content[GRIDS_KEY] = request.settings.grids
@@ -166,6 +167,15 @@ def sidecar(
     if key == "consensus_dseg":
         content |= _column_descriptions(names.OUTPUTS["regions_tsv"])
     return content | _column_descriptions(output)
+
+
+def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Member]:
+    """Members that an output was computed from; `one` is its member or family."""
+    if key.endswith(names.OF_FAMILY):
+        return [member for member in request.perturbed if member.family == one]
+    if one or key == "ieee_dseg":
+        return [member for member in request.members if member.id == (one or BASELINE)]
+    return list(request.members if key == "members_tsv" else request.perturbed)
 
 
 def _column_descriptions(output: names.Output) -> dict[str, Any]:
@@ -183,8 +193,8 @@ def lookup_table(labels: Iterable[Label]) -> pd.DataFrame:
     return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
 
 
-def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
-    """Meaning of every ``desc-`` entity: one row per member, then the summaries.
+def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
+    """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
 
     Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
     ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
@@ -206,7 +216,9 @@ def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
         }
         for member in members
     ]
-    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in names.DESCRIPTIONS.items()]
+    families = dict.fromkeys(member.family for member in members if member.family != member.id)
+    texts = names.DESCRIPTIONS | {family: f"Members of the family {family}" for family in families}
+    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
     return pd.DataFrame(rows, columns=["desc_id", "description", "family", "seed", "precision", "sha256"])
 
 
@@ -246,7 +258,7 @@ def write_dataset_files(
     bids_dir: Path,
     output_dir: Path,
     labels: Iterable[Label],
-    members: Iterable[Member],
+    members: Collection[Member],
     *,
     sloppy: bool = False,
 ) -> None:

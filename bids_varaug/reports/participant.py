@@ -27,7 +27,7 @@ from bids_varaug.reports.html import Column, data_uri, percent, render_page, tab
 from bids_varaug.reports.plots import draw_volumes
 from bids_varaug.settings import Settings
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
-from bids_varaug.variability.quality import MEMBERS, VERDICTS
+from bids_varaug.variability.quality import VERDICTS, describe_families
 
 NO_VERDICTS = (
     "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
@@ -198,7 +198,6 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         citation=cite_participant(settings, request.ensemble, members),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
         unreliable_below=percent(UNRELIABLE_BELOW),
-        few=int(MEMBERS.caution),
     )
 
 
@@ -228,7 +227,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
         "has_unreliable": "unreliable" in classes,
         "within": tabulate(regions, {"name": known["name"], **within}, classes) if has_spread else None,
         "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
-        "few_members": {family: n for family, n in n_members.items() if n < MEMBERS.caution},
+        "few_members": describe_families(n_members),
         "limits": scan.limits.rstrip("."),
         "volumes": _volume_table(scan.members),
         "warnings": list(scan.warnings),

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.training.synthesis import SynthesisSettings
 
 

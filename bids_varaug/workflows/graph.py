@@ -14,7 +14,7 @@ from bids_varaug import __version__
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import identify
-from bids_varaug.segmentation.grids import GRIDS
+from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.workflows.interfaces import (
     AverageGrids,
     Conform,
@@ -81,7 +81,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         conform.inputs.trait_set(**by_locator)
     posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
     posteriors.run_without_submitting = True
-    fuse = _node(FuseMembers(families=[member.family for member in plan.members]), "fuse")
+    families = [member.family for member in plan.members]
+    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
     request = ScanRequest(settings, scan, ensemble, plan.members)
     write = _node(WriteScan(request=request, num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")

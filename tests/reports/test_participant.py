@@ -173,7 +173,7 @@ def test_families_stand_side_by_side_with_their_number_of_members(make_content, 
         "Structure", "Volume [mm³] mca", "Volume [mm³] seed", "CV [%] mca", "CV [%] seed", "Dice min mca",
         "Dice min seed", "Entropy [bit] mca", "Entropy [bit] seed",
     ]  # fmt: skip
-    assert "2 members of seed, fewer than 5" in section and "of mca, fewer" not in section
+    assert "Family seed has 2 members: below 5" in section and "Family mca" not in section
 
 
 def test_tables_without_measures_of_families_have_no_such_section(make_content):
