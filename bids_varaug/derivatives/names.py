@@ -157,7 +157,9 @@ for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
         _whole,
         key=_key + OF_FAMILY,
         entities={**_whole.entities, "desc": "{member}"},
-        description=_whole.description.replace("perturbed members", "members of one family")
+        description=_whole.description.replace("the perturbed members", "one family's members").replace(
+            "perturbed members", "members of one family"
+        )
         + " With --family-maps.",
     )
 
