@@ -38,11 +38,12 @@ import numpy as np
 import pandas as pd
 from heads import Head, find_heads, print_markdown, print_origin
 
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, Member, load_ensemble, select_members
-from bids_varaug.models.load import load_member
+from bids_varaug.models.weights import load_member
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import PreparedHead
 
 ORIGINAL = "original"
 FREESURFER_IDS = ("aseg31", "aseg")
@@ -72,11 +73,12 @@ def make_images(
 
 def member_volumes(t1w: Path, ensemble: Ensemble, members: Sequence[Member]) -> pd.DataFrame:
     """Segment an image with every member: a row each, with its volumes in mm3."""
-    prepared = PreparedHead(t1w, load_member(ensemble, members[0]), ensemble.voxel_size)
+    finder = load_member(ensemble, members[0])
+    image = crop_to_brain(finder, *prepare_head(t1w, ensemble.voxel_size, finder.shape.multiple))[0]
     names = [label.name for label in ensemble.labels]
     rows = []
     for member in members:
-        labels = segment_volume(load_member(ensemble, member), prepared.head).labels
+        labels = segment_volume(load_member(ensemble, member), image).labels
         volumes = np.bincount(labels.ravel(), minlength=len(names)) * ensemble.voxel_size**3
         rows.append({"member": member.id, "family": member.family}
                     | dict(zip(names[1:], volumes[1:], strict=True)))  # fmt: skip

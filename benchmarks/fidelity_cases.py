@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from nilearn.datasets import load_mni152_template
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import UNet, build_network, fold, unfold
 from tests.numerics import reference
 from tests.numerics.reference import Arithmetic

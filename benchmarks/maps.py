@@ -20,8 +20,13 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from bids_varaug.segmentation.fuse import Fusion, fuse_members
-from bids_varaug.segmentation.streams import PosteriorReader, PosteriorWriter, label_slabs
+from bids_varaug.segmentation.fuse import ALL, Fusion, fuse_members
+from bids_varaug.segmentation.posterior import (
+    SparsePosterior,
+    label_slabs,
+    save_posterior,
+    sparse_rows,
+)
 from bids_varaug.variability.regions import mean_entropy, pairwise_dice, region_counts
 
 
@@ -30,30 +35,26 @@ def make_member(path: Path, size: int, n_classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     axis = (np.arange(size) - (size - 1) / 2) / (size / 2)
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
-    stored = (radius < 0.62).reshape(size, -1)
-    labels = np.zeros(stored.shape, np.uint8)
-    writer = PosteriorWriter(path, (size,) * 3, n_classes, {"member": path.stem})
-    for x in range(size):
-        shell = radius[x].reshape(-1)[stored[x]] / 0.62 * n_classes
-        logits = -2 * (shell[:, None] - np.arange(n_classes)[::-1]) ** 2
-        logits += rng.normal(0, 0.3, logits.shape)
-        rows = np.exp(logits - logits.max(1, keepdims=True))
-        rows = (rows / rows.sum(1, keepdims=True)).astype(np.float32)
-        labels[x, stored[x]] = rows.argmax(1)
-        writer.write(np.flatnonzero(stored[x]).astype(np.int32), rows)
-    writer.finish(labels.reshape((size,) * 3))
+    stored = radius.ravel() < 0.62
+    shell = radius.ravel()[stored] / 0.62 * n_classes
+    logits = -2 * (shell[:, None] - np.arange(n_classes)[::-1]) ** 2
+    logits += rng.normal(0, 0.3, logits.shape)
+    rows = np.exp(logits - logits.max(1, keepdims=True))
+    rows = (rows / rows.sum(1, keepdims=True)).astype(np.float32)
+    sparse = SparsePosterior.from_rows(sparse_rows(rows, stored), radius.shape)
+    save_posterior(path, sparse, {"member": path.stem})
 
 
-def run_ours(paths: list[Path], out: Path) -> tuple[Fusion, dict[str, float]]:
+def run_ours(paths: list[Path]) -> tuple[Fusion, dict[str, float]]:
     """Fuse, map and count; return the fusion and seconds per part."""
     seconds = {}
     start = time.perf_counter()
-    fusion = fuse_members(paths, out)
+    fusion = fuse_members(paths)
     seconds["fuse and maps"] = time.perf_counter() - start
     start = time.perf_counter()
-    n_classes = PosteriorReader.open(out).n_classes
+    n_classes = fusion.mean.rows.shape[1]
     pairwise_dice(region_counts(label_slabs(paths), len(paths), n_classes))
-    mean_entropy(fusion.labels, fusion.entropy, n_classes)
+    mean_entropy(fusion.mean.labels, fusion.spread[ALL].entropy, n_classes)
     seconds["regions"] = time.perf_counter() - start
     return fusion, seconds
 
@@ -82,16 +83,16 @@ def main() -> None:
         warm = Path(folder) / "warm.safetensors"
         make_member(warm, 8, options.classes, 0)
         start = time.perf_counter()
-        run_ours([warm], Path(folder) / "warm-mean.safetensors")
+        run_ours([warm])
         print(f"compile or load kernels  {time.perf_counter() - start:10.2f} s")
-        fusion, seconds = run_ours(paths, Path(folder) / "mean.safetensors")
+        fusion, seconds = run_ours(paths)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         stack = np.concatenate(list(label_slabs(paths)), axis=1)
     total = stack.shape[1]
     count = min(options.naive_voxels or total, total)
     part = slice((total - count) // 2, (total - count) // 2 + count)
     entropy, naive = run_naive(stack[:, part], options.classes)
-    np.testing.assert_allclose(fusion.entropy.reshape(-1)[part], entropy, atol=1e-6)
+    np.testing.assert_allclose(fusion.spread[ALL].entropy.reshape(-1)[part], entropy, atol=1e-6)
     ours = sum(seconds.values())
     print(f"{options.members} members, {options.size}^3 voxels, {options.classes} classes")
     for name, value in seconds.items():

@@ -28,8 +28,7 @@ import torch
 from torch import nn
 
 from bids_varaug.machine import keep_freed_memory
-from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape, load_ensemble
 from bids_varaug.models.unet import UNet, build_network, fold
 from bids_varaug.training.train import has_bfloat16
 

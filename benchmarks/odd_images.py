@@ -24,8 +24,8 @@ from bids_varaug.images.crop import bounds
 from bids_varaug.images.intensity import standardise
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.ensemble import BASELINE, load_ensemble
-from bids_varaug.models.load import load_member
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.models.weights import load_member
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
 
 HEAD = 0.08  # of the brightest: what is above is not air

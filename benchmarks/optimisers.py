@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bids_varaug.machine import keep_freed_memory
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.training.labels import load_scheme
 from bids_varaug.training.monitor import dice_with_truth

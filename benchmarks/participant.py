@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
-from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.scan import Intermediate, write_scan
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members
-from bids_varaug.reports.subject import ReportRequest, write_subject_report
-from bids_varaug.segmentation.average import average_grids
-from bids_varaug.segmentation.grids import GRIDS
+from bids_varaug.reports.participant import write_subject_report
+from bids_varaug.segmentation.fuse import summarise_members
 from bids_varaug.segmentation.member import crop_with_member, segment_with_member
-from bids_varaug.segmentation.summary import summarise_members
+from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 
 
@@ -69,7 +69,7 @@ def time_steps(
     work.mkdir()
     with timed("read, conform, crop"):
         head, geometry = prepare_head(scan.path, ensemble.voxel_size, ensemble.network.multiple)
-    with timed("locate the brain"):
+    with timed("localise the brain"):
         head, geometry = crop_with_member(
             head, geometry, ensemble_name, ensemble.baseline, "cpu", threads
         )
@@ -101,7 +101,7 @@ def time_steps(
     with timed("to the native grid, derivatives"):
         write_scan(ScanRequest(settings, scan, ensemble, members), files, work, threads)
     with timed("report"):
-        write_subject_report(ReportRequest(settings, ensemble, members, (scan,)))
+        write_subject_report([ScanRequest(settings, scan, ensemble, members)])
 
 
 def tree_memory(pid: int) -> int:

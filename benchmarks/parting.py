@@ -33,11 +33,10 @@ from tqdm import tqdm
 from bids_varaug.cli.train import with_steps
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
-from bids_varaug.models.ensemble import BASELINE
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import BASELINE, NetworkShape
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import write_tensors
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.labels import load_scheme
 from bids_varaug.training.members import plan_member

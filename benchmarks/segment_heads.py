@@ -40,6 +40,7 @@ from scipy.special import entr
 from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import to_native_scalar
 from bids_varaug.images.crop import insert
+from bids_varaug.images.prepare import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import (
     BASELINE,
@@ -50,21 +51,22 @@ from bids_varaug.models.ensemble import (
     round_inference,
     select_members,
 )
-from bids_varaug.models.load import load_member
+from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.fuse import fuse_members
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.member import arithmetic_of
 from bids_varaug.segmentation.posterior import (
     BACKGROUND_CUT,
     SparsePosterior,
-    load_posterior,
+    label_slabs,
     save_posterior,
+    sparse_rows,
 )
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.segmentation.streams import label_slabs
-from bids_varaug.training.monitor import PreparedHead
-from bids_varaug.variability.regions import region_counts
+from bids_varaug.training.monitor import native_labels
+from bids_varaug.variability.regions import ALL, region_counts
 
-NOISE = 0.03  # between quiet and noisy scanners, see `bids_varaug.simulation`
+NOISE = 0.03  # between quiet and noisy scanners, see `examples/simulation`
 SHIFT, NOISY = "shift", "noise"
 
 
@@ -126,12 +128,11 @@ def move_posterior(sparse: SparsePosterior, shift: Sequence[float]) -> SparsePos
     sparse : its voxel v lies at v + `shift` of the image as it was
     shift : voxels, -1 to 1 along each axis
     """
-    shape, n_classes = sparse.labels.shape, sparse.posterior.shape[1]
-    slabs = np.repeat(np.arange(shape[0]), np.diff(sparse.offsets))
-    places = slabs * (shape[1] * shape[2]) + sparse.voxels
+    shape, n_classes = sparse.labels.shape, sparse.rows.shape[1]
+    before, posterior = sparse.stored, sparse.posterior
     for k in range(n_classes):
         dense = np.full(shape, k == 0, np.float32)
-        dense.reshape(-1)[places] = sparse.posterior[:, k]
+        dense.reshape(-1)[before] = posterior[:, k]
         for axis, s in enumerate(shift):
             step = int(np.sign(s))
             dense += np.float32(abs(s)) * (np.roll(dense, step, axis) - dense)
@@ -141,15 +142,13 @@ def move_posterior(sparse: SparsePosterior, shift: Sequence[float]) -> SparsePos
         rows[:, k] = dense[stored]
     labels = np.zeros(shape, np.uint8)
     labels[stored] = rows.argmax(axis=1)
-    by_slab = stored.reshape(shape[0], -1)
-    offsets = np.concatenate([[0], np.cumsum(by_slab.sum(axis=1))]).astype(np.int64)
-    return SparsePosterior(labels, offsets, by_slab.nonzero()[1].astype(np.int32), rows)
+    return SparsePosterior(labels, sparse_rows(rows, stored.ravel()))
 
 
 def on_box(sparse: SparsePosterior, rows: np.ndarray) -> np.ndarray:
     """Return values of stored voxels (N,) on the head box (X, Y, Z) float32, 0 elsewhere."""
-    out = np.zeros((len(sparse.labels), sparse.labels[0].size), np.float32)
-    out[np.repeat(np.arange(len(out)), np.diff(sparse.offsets)), sparse.voxels] = rows
+    out = np.zeros(sparse.labels.size, np.float32)
+    out[sparse.stored] = rows
     return out.reshape(sparse.labels.shape)
 
 
@@ -168,8 +167,8 @@ def segment_head(
 ) -> None:
     """Run all passes on a head, measure how they differ, and write `path`."""
     finder = load_member(ensemble, passes[0].member)
-    prepared = PreparedHead(Path(head.t1w), finder, ensemble.voxel_size)
-    g = prepared.geometry
+    whole, geometry = prepare_head(Path(head.t1w), ensemble.voxel_size, finder.shape.multiple)
+    image, g = crop_to_brain(finder, whole, geometry)
 
     def native(values: np.ndarray) -> np.ndarray:
         whole = insert(values, g.box, g.conformed_shape)
@@ -182,23 +181,22 @@ def segment_head(
         names = [p.id for p in passes] + [f"mean-{group}" for group in groups]
         files = {name: Path(scratch) / f"{name}.safetensors" for name in names}
         for p in passes:
-            sparse = p.run(ensemble, prepared.head)
+            sparse = p.run(ensemble, image)
             save_posterior(files[p.id], sparse, {"member": p.id, "family": p.family})
-            labels.append(prepared.native_labels(sparse))
+            labels.append(native_labels(sparse, g))
             entropies[p.id] = entropy_of(sparse)
             if p.id == BASELINE:
                 found[f"{BASELINE}_consensus"] = labels[-1]
                 found[f"{BASELINE}_entropy"] = native(entropies[p.id])
                 found[f"{BASELINE}_doubt"] = native(doubt_of(sparse))
         for group, ids in groups.items():
-            mean_path = files[f"mean-{group}"]
-            found[f"{group}_vote"] = native(
-                fuse_members([files[i] for i in ids], mean_path).entropy
-            )
-            mean = load_posterior(mean_path)
+            fusion = fuse_members([files[i] for i in ids])
+            mean = fusion.mean
+            save_posterior(files[f"mean-{group}"], mean, {})
+            found[f"{group}_vote"] = native(fusion.spread[ALL].entropy)
             entropy = entropy_of(mean)
             expected = sum(entropies[i] for i in ids) / len(ids)
-            found[f"{group}_consensus"] = prepared.native_labels(mean)
+            found[f"{group}_consensus"] = native_labels(mean, g)
             found[f"{group}_entropy"] = native(entropy)
             found[f"{group}_mutual"] = native(np.maximum(entropy - expected, 0))
             found[f"{group}_doubt"] = native(doubt_of(mean))

@@ -62,6 +62,12 @@ class OutputError(UserError):
     exit_code = ExitCode.CANNOT_CREATE
 
 
+class DiskError(OutputError):
+    """Writing began and could not be finished: the disk is full or failing."""
+
+    exit_code = ExitCode.CANNOT_WRITE
+
+
 class EnsembleError(UserError):
     """The ensemble is unknown, damaged or does not fit the request."""
 

@@ -31,6 +31,7 @@ GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
 
 IDLE_SECONDS = 1.0
+MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
 
 _release: threading.Timer | None = None
 

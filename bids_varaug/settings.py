@@ -31,6 +31,7 @@ class Settings:
     perturb_inference: int = 0
     grids: int = 1  # 0: as suits the ensemble, until that is known
     write_members: bool = False
+    family_maps: bool = False
     device: str = "cpu"
     nprocs: int = 1
     omp_nthreads: int = 1

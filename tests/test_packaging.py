@@ -147,11 +147,12 @@ def test_commands_of_the_readme_exist():
 
 @pytest.mark.parametrize("page", FRONT_PAGES)
 def test_page_names_every_output(page):
-    from bids_varaug.derivatives.names import OUTPUTS
+    from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS
 
     names = {
-        output.name("", "mca01" if output.per_member else None).removeprefix("_")
-        for output in OUTPUTS.values()
+        output.name("", member if output.per_member else None).removeprefix("_")
+        for key, output in OUTPUTS.items()
+        for member in ["mca" if key.endswith(OF_FAMILY) else "mca01"]
     }
     assert {name for name in names if f"`{name}`" not in read(page)} == set()
 

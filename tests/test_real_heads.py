@@ -19,8 +19,8 @@ from bids_varaug.cli.run import main
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.load import load_member
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.models.weights import load_member
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.monitor import dice_with_truth, native_labels
 

@@ -38,6 +38,7 @@ from bids_varaug.brainage.study import (
     SCORE_COLUMNS,
     SITE_COLUMNS,
     Study,
+    judge_gains,
 )
 from bids_varaug.brainage.tune import ALPHAS, closed_form_model
 
@@ -310,7 +311,7 @@ def _score(
     ]
     return (
         pd.DataFrame(rows, columns=list(SCORE_COLUMNS)),
-        pd.DataFrame(gain_rows, columns=list(GAIN_COLUMNS)),
+        judge_gains(pd.DataFrame(gain_rows, columns=list(GAIN_COLUMNS[:6]))),
     )
 
 

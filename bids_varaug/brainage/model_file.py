@@ -15,12 +15,12 @@ import pandas as pd
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
+from bids_varaug.atomic import replacing, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.correction import WITHHELD
 from bids_varaug.brainage.model import BrainAgeModel
 from bids_varaug.brainage.study import Study
 from bids_varaug.derivatives.sidecars import package_version
-from bids_varaug.derivatives.write import replacing, write_text
 from bids_varaug.errors import NoInputError, UserError
 
 FORMAT = 1

@@ -10,11 +10,10 @@ import pandas as pd
 
 from bids_varaug.brainage.correction import WITHHELD
 from bids_varaug.brainage.model import BrainAgeModel
-from bids_varaug.brainage.study import AUGMENTATIONS, Study
+from bids_varaug.brainage.study import AUGMENTATIONS, CONTROLS, Study
 from bids_varaug.inputs.ages import OLDEST
 from bids_varaug.inputs.tables import some
 
-CONTROLS = ("jitter", "shuffled")
 PHENOTYPE_TABLE = "phenotype/brainage.tsv"
 AVERAGED = ("age", "predicted", "corrected", "lower", "upper", "sd_num")
 
@@ -22,17 +21,15 @@ AVERAGED = ("age", "predicted", "corrected", "lower", "upper", "sd_num")
 def best_augmentation(study: Study) -> str:
     """Augmentation whose predictions stand for the study.
 
-    ``none``, unless the interval of another's paired gain lies above zero; then that of the largest
-    gain. The controls (jitter, shuffled) are no candidates. Without ``none``, the first one
-    evaluated.
+    ``none``, unless another one helps (`study.judge_gains`); then that of the largest gain. The
+    controls (jitter, shuffled) are no candidates. Without ``none``, the first one evaluated.
     """
     evaluated = [a for a in AUGMENTATIONS if (study.predictions["augmentation"] == a).any()]
     if "none" not in evaluated:
         return evaluated[0]
-    sure = study.gains[(study.gains["low"] > 0) & ~study.gains["augmentation"].isin(CONTROLS)]
-    if sure.empty:
-        return "none"
-    return str(sure.loc[sure["gain"].idxmax(), "augmentation"])
+    candidates = study.gains[~study.gains["augmentation"].isin(CONTROLS)]
+    helpful = candidates[candidates["effect"] == "helps"]
+    return "none" if helpful.empty else str(helpful.loc[helpful["gain"].idxmax(), "augmentation"])
 
 
 def phenotype_tables(study: Study, augmentation: str | None = None) -> dict[str, pd.DataFrame]:

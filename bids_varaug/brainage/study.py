@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 AUGMENTATIONS = ("none", "mean", "members", "analytic", "jitter", "shuffled")
+CONTROLS = ("jitter", "shuffled")
+"""Augmentations by noise of another origin: what others are compared with, never chosen."""
 BASELINES = ("mean_predictor", "ridge")
+ALPHA = 0.05  # of tests, as that of the 95 % intervals
 
 PREDICTION_COLUMNS = (
     "participant_id", "session_id", "observation", "age", "augmentation", "predicted",
@@ -17,7 +21,9 @@ SCORE_COLUMNS = (
     "augmentation", "n", "mae", "mae_low", "mae_high", "rmse", "r2", "r", "bias_slope",
     "mae_corrected", "bias_slope_corrected", "coverage", "interval_width",
 )  # fmt: skip
-GAIN_COLUMNS = ("augmentation", "gain", "low", "high", "p_value", "against")
+GAIN_COLUMNS = (
+    "augmentation", "gain", "low", "high", "p_value", "against", "p_corrected", "effect",
+)  # fmt: skip
 CURVE_COLUMNS = ("n_participants", "augmentation", "mae", "low", "high")
 SITE_COLUMNS = ("site", "n")
 RELIABILITY_COLUMNS = ("kind", "name", "icc", "low", "high", "n_participants", "n_observations")
@@ -48,7 +54,8 @@ class Study:
         over participants), p_value (two-sided sign-flip permutation over participants), against
         (``none``, or ``none, linear model`` for ``analytic`` where the model asked for is not
         linear: then the gain is against that linear model without augmentation, as anything else
-        would mistake the change of model for an effect of augmentation)
+        would mistake the change of model for an effect of augmentation), p_corrected and effect
+        (of `judge_gains`)
     learning_curve : one row per number of training participants and augmentation
         n_participants, augmentation, mae, low, high; empty if not asked for
     sites : leave-one-site-out, one row per site
@@ -69,3 +76,27 @@ class Study:
     reliability: pd.DataFrame
     chosen: dict[str, dict[str, object]] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
+
+
+def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
+    """Decide of each augmentation whether it helps; files and reports only repeat it.
+
+    It helps where the interval of its gain lies above 0 and a test that allows for the number of
+    augmentations tried agrees: in a few dozen people the bootstrap interval alone is too narrow,
+    and the best of several is chosen. It harms where the same holds below 0.
+
+    Parameters
+    ----------
+    gains : table with columns augmentation, low, high (95 % interval), p_value
+
+    Returns
+    -------
+    DataFrame
+        The same with the columns p_corrected (Bonferroni; `CONTROLS` do not count as tried) and
+        effect ("helps", "harms" or "unclear")
+    """
+    tried = (~gains["augmentation"].isin(CONTROLS)).sum()
+    p_corrected = (gains["p_value"].astype(float) * max(tried, 1)).clip(upper=1.0)
+    sure = p_corrected < ALPHA
+    effect = np.select([sure & (gains["low"] > 0), sure & (gains["high"] < 0)], ["helps", "harms"], "unclear")
+    return gains.assign(p_corrected=p_corrected, effect=effect)

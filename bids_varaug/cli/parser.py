@@ -17,14 +17,13 @@ from bids_varaug import __version__
 from bids_varaug.cli import values
 from bids_varaug.cli.paths import check_paths
 from bids_varaug.errors import ExitCode, UsageError
-from bids_varaug.machine import available_processors
+from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.settings import Settings
 
 LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
-MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 
 
@@ -34,10 +33,11 @@ class UnknownLevelError(UsageError):
     exit_code = ExitCode.UNKNOWN_LEVEL
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Parser whose errors are `UsageError` (exit code 64 instead of argparse's 2)."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `UsageError`."""
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
@@ -46,7 +46,7 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
 
     Each flag's `dest` is a field of `Settings`, which gives its default unless one stands here.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="bids_varaug",
         description="Segment T1w images with a numerical ensemble and map where its members disagree (participant); "
         "predict age from the volumes (group).",
@@ -57,7 +57,7 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
     if positionals:
         _add_positionals(parser)
     _add_selection(parser.add_argument_group("images"))
-    _add_ensemble(parser.add_argument_group("ensemble"))
+    add_ensemble(parser.add_argument_group("ensemble"))
     _add_resources(parser.add_argument_group("computing"))
     _add_running(parser.add_argument_group("running"))
     _add_group_level(parser.add_argument_group("group level"))
@@ -92,7 +92,8 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
 
 
-def _add_ensemble(group: argparse._ArgumentGroup) -> None:
+def add_ensemble(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the ensemble and its members."""
     add = group.add_argument
     add("--ensemble", type=values.ensemble, metavar="NAME|DIR",
         help="a shipped ensemble, or the folder of one (default: %(default)s)")
@@ -108,6 +109,7 @@ def _add_ensemble(group: argparse._ArgumentGroup) -> None:
         "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
         "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
+    add("--family-maps", action="store_true", help="also write the maps of spread of each family")
     add("--random-seed", type=values.seed, metavar="N",
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
@@ -191,7 +193,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """
     argv = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
-    config_parser = _Parser(add_help=False, allow_abbrev=False)
+    config_parser = Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config-file", type=values.existing_file)
     config_file = config_parser.parse_known_args(argv)[0].config_file
     if config_file is not None:

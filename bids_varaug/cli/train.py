@@ -85,7 +85,7 @@ def _share(text: str) -> float:
 
 def make_recipe(arguments: argparse.Namespace, n_classes: int) -> Recipe:
     """Return the standard recipe with the changes that the command line asks for."""
-    from bids_varaug.models.shape import NetworkShape
+    from bids_varaug.models.ensemble import NetworkShape
     from bids_varaug.training.recipe import STAGES, Recipe
     from bids_varaug.training.synthesis import SynthesisSettings
 

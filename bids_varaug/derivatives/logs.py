@@ -6,39 +6,37 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
+from bids_varaug.atomic import write_text
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.sidecars import package_versions
-from bids_varaug.derivatives.write import write_text
 from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.reports.citation import Citation, cite
 from bids_varaug.settings import Settings
 
 
 def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
-    """Write ``logs/CITATION.md`` and the settings as TOML, under a name made of their content.
-
-    Several runs may share one output directory; equal requests share one file.
-    """
-    folder = names.logs(settings.output_dir)
-    text = settings_toml(settings, ensemble, members)
-    write_text(text, folder / _settings_name(text))
-    citation = cite(
-        ensemble, members, package_versions(), sloppy=settings.sloppy, n_grids=settings.grids
-    )
-    write_text(citation.markdown(), folder / "CITATION.md")
+    """Write ``logs/CITATION.md`` and the settings of a run of the participant level."""
+    _write(settings, settings_toml(settings, ensemble, members), cite_participant(settings, ensemble, members))
 
 
 def write_group_logs(settings: Settings, citation: Citation) -> None:
-    """Write the settings of a run of the group level, and how to cite it."""
-    folder = names.logs(settings.output_dir)
-    text = "\n".join(_settings_lines(settings)) + "\n"
-    write_text(text, folder / _settings_name(text))
-    write_text(citation.markdown(), folder / "CITATION_group.md")
+    """Write ``logs/CITATION_group.md`` and the settings of a run of the group level."""
+    _write(settings, _toml_table("settings", _given(settings)), citation, "_group")
 
 
-def _settings_name(text: str) -> str:
-    return f"settings-{hashlib.sha256(text.encode()).hexdigest()[:8]}.toml"
+def _write(settings: Settings, text: str, citation: Citation, ending: str = "") -> None:
+    # Several runs may share one output directory; equal requests share one file.
+    folder, digest = names.logs(settings.output_dir), hashlib.sha256(text.encode()).hexdigest()[:8]
+    write_text(text, folder / f"settings-{digest}.toml")
+    write_text(citation.markdown(), folder / f"CITATION{ending}.md")
+
+
+def cite_participant(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Citation:
+    """How to cite a run of the participant level."""
+    run = {"ensemble": ensemble, "members": members, "sloppy": settings.sloppy, "n_grids": settings.grids}
+    return cite("participant", package_versions(), **run)
 
 
 def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:
@@ -46,23 +44,24 @@ def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Memb
 
     The settings have a table of their own: ``ensemble`` is one of them too, as it was asked for.
     """
-    lines = _settings_lines(settings)
-    lines += ["", "[ensemble]", f"name = {toml_value(ensemble.name)}"]
-    lines += [f"version = {toml_value(ensemble.version)}", "", "[ensemble.sha256]"]
-    lines += [f"{json.dumps(member.id)} = {toml_value(member.sha256)}" for member in members]
-    return "\n".join(lines) + "\n"
+    tables = {
+        "settings": _given(settings),
+        "ensemble": {"name": ensemble.name, "version": ensemble.version},
+        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in members},
+    }
+    return "\n".join(_toml_table(name, values) for name, values in tables.items())
 
 
-def _settings_lines(settings: Settings) -> list[str]:
-    lines = ["[settings]"]
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if value is not None:  # TOML has no null
-            lines.append(f"{field.name} = {toml_value(value)}")
-    return lines
+def _given(settings: Settings) -> dict[str, Any]:
+    """Settings that are not None, which TOML lacks."""
+    return {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) is not None}
 
 
-def toml_value(value) -> str:
+def _toml_table(name: str, values: Mapping[str, Any]) -> str:
+    return "\n".join([f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]) + "\n"
+
+
+def toml_value(value: Any) -> str:
     """Write a string, path, number, boolean, list or mapping as TOML.
 
     Examples

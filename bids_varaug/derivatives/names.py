@@ -1,16 +1,17 @@
 """The one table of outputs: names, schema status, units and meaning of each.
 
-Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new
-row of `OUTPUTS`.
+Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new row of `OUTPUTS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from bids_varaug.inputs.scans import Scan
+from bids_varaug.models.ensemble import Ensemble, Member
+from bids_varaug.settings import Settings
 
 SEGMENTATION = "varaug"
 
@@ -21,33 +22,32 @@ class Output:
 
     Attributes
     ----------
-    key : str
-        Name in the code.
-    entities : mapping of str to str
-        Entities that follow those of the T1w, in BIDS order; ``{member}`` stands for a member's id.
-    suffix, extension : str
-    schema_valid : bool
-        False where BIDS has no such name yet and ``.bidsignore`` must list it.
-    description : str
-        For the sidecar and the README.
-    units : str or None
-        Of the voxels; None for labels and tables.
-    columns : mapping of str to (description, unit or None)
-        Of a table.
+    key : name in the code
+    entities : those that follow the T1w's own, in BIDS order; ``{member}`` stands for the id of a member, or
+        of a family
+    suffix : of the file name
+    description : for the sidecar and the README
+    units : of the voxels; None for labels and tables
+    columns : of a table, name to description and unit (or None)
+    extension : of the file name
     """
 
     key: str
     entities: Mapping[str, str]
     suffix: str
-    extension: str
-    schema_valid: bool
     description: str
     units: str | None = None
     columns: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    extension: str = ".nii.gz"
+
+    @property
+    def schema_valid(self) -> bool:
+        """Whether BIDS has such a name; otherwise ``.bidsignore`` must list it."""
+        return self.suffix not in ("statmap", "morph")
 
     @property
     def per_member(self) -> bool:
-        """Whether there is one such file for each member."""
+        """Whether there is one such file for each member or family."""
         return any("{member}" in value for value in self.entities.values())
 
     def name(self, prefix: str, member: str | None = None) -> str:
@@ -68,14 +68,9 @@ class Output:
         middle = "".join(f"_{name}-{value}" for name, value in self.entities.items())
         return f"{prefix}{middle.format(member=member)}_{self.suffix}{self.extension}"
 
-    def relative(self, scan: Scan, member: str | None = None) -> str:
-        """POSIX path relative to the output directory."""
-        folder = PurePosixPath(scan.relative).parent
-        return (folder / self.name(scan.prefix, member)).as_posix()
-
     def path(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
         """Absolute path of the output of one T1w image."""
-        return Path(output_dir) / self.relative(scan, member)
+        return Path(output_dir) / Path(scan.relative).parent / self.name(scan.prefix, member)
 
     def sidecar(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
         """JSON sidecar; an image and a table of the same name share it."""
@@ -84,27 +79,35 @@ class Output:
 
 
 FAMILIES = (
-    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, "
-    "by random rounding)"
+    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, by random rounding)"
 )
 _ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
-_REGIONS = {
-    **_ID,
+_MEASURES = {
     "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
     "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
     "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
     "sigbits": (
-        "Significant bits of the volume over the perturbed members (significantdigits, centred "
-        "normality hypothesis, probability 95 %, confidence 95 %)",
+        "Significant bits of the volume over the perturbed members: -log2(volume_std / "
+        "volume_mean), as in the map of significant bits",
+        "bit",
+    ),
+    "sigbits_lower": (
+        "Lower confidence bound of the significant bits: those that a further member would share "
+        "with the mean with a probability of 95 %, at a confidence of 95 % (significantdigits, "
+        "centred normality hypothesis)",
         "bit",
     ),
     "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
     "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
     "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
+}
+_REGIONS = {
+    **_ID,
+    **_MEASURES,
     **{
-        f"{measure}_{family}": (f"As {measure}, within the {family} family", None)
+        f"{measure}_{family}": (f"As {measure}, within the {family} family", unit)
         for family in ("mca", "seed", "rr")
-        for measure in ("cv", "dice_min", "dice_mean")
+        for measure, (_, unit) in _MEASURES.items()
     },
     "verdict": ("How far the volume can be trusted", None),
     "reason": ("Why the verdict is not good, the worst reason first", None),
@@ -119,104 +122,46 @@ _MEMBERS = {
 }
 
 _SEG = {"seg": SEGMENTATION}
-OUTPUTS: dict[str, Output] = {
-    output.key: output
-    for output in (
-        Output(
-            "consensus_dseg",
-            {**_SEG, "desc": "consensus"},
-            "dseg",
-            ".nii.gz",
-            True,
-            "Consensus labels: largest mean posterior over the perturbed members.",
-        ),
-        Output(
-            "ieee_dseg",
-            {**_SEG, "desc": "ieee"},
-            "dseg",
-            ".nii.gz",
-            True,
-            "Labels of the unperturbed baseline member.",
-        ),
-        Output(
-            "member_dseg",
-            {**_SEG, "desc": "{member}"},
-            "dseg",
-            ".nii.gz",
-            True,
-            "Labels of one member (with --write-members).",
-        ),
-        Output(
-            "mean_probseg",
-            {**_SEG, "desc": "mean"},
-            "probseg",
-            ".nii.gz",
-            True,
-            "Mean posterior over the perturbed members, one volume per label of LabelMap.",
-        ),
-        Output(
-            "brain_mask",
-            {"desc": "brain"},
-            "mask",
-            ".nii.gz",
-            True,
-            "Voxels of any structure of the consensus.",
-        ),
-        Output(
-            "unreliable_mask",
-            {"label": "unreliable"},
-            "mask",
-            ".nii.gz",
-            True,
-            "Voxels whose consensus label too few perturbed members chose, see Threshold.",
-        ),
-        Output(
-            "entropy",
-            {**_SEG, "stat": "entropy"},
-            "statmap",
-            ".nii.gz",
-            False,
-            "Shannon entropy of the perturbed members' votes.",
-            "bit",
-        ),
-        Output(
-            "sigbits",
-            {**_SEG, "stat": "sigbits"},
-            "statmap",
-            ".nii.gz",
-            False,
-            "Significant bits of the consensus label's posterior over the perturbed members.",
-            "bit",
-        ),
-        Output(
-            "std",
-            {**_SEG, "stat": "std"},
-            "statmap",
-            ".nii.gz",
-            False,
-            "Standard deviation of the consensus label's posterior over the perturbed members.",
-            "1",
-        ),
-        Output(
-            "regions_tsv",
-            {**_SEG, "desc": "consensus"},
-            "dseg",
-            ".tsv",
-            True,
-            "Volumes of each structure and how much the members disagree about it.",
-            columns=_REGIONS,
-        ),
-        Output(
-            "members_tsv",
-            {**_SEG, "desc": "members"},
-            "morph",
-            ".tsv",
-            False,
-            "Volume of each structure in each member.",
-            columns=_MEMBERS,
-        ),
+_ROWS = (
+    Output("consensus_dseg", {**_SEG, "desc": "consensus"}, "dseg",
+           "Consensus labels: largest mean posterior over the perturbed members."),
+    Output("ieee_dseg", {**_SEG, "desc": "ieee"}, "dseg",
+           "Labels of the unperturbed baseline member."),
+    Output("member_dseg", {**_SEG, "desc": "{member}"}, "dseg",
+           "Labels of one member (with --write-members)."),
+    Output("mean_probseg", {**_SEG, "desc": "mean"}, "probseg",
+           "Mean posterior over the perturbed members, one volume per label of LabelMap."),
+    Output("brain_mask", {"desc": "brain"}, "mask",
+           "Voxels of any structure of the consensus."),
+    Output("unreliable_mask", {"label": "unreliable"}, "mask",
+           "Voxels whose consensus label too few perturbed members chose, see Threshold."),
+    Output("entropy", {**_SEG, "stat": "entropy"}, "statmap",
+           "Shannon entropy of the perturbed members' votes.", "bit"),
+    Output("sigbits", {**_SEG, "stat": "sigbits"}, "statmap",
+           "Significant bits of the consensus label's posterior over the perturbed members.", "bit"),
+    Output("std", {**_SEG, "stat": "std"}, "statmap",
+           "Standard deviation of the consensus label's posterior over the perturbed members.", "1"),
+    Output("regions_tsv", {**_SEG, "desc": "consensus"}, "dseg",
+           "Volumes of each structure and how much the members disagree about it.",
+           columns=_REGIONS, extension=".tsv"),
+    Output("members_tsv", {**_SEG, "desc": "members"}, "morph",
+           "Volume of each structure in each member.", columns=_MEMBERS, extension=".tsv"),
+)  # fmt: skip
+OUTPUTS: dict[str, Output] = {output.key: output for output in _ROWS}
+
+OF_FAMILY = "_of_family"
+"""Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
+for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
+    _whole = OUTPUTS[_key]
+    OUTPUTS[_key + OF_FAMILY] = replace(
+        _whole,
+        key=_key + OF_FAMILY,
+        entities={**_whole.entities, "desc": "{member}"},
+        description=_whole.description.replace("the perturbed members", "one family's members").replace(
+            "perturbed members", "members of one family"
+        )
+        + " With --family-maps.",
     )
-}
 
 # Label, description of the desc- entities that are no member's id.
 DESCRIPTIONS = {
@@ -230,6 +175,34 @@ DATASET_DESCRIPTION = "dataset_description.json"
 DESCRIPTIONS_TABLE = "descriptions.tsv"
 LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
 GROUP_REPORT = "group_brainage.html"
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """Whose derivatives to write or show, and from which members (in the order of the counts)."""
+
+    settings: Settings
+    scan: Scan
+    ensemble: Ensemble
+    members: tuple[Member, ...]
+
+    @property
+    def perturbed(self) -> tuple[Member, ...]:
+        """Members of consensus and spread; the baseline alone where there is no other."""
+        return tuple(m for m in self.members if not m.is_baseline) or self.members
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there are two perturbed members to disagree."""
+        return len(self.perturbed) > 1
+
+    def path(self, key: str, member: str | None = None) -> Path:
+        """Absolute path of one of the `OUTPUTS`."""
+        return OUTPUTS[key].path(self.settings.output_dir, self.scan, member)
+
+    def sidecar(self, key: str, member: str | None = None) -> Path:
+        """Absolute path of its JSON sidecar."""
+        return OUTPUTS[key].sidecar(self.settings.output_dir, self.scan, member)
 
 
 def report(output_dir: Path, subject: str) -> Path:

@@ -7,21 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numba
 import numpy as np
 import pandas as pd
 
-from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.names import OF_FAMILY, SEGMENTATION, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
-from bids_varaug.derivatives.write import (
-    write_image,
-    write_image_series,
-    write_json,
-    write_table,
-)
+from bids_varaug.derivatives.write import write_image, write_image_series, write_table
 from bids_varaug.errors import UserError
 from bids_varaug.images.affine import voxel_sizes, voxel_volume
 from bids_varaug.images.conform import to_native_scalar
@@ -30,17 +26,24 @@ from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.machine import compiled
-from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
 from bids_varaug.variability.quality import (
+    describe_families,
     describe_limits,
     describe_thresholds,
     describe_verdicts,
     judge_regions,
 )
-from bids_varaug.variability.regions import RegionCounts, members_table, region_table
+from bids_varaug.variability.regions import (
+    ALL,
+    RegionCounts,
+    group_members,
+    members_table,
+    region_table,
+    suffix_of,
+)
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
@@ -71,48 +74,45 @@ class ScanWriter:
         self.written: list[Path] = []
         self.ids = np.array([label.index for label in request.ensemble.labels], np.int32)
 
-    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra) -> None:
+    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra: Any) -> None:
         """Write class indices (X, Y, Z) uint8 as label ids."""
         dtype = np.int16 if self.ids.max() < 2**15 else np.int32
-        self._image(key, self.ids.astype(dtype)[classes], member, extra)
+        self._image(key, self.ids.astype(dtype)[classes], member, **extra)
 
-    def mask(self, key: str, mask: np.ndarray, **extra) -> None:
+    def mask(self, key: str, mask: np.ndarray, member: str | None = None, **extra: Any) -> None:
         """Write a mask (X, Y, Z) bool."""
-        self._image(key, mask.astype(np.uint8), extra=extra)
+        self._image(key, mask.astype(np.uint8), member, **extra)
 
-    def scalar_map(self, key: str, values: np.ndarray) -> None:
+    def scalar_map(self, key: str, values: np.ndarray, family: str | None = None) -> None:
         """Bring a map of the head box to the native grid and write it."""
         g = self.geometry
-        whole = insert(values, g.box, g.conformed_shape, fill=_OUTSIDE[key])
+        fill = _OUTSIDE[key.removesuffix(OF_FAMILY)]
+        whole = insert(values, g.box, g.conformed_shape, fill=fill)
         native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
-        self._image(key, native)
+        self._image(key, native, family)
 
     def posterior(self, key: str, quantised: np.ndarray) -> None:
         """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
-        output, request = OUTPUTS[key], self.request
-        names = [label.name for label in request.ensemble.labels]
-        path = output.path(request.settings.output_dir, request.scan)
+        path = self.request.path(key)
         write_image_series(
             _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
             self.header, POSTERIOR_SCALE,
         )  # fmt: skip
-        extra = {
-            "Temperature": request.ensemble.temperature,
-            "TemperatureDescription": "The members' mean posterior p is given as "
-            "p^(1/Temperature), scaled to sum to 1; found on images that training left out",
-        }
-        self._sidecar(key, None, label_names=names, extra=extra)
+        self._sidecar(
+            key,
+            Temperature=self.request.ensemble.temperature,
+            TemperatureDescription="The members' mean posterior p is given as p^(1/Temperature), scaled to sum to 1; "
+            "found on images that training left out",
+        )
         self.written.append(path)
 
-    def table(self, key: str, table) -> None:
-        """Write a TSV."""
-        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan)
+    def table(self, key: str, table: pd.DataFrame) -> None:
+        """Write a TSV; that of the regions shares the sidecar of the consensus labels."""
+        path = self.request.path(key)
         write_table(table, path)
         if key == "members_tsv":  # the group level must not mix ensembles or versions
             self._remove_strangers()
-            self._sidecar(key, None, extra=self._origin())
-        elif key != "regions_tsv":  # shares the sidecar of the consensus labels
-            self._sidecar(key, None)
+            self._sidecar(key, **self._origin())
         self.written.append(path)
 
     def _origin(self) -> dict:
@@ -135,7 +135,7 @@ class ScanWriter:
         Labels of members would be taken for those of this run.
         """
         settings, scan = self.request.settings, self.request.scan
-        path = OUTPUTS["members_tsv"].sidecar(settings.output_dir, scan)
+        path = self.request.sidecar("members_tsv")
         try:
             before = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -152,30 +152,18 @@ class ScanWriter:
 
     def remove(self, key: str) -> None:
         """Remove an output of an earlier run, and its sidecar."""
-        where = self.request.settings.output_dir, self.request.scan
-        OUTPUTS[key].path(*where).unlink(missing_ok=True)
-        OUTPUTS[key].sidecar(*where).unlink(missing_ok=True)
+        self.request.path(key).unlink(missing_ok=True)
+        self.request.sidecar(key).unlink(missing_ok=True)
 
-    def _ids(self, key: str) -> list[str]:
-        if key == "ieee_dseg":
-            return [BASELINE]
-        chosen = self.request.members if key == "members_tsv" else self.request.perturbed
-        return [member.id for member in chosen]
-
-    def _image(self, key, data, member=None, extra=None) -> None:
-        path = OUTPUTS[key].path(self.request.settings.output_dir, self.request.scan, member)
+    def _image(self, key: str, data: np.ndarray, member: str | None = None, **extra: Any) -> None:
+        path = self.request.path(key, member)
         write_image(data, self.geometry.native_affine, path, source_header=self.header)
-        self._sidecar(key, member, extra=extra)
+        self._sidecar(key, member, **extra)
         self.written.append(path)
 
-    def _sidecar(self, key, member, **content) -> None:
-        settings, scan = self.request.settings, self.request.scan
-        values = sidecar(
-            key, scan, members=[member] if member else self._ids(key),
-            skull_stripped=self.skull_stripped, sloppy=settings.sloppy,
-            n_grids=settings.grids, **content,
-        )  # fmt: skip
-        write_json(values, OUTPUTS[key].sidecar(settings.output_dir, scan, member))
+    def _sidecar(self, key: str, member: str | None = None, **extra: Any) -> None:
+        content = sidecar(self.request, key, member, skull_stripped=self.skull_stripped, extra=extra)
+        write_json(content, self.request.sidecar(key, member))
 
 
 def write_scan(
@@ -195,10 +183,8 @@ def write_scan(
     geometry = Geometry.load(files.geometry)
     mean = load_posterior(files.mean)
     dense_file = folder / "posterior.npy"
-    n_classes = mean.posterior.shape[1]
-    dense = np.lib.format.open_memmap(
-        dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes)
-    )
+    n_classes = mean.rows.shape[1]
+    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes))
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
     brain = consensus.labels > 0
     brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
@@ -210,7 +196,12 @@ def write_scan(
     told = {
         "VolumeLimits": basis,
         "VerdictThresholds": describe_thresholds(),
-        "Warnings": [*geometry.warnings, *doubts, *describe_verdicts(regions)],
+        "Warnings": [
+            *geometry.warnings,
+            *doubts,
+            *describe_families(Counter(member.family for member in request.perturbed)),
+            *describe_verdicts(regions),
+        ],
     }
     writer.labels("consensus_dseg", consensus.labels, **told)
     writer.mask("brain_mask", brain)
@@ -229,9 +220,7 @@ def write_scan(
     return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
 
 
-def _to_native(
-    sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0
-) -> NativePosterior:
+def _to_native(sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0) -> NativePosterior:
     return resample_posterior(
         sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
         g.conformed_affine, g.native_affine, g.native_shape,
@@ -249,26 +238,37 @@ def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: 
 
 
 def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
+    """Write the maps of all perturbed members, and of the families for which there are maps."""
+    families = [member.family for member in writer.request.members]
     with np.load(files.maps) as maps:
-        for key in _OUTSIDE:
-            writer.scalar_map(key, maps[key])
-        whole = insert(maps["unreliable"], g.box, g.conformed_shape, fill=False)
-    native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape, order=0)
-    writer.mask("unreliable_mask", native, Threshold=UNRELIABLE_BELOW,
-                ThresholdDescription="Share of the perturbed members that vote for the consensus "
-                "label, below which a voxel counts as unreliable")  # fmt: skip
+        for group in group_members(families):
+            if f"entropy{suffix_of(group)}" not in maps:
+                continue
+            family, ending = (None, "") if group == ALL else (group, OF_FAMILY)
+            for key in _OUTSIDE:
+                writer.scalar_map(key + ending, maps[key + suffix_of(group)], family)
+            mask = maps["unreliable" + suffix_of(group)]
+            whole = insert(mask, g.box, g.conformed_shape, fill=False)
+            native = to_native_scalar(
+                whole, g.conformed_affine, g.native_affine, g.native_shape, order=0
+            )
+            writer.mask("unreliable_mask" + ending, native, family, Threshold=UNRELIABLE_BELOW,
+                        ThresholdDescription="Share of the members that vote for the consensus "
+                        "label, below which a voxel counts as unreliable")  # fmt: skip
 
 
-def _tables(
-    request: ScanRequest, files: Intermediate, g: Geometry
-) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def _tables(request: ScanRequest, files: Intermediate, g: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
-        entropy_mean = arrays["entropy_mean"]
-    families = [member.family for member in request.members]
+        families = [member.family for member in request.members]
+        entropy = {
+            group: arrays[f"entropy_mean{suffix_of(group)}"]
+            for group, members in group_members(families).items()
+            if group == ALL or len(members) > 1
+        }
     labels, voxel = request.ensemble.labels, voxel_volume(g.conformed_affine)
-    regions = region_table(counts, families, labels, voxel, entropy_mean)
+    regions = region_table(counts, families, labels, voxel, entropy)
     age, sex, doubt = _who(request)
     regions = judge_regions(
         regions,

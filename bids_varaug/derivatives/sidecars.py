@@ -5,47 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
-from bids_varaug.derivatives import names
-from bids_varaug.derivatives.names import FAMILIES
-from bids_varaug.derivatives.write import write_json, write_table, write_text
-from bids_varaug.inputs.scans import Scan
-from bids_varaug.variability.quality import VERDICTS
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from bids_varaug.atomic import write_json, write_text
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.write import write_table
+from bids_varaug.models.ensemble import BASELINE, Label, Member
+from bids_varaug.variability.quality import VERDICTS
 
 BIDS_VERSION = "1.10.0"
 TOOL = "bids_varaug"
 PACKAGES = (
-    "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits",
-    "scikit-learn",
+    "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
 CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
-"""On how many grids the baseline segmented, see `segmentation.shift`; absent: one."""
+"""On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
-
-
-class LabelLike(Protocol):
-    """A structure: FreeSurfer id and name."""
-
-    index: int
-    name: str
-
-
-class MemberLike(Protocol):
-    """A member of an ensemble."""
-
-    id: str
-    family: str
-    seed: int
-    precision: Any
-    sha256: str
 
 
 def package_version() -> str:
@@ -60,11 +43,6 @@ def package_versions() -> dict[str, str]:
     """Versions of what the results depend on."""
     installed = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {TOOL: package_version()} | installed
-
-
-def raw_uri(scan: Scan) -> str:
-    """BIDS URI of the T1w image in the input dataset."""
-    return f"bids:raw:{scan.relative}"
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
@@ -83,37 +61,28 @@ def raw_link(bids_dir: Path, output_dir: Path) -> str:
 
 
 def dataset_description(
-    bids_dir: Path,
-    output_dir: Path,
-    *,
-    sloppy: bool = False,
-    environ: Mapping[str, str] | None = None,
+    bids_dir: Path, output_dir: Path, *, sloppy: bool = False, environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Content of ``dataset_description.json`` of the derivatives.
 
     Parameters
     ----------
-    bids_dir, output_dir : Path
-        Absolute.
-    sloppy : bool
-        Whether to warn that the results are for tests only.
-    environ : mapping of str to str, optional
-        Where to look for the container's name; default ``os.environ``.
+    bids_dir, output_dir : absolute
+    sloppy : whether to warn that the results are for tests only
+    environ : where to look for the container's name; default ``os.environ``
     """
     source = _source_description(bids_dir)
     link = raw_link(bids_dir, output_dir)
     generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
     if sloppy:
         generated["Description"] = SLOPPY_NOTE
-    container = _container(os.environ if environ is None else environ)
-    if container:
+    if container := _container(os.environ if environ is None else environ):
         generated["Container"] = container
+    origin = {"URL": link}
     doi = source.get("DatasetDOI")
     if isinstance(doi, str) and doi:
         bare = doi.removeprefix("doi:").removeprefix("https://doi.org/")
         origin = {"URL": f"https://doi.org/{bare}", "DOI": bare}
-    else:
-        origin = {"URL": link}
     description = {
         "Name": f"Numerical variability of T1w segmentation: {source.get('Name', bids_dir.name)}",
         "BIDSVersion": BIDS_VERSION,
@@ -148,34 +117,22 @@ def _container(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def sidecar(
+    request: ScanRequest,
     key: str,
-    scan: Scan,
+    member: str | None = None,
     *,
-    members: Iterable[str] = (),
-    label_names: Iterable[str] = (),
     skull_stripped: bool = False,
     extra: Mapping[str, Any] | None = None,
-    sloppy: bool = False,
-    n_grids: int = 1,
 ) -> dict[str, Any]:
     """JSON sidecar of one output (of the consensus labels: also of the table of that name).
 
     Parameters
     ----------
-    key : str
-        Of `names.OUTPUTS`.
-    scan : Scan
-    members : iterable of str
-        Ids of the members that the output was computed from.
-    label_names : iterable of str
-        Names of the volumes of ``mean_probseg``, in order.
-    skull_stripped : bool
-        Whether the T1w image has no skull.
-    extra : mapping, optional
-        Further keys, e.g. ``{"Threshold": 0.5, "ThresholdUnits": "bit"}``.
-    sloppy : bool
-    n_grids : int
-        On how many grids the baseline segmented.
+    request : of which scan, made by which members
+    key : of `names.OUTPUTS`
+    member : id, where the output is of one alone; or family
+    skull_stripped : whether the T1w image has no skull
+    extra : further keys, e.g. ``{"Threshold": 0.5}``
 
     Raises
     ------
@@ -183,11 +140,11 @@ def sidecar(
         If there is no such output.
     """
     output = names.OUTPUTS[key]
-    content: dict[str, Any] = {"Description": output.description, "Sources": [raw_uri(scan)]}
+    raw = f"bids:raw:{request.scan.relative}"
+    content: dict[str, Any] = {"Description": output.description, "Sources": [raw]}
     if output.extension != ".tsv":
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
-        content["SpatialReference"] = raw_uri(scan)
-        content["Resolution"] = "Grid of the T1w image"
+        content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
     if output.suffix == "statmap":
         content["SkullStripped"] = skull_stripped
     if output.suffix == "dseg":
@@ -196,18 +153,29 @@ def sidecar(
         content["Type"] = "Brain" if key == "brain_mask" else "ROI"
     if output.units:
         content["Units"] = output.units
-    for name, items in (("LabelMap", list(label_names)), ("Members", list(members))):
-        if items:
-            content[name] = items
-    content.update(extra or {})
-    if n_grids > 1:
-        content[GRIDS_KEY] = n_grids
-    if sloppy:
+    if output.suffix == "probseg":
+        content["LabelMap"] = [label.name for label in request.ensemble.labels]
+    members = _members_behind(request, key, member)
+    content["Members"] = [m.id for m in members]
+    if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
+        content["MembersPerFamily"] = Counter(m.family for m in members)
+    content |= extra or {}
+    if request.settings.grids > 1:
+        content[GRIDS_KEY] = request.settings.grids
+    if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
     if key == "consensus_dseg":
-        content.update(_column_descriptions(names.OUTPUTS["regions_tsv"]))
-    content.update(_column_descriptions(output))
-    return content
+        content |= _column_descriptions(names.OUTPUTS["regions_tsv"])
+    return content | _column_descriptions(output)
+
+
+def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Member]:
+    """Members that an output was computed from; `one` is its member or family."""
+    if key.endswith(names.OF_FAMILY):
+        return [member for member in request.perturbed if member.family == one]
+    if one or key == "ieee_dseg":
+        return [member for member in request.members if member.id == (one or BASELINE)]
+    return list(request.members if key == "members_tsv" else request.perturbed)
 
 
 def _column_descriptions(output: names.Output) -> dict[str, Any]:
@@ -220,21 +188,17 @@ def _column_descriptions(output: names.Output) -> dict[str, Any]:
     }
 
 
-def lookup_table(labels: Iterable[LabelLike]) -> pd.DataFrame:
+def lookup_table(labels: Iterable[Label]) -> pd.DataFrame:
     """Table of label ids and names: columns ``index``, ``name``."""
-    import pandas as pd
-
     return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
 
 
-def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
-    """Meaning of every ``desc-`` entity: one row per member, then the summaries.
+def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
+    """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
 
     Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
     ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
     """
-    import pandas as pd
-
     what = {
         "ieee": "Baseline member, trained without perturbation",
         "mca": "Member trained under Monte Carlo arithmetic",
@@ -252,21 +216,19 @@ def descriptions_table(members: Iterable[MemberLike]) -> pd.DataFrame:
         }
         for member in members
     ]
-    rows += [
-        {"desc_id": f"desc-{name}", "description": text}
-        for name, text in names.DESCRIPTIONS.items()
-    ]
-    columns = ["desc_id", "description", "family", "seed", "precision", "sha256"]
-    return pd.DataFrame(rows, columns=columns)
+    families = dict.fromkeys(member.family for member in members if member.family != member.id)
+    texts = names.DESCRIPTIONS | {family: f"Members of the family {family}" for family in families}
+    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
+    return pd.DataFrame(rows, columns=["desc_id", "description", "family", "seed", "precision", "sha256"])
 
 
 _DESCRIPTIONS_SIDECAR = {
     "Description": "What each desc- entity stands for; members with their checkpoints.",
-    "family": {"Description": FAMILIES},
+    "family": {"Description": names.FAMILIES},
     "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
     "precision": {
-        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the "
-        "other operators having 24",
+        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the other "
+        "operators having 24",
         "Units": "bit",
     },
     "sha256": {"Description": "SHA-256 of the checkpoint file"},
@@ -279,7 +241,7 @@ def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
     Raises
     ------
     OutputError, DiskError
-        As `bids_varaug.derivatives.write.replacing`.
+        As `bids_varaug.atomic.replacing`.
     """
     output_dir = Path(output_dir)
     path = output_dir / names.DATASET_DESCRIPTION
@@ -295,26 +257,23 @@ def _write_bidsignore(output_dir: Path) -> None:
 def write_dataset_files(
     bids_dir: Path,
     output_dir: Path,
-    labels: Iterable[LabelLike],
-    members: Iterable[MemberLike],
+    labels: Iterable[Label],
+    members: Collection[Member],
     *,
     sloppy: bool = False,
 ) -> None:
     """Write what stands at the root of the derivatives.
 
-    ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its
-    sidecar, ``seg-varaug_dseg.tsv``.
+    ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its sidecar, ``seg-varaug_dseg.tsv``.
 
     Raises
     ------
     OutputError, DiskError
-        As `bids_varaug.derivatives.write.replacing`.
+        As `bids_varaug.atomic.replacing`.
     """
     output_dir = Path(output_dir)
-    write_json(
-        dataset_description(bids_dir, output_dir, sloppy=sloppy),
-        output_dir / names.DATASET_DESCRIPTION,
-    )
+    description = dataset_description(bids_dir, output_dir, sloppy=sloppy)
+    write_json(description, output_dir / names.DATASET_DESCRIPTION)
     _write_bidsignore(output_dir)
     write_table(descriptions_table(members), output_dir / names.DESCRIPTIONS_TABLE)
     write_json(_DESCRIPTIONS_SIDECAR, (output_dir / names.DESCRIPTIONS_TABLE).with_suffix(".json"))

@@ -1,28 +1,17 @@
-"""Atomic, reproducible writing of outputs.
-
-Every file is written under a temporary name in its own folder and then renamed: a reader never sees
-half a file, a run killed at any moment leaves the old one whole, and an annexed output (a link to
-read-only content) is replaced as a link, its content untouched. The same data gives the same bytes.
-What cannot be written raises as `replacing` does.
-"""
+"""Writing of tables and images, atomic and reproducible as `bids_varaug.atomic` says."""
 
 from __future__ import annotations
 
-import errno
 import gzip
-import json
-import os
-import secrets
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from bids_varaug.errors import ExitCode, OutputError
+from bids_varaug.atomic import replacing, write_text
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -30,113 +19,16 @@ if TYPE_CHECKING:
 
 COMPRESSION = 2  # level 9 takes ten times as long for a tenth less
 SLAB = 16  # slices
-STALE_SECONDS = 600
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskError(OutputError):
-    """Writing began and could not be finished: the disk is full or failing."""
-
-    exit_code = ExitCode.CANNOT_WRITE
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Binary stream whose content becomes `path` when the block ends without an error.
-
-    Missing folders are made. On an error the temporary file is removed and `path` is as before.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be created (exit code 73).
-    DiskError
-        If the disk is full or fails (exit code 74).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
-        # Not tempfile: its files are readable by their owner only, whatever the umask says.
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        # Replaces a link or read-only file as such, and leaves no moment without an output.
-        os.replace(temporary, path)
-    except OSError as error:
-        _discard(temporary)
-        raise _explain(path, error) from error
-    except BaseException:
-        _discard(temporary)
-        raise
-
-
-def _explain(path: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    if error.errno in NO_SPACE:
-        return DiskError(
-            f"{path}: could not be written, the disk is full ({reason}). Nothing half-written is "
-            "left. Free some space and start again: what was finished before is kept."
-        )
-    if error.errno == errno.EIO:
-        return DiskError(f"{path}: could not be written, the disk fails ({reason}).")
-    return OutputError(
-        f"{path}: cannot be created ({reason}). Check the permissions of {path.parent}."
-    )
-
-
-def _discard(temporary: Path) -> None:
-    try:
-        temporary.unlink(missing_ok=True)
-    except OSError:
-        return  # the folder itself is gone or read-only; the first error is the one to tell
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove what a killed run left of the same output (a live one was modified just now)."""
-    for old in path.parent.glob(f".{path.name}.????????.part"):
-        try:
-            if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                old.unlink()
-        except FileNotFoundError:
-            continue  # another job was faster
-
-
-def write_text(text: str, path: Path) -> Path:
-    """Write UTF-8 text with LF line ends; returns `path`."""
-    with replacing(path) as stream:
-        # A folder's name may hold bytes that are no UTF-8; they must not cost the output.
-        stream.write(text.encode("utf-8", errors="backslashreplace"))
-    return Path(path)
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> Path:
-    """Write a JSON object, keys in the order given; returns `path`.
-
-    Raises
-    ------
-    ValueError
-        If a number is NaN or infinite, which JSON does not have.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_text(text + "\n", path)
 
 
 def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> Path:
     """Write a BIDS table: tabs, LF, ``n/a`` for missing values, no row names; returns `path`."""
-    text = table.to_csv(
-        sep="\t", index=False, na_rep="n/a", float_format=float_format, lineterminator="\n"
-    )
+    text = table.to_csv(sep="\t", index=False, na_rep="n/a", float_format=float_format, lineterminator="\n")
     return write_text(text, path)
 
 
 def write_image(
-    data: np.ndarray,
-    affine: np.ndarray,
-    path: Path,
-    source_header: nib.Nifti1Header | None = None,
+    data: np.ndarray, affine: np.ndarray, path: Path, source_header: nib.Nifti1Header | None = None
 ) -> Path:
     """Write a 3D NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 
@@ -177,17 +69,16 @@ def write_image_series(
     ValueError
         If the volumes are not N (or one) of shape (X, Y, Z) and of type `dtype`.
     """
-    dtype = np.dtype(dtype)
+    dtype, one = np.dtype(dtype), tuple(shape[:3])
     header = image_header(shape, dtype, affine, source_header, slope)
     expected = shape[3] if len(shape) == 4 else 1
     written = 0
     with replacing(path) as raw, _maybe_gzip(raw, path) as stream:
         stream.write(header.binaryblock + b"\0\0\0\0")  # no extensions follow
         for volume in volumes:
-            if volume.shape != tuple(shape[:3]) or volume.dtype != dtype:
+            if volume.shape != one or volume.dtype != dtype:
                 raise ValueError(
-                    f"{path}: volume of shape {volume.shape} and type {volume.dtype}, not "
-                    f"{tuple(shape[:3])} and {dtype}"
+                    f"{path}: volume of shape {volume.shape} and type {volume.dtype}, not {one} and {dtype}"
                 )
             # NIfTI runs over x fastest; a slab at a time keeps the reordered copy small.
             for z in range(0, shape[2], SLAB):
@@ -218,10 +109,9 @@ def image_header(
 ) -> nib.Nifti1Header:
     """NIfTI-1 header of a single-file image in mm.
 
-    Where `source_header` has the same grid, its qform and sform are copied exactly, so that any
-    tool sees output and T1w aligned whichever of the two it reads. Otherwise, and where the two
-    differ in voxel size, `affine` is set as both, with the source's codes (1, scanner, where there
-    are none).
+    Where `source_header` has the same grid, its qform and sform are copied exactly, so that any tool sees output and
+    T1w aligned whichever of the two it reads. Otherwise, and where the two differ in voxel size, `affine` is set as
+    both, with the source's codes (1, scanner, where there are none).
     """
     import nibabel as nib
 

@@ -1,7 +1,8 @@
-"""An ensemble on disk: a manifest, one file of weights per member, and that of their trunk."""
+"""An ensemble on disk: a manifest and one file of weights per member. Without torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -10,8 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from bids_varaug.errors import EnsembleError, UsageError
-from bids_varaug.models.checksum import sha256_of
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.trunk import Trunk, base_files
 
 BASELINE = "ieee"
 ROUNDED = "rr"
@@ -21,6 +21,25 @@ MAX_ROUNDED = 99  # their ids have two digits
 MANIFEST = "manifest.json"
 FORMAT = 2
 OLDER_FORMATS = (1,)  # without trunk and temperature
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """What has to be known to build the network again (kept in the manifest)."""
+
+    n_classes: int
+    channels: tuple[int, ...] = (32, 64, 96, 96, 96)
+    rim_channels: int = 16
+
+    @classmethod
+    def from_json(cls, values: dict) -> NetworkShape:
+        """Rebuild from the manifest's dictionary."""
+        return cls(**(values | {"channels": tuple(values["channels"])}))
+
+    @property
+    def multiple(self) -> int:
+        """Input sides must be multiples of this many voxels."""
+        return 2 ** len(self.channels)
 
 
 @dataclass(frozen=True)
@@ -64,14 +83,6 @@ class Member:
     def is_rounded(self) -> bool:
         """Whether inference, not training, is what is perturbed."""
         return self.family == ROUNDED
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """The weights that the members' files add to: those at the step where the members fork."""
-
-    file: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -181,27 +192,15 @@ def _temperature(value: float) -> float:
 
 def write_manifest(ensemble: Ensemble) -> None:
     """Write `ensemble.directory`/manifest.json, aside first and renamed."""
-    values = {
-        "format": FORMAT,
-        "name": ensemble.name,
-        "version": ensemble.version,
-        "voxel_size": ensemble.voxel_size,
-        "labels": [asdict(label) for label in ensemble.labels],
-        "network": ensemble.network.to_json(),
-        "members": [asdict(member) for member in ensemble.members],
-        "training": ensemble.training,
-        "trunk": None if ensemble.trunk is None else asdict(ensemble.trunk),
-        "temperature": ensemble.temperature,
-    }
+    values = {"format": FORMAT} | asdict(ensemble)
+    del values["directory"]
     path = ensemble.directory / MANIFEST
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def select_members(
-    ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None
-) -> tuple[Member, ...]:
+def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None) -> tuple[Member, ...]:
     """Return the members asked for, the baseline first, else in the manifest's order.
 
     Parameters
@@ -262,11 +261,25 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
         )
     return tuple(
         replace(
-            ensemble.baseline, id=f"{ROUNDED}{number:02}", family=ROUNDED,
-            seed=random_seed * (MAX_ROUNDED + 1) + number, precision=ROUNDED_PRECISION,
+            ensemble.baseline,
+            id=f"{ROUNDED}{number:02}",
+            family=ROUNDED,
+            seed=random_seed * (MAX_ROUNDED + 1) + number,
+            precision=ROUNDED_PRECISION,
         )
         for number in range(1, n_members + 1)
-    )  # fmt: skip
+    )
+
+
+def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
+    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
+    own = member.file, member.sha256, f"weights of {member.id}"
+    return [*base_files(ensemble, member), own]
+
+
+def identify(ensemble: Ensemble, member: Member) -> str:
+    """Name the weights that a member's result depends on."""
+    return "-".join(sha256 for _, sha256, _ in files_of(ensemble, member))
 
 
 def check_member(ensemble: Ensemble, member: Member) -> None:
@@ -278,36 +291,16 @@ def check_member(ensemble: Ensemble, member: Member) -> None:
         If a file is missing or its SHA-256 differs.
     """
     for file, sha256, what in files_of(ensemble, member):
-        _check(ensemble, file, sha256, what)
-
-
-def identify(ensemble: Ensemble, member: Member) -> str:
-    """Name the weights that a member's result depends on: its own and those that they add to."""
-    return "-".join(sha256 for _, sha256, _ in files_of(ensemble, member))
-
-
-def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
-    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
-    files = [] if ensemble.trunk is None else [
-        (ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")
-    ]  # fmt: skip
-    chain = [member]
-    if member.base is not None:
-        chain = [m for m in ensemble.members if m.id == member.base and m.base is None] + chain
-        if len(chain) < 2:
+        path = ensemble.directory / file
+        if path.name != file or not path.is_file():
+            raise EnsembleError(f"{path}: {what} are missing. Install the ensemble again.")
+        if sha256_of(path) != sha256:
             raise EnsembleError(
-                f"{ensemble.directory / MANIFEST}: {member.id} adds to the weights of "
-                f"{member.base}, which are not there. Install the ensemble again."
+                f"{path}: checksum differs from the manifest: the file is damaged or was "
+                "replaced. Install the ensemble again."
             )
-    return files + [(m.file, m.sha256, f"weights of {m.id}") for m in chain]
 
 
-def _check(ensemble: Ensemble, file: str, sha256: str, what: str) -> None:
-    path = ensemble.directory / file
-    if path.name != file or not path.is_file():
-        raise EnsembleError(f"{path}: {what} are missing. Install the ensemble again.")
-    if sha256_of(path) != sha256:
-        raise EnsembleError(
-            f"{path}: checksum differs from the manifest: the file is damaged or was replaced. "
-            "Install the ensemble again."
-        )
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 as hexadecimal text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

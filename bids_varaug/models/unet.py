@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 
 
 class Features(NamedTuple):
@@ -46,7 +46,7 @@ class InstanceNorm(nn.Module):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
         return self.apply_statistics(x, *pool_statistics([slab_statistics(x)]))
 
-    def apply_statistics(self, x: torch.Tensor, mean, variance) -> torch.Tensor:
+    def apply_statistics(self, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """Normalise by a mean and a variance (C,) that are known already."""
         return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False)
 
@@ -61,7 +61,7 @@ def slab_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (centred * centred).mean(1) - (mean - mean[:1]) ** 2, mean
 
 
-def pool_statistics(parts: list[tuple[torch.Tensor, torch.Tensor]]):
+def pool_statistics(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and variance (C,) of all slabs together, which are of one size."""
     variances, means = (torch.cat(values) for values in zip(*parts, strict=True))
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
@@ -102,9 +102,7 @@ class UNet(nn.Module):
             self.laterals.append(nn.Conv3d(deep, shallow, 1))
             self.decoder.append(ConvBlock(shallow, shallow))
         # Only training uses these: they teach the deep levels where left and right are.
-        self.deep_heads = nn.ModuleList(
-            nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1]
-        )
+        self.deep_heads = nn.ModuleList(nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1])
         rim = shape.rim_channels
         self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
         self.rim = ConvBlock(rim + 1, rim)

@@ -1,20 +1,21 @@
-"""Weights on disk: safetensors. Files of earlier ensembles add to the weights of others."""
+"""Weights on disk: safetensors in half precision."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from bids_varaug.derivatives.write import replacing
-from bids_varaug.models.checksum import sha256_of
-from bids_varaug.models.unet import UNet
+from bids_varaug.atomic import replacing
+from bids_varaug.errors import EnsembleError
+from bids_varaug.models.ensemble import Ensemble, Member, check_member, files_of, sha256_of
+from bids_varaug.models.trunk import add_differences
+from bids_varaug.models.unet import UNet, build_network
 
 FORMAT = "float16"
 """What weights are written in; it changes one by 2e-4 of its size."""
-STEP = ".step"
-"""Ends the name of the tensor that holds the size of one integer step, for each row."""
 
 
 def save_weights(network: UNet, path: Path) -> str:
@@ -29,9 +30,7 @@ def save_weights(network: UNet, path: Path) -> str:
     return sha256_of(path)
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, aside first and renamed, so that a kill leaves the old one.
 
     Raises
@@ -44,12 +43,12 @@ def write_tensors(
         stream.write(content)
 
 
-def load_weights(path: Path, *bases: Path) -> dict[str, torch.Tensor]:
+def load_weights(*paths: Path) -> dict[str, torch.Tensor]:
     """Return a state dictionary in float32.
 
     Parameters
     ----------
-    bases : files that it adds to: whole weights, then differences
+    paths : whole weights, then files that add to them (see `models.trunk`)
 
     Raises
     ------
@@ -58,20 +57,25 @@ def load_weights(path: Path, *bases: Path) -> dict[str, torch.Tensor]:
     KeyError
         If they do not belong together.
     """
-    whole, *differences = (load_file(file) for file in (*bases, path))
-    weights = {name: p.float() for name, p in whole.items()}
-    for tensors in differences:
-        weights = {
-            name: weights[name] + _decoded(p, tensors.get(name + STEP))
-            for name, p in tensors.items()
-            if not name.endswith(STEP)
-        }
+    weights = {name: p.float() for name, p in load_file(paths[0]).items()}
+    for path in paths[1:]:
+        weights = add_differences(weights, load_file(path))
     return weights
 
 
-def _decoded(coded: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
-    return coded.float() if steps is None else coded.float() * _per_row(steps, coded)
+def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
+    """Build a member's network in float32, in evaluation mode.
 
-
-def _per_row(steps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return steps.view(-1, *[1] * (like.ndim - 1))
+    Raises
+    ------
+    EnsembleError
+        If its weights are missing, do not match the manifest's checksum, or do not fit.
+    """
+    check_member(ensemble, member)
+    paths = [ensemble.directory / file for file, _, _ in files_of(ensemble, member)]
+    network = build_network(ensemble.network)
+    try:
+        network.load_state_dict(load_weights(*paths))
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise EnsembleError(f"{paths[-1]}: weights do not fit the manifest's network: {error}") from None
+    return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)

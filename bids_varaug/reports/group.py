@@ -1,30 +1,103 @@
-"""The group's report: one HTML file that needs nothing else."""
+"""The pages of the group level: a study that was scored, or a model applied to other people."""
 
 from __future__ import annotations
 
-import base64
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.outputs import CONTROLS, best_augmentation
-from bids_varaug.brainage.study import Study
-from bids_varaug.derivatives.write import write_text
-from bids_varaug.reports.citation import Citation
-from bids_varaug.reports.group_figures import (
-    draw_ages,
-    draw_gains,
-    draw_learning_curve,
-    draw_ratios,
-    p_text,
-    signed,
-)
-from bids_varaug.reports.group_words import ALPHA, headline, percent, verdict
-from bids_varaug.reports.page import render_page
+from bids_varaug.atomic import write_text
+from bids_varaug.brainage.evaluate import N_BOOTSTRAP
+from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, applied_tables, best_augmentation
+from bids_varaug.brainage.scoring import bootstrap_interval
+from bids_varaug.brainage.study import ALPHA, CONTROLS, Study
+from bids_varaug.derivatives.citation import Citation
+from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.reports import plots
+from bids_varaug.reports.html import Column, data_uri, render_page, table_columns, tabulate
+
+FORMAT = 2
+ADVICE = "Run the group level again without --reports-only."
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What every page says of the run.
+
+    Attributes
+    ----------
+    methods : paragraph of a `Citation`
+    left_out : reason by participant or observation
+    warnings : sentences shown at the top
+    source : what the features are, shown as a list of name and value
+    settings, versions : of the run, and of packages
+    title : e.g. the dataset's name; by default what the page shows
+    sloppy : whether made with --sloppy
+    """
+
+    methods: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
+    sloppy: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its template, and what fills it, of JSON's types alone."""
+
+    template: str
+    values: dict[str, Any]
+
+    def html(self) -> str:
+        """Return the page as one HTML text; every value is escaped."""
+        citation = Citation(self.values["run"]["methods"])
+        return render_page(self.template, citation=citation, sloppy=self.values["run"]["sloppy"], **self.values)
+
+    def save(self, path: Path) -> Path:
+        """Write the page as JSON; `load_page` reads it, and gives the same page without fitting.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        saved = {"format": FORMAT, "template": self.template, "values": self.values}
+        return write_text(json.dumps(saved, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def load_page(path: Path) -> Page:
+    """Read what `Page.save` wrote.
+
+    Raises
+    ------
+    NoInputError
+        If it is not there.
+    UserError
+        If it is damaged, or of another format.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise UserError(f"{path}: of format {saved['format']}, not {FORMAT}. {ADVICE}")
+        page = Page(saved["template"], saved["values"])
+        page.html()
+    except FileNotFoundError as error:
+        raise NoInputError(
+            f"{path}: not found. The group level writes it, and --reports-only makes the page from it. {ADVICE}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, jinja2.TemplateError) as error:
+        raise UserError(f"{path}: damaged ({error!r}). {ADVICE}") from error
+    return page
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,337 +116,181 @@ class ComparedPipeline:
     comparison: pd.DataFrame
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PageContent:
-    """What every page of the group level shows.
+def study_page(
+    run: RunInfo,
+    study: Study,
+    numerics: pd.DataFrame | None = None,
+    compared: Sequence[ComparedPipeline] = (),
+) -> Page:
+    """Page of a group that a model was scored in.
 
-    Attributes
+    Parameters
     ----------
-    citation : how to cite
-    left_out : reason by participant or observation
-    warnings : sentences shown at the top
-    source : what the features are, shown as a list of name and value
-    settings, versions : of the run, and of packages
-    title : e.g. the dataset's name
-    sloppy : whether made with --sloppy
-    """
-
-    citation: Citation
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    title: str = "Brain age"
-    sloppy: bool = False
-
-    def values(self) -> dict[str, Any]:
-        """The same as the templates take it."""
-        return {
-            "citation": self.citation,
-            "left_out": sorted(self.left_out.items()),
-            "warnings": list(self.warnings),
-            "source": [(key, plain(v)) for key, v in self.source.items() if key != "sha256"],
-            "settings": [(key, plain(value)) for key, value in self.settings.items()],
-            "versions": dict(self.versions),
-            "title": self.title,
-            "sloppy": self.sloppy,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class GroupContent(PageContent):
-    """What is shown of a group.
-
-    Attributes
-    ----------
+    run : RunInfo
     study : scores and predictions
     numerics : table of `population.numerical_variability`; None without members
     compared : other pipelines
     """
-
-    study: Study
-    numerics: pd.DataFrame | None = None
-    compared: Sequence[ComparedPipeline] = ()
-
-
-@dataclass(frozen=True)
-class Column:
-    """Heading, tooltip and format of a column; `text` where it is not a number.
-
-    `form` is a format, or "signed", "p", "percent" (of a share), "volume" (of any size).
-    """
-
-    heading: str
-    tooltip: str
-    form: str = "{:.2f}"
-    text: bool = False
-
-
-SCORES = {
-    "augmentation": Column("Model", "Augmentation of the chosen model, or a baseline", text=True),
-    "n": Column("n", "Participants", "{:,.0f}"),
-    "mae": Column("MAE [y]", "Mean absolute error, uncorrected"),
-    "mae_low": Column("95 % from", "Lower limit of the MAE, bootstrap over participants"),
-    "mae_high": Column("to", "Upper limit of the MAE"),
-    "rmse": Column("RMSE [y]", "Root of the mean squared error"),
-    "r2": Column("R²", "Share of the age's variance explained; may be negative"),
-    "r": Column("r", "Pearson correlation of predicted and true age"),
-    "bias_slope": Column("Bias", "Slope of (predicted - age) on age; 0 without age bias"),
-    "mae_corrected": Column("MAE corr. [y]", "Mean absolute error after correction of age bias"),
-    "bias_slope_corrected": Column("Bias corr.", "Slope after correction of age bias"),
-    "coverage": Column("Coverage", "Share of true ages within the prediction interval"),
-    "interval_width": Column("Width [y]", "Mean width of the prediction interval"),
-}
-GAINS = {
-    "augmentation": Column("Augmentation", "Compared with none on the same folds", text=True),
-    "gain": Column("Gain [y]", "MAE without - MAE with; positive is better", "signed"),
-    "low": Column("95 % from", "Lower limit, bootstrap over participants", "signed"),
-    "high": Column("to", "Upper limit", "signed"),
-    "p_value": Column("p", "Two-sided sign-flip permutation test, not corrected", "p"),
-}
-RELIABILITY = {
-    "kind": Column("Of", "Predictions, or a feature", text=True),
-    "name": Column("Name", "Augmentation or feature", text=True),
-    "icc": Column("ICC(3,1)", "Share of variance that is between participants", "{:.3f}"),
-    "low": Column("95 % from", "Lower limit", "{:.3f}"),
-    "high": Column("to", "Upper limit", "{:.3f}"),
-    "n_participants": Column("Participants", "With several images", "{:,.0f}"),
-    "n_observations": Column("Images", "Per participant", "{:,.0f}"),
-}
-NUMERICS = {
-    "name": Column("Feature", "Structure", text=True),
-    "mean": Column("Mean", "In the feature's unit", "volume"),
-    "sd_num": Column("SD num.", "Standard deviation over members, pooled", "volume"),
-    "sd_anat": Column("SD anat.", "Standard deviation over participants", "volume"),
-    "ratio": Column("Ratio", "SD num. / SD anat.", "{:.3f}"),
-    "low": Column("95 % from", "Lower limit, bootstrap over participants", "{:.3f}"),
-    "high": Column("to", "Upper limit", "{:.3f}"),
-    "npv": Column("NPV", "SD num. / spread of single runs, as Chatelain et al. (2026)", "{:.3f}"),
-    "cv": Column("CV [%]", "SD num. / mean", "percent"),
-    "dice_min": Column("Dice min", "Smallest Dice over pairs of members, mean over participants",
-                       "{:.3f}"),
-    "unreliable": Column("Unreliable", "Share of the images whose volume has this verdict",
-                         "{:.0%}"),
-    "n_needed": Column("n needed", "Participants for a numerical error of Cohen's d below 0.1",
-                       "{:,.0f}"),
-}  # fmt: skip
-COMPARISON = {
-    "measure": Column("Measure", "More is worse in each", text=True),
-    "n": Column("Structures", "That both have", "{:.0f}"),
-    "median_ours": Column("Median, ours", "Over structures", "{:.4g}"),
-    "median_other": Column("Median, other", "Over structures", "{:.4g}"),
-    "ratio": Column("Ours / other", "Hodges-Lehmann; below 1: ours varies less", "{:.3f}"),
-    "low": Column("95 % from", "Lower limit", "{:.3f}"),
-    "high": Column("to", "Upper limit", "{:.3f}"),
-    "p_value": Column("p", "Wilcoxon signed-rank test on log ratios", "p"),
-}
+    best = best_augmentation(study)
+    scores = study.scores.set_index("augmentation").to_dict("index")
+    shown = study.scores.assign(augmentation=study.scores["augmentation"].str.replace("_", " "))
+    marked = ["marked" if name == best else "" for name in study.scores["augmentation"]]
+    spread = study.predictions.loc[study.predictions["augmentation"] == best, "sd_num"].dropna()
+    gain = _gain(study, best)
+    return _page(
+        "group.html",
+        run,
+        best=best,
+        scores=scores,
+        gain=gain,
+        coverage=study.settings.get("coverage", 0.9),
+        spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
+        at_sites=_at_sites(study, best),
+        structures=_structures(numerics),
+        n_images=study.settings.get("n_observations", len(study.predictions)),
+        figures=_figures(study, best, numerics, compared),
+        chosen=study.chosen,
+        evaluation=study.settings,
+        alpha=ALPHA,
+        tables={
+            "scores": tabulate(shown, table_columns("scores"), marked),
+            "gains": tabulate(study.gains, table_columns("gains")),
+            "sites": tabulate(study.sites, _site_columns(study.sites)),
+            "reliability": tabulate(study.reliability, table_columns("reliability")),
+            "numerics": None if numerics is None else tabulate(numerics, table_columns("numerics")),
+        },
+        compared=[
+            {
+                "name": other.name,
+                "rows": other.comparison.to_dict("records"),
+                "table": tabulate(other.comparison, table_columns("comparison")),
+            }
+            for other in compared
+        ],
+    )
 
 
-def write_group_report(path: Path, content: GroupContent) -> Path:
-    """Write the report; the same content gives the same bytes.
+def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]) -> Page:
+    """Page of a model applied to other people.
 
     Parameters
     ----------
-    path : ``<output>/group_brainage.html``
-    content : GroupContent
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
+    run : RunInfo
+    predicted : of `model_file.apply_model`
+    model : what was applied, shown as a list of name and value
     """
-    return write_text(render_group_report(content), path)
-
-
-def render_group_report(content: GroupContent) -> str:
-    """Return the report as one HTML text; every value is escaped."""
-    study = content.study
-    best = best_augmentation(study)
-    return render_page(
-        "group.html",
-        **content.values(),
-        verdict=verdict(study),
-        sentences=headline(study, content.numerics),
-        tiles=_tiles(study, best),
-        best=best,
-        figures=_figures(content, best),
-        scores=tabulate(study.scores, SCORES, highlight=best),
-        gains=tabulate(study.gains, GAINS),
-        sites=tabulate(study.sites, _site_columns(study.sites)),
-        reliability=tabulate(study.reliability, RELIABILITY),
-        numerics=None if content.numerics is None else tabulate(content.numerics, NUMERICS),
-        compared=[
-            {"name": other.name, "table": tabulate(other.comparison, COMPARISON),
-             "sentences": _comparison_words(other)}
-            for other in content.compared
-        ],
-        chosen=[(name, plain(choice)) for name, choice in study.chosen.items()],
-        study_settings=[(key, plain(value)) for key, value in study.settings.items()],
-    )  # fmt: skip
-
-
-def _tiles(study: Study, best: str) -> list[dict[str, str]]:
-    """The few numbers that one looks for first."""
-    scores = study.scores.set_index("augmentation")
-    row = scores.loc[best]
-    tiles = [
-        {
-            "value": f"{row['mae']:.2f} y",
-            "label": "mean absolute error",
-            "note": f"95 % {row['mae_low']:.2f} to {row['mae_high']:.2f}, '{best}'",
-        }
-    ]
-    if "mean_predictor" in scores.index:
-        tiles.append(
-            {
-                "value": f"{scores['mae']['mean_predictor']:.2f} y",
-                "label": "error of the mean age",
-                "note": "the same for everybody",
-            }
-        )
-    gains = study.gains[~study.gains["augmentation"].isin(CONTROLS)]
-    if not gains.empty:
-        gain = gains.loc[gains["gain"].astype(float).idxmax()]
-        tiles.append(
-            {
-                "value": f"{signed(gain['gain'])} y",
-                "label": f"largest gain: '{gain['augmentation']}'",
-                "note": f"95 % {signed(gain['low'])} to {signed(gain['high'])}, "
-                f"p {p_text(gain['p_value'])}",
-            }
-        )
-    tiles.append(
-        {
-            "value": f"{int(row['n']):,}",
-            "label": "participants",
-            "note": f"{study.settings.get('n_observations', len(study.predictions)):,} images",
-        }
+    people = applied_tables(predicted)[PHENOTYPE_TABLE]
+    known = people[people["age"].notna()]
+    with_age = predicted[predicted["age"].astype(float).notna()]
+    errors = (known["brain_age"] - known["age"]).abs()
+    limits = known.dropna(subset=["lower", "upper"])
+    low = high = [np.nan]
+    if len(known):
+        low, high = bootstrap_interval(errors.to_numpy()[:, None], np.random.default_rng(0), N_BOOTSTRAP)
+    return _page(
+        "applied.html",
+        run,
+        n_people=len(people),
+        n_known=len(known),
+        mae={"mean": errors.mean(), "low": low[0], "high": high[0]},
+        bias=(known["brain_age"] - known["age"]).mean(),
+        inner_mae=model.get("inner_mae"),
+        width=(people["upper"] - people["lower"]).mean(),
+        spread={"median": people["sd_num"].median(), "high": people["sd_num"].max()},
+        n_images=people["n_images"].sum(),
+        inside=((limits["lower"] <= limits["age"]) & (limits["age"] <= limits["upper"])).mean(),
+        figure=data_uri(plots.draw_ages(with_age) if len(with_age) else plots.draw_ranked(predicted), "svg+xml"),
+        people=tabulate(people, table_columns("people")),
+        has_sessions=predicted["session_id"].notna().any(),
+        model=model,
     )
-    return tiles
 
 
-def _figures(content: GroupContent, best: str) -> dict[str, str]:
-    """Data URIs of the figures that there is something to show for."""
-    study = content.study
-    ages = study.predictions[study.predictions["augmentation"] == best]
-    drawn = {"ages": draw_ages(ages)}
-    if not study.gains.empty:
-        drawn["gains"] = draw_gains(study.gains)
-    if not study.learning_curve.empty:
-        drawn["curve"] = draw_learning_curve(study.learning_curve)
-    if content.numerics is not None and content.numerics["ratio"].notna().any():
-        others = [
-            (other.name, other.numerics)
-            for other in content.compared
-            if other.numerics["ratio"].notna().any()
-        ]
-        drawn["ratios"] = draw_ratios(content.numerics, others)
-    return data_uris(drawn)
+def _page(template: str, run: RunInfo, **values: Any) -> Page:
+    source = {key: value for key, value in run.source.items() if key != "sha256"}
+    return Page(template, _as_json({"run": asdict(replace(run, source=source)), **values}))
 
 
-def data_uris(drawn: Mapping[str, str]) -> dict[str, str]:
-    """SVG texts as they stand in a page."""
+def _as_json(value: Any) -> Any:
+    """The same of JSON's types alone; NaN, which JSON lacks, becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    if isinstance(value, np.generic):
+        return _as_json(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None if np.isnan(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def _gain(study: Study, best: str) -> dict[str, Any] | None:
+    """The row of `Study.gains` that the page speaks of: of the augmentation chosen, or the largest.
+
+    With the number of augmentations tried, whether all of them harm, the largest gain that is not
+    unlikely, and the controls that gain at least its lower limit. None where none was tried.
+    """
+    is_control = study.gains["augmentation"].isin(CONTROLS)
+    tried, controls = study.gains[~is_control], study.gains[is_control]
+    if tried.empty:
+        return None
+    rows = tried.set_index("augmentation", drop=False)
+    row = rows.loc[best if best in rows.index else rows["gain"].astype(float).idxmax()]
+    as_good = controls.loc[controls["gain"] >= row["low"], "augmentation"].tolist()
     return {
-        name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        for name, svg in drawn.items()
+        **row,
+        "tried": len(tried),
+        "all_harm": (tried["effect"] == "harms").all(),
+        "largest": tried["high"].max(),
+        # "mean" takes noise away, which the controls, noise of another origin, say nothing of.
+        "as_good": [] if row["augmentation"] == "mean" else as_good,
     }
 
 
-def _comparison_words(other: ComparedPipeline) -> list[str]:
-    """One sentence per measure."""
-    names = {
-        "ratio": "the numerical share of the variability between people (SD num. / SD anat.)",
-        "cv": "the numerical variability relative to the volume (CV)",
-        "1 - dice_min": "the worst overlap between members (1 - minimum Dice)",
+def _at_sites(study: Study, best: str) -> dict[str, float] | None:
+    """Error at sites left out of training: mean over people, smallest, largest; None without sites."""
+    if study.sites.empty or f"mae_{best}" not in study.sites:
+        return None
+    errors = study.sites[f"mae_{best}"].astype(float)
+    mean = np.average(errors, weights=study.sites["n"].astype(float))
+    return {"mean": mean, "low": errors.min(), "high": errors.max(), "n": len(errors)}
+
+
+def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Numerical against anatomical spread in the median and in the worst feature, as written."""
+    if numerics is None or numerics["ratio"].isna().all():
+        return None
+    known = numerics[numerics["ratio"].notna()]
+    worst = known.loc[known["ratio"].idxmax()]
+    return {
+        "n": len(known),
+        "median": f"{known['ratio'].median():.3g}",
+        "worst": f"{worst['ratio']:.3g}",
+        "worst_name": plots.short_name(str(worst["name"])),
+        "n_needed": f"{known['n_needed'].median():,.0f}",
+        "n_needed_worst": f"{known['n_needed'].max():,.0f}",
     }
-    sentences = []
-    for row in other.comparison.itertuples():
-        sure = row.p_value < ALPHA
-        less = "smaller" if row.ratio < 1 else "larger"
-        share = f"{percent(abs(row.ratio - 1))} {less}"
-        limits = (
-            f", 95 % of ours / other {row.low:.2f} to {row.high:.2f}"
-            if np.isfinite(row.low)
-            else ""
-        )
-        sentences.append(
-            f"Over {row.n} structures, {names.get(row.measure, row.measure)} is {share} here than "
-            f"with {other.name}"
-            + (f" (p {p_text(row.p_value)}{limits})." if sure else
-               f", but this may be chance (p {p_text(row.p_value)}{limits}).")
-            + (" It grows with the number of runs: fair only between equal numbers."
-               if row.measure == "1 - dice_min" else "")
-        )  # fmt: skip
-    return sentences
+
+
+def _figures(
+    study: Study, best: str, numerics: pd.DataFrame | None, compared: Sequence[ComparedPipeline]
+) -> dict[str, str]:
+    """Data URIs of the figures that there is something to show for."""
+    drawn = {"ages": plots.draw_ages(study.predictions[study.predictions["augmentation"] == best])}
+    if not study.gains.empty:
+        drawn["gains"] = plots.draw_gains(study.gains)
+    if not study.learning_curve.empty:
+        drawn["curve"] = plots.draw_learning_curve(study.learning_curve)
+    if numerics is not None and numerics["ratio"].notna().any():
+        others = [(o.name, o.numerics) for o in compared if o.numerics["ratio"].notna().any()]
+        drawn["ratios"] = plots.draw_ratios(numerics, others)
+    return {name: data_uri(svg, "svg+xml") for name, svg in drawn.items()}
 
 
 def _site_columns(sites: pd.DataFrame) -> dict[str, Column]:
-    columns = {
-        "site": Column("Site", "Held out from training", text=True),
-        "n": Column("n", "Participants", "{:,.0f}"),
-    }
-    for name in sites.columns:
-        if str(name).startswith("mae_"):
-            what = str(name).removeprefix("mae_").replace("_", " ")
-            columns[name] = Column(what, f"Mean absolute error with {what} [years]")
+    """Columns of the table of sites: the error of each augmentation under its name."""
+    columns = table_columns("sites")
+    error = columns.pop("mae")
+    for name in sites.columns[sites.columns.str.startswith("mae_")]:
+        columns[name] = replace(error, heading=name.removeprefix("mae_").replace("_", " "))
     return columns
-
-
-def tabulate(
-    table: pd.DataFrame, columns: Mapping[str, Column], highlight: str | None = None
-) -> dict[str, Any]:
-    """Headings and rows of cells with text, sort key and kind."""
-    shown = {name: column for name, column in columns.items() if name in table.columns}
-    # A column of which nothing is known, such as Dice without participant-level tables.
-    shown = {n: c for n, c in shown.items() if c.text or table.empty or table[n].notna().any()}
-    rows = []
-    for _, row in table.iterrows():
-        cells = [_cell(row[name], column) for name, column in shown.items()]
-        marked = highlight is not None and row.get("augmentation") == highlight
-        rows.append({"cells": cells, "marked": marked})
-    headings = [
-        {"heading": c.heading, "tooltip": c.tooltip, "numeric": not c.text} for c in shown.values()
-    ]
-    return {"columns": headings, "rows": rows}
-
-
-def _cell(value: Any, column: Column) -> dict[str, Any]:
-    if column.text:
-        return {"text": str(value).replace("_", " "), "key": str(value), "numeric": False}
-    if pd.isna(value):
-        return {"text": "n/a", "key": "", "numeric": True}
-    number = float(value)
-    if np.isinf(number):
-        text = "∞"
-    elif column.form == "signed":
-        text = signed(number)
-    elif column.form == "p":
-        text = p_text(number).removeprefix("= ")
-    elif column.form == "volume":
-        text = f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-    elif column.form == "percent":
-        text = f"{100 * number:.2f}"
-    else:
-        text = column.form.format(number).replace("-", "−")
-    return {"text": text, "key": repr(number), "numeric": True}
-
-
-def plain(value: Any) -> str:
-    """A setting as a reader writes it."""
-    if value is None or value == () or value == {} or value == []:
-        return "–"
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(plain(v) for v in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items())
-    return str(value)

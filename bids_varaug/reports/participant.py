@@ -1,23 +1,46 @@
-"""The participant's report: one HTML file that needs nothing else."""
+"""The participant's report: made from the derivatives alone, one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pandas as pd
 
-from bids_varaug.derivatives.write import replacing, write_text
-from bids_varaug.reports.citation import Citation
-from bids_varaug.reports.page import render_page
+from bids_varaug.atomic import replacing, write_text
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.logs import cite_participant
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.sidecars import package_versions
+from bids_varaug.errors import ScanError
+from bids_varaug.images.affine import voxel_sizes
+from bids_varaug.images.load import load_t1w
+from bids_varaug.models.ensemble import BASELINE
+from bids_varaug.reports import mosaics
+from bids_varaug.reports.html import Column, data_uri, percent, render_page, table_columns, tabulate
+from bids_varaug.reports.plots import draw_volumes
+from bids_varaug.settings import Settings
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
-from bids_varaug.variability.quality import VERDICTS
+from bids_varaug.variability.quality import VERDICTS, describe_families
 
-FORBIDDEN_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9_+-]")
+NO_VERDICTS = (
+    "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
+)
+MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
+# Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same one), and what the
+# group level is asked.
+_NOT_SHOWN = set(
+    "output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only clean_workdir "
+    "stop_on_first_crash participant_labels exclude_participant_labels skip_bids_validation bids_database_dir "
+    "age_column site_column sex_column brainage_model augmentation cv_folds features_table apply_model relative_to "
+    "asymmetries log_volumes compare".split()
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +50,8 @@ class ScanReport:
     Attributes
     ----------
     prefix : e.g. "sub-01_ses-a_run-1"
-    figures : name to PNG file; `FIGURE_TEXTS` knows consensus, entropy, sigbits, std, unreliable
-        and volumes; others are shown under their own name
+    figures : name to PNG file, in the order shown; the template explains consensus, volumes,
+        entropy, sigbits, std and unreliable; others are shown under their own name
     regions : table as in ``desc-consensus_dseg.tsv`` (index, name, volume_mean, ...)
     members : table as in ``desc-members_morph.tsv`` (member, family, index, name, volume)
     warnings : sentences
@@ -40,139 +63,103 @@ class ScanReport:
     figures: Mapping[str, bytes]
     regions: pd.DataFrame
     members: pd.DataFrame
-    warnings: tuple[str, ...] | list[str] = ()
+    warnings: Sequence[str] = ()
     limits: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ReportContent:
-    """What is shown of one participant.
+def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
+    """Write ``sub-<label>.html`` and its figures from the derivatives of a participant's scans.
 
-    Attributes
-    ----------
-    subject : label without ``sub-``
-    scans : in the order shown
-    settings : the run's settings, name to value; "sloppy" true gives the banner
-    ensemble : name, version, members (sequence of mappings with id, family, seed, precision,
-        sha256), shared_steps and own_steps (of training, before and after members forked)
-    versions : package to version
-    citation : how to cite
+    Raises
+    ------
+    ScanError
+        If a derivative that the report needs is not there.
+    OutputError
+        If it cannot be written.
     """
-
-    subject: str
-    scans: tuple[ScanReport, ...] | list[ScanReport]
-    settings: Mapping[str, Any]
-    ensemble: Mapping[str, Any]
-    versions: Mapping[str, str]
-    citation: Citation
+    return write_participant_report(requests[0], [scan_report(request) for request in requests])
 
 
-@dataclass(frozen=True)
-class FigureText:
-    """Heading, alternative text and how to read a figure."""
-
-    title: str
-    alt: str
-    reading: str
-
-
-FIGURE_TEXTS: dict[str, FigureText] = {
-    "consensus": FigureText(
-        "Consensus labels",
-        "T1-weighted slices in three planes with the outline of each structure.",
-        "Lines enclose the structures of the consensus. They should follow the visible borders: "
-        "look for cortex that runs into the skull or the eyes, for cerebellum taken for cortex, "
-        "and for missing pieces.",
-    ),
-    "volumes": FigureText(
-        "Volume of each structure in each member",
-        "Dot plot: one row per structure, one dot per member.",
-        "Each dot is one member, relative to the mean of the perturbed members. Dots far apart: "
-        "the volume depends on rounding errors or on the seed of the training. A diamond outside "
-        "the cloud: the unperturbed network is not typical of the ensemble.",
-    ),
-    "entropy": FigureText(
-        "Vote entropy",
-        "T1-weighted slices with the entropy of the members' votes in colour.",
-        "Disagreement of the perturbed members about the label of a voxel, in bit: 0 where all "
-        "agree (not coloured), 1 where they are split in two equal camps. Thin lines at borders "
-        "are usual; filled patches are not.",
-    ),
-    "sigbits": FigureText(
-        "Significant bits",
-        "T1-weighted slices with low significant bits in colour.",
-        "How many leading bits of the consensus label's posterior the perturbed members have in "
-        "common: -log2 of standard deviation over mean. Bright means few bits, that is little "
-        "trust; 1 bit is a standard deviation of half the mean.",
-    ),
-    "std": FigureText(
-        "Standard deviation of the posterior",
-        "T1-weighted slices with the standard deviation of the posterior in colour.",
-        "Spread of the consensus label's posterior probability over the perturbed members. It sees "
-        "hesitation that does not yet change a vote.",
-    ),
-    "unreliable": FigureText(
-        "Unreliable voxels",
-        "T1-weighted slices with the unreliable voxels filled.",
-        f"Voxels where fewer than {UNRELIABLE_BELOW:.0%} of the perturbed members chose the "
-        "consensus label. Leave them out where a measure must not depend on the ensemble.",
-    ),
-}
-
-# column: (heading, tooltip, format)
-COLUMNS: dict[str, tuple[str, str, str]] = {
-    "index": ("Id", "FreeSurfer label id, the value in the dseg files", "{:.0f}"),
-    "name": ("Structure", "FreeSurfer name", "{}"),
-    "verdict": ("Verdict", "How far the volume can be trusted", "{}"),
-    "volume_mean": ("Volume [mm³]", "Mean volume over the perturbed members", "{:,.0f}"),
-    "volume_std": ("SD [mm³]", "Standard deviation of the volume over them (N - 1)", "{:,.1f}"),
-    "cv": ("CV [%]", "Coefficient of variation: SD divided by mean", "{:.2f}"),
-    "sigbits": ("Sig. bits", "Significant bits of the volume over the perturbed members", "{:.1f}"),
-    "dice_min": ("Dice min", "Smallest Dice over pairs of perturbed members", "{:.3f}"),
-    "dice_mean": ("Dice mean", "Mean Dice over pairs of perturbed members", "{:.3f}"),
-    "entropy_mean": ("Entropy [bit]", "Mean vote entropy inside the consensus structure", "{:.3f}"),
-    "volume_low": ("Least [mm³]", "Lower limit of plausible volumes", "{:,.0f}"),
-    "volume_high": ("Most [mm³]", "Upper limit of plausible volumes", "{:,.0f}"),
-    "reason": ("Why", "Why the verdict is not good, the worst reason first", "{}"),
-}
-PERCENT = {"cv"}
-MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown",
-         "unreliable": "✗ unreliable"}  # fmt: skip
-SOURCE = (
-    "set by the authors of this package; no norms. For norms: Potvin et al. (2016), NeuroImage "
-    "137, 9-20, doi:10.1016/j.neuroimage.2016.05.016."
-)
+def scan_report(request: ScanRequest) -> ScanReport:
+    """Draw one scan's figures and collect its tables and warnings."""
+    t1w = load_t1w(request.scan.path, request.settings.trust)
+    zooms = voxel_sizes(t1w.affine)
+    told = _read_sidecar(request, "regions_tsv")
+    members = _read_table(request, "members_tsv")
+    return ScanReport(
+        prefix=request.scan.prefix,
+        figures=dict(_draw(request, t1w.data, t1w.affine, members)),
+        regions=_read_table(request, "regions_tsv"),
+        members=members,
+        warnings=told.get("Warnings", [NO_VERDICTS]),
+        limits=told.get("VolumeLimits", ""),
+        provenance={
+            "T1w": request.scan.relative,
+            "Grid": f"{' x '.join(str(n) for n in t1w.data.shape)} voxels of "
+            f"{' x '.join(f'{zoom:.2f}' for zoom in zooms)} mm",
+        },
+    )
 
 
-def write_participant_report(path: Path, content: ReportContent) -> Path:
-    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``.
+def _draw(
+    request: ScanRequest, t1w: np.ndarray, affine: np.ndarray, members: pd.DataFrame
+) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of each figure that there is something to show for, in the order shown."""
+    labels = _read_image(request, "consensus_dseg")
+    view = mosaics.plan_view(labels, affine)
+    yield "consensus", mosaics.draw_labels(t1w, labels, view, request.ensemble.labels)
+    yield "volumes", draw_volumes(members)
+    for key, style in mosaics.MAP_STYLES.items():
+        if request.path(key).exists():
+            yield key, mosaics.draw_map(t1w, _read_image(request, key), labels, view, style)
+    if request.path("unreliable_mask").exists():
+        yield "unreliable", mosaics.draw_mask(t1w, _read_image(request, "unreliable_mask"), labels, view)
 
-    The same content gives the same bytes.
 
-    Parameters
-    ----------
-    path : Path
-        ``<output>/sub-XX.html``; the figures go to ``<output>/sub-XX/figures``.
-    content : ReportContent
+def _read_image(request: ScanRequest, key: str) -> np.ndarray:
+    return np.asanyarray(nib.load(_existing(request.path(key), request)).dataobj)
 
-    Returns
-    -------
-    Path
-        `path`.
+
+def _read_table(request: ScanRequest, key: str) -> pd.DataFrame:
+    return pd.read_csv(_existing(request.path(key), request), sep="\t", na_values=["n/a"])
+
+
+def _read_sidecar(request: ScanRequest, key: str) -> dict[str, Any]:
+    path = _existing(request.sidecar(key), request)
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ScanError(f"{path}: damaged ({error}). Run without --reports-only.") from error
+
+
+def _existing(path: Path, request: ScanRequest) -> Path:
+    if not path.exists():
+        raise ScanError(f"{path}: missing, so {request.scan.relative} has no report. Run without --reports-only.")
+    return path
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """Settings that decide what the participant level writes."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _NOT_SHOWN}
+
+
+def write_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> Path:
+    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
+
+    The same content gives the same bytes. Parameters are those of `render_participant_report`.
 
     Raises
     ------
     OutputError
         If a file cannot be written.
     """
-    path = Path(path)
-    folder = path.parent / path.stem / "figures"
-    for scan in content.scans:
+    path = names.report(request.settings.output_dir, request.scan.subject)
+    for scan in scans:
         for name, png in scan.figures.items():
-            with replacing(folder / figure_name(scan.prefix, name)) as stream:
+            with replacing(path.parent / path.stem / "figures" / figure_name(scan.prefix, name)) as stream:
                 stream.write(png)
-    return write_text(render_participant_report(content), path)
+    return write_text(render_participant_report(request, scans), path)
 
 
 def figure_name(prefix: str, name: str) -> str:
@@ -183,117 +170,97 @@ def figure_name(prefix: str, name: str) -> str:
     >>> figure_name("sub-01_run-2", "entropy")
     'sub-01_run-2_desc-entropy_T1w.png'
     """
-    clean = FORBIDDEN_IN_FILE_NAMES.sub("", prefix), FORBIDDEN_IN_FILE_NAMES.sub("", name)
-    return "{}_desc-{}_T1w.png".format(*clean)
+    prefix, name = (re.sub(r"[^A-Za-z0-9_+-]", "", part) for part in (prefix, name))
+    return f"{prefix}_desc-{name}_T1w.png"
 
 
-def render_participant_report(content: ReportContent) -> str:
-    """Return the report as one HTML text; every value is escaped."""
-    ensemble = content.ensemble
+def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> str:
+    """Return the report as one HTML text; every value is escaped.
+
+    Parameters
+    ----------
+    request : of any of the participant's scans: participant, settings, ensemble and members
+    scans : in the order shown
+    """
+    settings, members = request.settings, request.members
+    columns = table_columns("members")
+    rows = pd.DataFrame([{name: getattr(member, name) for name in columns} for member in members])
     return render_page(
         "participant.html",
-        subject=content.subject,
-        sloppy=bool(content.settings.get("sloppy")),
-        scans=[_scan_context(scan, n) for n, scan in enumerate(content.scans, start=1)],
-        settings={name: _plain(value) for name, value in content.settings.items()},
-        ensemble=ensemble,
-        member_columns=[
-            c
-            for c in ("id", "family", "seed", "precision", "sha256")
-            if any(c in m for m in ensemble["members"])
-        ],
-        versions=content.versions,
-        citation=content.citation,
-        verdicts=VERDICTS,
-        marks=MARKS,
+        subject=request.scan.subject,
+        sloppy=settings.sloppy,
+        scans=[_scan_values(scan, n) for n, scan in enumerate(scans, start=1)],
+        settings=shown_settings(settings),
+        ensemble=request.ensemble,
+        families={member.family for member in members},
+        members=tabulate(rows, columns),
+        versions=package_versions(),
+        citation=cite_participant(settings, request.ensemble, members),
+        verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
+        unreliable_below=percent(UNRELIABLE_BELOW),
     )
 
 
-def _scan_context(scan: ScanReport, number: int) -> dict[str, Any]:
-    known = [name for name in FIGURE_TEXTS if name in scan.figures]
-    others = [name for name in scan.figures if name not in FIGURE_TEXTS]
-    # The verdict beside the name, so that a narrow screen shows both.
-    first = [c for c in ("index", "name", "verdict", "reason") if c in scan.regions]
-    regions = scan.regions[[*first, *scan.regions.columns.drop(first)]]
+def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
+    """What the template shows of a scan; measures within families have tables of their own."""
+    regions, texts = scan.regions, names.OUTPUTS["regions_tsv"].columns
+    known = {
+        name: replace(column, tooltip=texts[name][0])
+        for name, column in table_columns("regions").items()
+        if name in texts
+    }
+    perturbed = scan.members[scan.members["family"] != BASELINE]
+    verdicts = list(regions["verdict"]) if "verdict" in regions else ["good"] * len(regions)
+    if "verdict" in regions:
+        regions = regions.assign(verdict=regions["verdict"].map(lambda verdict: MARKS.get(verdict, verdict)))
+        known["verdict"] = replace(known["verdict"], order=tuple(MARKS.values()))
+    classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
+    n_members = perturbed.groupby("family", sort=False)["member"].nunique().to_dict()
+    within = _family_columns(regions, known, n_members)
+    others = {name: Column(name, name, "{:.4g}") for name in regions if name not in known and name not in within}
+    has_spread = regions[list(within)].notna().to_numpy().any()
     return {
         "anchor": f"scan-{number}",
         "prefix": scan.prefix,
-        "figures": [
-            {
-                "text": FIGURE_TEXTS.get(name, FigureText(name, name, "")),
-                "anchor": f"scan-{number}-figure-{position}",
-                "wide": name != "volumes",
-                "uri": "data:image/png;base64," + base64.b64encode(scan.figures[name]).decode(),
-            }
-            for position, name in enumerate(known + others, start=1)
-        ],
-        "columns": [_column(c) for c in regions.columns],
-        "rows": [_region_row(row) for _, row in regions.iterrows()],
-        "source": f"{scan.limits.rstrip('.')}, {SOURCE}" if scan.limits else "",
+        "figures": [(name, data_uri(png, "png")) for name, png in scan.figures.items()],
+        "regions": tabulate(regions, known | others, classes),
+        "has_unreliable": "unreliable" in classes,
+        "within": tabulate(regions, {"name": known["name"], **within}, classes) if has_spread else None,
+        "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
+        "few_members": describe_families(n_members),
+        "limits": scan.limits.rstrip("."),
         "volumes": _volume_table(scan.members),
         "warnings": list(scan.warnings),
-        "provenance": {name: _plain(value) for name, value in scan.provenance.items()},
+        "provenance": scan.provenance,
     }
 
 
-def _column(name: str) -> dict[str, str]:
-    if name in COLUMNS:
-        return {"heading": COLUMNS[name][0], "tooltip": COLUMNS[name][1]}
-    # dice_min_mca and the like: the measure of the whole, within one family
-    for base in sorted(COLUMNS, key=len, reverse=True):
-        if name.startswith(f"{base}_"):
-            family = name[len(base) + 1 :]
-            heading, tooltip, _ = COLUMNS[base]
-            return {"heading": f"{heading} {family}", "tooltip": f"{tooltip}, family {family} only"}
-    return {"heading": name, "tooltip": name}
+def _family_columns(regions: pd.DataFrame, known: Mapping[str, Column], families: Iterable[str]) -> dict[str, Column]:
+    """Columns like ``dice_min_mca``: each measure with all families side by side."""
+    columns = {}
+    for measure, column in known.items():
+        for family in families:
+            if (name := f"{measure}_{family}") in regions:
+                tooltip = f"{column.tooltip}, family {family} only"
+                columns[name] = replace(column, heading=f"{column.heading} {family}", tooltip=tooltip)
+    return columns
 
 
-def _cell(name: str, value: Any) -> dict[str, Any]:
-    """Text, sort key and kind of a cell of the table of regions."""
-    if name == "verdict":
-        rank = list(VERDICTS).index(value) if value in VERDICTS else ""
-        return {"text": MARKS.get(value, str(value)), "key": str(rank), "kind": "text"}
-    if name in ("name", "reason") or isinstance(value, str):
-        text = "" if pd.isna(value) else str(value)
-        return {"text": text, "key": text, "kind": "text long" if name == "reason" else "text"}
-    if pd.isna(value):
-        return {"text": "n/a", "key": "", "kind": ""}
-    base = next((c for c in (name, name.rpartition("_")[0]) if c in COLUMNS), None)
-    shown = 100 * float(value) if base in PERCENT else float(value)
-    text = (COLUMNS[base][2] if base else "{:.4g}").format(shown)
-    return {"text": text, "key": repr(shown), "kind": ""}
+def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> pd.DataFrame:
+    """One row per family: number of members, and its spread over all structures."""
+    nothing = pd.Series(np.nan, regions.index)
+    rows = []
+    for family, n in n_members.items():
+        cv, dice, entropy = (regions.get(f"{name}_{family}", nothing) for name in ("cv", "dice_min", "entropy_mean"))
+        row = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
+        rows.append({"family": family, "n": n, **row})
+    return pd.DataFrame(rows)
 
 
-def _region_row(row: pd.Series) -> dict[str, Any]:
-    """Cells, and the verdict as a class of the row where it is not good."""
-    verdict = row.get("verdict")
-    return {
-        "verdict": verdict if verdict in VERDICTS and verdict != "good" else "",
-        "cells": [_cell(name, value) for name, value in row.items()],
-    }
-
-
-def _volume_table(members: pd.DataFrame) -> dict[str, Any]:
-    """Structures x members, in the order of the table."""
+def _volume_table(members: pd.DataFrame) -> dict[str, Any] | None:
+    """Volumes, structures x members, in the order of the table."""
     if members.empty:
-        return {"members": [], "rows": []}
-    wide = members.pivot_table(index="index", columns="member", values="volume", sort=False)
-    names = dict(zip(members["index"], members["name"], strict=True))
-    rows = [
-        [str(names[index])] + ["n/a" if pd.isna(v) else f"{v:,.0f}" for v in values]
-        for index, values in zip(wide.index, wide.to_numpy(), strict=True)
-    ]
-    return {"members": [str(m) for m in wide.columns], "rows": rows}
-
-
-def _plain(value: Any) -> str:
-    """A setting as a reader writes it."""
-    if value is None or value == () or value == {} or value == []:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(v) for v in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {v}" for k, v in value.items())
-    return str(value)
+        return None
+    wide = members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
+    columns = {name: Column(str(name), form="{:,.0f}") for name in wide.columns}
+    return tabulate(wide.reset_index(), {"name": table_columns("regions")["name"], **columns})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,16 +13,13 @@ from bids_varaug.errors import ScanError
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
-from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import UNet
+from bids_varaug.models.weights import load_member
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.segmentation.grids import Offset, move_to_grid
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.segmentation.shift import shift_posterior
-
-Result = TypeVar("Result")
+from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
 
 
 def segment_with_member(
@@ -52,15 +48,12 @@ def segment_with_member(
     ScanError
         If the device runs out of memory.
     """
-
-    def segment(network: UNet) -> None:
+    with _network(ensemble_name, member, device, num_threads, head) as network:
         with arithmetic_of(member):
             sparse = segment_volume(network, move_to_grid(head, offset))
         if shift is not None:
             sparse = shift_posterior(sparse, load_posterior(shift))
         save_posterior(out, sparse, describe_member(member))
-
-    _with_network(segment, head.shape, ensemble_name, member, device, num_threads)
 
 
 def crop_with_member(
@@ -75,37 +68,28 @@ def crop_with_member(
 
     Raises as `segment_with_member` does.
     """
-
-    def crop(network: UNet) -> tuple[np.ndarray, Geometry]:
+    with _network(ensemble_name, member, device, num_threads, head) as network:
         return crop_to_brain(network, head, geometry)
 
-    return _with_network(crop, head.shape, ensemble_name, member, device, num_threads)
 
-
-def _with_network(
-    work: Callable[[UNet], Result],
-    shape: tuple[int, ...],
-    ensemble_name: str,
-    member: Member,
-    device: str,
-    num_threads: int,
-) -> Result:
-    """Load a member, let it work, and give back the memory that an idle worker would keep."""
+@contextmanager
+def _network(ensemble_name: str, member: Member, device: str, num_threads: int, head: np.ndarray) -> Iterator[UNet]:
+    """Load a member; afterwards give back the memory that an idle worker would keep."""
     keep_freed_memory()
     use_threads(num_threads)
     try:
-        return work(load_member(load_ensemble(ensemble_name), member, device))
+        yield load_member(load_ensemble(ensemble_name), member, device)
     except torch.OutOfMemoryError as error:
         raise ScanError(
-            f"{device}: not enough memory for a head of {shape} voxels. Use --device cpu or a "
-            "GPU with more memory."
+            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or "
+            "a GPU with more memory."
         ) from error
     finally:
         release_freed_memory()
 
 
 def describe_member(member: Member) -> dict[str, str]:
-    """Return what a posterior file says about the member whose it is."""
+    """Return what a posterior file says about its member."""
     return {"member": member.id, "family": member.family, "sha256": member.sha256}
 
 

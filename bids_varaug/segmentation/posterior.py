@@ -1,18 +1,25 @@
-"""A posterior on disk: only the voxels that are not surely background, slab by slab."""
+"""Class probabilities as sparse rows: only of voxels that are not surely background."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.sparse import csr_array
 
-from bids_varaug.segmentation.streams import PosteriorReader, PosteriorWriter
+from bids_varaug.errors import UserError
 
-# Near the brain a voxel is stored unless its background probability exceeds 1 - BACKGROUND_CUT;
-# left out, it counts as exactly background.
 BACKGROUND_CUT = 1e-4
+"""A voxel has a row unless its background probability exceeds 1 - BACKGROUND_CUT."""
+SMALLEST = np.float32(2**-23)
+"""Step between float32 probabilities near 1; no larger ones are stored."""
+_UNREADABLE = (SafetensorError, OSError, ValueError, IndexError, KeyError, TypeError)
+_SLABS_AT_ONCE = 8
+_ROWS_AT_ONCE = 2**16  # with all their zeros
 
 
 @dataclass(frozen=True)
@@ -22,38 +29,182 @@ class SparsePosterior:
     Attributes
     ----------
     labels : (X, Y, Z) uint8, most probable class
-    offsets : (X + 1,) int64, rows of slab x are offsets[x]:offsets[x + 1]
-    voxels : (N,) int32, place y * Z + z within its slab of each stored row, ascending
-    posterior : (N, K) float32, sums to 1 over K
+    rows : csr_array (X * Y * Z, K) float, one row for each voxel in C order. Class 0, the
+        background, is left out: its probability is what a row lacks to 1, and an empty row is
+        surely background.
     """
 
     labels: np.ndarray
-    offsets: np.ndarray
-    voxels: np.ndarray
-    posterior: np.ndarray
+    rows: csr_array
+
+    @classmethod
+    def from_rows(cls, rows: csr_array, shape: tuple[int, ...]) -> SparsePosterior:
+        """Label rows with their most probable classes, ties go to the lower class."""
+        labels = np.zeros(rows.shape[0], np.uint8)
+        stored = np.flatnonzero(np.diff(rows.indptr))
+        for start in range(0, len(stored), _ROWS_AT_ONCE):
+            part = stored[start : start + _ROWS_AT_ONCE]
+            labels[part] = add_background(rows[part].toarray()).argmax(axis=1)
+        return cls(labels.reshape(shape), rows)
+
+    @property
+    def stored(self) -> np.ndarray:
+        """Which voxels have a row, (X * Y * Z,) bool."""
+        return np.diff(self.rows.indptr) > 0
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Rows of slab x are those from offsets[x] to offsets[x + 1], (X + 1,) int64."""
+        by_slab = self.stored.reshape(len(self.labels), -1).sum(axis=1)
+        return np.concatenate([[0], np.cumsum(by_slab)])
+
+    @property
+    def voxels(self) -> np.ndarray:
+        """Place y * Z + z within its slab of each stored row, ascending, (N,) int32."""
+        _, n_y, n_z = self.labels.shape
+        return (np.flatnonzero(self.stored) % (n_y * n_z)).astype(np.int32)
+
+    @property
+    def posterior(self) -> np.ndarray:
+        """The stored rows with the background, (N, K) float32, sums to 1 over K."""
+        return add_background(self.rows[self.stored].toarray())
+
+
+def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
+    """Leave out the background and what is no larger than `SMALLEST`.
+
+    Parameters
+    ----------
+    posterior : (N, K) float32, of the voxels stored
+    stored : (V,) bool, N of which are True
+
+    Returns
+    -------
+    csr_array (V, K)
+
+    Examples
+    --------
+    >>> posterior = np.array([[0.25, 0, 0.75], [0.5, 0.5, 1e-9]], np.float32)
+    >>> sparse_rows(posterior, np.array([True, False, True])).indices.tolist()
+    [2, 1]
+    """
+    kept = posterior > SMALLEST
+    kept[:, 0] = False
+    counts = np.zeros(len(stored), np.int32)
+    counts[stored] = np.count_nonzero(kept, axis=1)
+    indptr = np.concatenate([[0], np.cumsum(counts)], dtype=np.int32)
+    classes = kept.nonzero()[1].astype(np.int32)
+    return csr_array((posterior[kept], classes, indptr), shape=(len(stored), posterior.shape[1]))
+
+
+def add_background(rows: np.ndarray) -> np.ndarray:
+    """Give rows (N, K), whose class 0 is empty, what they lack to 1 as background; in place."""
+    rows[:, 0] = np.maximum(1 - rows.sum(axis=1), 0)
+    return rows
 
 
 def save_posterior(path: Path, sparse: SparsePosterior, metadata: dict[str, str]) -> None:
-    """Write one file, aside first and renamed; probabilities near 0 become 0 (see `packing`)."""
-    writer = PosteriorWriter(path, sparse.labels.shape, sparse.posterior.shape[1], metadata)
-    for start, stop in pairwise(sparse.offsets.tolist()):
-        writer.write(sparse.voxels[start:stop], sparse.posterior[start:stop])
-    writer.finish(sparse.labels)
+    """Write one safetensors file, aside first and renamed; up to 256 classes.
+
+    ``labels`` and ``counts`` (entries of each row) are (X, Y, Z) uint8; ``classes`` uint8 and
+    ``values`` float32 are those of all entries, and ``starts`` (X + 1,) int64 where those of each
+    slab begin; ``n_classes`` stands in the metadata.
+    """
+    rows, shape = sparse.rows, sparse.labels.shape
+    tensors = {
+        "labels": sparse.labels,
+        "counts": np.diff(rows.indptr).astype(np.uint8).reshape(shape),
+        "classes": rows.indices.astype(np.uint8),
+        "values": rows.data.astype(np.float32, copy=False),
+        "starts": rows.indptr[:: shape[1] * shape[2]].astype(np.int64),
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, metadata | {"n_classes": str(rows.shape[1])})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def load_posterior(path: Path) -> SparsePosterior:
-    """Read the whole of what `save_posterior`, the fusion or `average_grids` wrote.
+def load_posterior(path: Path, slabs: slice = slice(None)) -> SparsePosterior:
+    """Read what `save_posterior` wrote, or some slabs of it.
+
+    The file is mapped into memory, and pages once touched count as memory of this process until it
+    is closed: to need little memory, read a few slabs at a time.
 
     Raises
     ------
     UserError
         If the file is absent or damaged.
     """
-    reader = PosteriorReader.open(path)
-    posterior = np.empty((reader.offsets[-1], reader.n_classes), np.float32)
-    voxels = np.empty(len(posterior), np.int32)
-    labels = np.empty(reader.shape, np.uint8)
-    for x, (start, stop) in enumerate(pairwise(reader.offsets.tolist())):
-        slab, voxels[start:stop], posterior[start:stop] = reader.slab(x)
-        labels[x] = slab.reshape(reader.shape[1:])
-    return SparsePosterior(labels, reader.offsets, voxels, posterior)
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            labels, counts = (tensors.get_slice(name)[slabs] for name in ("labels", "counts"))
+            starts = tensors.get_tensor("starts")
+            start, stop = starts[slabs][0], starts[1:][slabs][-1]
+            values, classes = np.empty((2, 0), np.float32)
+            if start < stop:  # safetensors refuses an empty slice at the end of a tensor
+                values, classes = (tensors.get_slice(n)[start:stop] for n in ("values", "classes"))
+            n_classes = int(tensors.metadata()["n_classes"])
+        if labels.shape != counts.shape or labels.ndim != 3:
+            raise ValueError("its tensors do not fit together")
+        indptr = np.concatenate([[0], np.cumsum(counts)], dtype=np.int32)
+        rows = csr_array((values, classes.astype(np.int32), indptr), (labels.size, n_classes))
+        rows.check_format(full_check=True)
+        if indptr[-1] != len(values) or labels.max() >= n_classes:
+            raise ValueError("its tensors do not fit together")
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+    return SparsePosterior(labels, rows)
+
+
+def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
+    """Return the shape (X, Y, Z) of all posterior files.
+
+    Raises
+    ------
+    UserError
+        If a file is absent or damaged, or the boxes or classes differ.
+    """
+    boxes = []
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                shape = tuple(tensors.get_slice("labels").get_shape())
+                boxes.append((shape, int(tensors.metadata()["n_classes"])))
+        except _UNREADABLE as error:
+            raise _damaged(path, error) from error
+        if boxes[-1] != boxes[0]:
+            raise UserError(
+                f"{path}: {boxes[-1][1]} classes on {shape} voxels, but {Path(paths[0]).name} has {boxes[0][1]} on "
+                f"{boxes[0][0]}. Delete the work directory and run again."
+            )
+    return boxes[0][0]
+
+
+def split_slabs(length: int) -> list[slice]:
+    """Cut X slabs into parts that take little memory."""
+    return [slice(x, min(x + _SLABS_AT_ONCE, length)) for x in range(0, length, _SLABS_AT_ONCE)]
+
+
+def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Yield the labels of all members, a few slabs at a time, (M, S * Y * Z) uint8.
+
+    Raises
+    ------
+    UserError
+        If a file is damaged, or the boxes differ.
+    """
+    for slabs in split_slabs(check_same_box(paths)[0]):
+        members = []
+        for path in paths:
+            with safe_open(path, framework="numpy") as tensors:
+                members.append(tensors.get_slice("labels")[slabs].ravel())
+        yield np.stack(members)
+
+
+def _damaged(path: Path, reason: Exception) -> UserError:
+    return UserError(
+        f"{path}: this work file is damaged or absent ({reason}). Delete it and run again with "
+        "the same work directory; it is made again."
+    )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import label, maximum_filter
+from scipy.sparse import csr_array, diags_array, vstack
 
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.models.unet import Features, UNet
-from bids_varaug.segmentation.posterior import BACKGROUND_CUT, SparsePosterior
+from bids_varaug.segmentation.posterior import BACKGROUND_CUT, SparsePosterior, sparse_rows
 
 SLABS = 8  # at once; even, since two slabs of voxels are one of the network's body
 RIM = 4  # voxels around the brain whose posterior is kept
@@ -52,49 +52,29 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
     features = network.features_by_slabs(tensor[None, None])
     features = Features(features.body, features.rim)  # the deep levels are for training only
-    slabs = [_classify(network, part) for part in _slabs(features)]
+    parts = [_classify(network, part) for part in _slabs(features)]
     del features
-    labels = np.concatenate([slab.labels for slab in slabs])
+    labels = np.concatenate([part for part, _ in parts])
+    rows = vstack([part for _, part in parts], format="csr")
+    del parts
     found = labels > 0
     brain = largest_component(found)
     labels[~brain] = 0
     # A speck beside the brain goes with its posterior: the consensus would bring it back.
     near = maximum_filter(brain.view(np.uint8), size=2 * RIM + 1).astype(bool) & (brain | ~found)
-    counts, voxels, rows = [], [], []
-    for number, slab in enumerate(slabs):
-        inside = near[SLABS * number : SLABS * (number + 1)].reshape(slab.stored.shape)
-        counts += (slab.stored & inside).sum(1).tolist()
-        kept = inside[slab.stored]
-        voxels.append(slab.stored.nonzero()[1][kept].astype(np.int32))
-        rows.append(slab.posterior[kept])
-        slabs[number] = None  # its posterior is no longer needed
-    return SparsePosterior(
-        labels=labels,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        voxels=np.concatenate(voxels),
-        posterior=np.concatenate(rows),
-    )
+    rows = diags_array(near.ravel().astype(np.float32)) @ rows
+    rows.eliminate_zeros()
+    return SparsePosterior(labels, rows)
 
 
-class _Slabs(NamedTuple):
-    """What the last layer says about a few slabs.
-
-    labels : (S, Y, Z) uint8, most probable class
-    stored : (S, Y Z) bool, where the background is not certain
-    posterior : (N, K) float32, of the voxels stored
-    """
-
-    labels: np.ndarray
-    stored: np.ndarray
-    posterior: np.ndarray
-
-
-def _classify(network: UNet, part: Features) -> _Slabs:
+def _classify(network: UNet, part: Features) -> tuple[np.ndarray, csr_array]:
+    """Return labels (S, Y, Z) uint8 and sparse rows of a few slabs."""
     logits = network.classify(part)[0].movedim(0, -1)
-    posterior = F.softmax(logits, dim=-1).flatten(1, 2)
-    stored = posterior[..., 0] <= 1 - BACKGROUND_CUT
+    posterior = F.softmax(logits, dim=-1).flatten(0, 2)
+    stored = posterior[:, 0] <= 1 - BACKGROUND_CUT
     labels = logits.argmax(-1).to(torch.uint8)
-    return _Slabs(labels.cpu().numpy(), stored.cpu().numpy(), posterior[stored].cpu().numpy())
+    rows = sparse_rows(posterior[stored].cpu().numpy(), stored.cpu().numpy())
+    return labels.cpu().numpy(), rows
 
 
 def _slabs(features: Features) -> Iterator[Features]:

@@ -22,7 +22,7 @@ from bids_varaug.images.geometry import Geometry
 from bids_varaug.images.native import resample_posterior
 from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.unet import UNet
-from bids_varaug.segmentation.locate import crop_to_brain
+from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.posterior import SparsePosterior
 from bids_varaug.segmentation.predict import segment_volume
 from bids_varaug.training.train import StepReport

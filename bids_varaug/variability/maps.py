@@ -45,25 +45,12 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     votes = np.asarray(votes)
     if n_members < 1 or (votes.sum(axis=0, dtype=np.int64) != n_members).any():
         raise ValueError(f"the votes do not sum to {n_members} members in every voxel")
-    terms = entropy_terms(n_members)
+    shares = np.arange(1, n_members) / n_members
+    terms = np.concatenate([[0.0], -shares * np.log2(shares), [0.0]])  # of 0, 1, ..., n votes
     entropy = np.zeros(votes.shape[1:])
     for count in votes:  # in a fixed order, class by class: the same bits every time
         entropy += terms[count]
     return entropy.astype(np.float32)
-
-
-def entropy_terms(n_members: int) -> np.ndarray:
-    """Return ``-p log2(p)`` for p = 0/n, 1/n, ..., n/n: (n + 1,) float64, bit.
-
-    Examples
-    --------
-    >>> entropy_terms(2).tolist()
-    [0.0, 0.5, 0.0]
-    """
-    shares = np.arange(n_members + 1) / n_members
-    terms = np.zeros(n_members + 1)
-    terms[1:-1] = -shares[1:-1] * np.log2(shares[1:-1])
-    return terms
 
 
 def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
@@ -101,8 +88,8 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where
     all members agree exactly). This is Parker's estimate without a confidence level; the
     ``significantdigits`` package subtracts from it a constant that depends on the number of
-    members (2.0 bits for 8 members at 95 % probability and 95 % confidence) [2]_. Maps leave it
-    out, so that maps of ensembles of different size can be compared; tables of volumes have it.
+    members (2.0 bits for 8 members at 95 % probability and 95 % confidence) [2]_, see
+    `regions.significant_bits_lower`. Without it, ensembles of different size can be compared.
 
     Parameters
     ----------
@@ -130,31 +117,20 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     return np.clip(bits, 0.0, FLOAT32_BITS).astype(np.float32)
 
 
-def vote_share(votes_of_consensus: np.ndarray, n_members: int) -> np.ndarray:
-    """Share of the members that chose the consensus label: (...) float32 in [0, 1].
-
-    Examples
-    --------
-    >>> vote_share(np.array([4, 3]), 4).tolist()
-    [1.0, 0.75]
-    """
-    return (np.asarray(votes_of_consensus) / n_members).astype(np.float32)
-
-
-def unreliable(share: np.ndarray) -> np.ndarray:
+def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
     """Voxels on whose label too many members disagree with the consensus.
 
     Parameters
     ----------
-    share : (...) float32, share of the members that chose the consensus label
+    votes_for : (...) integer, how many members chose the consensus label
 
     Returns
     -------
-    (...) bool, True where `share` is below `UNRELIABLE_BELOW`
+    (...) bool, True where their share is below `UNRELIABLE_BELOW`
 
     Examples
     --------
-    >>> unreliable(np.array([1.0, 0.75, 0.625])).tolist()
+    >>> unreliable(np.array([8, 6, 5]), 8).tolist()
     [False, False, True]
     """
-    return np.asarray(share) < UNRELIABLE_BELOW
+    return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW

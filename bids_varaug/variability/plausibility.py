@@ -40,9 +40,7 @@ def check_field_of_view(labels: np.ndarray) -> list[str]:
     """
     total = int(np.count_nonzero(labels))
     on_edge = sum(
-        int(np.count_nonzero(labels[(slice(None),) * axis + (side,)]))
-        for axis in range(3)
-        for side in (0, -1)
+        int(np.count_nonzero(labels[(slice(None),) * axis + (side,)])) for axis in range(3) for side in (0, -1)
     )
     if not total or on_edge / total <= EDGE_FRACTION:
         return []

@@ -25,11 +25,13 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from bids_varaug.models.ensemble import BASELINE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,95 +156,80 @@ def judge_regions(
         The same with the columns verdict (of `VERDICTS`), reason (None where good), and volume_low,
         volume_high [mm3], the limits (NaN where none are known).
     """
-    volume = regions["volume_mean"].to_numpy(float)
-    low, high = volume_limits(regions["index"].to_numpy(int), age, sex)
+    ids, volumes = regions["index"].to_numpy(int), regions["volume_mean"].to_numpy(float)
+    low, high = volume_limits(ids, age, sex)
+    of_structure = dict(zip(ids.tolist(), volumes, strict=True))
     measures = {
         "cv": _worst(regions, "cv", np.fmax),
         "dice_min": _worst(regions, "dice_min", np.fmin),
-        "voxels": np.floor(volume / voxel_volume + 1e-6),
+        "voxels": np.floor(volumes / voxel_volume + 1e-6),
     }
-    absent = ~(volume > 0)
-    findings = [(np.where(absent, UNRELIABLE, GOOD), ["not found"] * len(volume))]
-    for name, threshold in THRESHOLDS.items():
-        findings.append(_beyond(np.where(absent, np.nan, measures[name]), threshold))
-    findings += [
-        _too_few(members, len(volume)),
-        _implausible(regions["index"].to_numpy(int), np.where(absent, np.nan, volume), low, high),
-        _lopsided(regions["index"].to_numpy(int), volume),
-    ]
-    levels = np.max([levels for levels, _ in findings], axis=0)
-    # The worst first: a reader of the first words knows why.
-    reasons = [
-        _BETWEEN.join(text for _, text in sorted(((-at[row], text[row]) for at, text in findings
-                  if at[row]), key=lambda found: found[0])) or None
-        for row in range(len(volume))
-    ]  # fmt: skip
-    verdicts = [_WORDS[level] for level in levels]
+    verdicts, reasons = [], []
+    for row, index in enumerate(ids.tolist()):
+        here = {name: values[row] for name, values in measures.items()}
+        findings = [(UNRELIABLE, "not found"), *_too_few(members)]
+        if volumes[row] > 0:
+            findings = [
+                *_beyond(here),
+                *_too_few(members),
+                *_implausible(index, volumes[row], low[row], high[row]),
+                *_lopsided(index, of_structure),
+            ]
+        findings.sort(key=lambda found: -found[0])  # the worst first, else in this order
+        verdicts.append(_WORDS[findings[0][0] if findings else GOOD])
+        reasons.append(_BETWEEN.join(text for _, text in findings) or None)
     return regions.assign(verdict=verdicts, reason=reasons, volume_low=low, volume_high=high)
 
 
-def _worst(regions: pd.DataFrame, measure: str, worse) -> np.ndarray:
+def _worst(regions: pd.DataFrame, measure: str, worse: np.ufunc) -> np.ndarray:
     """The measure over all members, or within a family if that is worse."""
     columns = [c for c in regions if c == measure or c.startswith(f"{measure}_")]
     return worse.reduce(regions[columns].to_numpy(float), axis=1, initial=np.nan)
 
 
-def _beyond(values: np.ndarray, threshold: Threshold) -> tuple[np.ndarray, list[str]]:
-    unreliable = threshold.sign * values > threshold.sign * threshold.unreliable
-    caution = threshold.sign * values > threshold.sign * threshold.caution
-    passed = np.where(unreliable, threshold.unreliable, threshold.caution)
-    text = [
-        threshold.text.format(*pair).replace("%", " %") for pair in zip(values, passed, strict=True)
-    ]
-    return np.where(unreliable, UNRELIABLE, np.where(caution, CAUTION, GOOD)), text
+def _beyond(measures: Mapping[str, float]) -> Iterator[tuple[int, str]]:
+    for name, threshold in THRESHOLDS.items():
+        for level, limit in ((UNRELIABLE, threshold.unreliable), (CAUTION, threshold.caution)):
+            if threshold.sign * measures[name] > threshold.sign * limit:
+                yield level, threshold.text.format(measures[name], limit).replace("%", " %")
+                break
 
 
-def _too_few(members: Mapping[str, int], n_rows: int) -> tuple[np.ndarray, list[str]]:
+def _too_few(members: Mapping[str, int]) -> Iterator[tuple[int, str]]:
     total = sum(members.values())
     few = [f"{n} of {family}" for family, n in members.items() if n < MEMBERS.caution]
-    level = CAUTION if few else GOOD
-    text = f"perturbed members: {', '.join(few)} (fewer than {MEMBERS.caution:.0f} of a family)"
-    if total < MEMBERS.caution:
-        text = f"perturbed members: {MEMBERS.text.format(total, MEMBERS.caution)}"
     if total < MEMBERS.unreliable:
-        level = UNKNOWN
-        text = f"spread unknown with {'one member' if total == 1 else f'{total} members'}"
-    return np.full(n_rows, level), [text] * n_rows
+        yield UNKNOWN, f"spread unknown with {'one member' if total == 1 else f'{total} members'}"
+    elif total < MEMBERS.caution:
+        yield CAUTION, f"perturbed members: {MEMBERS.text.format(total, MEMBERS.caution)}"
+    elif few:
+        yield CAUTION, f"perturbed members: {', '.join(few)} (fewer than {MEMBERS.caution:.0f} of a family)"
 
 
-def _implausible(ids, volume, low, high) -> tuple[np.ndarray, list[str]]:
-    widest = np.array([LIMITS[i].adult if i in LIMITS else (np.nan, np.nan) for i in ids])
-    widest = widest.reshape(-1, 2)
-    levels = np.where((volume < low) | (volume > high), CAUTION, GOOD)
-    levels[(volume < widest[:, 0]) | (volume > widest[:, 1])] = UNRELIABLE
-    text = [
-        f"implausibly {'small' if v < a else 'large'} ({v:,.0f} mm3; broad limits {a:,.0f} to "
-        f"{b:,.0f})"
-        for v, a, b in zip(volume, low, high, strict=True)
-    ]
-    return levels, text
+def _implausible(index: int, volume: float, low: float, high: float) -> Iterator[tuple[int, str]]:
+    if index in LIMITS and not low <= volume <= high:
+        least, most = LIMITS[index].adult
+        size = "small" if volume < low else "large"
+        yield (
+            CAUTION if least <= volume <= most else UNRELIABLE,
+            f"implausibly {size} ({volume:,.0f} mm3; broad limits {low:,.0f} to {high:,.0f})",
+        )
 
 
-def _lopsided(ids: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    levels, text = np.full(len(ids), GOOD), [""] * len(ids)
-    rows = {int(index): row for row, index in enumerate(ids) if volume[row] > 0}
-    for (left, right), limits in _PAIRS.items():
-        if left in rows and right in rows:
-            both = [rows[left], rows[right]]
-            asymmetry = abs(np.diff(volume[both])[0]) / volume[both].mean()
+def _lopsided(index: int, volumes: Mapping[int, float]) -> Iterator[tuple[int, str]]:
+    for pair, limits in _PAIRS.items():
+        left, right = (volumes.get(side, 0.0) for side in pair)
+        if index in pair and left > 0 and right > 0:
+            asymmetry = abs(left - right) / ((left + right) / 2)
             if asymmetry > limits.asymmetry:
-                levels[both] = CAUTION
-                for row in both:
-                    text[row] = (
-                        f"left and right differ by {100 * asymmetry:.0f} % of their mean (more "
-                        f"than {100 * limits.asymmetry:.0f} %)"
-                    )
-    return levels, text
+                yield (
+                    CAUTION,
+                    f"left and right differ by {100 * asymmetry:.0f} % of their mean (more than "
+                    f"{100 * limits.asymmetry:.0f} %)",
+                )
 
 
-def volume_limits(
-    ids: np.ndarray, age: float | None = None, sex: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Plausible volumes [mm3] of structures at an age, those of all adults where it is unknown.
 
     Parameters
@@ -290,10 +277,7 @@ def describe_limits(age: float | None = None, sex: str | None = None) -> str:
     if age is None or math.isnan(age):
         return "Broad limits of volume for adults of any age, since the age is unknown"
     if age < ADULT_AGE:
-        return (
-            f"Broad limits of volume for adults of any age, since there are none for "
-            f"{round(age, 1):g} years"
-        )
+        return f"Broad limits of volume for adults of any age, since there are none for {round(age, 1):g} years"
     who = {"F": "women", "M": "men"}.get(sex or "", "adults")
     return f"Broad limits of volume for {who} of {round(age, 1):g} years"
 
@@ -305,6 +289,26 @@ def describe_thresholds() -> dict[str, dict[str, float]]:
         for name, threshold in THRESHOLDS.items()
     }
     return measures | {"members": {"caution": MEMBERS.caution, "unknown": MEMBERS.unreliable}}
+
+
+def describe_families(members: Mapping[str, int]) -> list[str]:
+    """Warn of families of perturbed members too small for their spread to be trusted.
+
+    Parameters
+    ----------
+    members : perturbed members of each family; the baseline alone gives no warning
+
+    Examples
+    --------
+    >>> describe_families({"mca": 5, "seed": 2})
+    ['Family seed has 2 members: below 5, its spread is uncertain.']
+    """
+    return [
+        f"Family {family} has {'one member' if n == 1 else f'{n} members'}: below "
+        f"{MEMBERS.caution:.0f}, its spread is {'unknown' if n == 1 else 'uncertain'}."
+        for family, n in members.items()
+        if n < MEMBERS.caution and family != BASELINE
+    ]
 
 
 def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[str]:
@@ -322,9 +326,7 @@ def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[
     """
     sentences = []
     for word in reversed(_WORDS[1:]):
-        rows = judged[judged["verdict"] == word].sort_values(
-            "cv", ascending=False, kind="stable", na_position="last"
-        )
+        rows = judged[judged["verdict"] == word].sort_values("cv", ascending=False, kind="stable", na_position="last")
         if rows.empty:
             continue
         start = f"{len(rows)} of {len(judged)} structures {_PHRASES[word]}"

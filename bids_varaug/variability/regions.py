@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from significantdigits import Error, Method, significant_digits
 
 from bids_varaug.machine import compiled
-from bids_varaug.variability.maps import FLOAT32_BITS
+from bids_varaug.models.ensemble import BASELINE, Label
+from bids_varaug.variability.maps import FLOAT32_BITS, significant_bits
 
-BASELINE_FAMILY = "ieee"
+ALL = "all"
+"""All perturbed members together, beside the names of the families."""
 PROBABILITY = 0.95
 CONFIDENCE = 0.95
-
-
-class RegionLabel(Protocol):
-    """What the tables need to know of a label."""
-
-    index: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -74,15 +68,12 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
             raise ValueError(f"label {slab.max()}, but there are {n_classes} classes")
         _count_pairs(slab, agreed, pairs)
     # Only the upper triangle was counted, and voxels on which all agree only once.
-    for a, b in combinations(range(n_members), 2):
-        pairs[b, a] = pairs[a, b]
-    pairs += agreed
-    members = np.arange(n_members)
-    return RegionCounts(volumes=pairs[members, members].copy(), intersections=pairs)
+    pairs = np.maximum(pairs, pairs.swapaxes(0, 1)) + agreed
+    return RegionCounts(volumes=np.einsum("aak->ak", pairs).copy(), intersections=pairs)
 
 
 @compiled()
-def _count_pairs(slab, agreed, pairs):
+def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> None:
     n_members = slab.shape[0]
     for v in range(slab.shape[1]):
         same = True
@@ -125,14 +116,46 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
         return 2 * counts.intersections / np.where(total > 0, total, np.nan)
 
 
-def volume_significant_bits(volumes: np.ndarray) -> np.ndarray:
-    """Significant bits of each structure's volume over the members.
+def group_members(families: Sequence[str]) -> dict[str, list[int]]:
+    """Group perturbed members: `ALL` together, then those of each family.
+
+    Parameters
+    ----------
+    families : (M,) family of each member; the baseline counts only where it is alone
+
+    Returns
+    -------
+    dict of str to list of int
+        Places in `families`.
+
+    Examples
+    --------
+    >>> group_members(["ieee", "mca", "mca", "seed"])
+    {'all': [1, 2, 3], 'mca': [1, 2], 'seed': [3]}
+    >>> group_members(["ieee"])
+    {'all': [0]}
+    """
+    perturbed = [m for m, family in enumerate(families) if family != BASELINE]
+    groups = {ALL: perturbed or list(range(len(families)))}
+    for m in perturbed:
+        groups.setdefault(families[m], []).append(m)
+    return groups
+
+
+def suffix_of(group: str) -> str:
+    """Return what ends the names of a group's columns and maps: nothing, or ``_FAMILY``."""
+    return "" if group == ALL else f"_{group}"
+
+
+def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
+    """Lower confidence bound of the significant bits of each structure's volume.
 
     ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative
     to the members' mean: the number of bits that a further member would share with the mean with
-    a probability of 95 %, at a confidence of 95 % [1]_. The package's standard deviation divides
-    by M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited
-    to 0 ... 24 bits.
+    a probability of 95 %, at a confidence of 95 % [1]_. It is `significant_bits` less a margin that
+    depends on the number of members (2.0 bits for 8). The package's standard deviation divides by
+    M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to
+    0 ... 24 bits.
 
     Parameters
     ----------
@@ -189,9 +212,9 @@ def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.
 def region_table(
     counts: RegionCounts,
     families: Sequence[str],
-    labels: Sequence[RegionLabel],
+    labels: Sequence[Label],
     voxel_volume: float,
-    entropy_mean: np.ndarray,
+    entropy_means: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
     """Return the variability of each structure over the perturbed members.
 
@@ -204,38 +227,39 @@ def region_table(
     families : (M,) family of each member
     labels : K labels, background first; it is left out of the table
     voxel_volume : mm3
-    entropy_mean : (K,) bit, see `mean_entropy`
+    entropy_means : (K,) bit of each group of `group_members` with two members, see `mean_entropy`
 
     Returns
     -------
     DataFrame, one row per structure
-        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits [bit],
-        dice_min, dice_mean over all pairs of perturbed members, entropy_mean [bit], then
-        cv_FAMILY, dice_min_FAMILY, dice_mean_FAMILY within each family. NaN where a value does not
-        exist.
+        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits and
+        sigbits_lower [bit] of the volume, dice_min, dice_mean over all pairs of perturbed members,
+        entropy_mean [bit]; then all but the first two within each family, with ``_FAMILY`` after
+        the name. NaN where a value does not exist, as all do in a family of one member.
     """
-    perturbed = _perturbed(families)
-    n_classes = len(labels)
-    volumes = counts.volumes[perturbed] * float(voxel_volume)
-    alone = len(perturbed) < 2
-    std = _spread(volumes)
-    dice = pairwise_dice(counts)
     columns = {
         "index": [int(label.index) for label in labels],
         "name": [label.name for label in labels],
-        "volume_mean": volumes.mean(axis=0),
-        "volume_std": std,
-        "cv": _variation(volumes),
-        "sigbits": volume_significant_bits(volumes),
     }
-    columns["dice_min"], columns["dice_mean"] = _dice_summary(dice, perturbed)
-    columns["entropy_mean"] = np.full(n_classes, np.nan) if alone else entropy_mean
-    for family in dict.fromkeys(families[m] for m in perturbed):
-        if family == BASELINE_FAMILY:
-            continue
-        within = [m for m in perturbed if families[m] == family]
-        columns[f"cv_{family}"] = _variation(counts.volumes[within])
-        columns[f"dice_min_{family}"], columns[f"dice_mean_{family}"] = _dice_summary(dice, within)
+    dice = pairwise_dice(counts)
+    nothing = np.full(len(labels), np.nan)
+    for group, members in group_members(families).items():
+        volumes = counts.volumes[members] * float(voxel_volume)
+        mean, alone = volumes.mean(axis=0), len(members) < 2
+        present = np.where(mean > 0, mean, np.nan)
+        std = nothing if alone else volumes.std(axis=0, ddof=1)
+        least, average = _dice_summary(dice, members)
+        measures = {
+            "volume_mean": nothing if alone and group != ALL else mean,
+            "volume_std": std,
+            "cv": std / present,
+            "sigbits": np.where(np.isnan(std / present), np.nan, significant_bits(mean, std)),
+            "sigbits_lower": significant_bits_lower(volumes),
+            "dice_min": least,
+            "dice_mean": average,
+            "entropy_mean": nothing if alone else entropy_means[group],
+        }
+        columns |= {name + suffix_of(group): values for name, values in measures.items()}
     return pd.DataFrame(columns).iloc[1:].reset_index(drop=True)
 
 
@@ -243,7 +267,7 @@ def members_table(
     counts: RegionCounts,
     members: Sequence[str],
     families: Sequence[str],
-    labels: Sequence[RegionLabel],
+    labels: Sequence[Label],
     voxel_volume: float,
 ) -> pd.DataFrame:
     """Return the volume of every structure by every member, baseline included.
@@ -261,32 +285,13 @@ def members_table(
     return pd.DataFrame(rows, columns=["member", "family", "index", "name", "volume"])
 
 
-def _perturbed(families: Sequence[str]) -> list[int]:
-    perturbed = [m for m, family in enumerate(families) if family != BASELINE_FAMILY]
-    return perturbed or list(range(len(families)))
-
-
-def _spread(volumes: np.ndarray) -> np.ndarray:
-    """Sample standard deviation over members (M, K); NaN for one member, which has none."""
-    alone = len(volumes) < 2
-    return np.full(volumes.shape[1], np.nan) if alone else volumes.std(axis=0, ddof=1)
-
-
-def _variation(volumes: np.ndarray) -> np.ndarray:
-    """Coefficient of variation over members (M, K); NaN where no member has the structure."""
-    mean = volumes.mean(axis=0)
-    return _spread(volumes) / np.where(mean > 0, mean, np.nan)
-
-
 def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Least and mean Dice over the pairs of `members` that have the structure at all, (K,)."""
-    pairs = list(combinations(members, 2))
-    if not pairs:
-        nothing = np.full(dice.shape[2], np.nan)
-        return nothing, nothing.copy()
-    values = np.stack([dice[a, b] for a, b in pairs])
-    known = ~np.isnan(values)
+    found = [dice[a, b] for a, b in combinations(members, 2)]
+    pairs = np.array(found).reshape(-1, dice.shape[2])
+    known = ~np.isnan(pairs)
     count = known.sum(axis=0)
-    least = np.where(known, values, np.inf).min(axis=0)
-    mean = np.where(known, values, 0).sum(axis=0) / np.where(count > 0, count, np.nan)
-    return np.where(count > 0, least, np.nan), mean
+    least = np.where(known, pairs, np.inf).min(axis=0, initial=np.inf)
+    total = np.where(known, pairs, 0).sum(axis=0)
+    some = np.where(count > 0, count, np.nan)
+    return np.where(count > 0, least, np.nan), total / some

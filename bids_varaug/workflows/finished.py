@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.request import ScanRequest
-from bids_varaug.derivatives.write import write_json
-from bids_varaug.models.checksum import sha256_of
+from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.models.ensemble import sha256_of
 
 RECORD = "finished.json"
 KEPT = "write"  # the step that leaves the record, and whose result nipype reads for the report
@@ -61,5 +61,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble,
+        request.members,
     ))  # fmt: skip

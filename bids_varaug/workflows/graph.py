@@ -11,12 +11,18 @@ from nipype.interfaces.base import BaseInterface
 from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import identify
-from bids_varaug.reports.request import ReportRequest
-from bids_varaug.segmentation.grids import GRIDS
-from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
+from bids_varaug.segmentation.shifts import GRIDS
+from bids_varaug.workflows.interfaces import (
+    AverageGrids,
+    Conform,
+    FuseMembers,
+    SegmentMember,
+    WriteReport,
+    WriteScan,
+)
 from bids_varaug.workflows.plan import STEP_GB, Plan
 
 # With the version: what another one left in the work directory may be of another kind.
@@ -40,8 +46,8 @@ def init_participants_wf(plan: Plan, scans: Sequence[Scan], finished: Mapping[st
         label = node_name(f"sub-{subject}")
         gather = Node(Merge(len(theirs)), f"gather_{label}")
         gather.run_without_submitting = True  # not worth a job
-        request = ReportRequest(plan.settings, plan.ensemble, plan.members, tuple(theirs))
-        report = Node(WriteReport(request=request), f"report_{label}", mem_gb=STEP_GB["report"])
+        requests = [ScanRequest(plan.settings, scan, plan.ensemble, plan.members) for scan in theirs]
+        report = Node(WriteReport(requests=requests), f"report_{label}", mem_gb=STEP_GB["report"])
         for number, scan in enumerate(theirs, start=1):
             if scan.prefix in finished:
                 gather.inputs.trait_set(**{f"in{number}": list(finished[scan.prefix])})
@@ -73,7 +79,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         conform.inputs.trait_set(**by_locator)
     posteriors = Node(Merge(2), "posteriors")  # of all members, in their order
     posteriors.run_without_submitting = True
-    fuse = _node(FuseMembers(families=[member.family for member in plan.members]), "fuse")
+    families = [member.family for member in plan.members]
+    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
     request = ScanRequest(settings, scan, ensemble, plan.members)
     write = _node(WriteScan(request=request, num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")

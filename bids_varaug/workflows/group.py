@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.covariance import (
     COVARIANCE_TABLE,
@@ -44,15 +45,13 @@ from bids_varaug.brainage.population import (
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
 from bids_varaug.brainage.study import Study
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.citation import cite
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
-from bids_varaug.derivatives.write import write_json, write_table
+from bids_varaug.derivatives.write import write_table
 from bids_varaug.errors import FiltersError, UserError
 from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.reports.citation import cite_group
-from bids_varaug.reports.group import ComparedPipeline, GroupContent, write_group_report
-from bids_varaug.reports.group_applied import AppliedContent, cite_applied, write_applied_report
-from bids_varaug.reports.group_saved import load_content, save_content
+from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, load_page, study_page
 from bids_varaug.settings import Settings
 
 MODEL = "models/brainage.skops"
@@ -72,8 +71,8 @@ def run_group(settings: Settings) -> Path | None:
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if settings.reports_only:
-        content = load_content(names.logs(settings.output_dir) / REPORT_CONTENT)
-        return None if settings.dry_run else _write_page(settings, content)
+        page = load_page(names.logs(settings.output_dir) / REPORT_CONTENT)
+        return None if settings.dry_run else _write_page(settings, page)
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     people = _people(settings, model)
     volumes = _select(_cohort(settings, people, model), settings)
@@ -186,14 +185,13 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequ
            if key in ("table", "ensemble", "ensemble_version", "bids_varaug", "members")},
     }  # fmt: skip
     versions = package_versions()
-    citation = cite_applied(described, _features_text(settings, cohort), versions)
+    citation = cite("applied", versions, model=described, features=_features_text(settings, cohort))
     write_group_logs(settings, citation)
-    content = AppliedContent(
-        predicted, described, citation=citation, left_out=cohort.left_out,
-        warnings=notes, source=cohort.source,
-        settings={"level": "group"}, versions=versions, sloppy=bool(cohort.source.get("sloppy")),
+    run = RunInfo(
+        citation.methods, cohort.left_out, notes, cohort.source, {"level": "group"}, versions,
+        sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    return _write_page(settings, content, save=True)
+    return _write_page(settings, applied_page(run, predicted, described), save=True)
 
 
 def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[str]) -> Path:
@@ -282,8 +280,8 @@ def _features_text(settings: Settings, cohort: Cohort) -> str:
 
 def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
     versions = package_versions()
-    citation = cite_group(
-        study.settings, _features_text(settings, cohort), versions,
+    citation = cite(
+        "group", versions, settings=study.settings, features=_features_text(settings, cohort),
         has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip
@@ -291,19 +289,14 @@ def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -
     warnings = list(notes)
     if not np.isfinite(cohort.age).all():
         warnings.append("Some people have no age: they count for numerics, not for the model.")
-    content = GroupContent(
-        study, numerics, compared, citation=citation, left_out=cohort.left_out,
-        warnings=warnings, source=cohort.source,
-        settings={"level": "group", **study.settings}, versions=versions,
+    run = RunInfo(
+        citation.methods, cohort.left_out, warnings, cohort.source, {"level": "group", **study.settings}, versions,
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    return _write_page(settings, content, save=True)
+    return _write_page(settings, study_page(run, study, numerics, compared), save=True)
 
 
-def _write_page(
-    settings: Settings, content: GroupContent | AppliedContent, save: bool = False
-) -> Path:
+def _write_page(settings: Settings, page: Page, save: bool = False) -> Path:
     if save:
-        save_content(names.logs(settings.output_dir) / REPORT_CONTENT, content)
-    write = write_group_report if isinstance(content, GroupContent) else write_applied_report
-    return write(settings.output_dir / names.GROUP_REPORT, content)
+        page.save(names.logs(settings.output_dir) / REPORT_CONTENT)
+    return write_text(page.html(), settings.output_dir / names.GROUP_REPORT)

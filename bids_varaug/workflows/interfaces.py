@@ -105,7 +105,7 @@ class Conform(_Step):
 
 class _SegmentInput(_NetworkInput):
     head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
-    offset = traits.Any(desc="of the grid to segment on, see segmentation.grids; absent: none")
+    offset = traits.Any(desc="of the grid to segment on, see segmentation.shifts; absent: none")
     shift_file = File(exists=True, desc="what several grids add, safetensors")
 
 
@@ -134,7 +134,7 @@ class SegmentMember(_Step):
 class _AverageInput(BaseInterfaceInputSpec):
     posterior_files = InputMultiPath(File(exists=True), mandatory=True, desc="one for each grid")
     member = traits.Any(mandatory=True, desc="models.ensemble.Member whose they are")
-    n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.grids.GRIDS")
+    n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.shifts.GRIDS")
 
 
 class _AverageOutput(_PosteriorOutput):
@@ -147,9 +147,8 @@ class AverageGrids(_Step):
     input_spec, output_spec = _AverageInput, _AverageOutput
 
     def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.segmentation.average import average_grids
-        from bids_varaug.segmentation.grids import GRIDS
         from bids_varaug.segmentation.member import describe_member
+        from bids_varaug.segmentation.shifts import GRIDS, average_grids
 
         member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
         mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
@@ -161,6 +160,7 @@ class AverageGrids(_Step):
 class _FuseInput(BaseInterfaceInputSpec):
     posterior_files = InputMultiPath(File(exists=True), mandatory=True)
     families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+    family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
 
 
 class _FuseOutput(TraitedSpec):
@@ -175,18 +175,18 @@ class FuseMembers(_Step):
     input_spec, output_spec = _FuseInput, _FuseOutput
 
     def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.segmentation.summary import summarise_members
+        from bids_varaug.segmentation.fuse import summarise_members
 
         mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
         paths = [Path(file) for file in self.inputs.posterior_files]
-        summary = summarise_members(paths, self.inputs.families, mean)
+        summary = summarise_members(paths, self.inputs.families, mean, self.inputs.family_maps)
         np.savez(maps, **summary.maps)
         np.savez(counts, **summary.counts)
         return {"mean_file": str(mean), "maps_file": str(maps), "counts_file": str(counts)}
 
 
 class _WriteInput(BaseInterfaceInputSpec):
-    request = traits.Any(mandatory=True, desc="derivatives.scan.ScanRequest")
+    request = traits.Any(mandatory=True, desc="derivatives.names.ScanRequest")
     geometry_file = File(exists=True, mandatory=True)
     mean_file = File(exists=True, mandatory=True)
     maps_file = File(exists=True, mandatory=True)
@@ -223,7 +223,7 @@ class WriteScan(_Step):
 
 
 class _ReportInput(BaseInterfaceInputSpec):
-    request = traits.Any(mandatory=True, desc="reports.subject.ReportRequest")
+    requests = traits.Any(mandatory=True, desc="a ScanRequest for each scan of the participant")
     derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
 
 
@@ -238,6 +238,6 @@ class WriteReport(_Step):
     always_run = True
 
     def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.reports.subject import write_subject_report
+        from bids_varaug.reports.participant import write_subject_report
 
-        return {"out_file": str(write_subject_report(self.inputs.request))}
+        return {"out_file": str(write_subject_report(self.inputs.requests))}

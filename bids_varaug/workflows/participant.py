@@ -11,14 +11,13 @@ from pathlib import Path
 from bids_varaug.brainage.provenance import check_rerun, run_origin
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.logs import write_logs
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
 from bids_varaug.locks import hold_participants
 from bids_varaug.machine import caches_below
-from bids_varaug.reports.request import ReportRequest
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
 from bids_varaug.workflows.finished import finished_outputs, remove_steps
@@ -149,15 +148,15 @@ def _remove_work(root: Path, folders: Iterable[str]) -> None:
 
 def write_reports(plan: Plan, scans: Sequence[Scan]) -> bool:
     """Draw reports from derivatives that are there; return whether all could be drawn."""
-    from bids_varaug.reports.subject import write_subject_report  # matplotlib
+    from bids_varaug.reports.participant import write_subject_report  # matplotlib
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     complete = True
     for subject in dict.fromkeys(scan.subject for scan in scans):
-        theirs = tuple(scan for scan in scans if scan.subject == subject)
-        request = ReportRequest(plan.settings, plan.ensemble, plan.members, theirs)
+        theirs = [scan for scan in scans if scan.subject == subject]
+        requests = [ScanRequest(plan.settings, scan, plan.ensemble, plan.members) for scan in theirs]
         try:
-            print(f"Wrote {write_subject_report(request)}.", file=sys.stderr)
+            print(f"Wrote {write_subject_report(requests)}.", file=sys.stderr)
         except UserError as error:
             print(f"ERROR: {error}", file=sys.stderr)
             complete = False

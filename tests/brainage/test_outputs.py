@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_varaug.atomic import write_json
 from bids_varaug.brainage import outputs
 from bids_varaug.derivatives import sidecars, write
 from bids_varaug.inputs.validation import find_validator, run_validator
@@ -98,7 +99,7 @@ def test_the_validator_accepts_it_and_would_see_a_fault(tmp_path):
     sidecars.write_dataset_files(raw, out, [], [])
     for name, table in outputs.phenotype_tables(study).items():
         write.write_table(table, out / name)
-        write.write_json(outputs.phenotype_sidecar(study), (out / name).with_suffix(".json"))
+        write_json(outputs.phenotype_sidecar(study), (out / name).with_suffix(".json"))
     for participant in study.predictions["participant_id"].unique():
         (out / participant / "anat").mkdir(parents=True)
         write.write_table(

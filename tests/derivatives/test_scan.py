@@ -14,9 +14,8 @@ from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
 from bids_varaug.images.crop import Box
 from bids_varaug.images.geometry import Geometry
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble, Label, Member
-from bids_varaug.models.shape import NetworkShape
-from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior
+from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
+from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior, sparse_rows
 from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)
@@ -48,9 +47,8 @@ def files(tmp_path) -> Intermediate:
     geometry.save(tmp_path / "geometry.json")
     labels = np.zeros(SHAPE, np.uint8)
     labels[2, 3, 4] = 1
-    offsets = np.array([0, 0, 0, 1, 1, 1, 1], np.int64)
-    rows = np.array([[0.2, 0.8]], np.float32)
-    sparse = SparsePosterior(labels, offsets, np.array([3 * 6 + 4], np.int32), rows)
+    rows = sparse_rows(np.array([[0.2, 0.8]], np.float32), labels.ravel() > 0)
+    sparse = SparsePosterior(labels, rows)
     save_posterior(tmp_path / "mean.safetensors", sparse, {})
     maps = {"entropy": 0.5, "std": 0.1, "sigbits": 3.0}
     maps = {name: np.full(SHAPE, value, np.float32) for name, value in maps.items()}
@@ -61,6 +59,7 @@ def files(tmp_path) -> Intermediate:
         volumes=counts,
         intersections=np.tile(counts[0], (3, 3, 1)),
         entropy_mean=np.array([0.0, 0.5]),
+        entropy_mean_mca=np.array([0.0, 0.25]),
     )
     mean = tmp_path / "mean.safetensors"
     return Intermediate(
@@ -77,7 +76,7 @@ def outputs(request: ScanRequest) -> set[str]:
 
 def test_every_output_but_those_of_members_is_written(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
-    assert outputs(request_) == set(OUTPUTS) - {"member_dseg"}
+    assert outputs(request_) == {key for key, output in OUTPUTS.items() if not output.per_member}
 
 
 def test_spread_of_an_earlier_run_is_not_left_beside_a_consensus_without_one(
@@ -91,9 +90,44 @@ def test_spread_of_an_earlier_run_is_not_left_beside_a_consensus_without_one(
     )  # fmt: skip
     np.savez(files.counts, **counts)
     write_scan(alone, replace(files, posteriors=files.posteriors[:1]), tmp_path)
-    assert outputs(alone) == set(OUTPUTS) - {"member_dseg", *SPREAD}
+    assert outputs(alone) == {k for k, o in OUTPUTS.items() if not o.per_member} - set(SPREAD)
     folder = request_.settings.output_dir / "sub-01" / "anat"
     assert not list(folder.glob("*_statmap.json")) + list(folder.glob("*unreliable*"))
+
+
+def test_maps_of_a_family_are_written_beside_those_of_all(request_, files, tmp_path):
+    maps = dict(np.load(files.maps))
+    theirs = {f"{name}_mca": values * 0 if name == "entropy" else values
+              for name, values in maps.items()}  # fmt: skip
+    np.savez(files.maps, **maps, **theirs)
+    written, _ = write_scan(request_, files, tmp_path)
+    where = request_.settings.output_dir, request_.scan, "mca"
+    paths = {key: OUTPUTS[f"{key}_of_family"].path(*where) for key in SPREAD}
+    assert set(paths.values()) <= set(written)
+    assert nib.load(paths["entropy"]).get_fdata().max() == 0
+    sidecar = json.loads(OUTPUTS["entropy_of_family"].sidecar(*where).read_text())
+    assert sidecar["Members"] == ["mca01", "mca02"]
+    assert sidecar["MembersPerFamily"] == {"mca": 2}
+    mask = json.loads(OUTPUTS["unreliable_mask_of_family"].sidecar(*where).read_text())
+    assert mask["Threshold"] == 0.75
+
+
+def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
+    members = (*MEMBERS, Member("seed01", "seed", 0, None, "", "b" * 64))
+    counts = dict(np.load(files.counts))
+    counts["volumes"] = np.vstack([counts["volumes"], [[200, 16]]])
+    counts["intersections"] = np.tile(counts["volumes"][0], (4, 4, 1))
+    np.savez(files.counts, **counts)
+    request = replace(request_, members=members)
+    write_scan(request, replace(files, posteriors=files.posteriors[:1] * 4), tmp_path)
+    row, sidecar = told(request)
+    assert (row["volume_mean"], row["volume_mean_mca"]) == (6, 1)
+    assert (row["entropy_mean"], row["entropy_mean_mca"]) == (0.5, 0.25)
+    assert np.isnan(row["volume_mean_seed"]) and np.isnan(row["cv_seed"])
+    assert sidecar["MembersPerFamily"] == {"mca": 2, "seed": 1}
+    assert "Family mca has 2 members: below 5, its spread is uncertain." in sidecar["Warnings"]
+    assert "Family seed has one member: below 5, its spread is unknown." in sidecar["Warnings"]
+    assert sidecar["cv_seed"]["Description"] == "As cv, within the seed family"
 
 
 def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
@@ -124,7 +158,7 @@ def test_verdicts_stand_in_table_and_sidecar_and_are_told(request_, files, tmp_p
     row, sidecar = told(request_)
     assert row["verdict"] == "unreliable"
     assert "1 voxels (fewer than 100)" in row["reason"] and "2 members" in row["reason"]
-    assert doubts == sidecar["Warnings"] and "Left-Hippocampus" in doubts[-1]
+    assert set(doubts) < set(sidecar["Warnings"]) and "Left-Hippocampus" in doubts[-1]
     assert set(sidecar["verdict"]["Levels"]) >= {row["verdict"]}
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bids_varaug.derivatives import names, sidecars
+from tests.derivatives.conftest import request_of
 
 MEMBERS = [
     SimpleNamespace(id="ieee", family="ieee", seed=1, precision=None, sha256="a" * 64),
@@ -22,36 +23,48 @@ def bids_dir(tmp_path):
 
 
 @pytest.mark.parametrize("key", [k for k, o in names.OUTPUTS.items() if o.extension != ".tsv"])
-def test_images_say_which_t1w_they_lie_on(scan, key):
-    content = sidecars.sidecar(key, scan)
+def test_images_say_which_t1w_they_lie_on(request_, key):
+    content = sidecars.sidecar(request_, key)
     uri = "bids:raw:sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-02_T1w.nii.gz"
     assert content["SpatialReference"] == uri
     assert content["Sources"] == [uri]
 
 
 @pytest.mark.parametrize("key", ["entropy", "sigbits", "std"])
-def test_maps_state_unit_and_skull(scan, key):
-    content = sidecars.sidecar(key, scan, skull_stripped=True)
+def test_maps_state_unit_and_skull(request_, key):
+    content = sidecars.sidecar(request_, key, skull_stripped=True)
     assert content["Units"] == names.OUTPUTS[key].units
     assert content["SkullStripped"] is True
 
 
-def test_probseg_names_its_volumes(scan):
-    content = sidecars.sidecar("mean_probseg", scan, label_names=["Background", "Left-Caudate"])
-    assert content["LabelMap"] == ["Background", "Left-Caudate"]
+def test_probseg_names_its_volumes(request_):
+    assert sidecars.sidecar(request_, "mean_probseg")["LabelMap"] == ["Background", "Left-Hippocampus"]
 
 
-def test_consensus_sidecar_explains_the_columns_of_its_table(scan):
-    content = sidecars.sidecar("consensus_dseg", scan)
+@pytest.mark.parametrize(
+    ("key", "member", "expected"),
+    [
+        ("consensus_dseg", None, ["mca01", "mca02", "seed01"]),
+        ("members_tsv", None, ["ieee", "mca01", "mca02", "seed01"]),
+        ("ieee_dseg", None, ["ieee"]),
+        ("member_dseg", "mca02", ["mca02"]),
+    ],
+)
+def test_members_behind_an_output_are_listed(request_, key, member, expected):
+    assert sidecars.sidecar(request_, key, member)["Members"] == expected
+
+
+def test_consensus_sidecar_explains_the_columns_of_its_table(request_):
+    content = sidecars.sidecar(request_, "consensus_dseg")
     assert content["volume_mean"]["Units"] == "mm^3"
 
 
 def test_sloppy_results_say_so(scan):
-    assert "--sloppy" in sidecars.sidecar("entropy", scan, sloppy=True)["Warning"]
+    assert "--sloppy" in sidecars.sidecar(request_of(scan, sloppy=True), "entropy")["Warning"]
 
 
-def test_thresholds_are_added(scan):
-    assert sidecars.sidecar("unreliable_mask", scan, extra={"Threshold": 0.5})["Threshold"] == 0.5
+def test_thresholds_are_added(request_):
+    assert sidecars.sidecar(request_, "unreliable_mask", extra={"Threshold": 0.5})["Threshold"] == 0.5
 
 
 def test_description_names_tool_source_and_licence(bids_dir, tmp_path):

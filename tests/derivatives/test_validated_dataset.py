@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names, sidecars, write
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
 from bids_varaug.reports.participant import figure_name
+from tests.derivatives.conftest import LABELS, request_of
 
 pytestmark = pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
 
@@ -25,7 +27,6 @@ PREFIXES = {
     "sub-04/ses-a/anat": ["sub-04_ses-a_space-orig_seg-x_scale-1_desc-x", "sub-04_ses-a_hemi-L"],
     "sub-05/anat": ["sub-05_acq-x_mod-x_inv-1_proc-x_split-1_recording-x_atlas-x_stat-x"],
 }
-LABELS = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L-Hip")]
 MEMBERS = [
     SimpleNamespace(id="ieee", family="ieee", seed=1, precision=None, sha256="a" * 64),
     SimpleNamespace(id="mca01", family="mca", seed=1, precision=24, sha256="b" * 64),
@@ -51,16 +52,13 @@ def _write_outputs(output_dir, scan):
             dtype = "uint8" if output.suffix in ("mask", "dseg") else "float32"
             volumes = [np.ones((8, 8, 8), dtype)] * n_volumes
             write.write_image_series(volumes, shape, affine, path, dtype)
-        label_names = [label.name for label in LABELS] if key == "mean_probseg" else []
         # The table shares the sidecar of the consensus labels, which describes both.
         if key != "regions_tsv":
-            content = sidecars.sidecar(
-                key, scan, members=["mca01"], label_names=label_names, extra={"Threshold": 0.5}
-            )
-            write.write_json(content, output.sidecar(output_dir, scan, member))
+            content = sidecars.sidecar(request_of(scan), key, member, extra={"Threshold": 0.5})
+            write_json(content, output.sidecar(output_dir, scan, member))
     figures = output_dir / f"sub-{scan.subject}" / "figures"
-    write.write_text("png", figures / figure_name(scan.prefix, "entropy"))
-    write.write_text("<html></html>", names.report(output_dir, scan.subject))
+    write_text("png", figures / figure_name(scan.prefix, "entropy"))
+    write_text("<html></html>", names.report(output_dir, scan.subject))
 
 
 @pytest.fixture(scope="module", params=["beside", "inside", "elsewhere"])
@@ -81,9 +79,9 @@ def errors(tmp_path_factory, request):
             subject = prefix.split("_")[0].removeprefix("sub-")
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
     sidecars.write_dataset_files(raw, out, LABELS, MEMBERS)
-    write.write_text("a = 1\n", names.logs(out) / "run.toml")
-    write.write_text("# How to cite\n", names.logs(out) / "CITATION.md")
-    write.write_text("crash\n", names.logs(out) / "crash-1.txt")
+    write_text("a = 1\n", names.logs(out) / "run.toml")
+    write_text("# How to cite\n", names.logs(out) / "CITATION.md")
+    write_text("crash\n", names.logs(out) / "crash-1.txt")
     return run_validator(out)
 
 

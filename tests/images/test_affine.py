@@ -149,9 +149,7 @@ def test_header_that_agrees_with_itself_is_taken_without_a_word(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    true=st.floats(0.5, 2), false=st.floats(1.02, 2.5), codes=st.sampled_from([(1, 1), (4, 1)])
-)
+@given(true=st.floats(0.5, 2), false=st.floats(1.02, 2.5), codes=st.sampled_from([(1, 1), (4, 1)]))
 def test_volume_never_follows_the_wrong_form(true, false, codes):
     affine, warnings = chosen((scaled(true * false), codes[0]), (scaled(true), codes[1]))
     assert voxel_volume(affine) == pytest.approx(true**3, rel=1e-3)

@@ -11,16 +11,15 @@ from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
+    NetworkShape,
     find_ensemble,
     load_ensemble,
     round_inference,
     select_members,
     write_manifest,
 )
-from bids_varaug.models.load import load_member
-from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import save_weights
+from bids_varaug.models.weights import load_member, save_weights
 
 SHAPE = NetworkShape(3, (2, 2), 2)
 IDS = ("ieee", "mca01", "mca02", "seed01", "seed02")

@@ -1,8 +1,10 @@
 """The network: shapes, arrangement of voxels, reproducible initialisation."""
 
+from dataclasses import asdict
+
 import torch
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network, fold, unfold
 
 SMALL = NetworkShape(5, (4, 4, 4), 4)
@@ -43,7 +45,7 @@ def test_same_seed_same_weights_without_touching_the_global_generator():
 
 
 def test_shape_survives_the_manifest():
-    assert NetworkShape.from_json(SMALL.to_json()) == SMALL
+    assert NetworkShape.from_json(asdict(SMALL)) == SMALL
 
 
 def test_sampled_rows_are_those_of_the_whole_volume():

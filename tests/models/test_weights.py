@@ -3,8 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from bids_varaug.models.checksum import sha256_of
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape, sha256_of
 from bids_varaug.models.unet import build_network
 from bids_varaug.models.weights import FORMAT, load_weights, save_weights
 

@@ -1,13 +1,20 @@
 """A synthetic head, its tables, and a report made of them."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.reports.citation import cite
-from bids_varaug.reports.participant import ReportContent, ScanReport
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.reports.participant import ScanReport, render_participant_report
+from bids_varaug.settings import Settings
+from tests.derivatives.conftest import ENSEMBLE, MEMBERS
 
 # L to R, S to I, P to A: none of the axes is where RAS has it; 1 x 1.5 x 2 mm.
 AFFINE = np.array([[0, 0, -2.0, 30], [1.0, 0, 0, -20], [0, -1.5, 0, 25], [0, 0, 0, 1]])
@@ -62,32 +69,27 @@ def regions_table():
     )
 
 
-@pytest.fixture(scope="session")
-def ensemble():
-    """Stand-in with the attributes that citation reads."""
-    return SimpleNamespace(name="aseg31", version="1.0", voxel_size=1.0)
+@dataclass(frozen=True)
+class Content:
+    """What a report is made of."""
 
+    request: ScanRequest
+    scans: tuple[ScanReport, ...]
 
-@pytest.fixture(scope="session")
-def members():
-    """Members ieee, mca01, mca02, seed01."""
-    return tuple(
-        SimpleNamespace(
-            id=name,
-            family=name.rstrip("0123456789"),
-            seed=0,
-            precision=24 if "mca" in name else None,
-            sha256="ab" * 32,
-        )
-        for name in ("ieee", "mca01", "mca02", "seed01")
-    )
+    def html(self) -> str:
+        return render_participant_report(self.request, self.scans)
+
+    def with_scan(self, **changes) -> Content:
+        """The same, but for some values of the scan."""
+        return replace(self, scans=(replace(self.scans[0], **changes),))
 
 
 @pytest.fixture
-def make_content(ensemble, members, regions_table, members_table):
+def make_content(regions_table, members_table, tmp_path):
     """Content of a report; any value may be replaced."""
 
     def make(prefix="sub-01_run-1", sloppy=False, warnings=("Look here.",), figures=None):
+        settings = Settings(Path("/data"), tmp_path, "participant", tmp_path, sloppy=sloppy)
         scan = ScanReport(
             prefix=prefix,
             figures=figures or {"consensus": b"\x89PNG one", "entropy": b"\x89PNG two"},
@@ -97,19 +99,8 @@ def make_content(ensemble, members, regions_table, members_table):
             limits="Broad limits of volume for women of 63 years.",
             provenance={"T1w": f"sub-01/anat/{prefix}_T1w.nii.gz"},
         )
-        return ReportContent(
-            subject="01",
-            scans=(scan,),
-            settings={"bids_dir": "/data", "sloppy": sloppy, "n_members": None},
-            ensemble={
-                "name": ensemble.name,
-                "version": ensemble.version,
-                "shared_steps": 0,
-                "own_steps": 50,
-                "members": [vars(m) for m in members],
-            },
-            versions={"torch": "2.0"},
-            citation=cite(ensemble, members, {"torch": "2.0"}),
-        )
+        relative = f"sub-01/anat/{prefix}_T1w.nii.gz"
+        t1w = Scan(settings.bids_dir / relative, {"subject": "01"}, relative)
+        return Content(ScanRequest(settings, t1w, ENSEMBLE, MEMBERS), (scan,))
 
     return make

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
+
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.study import BASELINES, Study
-from bids_varaug.reports.citation import cite_group
-from bids_varaug.reports.group import ComparedPipeline, GroupContent
+from bids_varaug.brainage.study import BASELINES, Study, judge_gains
+from bids_varaug.derivatives.citation import cite
+from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, study_page
 
 GAINS = {"mean": 0.05, "members": 0.31, "analytic": 0.28, "jitter": 0.02, "shuffled": 0.27}
 STRUCTURES = [
@@ -76,11 +79,11 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
     return Study(
         predictions=pd.concat(tables, ignore_index=True),
         scores=pd.DataFrame(scores),
-        gains=pd.DataFrame(
+        gains=judge_gains(pd.DataFrame(
             [{"augmentation": a, "gain": g, "low": g - half, "high": g + half, "p_value": 0.004}
              for a, g in gains.items()],
             columns=["augmentation", "gain", "low", "high", "p_value"],
-        ),
+        )),
         learning_curve=pd.DataFrame(curve),
         sites=sites,
         reliability=reliability,
@@ -104,26 +107,35 @@ def make_numerics(factor: float = 1.0, seed: int = 1) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def make_content(study: Study | None = None, **changes) -> GroupContent:
-    """Everything that a report can show."""
+def make_page(study: Study | None = None, *, numerics="made up", compared="made up", **run) -> Page:
+    """A page with everything that it can show."""
     from bids_varaug.brainage.population import compare_pipelines
 
     study = study or make_study()
     ours, other = make_numerics(), make_numerics(1.6, seed=2)
+    citation = cite(
+        "group", {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"}, settings=study.settings,
+        features=f"volumes of {len(STRUCTURES)} structures [mm3]",
+        has_numerics=True, has_reliability=True, compared_with=["FreeSurfer"],
+    )  # fmt: skip
     parts = {
-        "study": study,
-        "citation": cite_group(
-            study.settings, f"volumes of {len(STRUCTURES)} structures [mm3]",
-            {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"},
-            has_numerics=True, has_reliability=True, compared_with=["FreeSurfer"],
-        ),
-        "numerics": ours,
-        "compared": [ComparedPipeline("FreeSurfer", other, compare_pipelines(ours, other))],
+        "methods": citation.methods,
         "left_out": {"sub-900": "no age", "sub-901": "<script>alert(1)</script>"},
         "warnings": ["3 participants have several images; they stay in one fold."],
         "source": {"kind": "bids_varaug", "ensemble": "aseg31", "sha256": {"ieee": "a" * 64}},
         "settings": {"cv_folds": 5, "sloppy": False},
         "versions": {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"},
         "title": "A <made-up> dataset",
-    }  # fmt: skip
-    return GroupContent(**(parts | changes))
+    }
+    if isinstance(numerics, str):
+        numerics = ours
+    if isinstance(compared, str):
+        compared = [ComparedPipeline("FreeSurfer", other, compare_pipelines(ours, other))]
+    return study_page(RunInfo(**(parts | run)), study, numerics, compared)
+
+
+def answer(page: Page) -> tuple[str, list[str]]:
+    """Verdict and sentences in the box at the top."""
+    box = page.html().partition('<div class="answer">')[2].partition("</div>")[0]
+    texts = [" ".join(unescape(text).split()) for text in re.findall(r"<(?:p|li)\b[^>]*>(.*?)</", box, re.S)]
+    return texts[0], texts[1:]

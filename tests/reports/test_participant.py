@@ -1,17 +1,18 @@
 """The participant's report: complete, self-contained, escaped, reproducible."""
 
 import base64
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
-from bids_varaug.reports.citation import Citation
-from bids_varaug.reports.participant import (
-    figure_name,
-    render_participant_report,
-    write_participant_report,
-)
+from bids_varaug.reports import participant
+from bids_varaug.reports.participant import figure_name, shown_settings, write_participant_report
+from bids_varaug.settings import Settings
 
 HOSTILE = "sub-01_<script>alert(1)</script>\"onload='x'&amp;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -43,7 +44,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(make_content):
-    return Page(render_participant_report(make_content()))
+    return Page(make_content().html())
 
 
 def test_every_tag_is_closed(page):
@@ -61,7 +62,7 @@ def test_links_stay_inside_the_page(page):
 
 
 def test_no_style_or_script_names_an_address(make_content):
-    text = render_participant_report(make_content())
+    text = make_content().html()
     assert not any(word in text for word in ("http:", "https:", "url(", "@import"))
 
 
@@ -78,7 +79,7 @@ def test_figures_are_embedded_with_alternative_text(page):
 
 def hostile_content(content, where):
     """The content with `HOSTILE` in one place."""
-    scan = content.scans[0]
+    request, scan = content.request, content.scans[0]
     scans = {
         "prefix": {"prefix": HOSTILE},
         "warnings": {"warnings": [HOSTILE]},
@@ -89,41 +90,45 @@ def hostile_content(content, where):
         "provenance": {"provenance": {HOSTILE: HOSTILE}},
     }
     if where in scans:
-        return replace(content, scans=(replace(scan, **scans[where]),))
-    value = {
-        "subject": HOSTILE,
-        "settings": {"bids_dir": HOSTILE},
-        "ensemble": content.ensemble
-        | {"name": HOSTILE, "version": HOSTILE, "members": [{"id": HOSTILE}]},
-        "versions": {HOSTILE: HOSTILE},
-        "citation": Citation(HOSTILE, ()),
+        return content.with_scan(**scans[where])
+    changed = {
+        "subject": {"scan": replace(request.scan, entities={"subject": HOSTILE})},
+        "settings": {"settings": replace(request.settings, bids_dir=HOSTILE)},
+        "ensemble": {"ensemble": SimpleNamespace(**{**vars(request.ensemble), "name": HOSTILE, "version": HOSTILE})},
+        "family": {"members": (replace(request.members[1], id=HOSTILE, family=HOSTILE),)},
     }[where]
-    return replace(content, **{where: value})
+    return replace(content, request=replace(request, **changed))
 
 
 @pytest.mark.parametrize(
     "where",
     ["prefix", "warnings", "figures", "regions", "columns", "members", "provenance",
-     "subject", "settings", "ensemble", "versions", "citation"],
+     "subject", "settings", "ensemble", "family"],
 )  # fmt: skip
 def test_hostile_text_is_escaped(make_content, where):
-    text = render_participant_report(hostile_content(make_content(), where))
+    text = hostile_content(make_content(), where).html()
     page = Page(text)
     assert HOSTILE in "".join(page.text)
     assert len(page.all("script")) == 1
     assert not any("onload" in attrs for _, attrs in page.tags)
 
 
-def test_same_content_gives_the_same_bytes(make_content, tmp_path):
-    first = write_participant_report(tmp_path / "a" / "sub-01.html", make_content())
-    second = write_participant_report(tmp_path / "b" / "sub-01.html", make_content())
-    assert first.read_bytes() == second.read_bytes()
+def test_hostile_versions_are_escaped(make_content, monkeypatch):
+    monkeypatch.setattr(participant, "package_versions", lambda: {HOSTILE: HOSTILE})
+    assert HOSTILE in "".join(Page(make_content().html()).text)
 
 
-def test_figures_are_written_beside_the_report(make_content, tmp_path):
-    write_participant_report(tmp_path / "sub-01.html", make_content())
-    figure = tmp_path / "sub-01" / "figures" / "sub-01_run-1_desc-entropy_T1w.png"
-    assert figure.read_bytes() == b"\x89PNG two"
+def test_same_content_gives_the_same_bytes(make_content):
+    content = make_content()
+    first, second = (write_participant_report(content.request, content.scans).read_bytes() for _ in range(2))
+    assert first == second
+
+
+def test_figures_are_written_beside_the_report(make_content):
+    content = make_content()
+    path = write_participant_report(content.request, content.scans)
+    figure = path.parent / "sub-01" / "figures" / "sub-01_run-1_desc-entropy_T1w.png"
+    assert path.name == "sub-01.html" and figure.read_bytes() == b"\x89PNG two"
 
 
 def test_figure_names_cannot_leave_their_folder():
@@ -131,20 +136,55 @@ def test_figure_names_cannot_leave_their_folder():
 
 
 def test_nothing_partial_is_left(make_content, tmp_path):
-    write_participant_report(tmp_path / "sub-01.html", make_content())
+    content = make_content()
+    write_participant_report(content.request, content.scans)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
-def test_headings_sort_the_table(page, make_content):
-    (table,) = [t for t in page.all("table") if t.get("class") == "sortable"]
-    assert table and len(page.all("button")) == 12
-    assert 'querySelectorAll("table.sortable")' in render_participant_report(make_content())
+def test_headings_sort_the_tables(page, make_content):
+    assert len(page.all("button")) == len(page.all("th")) > 12
+    assert 'querySelectorAll("table.sortable")' in make_content().html()
 
 
 def test_columns_have_tooltips(page):
     titles = [a["title"] for a in page.all("th") if "title" in a]
-    assert len(titles) == 12 and all(titles)
-    assert "Dice min mca" in page.text
+    assert all(titles) and "Coefficient of variation of the volume: volume_std / volume_mean" in titles
+    assert "Smallest Dice coefficient over pairs of perturbed members, family mca only" in titles
+
+
+def test_families_stand_side_by_side_with_their_number_of_members(make_content, members_table):
+    content = make_content()
+    one = members_table[members_table["member"] == "mca01"]
+    more = pd.concat([members_table, *(one.assign(member=f"mca0{n}") for n in (3, 4, 5))])
+    regions = content.scans[0].regions.assign(
+        volume_mean_mca=[4019.0, 91.0], volume_mean_seed=[4021.0, 89.0], cv_mca=[0.002, 0.3], cv_seed=[0.004, 0.1],
+        dice_min_seed=[0.97, 0.6], entropy_mean_mca=[0.1, 0.2], entropy_mean_seed=[0.3, 0.5],
+    )  # fmt: skip
+    text = content.with_scan(regions=regions, members=more).html()
+    section = text.partition("Spread within each family")[2].partition("Volumes in each member")[0]
+    summary, _, by_structure = section.partition("families side by side")
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr.*?</tr>", summary, re.S)]
+    assert rows[1:3] == [
+        ["mca", "5", "15.10", "30.00", "0.500", "0.150"],
+        ["seed", "2", "5.20", "10.00", "0.600", "0.400"],
+    ]
+    headings = re.findall(r"<button[^>]*>([^<]*)", by_structure)
+    assert headings == [
+        "Structure", "Volume [mm³] mca", "Volume [mm³] seed", "CV [%] mca", "CV [%] seed", "Dice min mca",
+        "Dice min seed", "Entropy [bit] mca", "Entropy [bit] seed",
+    ]  # fmt: skip
+    assert "Family seed has 2 members: below 5" in section and "Family mca" not in section
+
+
+def test_tables_without_measures_of_families_have_no_such_section(make_content):
+    content = make_content()
+    regions = content.scans[0].regions.drop(columns="dice_min_mca")
+    assert "Spread within each family" not in content.with_scan(regions=regions).html()
+
+
+def test_settings_of_the_group_level_are_not_shown():
+    shown = shown_settings(Settings(Path("/data"), Path("/out"), "participant", Path("/work")))
+    assert "members" in shown and not {"age_column", "brainage_model", "cv_folds"} & set(shown)
 
 
 def test_cells_carry_sort_keys_and_missing_values_none(page):
@@ -153,13 +193,14 @@ def test_cells_carry_sort_keys_and_missing_values_none(page):
 
 
 def test_unreliable_rows_are_marked_by_class_sign_and_reason(page):
-    assert [a.get("class") for a in page.all("tr")].count("unreliable") == 1
+    # In the table of structures and in that of families.
+    assert [a.get("class") for a in page.all("tr")].count("unreliable") == 2
     assert "✗ unreliable" in page.text and "✓ good" in page.text
     assert "smallest Dice 0.40 (below 0.70)" in page.text
 
 
 def test_verdicts_sort_by_how_bad_they_are(make_content):
-    text = render_participant_report(make_content())
+    text = make_content().html()
     assert '<td data-key="0" class="text">✓ good' in text
     assert '<td data-key="3" class="text">✗ unreliable' in text
 
@@ -170,27 +211,26 @@ def test_whom_the_limits_are_for_is_said(page):
 
 def test_box_of_warnings_says_whether_a_structure_is_unreliable(make_content):
     content = make_content()
-    assert 'class="warnings unreliable"' in render_participant_report(content)
+    assert 'class="warnings unreliable"' in content.html()
     regions = content.scans[0].regions.assign(verdict="caution")
-    content = replace(content, scans=(replace(content.scans[0], regions=regions),))
-    assert 'class="warnings"' in render_participant_report(content)
+    assert 'class="warnings"' in content.with_scan(regions=regions).html()
 
 
 def test_sloppy_runs_have_a_banner(make_content):
-    text = render_participant_report(make_content(sloppy=True))
+    text = make_content(sloppy=True).html()
     assert 'class="banner"' in text
 
 
 def test_full_runs_have_no_banner(make_content):
-    assert 'class="banner"' not in render_participant_report(make_content())
+    assert 'class="banner"' not in make_content().html()
 
 
 def test_warnings_are_listed(make_content):
-    assert "Look here." in Page(render_participant_report(make_content())).text
+    assert "Look here." in Page(make_content().html()).text
 
 
 def test_absence_of_warnings_is_said(make_content):
-    assert "No warnings" in render_participant_report(make_content(warnings=()))
+    assert "No warnings" in make_content(warnings=()).html()
 
 
 @pytest.mark.parametrize(
@@ -200,12 +240,11 @@ def test_absence_of_warnings_is_said(make_content):
 )  # fmt: skip
 def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared, families, said):
     content = make_content()
-    like = content.ensemble["members"][0]
-    members = [like | {"family": family} for family in families]
-    content = replace(
-        content, ensemble=content.ensemble | {"shared_steps": shared, "members": members}
-    )
-    text = render_participant_report(content)
+    training = {"forked_at_step": shared, "member_steps": 50}
+    members = tuple(replace(content.request.members[0], family=family) for family in families)
+    ensemble = SimpleNamespace(**{**vars(content.request.ensemble), "training": training})
+    request = replace(content.request, ensemble=ensemble, members=members)
+    text = replace(content, request=request).html()
     assert ("lower bound" in text) == ("8850" in text) == said
 
 

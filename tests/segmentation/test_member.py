@@ -9,10 +9,10 @@ from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
     Member,
+    NetworkShape,
     round_inference,
     write_manifest,
 )
-from bids_varaug.models.shape import NetworkShape
 from bids_varaug.models.unet import build_network
 from bids_varaug.models.weights import save_weights
 from bids_varaug.segmentation.member import segment_with_member

@@ -6,9 +6,8 @@ import torch
 from scipy.ndimage import binary_dilation
 
 from bids_varaug.images.intensity import normalise_intensity
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network
-from bids_varaug.segmentation.packing import SMALLEST
 from bids_varaug.segmentation.posterior import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import largest_component, segment_volume
 
@@ -30,18 +29,14 @@ def network():
 
 def dense(sparse, shape):
     """(X, Y, Z, K) posterior; background where nothing is stored."""
-    full = np.zeros((*shape, sparse.posterior.shape[1]), np.float32)
+    full = np.zeros((*shape, sparse.rows.shape[1]), np.float32)
     full[..., 0] = 1
-    flat = full.reshape(shape[0], -1, sparse.posterior.shape[1])
-    for x in range(shape[0]):
-        rows = slice(sparse.offsets[x], sparse.offsets[x + 1])
-        flat[x, sparse.voxels[rows]] = sparse.posterior[rows]
+    full.reshape(-1, sparse.rows.shape[1])[sparse.stored] = sparse.posterior
     return full
 
 
 def test_posterior_is_that_of_the_network_where_it_is_stored(network, image):
     sparse = segment_volume(network, image)
-    assert sparse.offsets[-1] == len(sparse.voxels) == len(sparse.posterior)
     with torch.inference_mode():
         logits = network(normalise_intensity(torch.from_numpy(image))[None, None])[0]
     expected = logits.softmax(0).movedim(0, -1).numpy()
@@ -89,8 +84,7 @@ def test_file_keeps_everything(network, image, tmp_path):
     sparse = segment_volume(network, image)
     save_posterior(tmp_path / "m.safetensors", sparse, {"member": "ieee"})
     again = load_posterior(tmp_path / "m.safetensors")
-    for name in ("labels", "offsets", "voxels"):
-        assert np.array_equal(getattr(sparse, name), getattr(again, name))
-    expected = np.where(sparse.posterior > SMALLEST, sparse.posterior, 0)
-    assert np.array_equal(again.posterior, expected)
+    assert np.array_equal(again.labels, sparse.labels)
+    for name in ("indptr", "indices", "data"):
+        assert np.array_equal(getattr(sparse.rows, name), getattr(again.rows, name))
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

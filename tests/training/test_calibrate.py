@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network
 from bids_varaug.training.calibrate import cross_entropy, log_mean_posterior, logits_at
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network
 from bids_varaug.training.optimiser import Muon, Optimiser, orthogonalise
 

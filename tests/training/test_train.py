@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bids_varaug.errors import OutputError, UsageError, UserError
-from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import NetworkShape, load_ensemble
 from bids_varaug.models.unet import build_network
 from bids_varaug.training.members import parse_members, plan_member
 from bids_varaug.training.optimiser import segmentation_loss, training_loss

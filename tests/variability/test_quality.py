@@ -59,9 +59,7 @@ def test_spread_overlap_and_presence(values, verdict, reason):
     assert judge(**values) == (verdict, reason)
 
 
-@pytest.mark.parametrize(
-    ("voxel", "verdict"), [(1.0, "good"), (13.3, "good"), (13.4, "caution"), (41.0, "unreliable")]
-)
+@pytest.mark.parametrize(("voxel", "verdict"), [(1.0, "good"), (13.3, "good"), (13.4, "caution"), (41.0, "unreliable")])
 def test_partial_volume_of_large_voxels(voxel, verdict):
     assert judge(voxel=voxel)[0] == verdict
 
@@ -160,8 +158,7 @@ def test_the_worst_structures_are_named_first():
     judged = judge_regions(pd.concat([*rows, region(), region(cv=0.06)]), MANY, 1.0)
     unreliable, caution = describe_verdicts(judged, n_named=2)
     assert unreliable == (
-        "5 of 7 structures unreliable: S4, CV 15.0 % (above 10 %); S3, CV 14.0 % (above 10 %) and "
-        "3 more."
+        "5 of 7 structures unreliable: S4, CV 15.0 % (above 10 %); S3, CV 14.0 % (above 10 %) and 3 more."
     )
     assert caution.startswith("1 of 7 structures with caution: Left-Hippocampus")
     assert describe_verdicts(judge_regions(region(), MANY, 1.0)) == []

@@ -8,12 +8,13 @@ import scipy.stats
 from significantdigits import significant_digits
 
 from bids_varaug.variability.regions import (
+    RegionCounts,
     mean_entropy,
     members_table,
     pairwise_dice,
     region_counts,
     region_table,
-    volume_significant_bits,
+    significant_bits_lower,
 )
 
 
@@ -48,7 +49,9 @@ def counts(labels):
 
 @pytest.fixture
 def table(counts):
-    return region_table(counts, FAMILIES, LABELS, 8.0, np.array([0.0, 0.5, np.nan, np.nan]))
+    entropy = np.array([0.0, 0.5, np.nan, np.nan])
+    means = {"all": entropy, "mca": entropy / 2, "seed": entropy / 4}
+    return region_table(counts, FAMILIES, LABELS, 8.0, means)
 
 
 def naive_dice(a, b, k):
@@ -63,9 +66,7 @@ def test_volumes_are_counted_over_all_slabs(counts, labels):
 
 
 def test_counts_do_not_depend_on_the_slabs(counts, labels):
-    assert np.array_equal(
-        region_counts([labels], len(MEMBERS), K).intersections, counts.intersections
-    )
+    assert np.array_equal(region_counts([labels], len(MEMBERS), K).intersections, counts.intersections)
 
 
 def test_dice_is_that_of_the_label_maps(counts, labels):
@@ -96,12 +97,30 @@ def test_dice_of_a_family_is_over_its_own_pairs(table, counts):
     assert table.iloc[0]["dice_min_seed"] == pairwise_dice(counts)[3, 4, 1]
 
 
+MEASURES = ("volume_mean", "volume_std", "cv", "sigbits", "sigbits_lower", "dice_min", "dice_mean",
+            "entropy_mean")  # fmt: skip
+
+
 def test_columns_are_those_of_the_contract(table):
-    assert list(table) == [
-        "index", "name", "volume_mean", "volume_std", "cv", "sigbits", "dice_min", "dice_mean",
-        "entropy_mean", "cv_mca", "dice_min_mca", "dice_mean_mca", "cv_seed", "dice_min_seed",
-        "dice_mean_seed",
-    ]  # fmt: skip
+    within = [f"{name}_{family}" for family in ("mca", "seed") for name in MEASURES]
+    assert list(table) == ["index", "name", *MEASURES, *within]
+
+
+def test_measures_within_a_family_are_those_of_its_members_alone(table, counts):
+    alone = RegionCounts(counts.volumes[3:], counts.intersections[3:, 3:])
+    entropy = np.array([0.0, 0.125, np.nan, np.nan])
+    expected = region_table(alone, ("seed", "seed"), LABELS, 8.0, dict.fromkeys(("all", "seed"), entropy))
+    for name in MEASURES:
+        assert table[f"{name}_seed"].equals(expected[name].rename(f"{name}_seed"))
+        assert expected[name].equals(expected[f"{name}_seed"].rename(name))
+
+
+def test_a_family_of_one_member_has_columns_without_values(counts):
+    families = ("ieee", "mca", "mca", "mca", "seed")
+    means = dict.fromkeys(("all", "mca"), np.zeros(K))
+    table = region_table(counts, families, LABELS, 1.0, means)
+    assert table[[f"{name}_seed" for name in MEASURES]].isna().all(axis=None)
+    assert table["volume_mean_mca"].notna().all()
 
 
 def test_background_is_not_a_row(table):
@@ -116,39 +135,44 @@ def test_volumes_are_mm3_of_the_perturbed_members(table, counts):
     )
 
 
-def test_sigbits_of_volumes_are_the_packages(table, counts):
+def test_lower_bound_of_sigbits_is_the_packages(table, counts):
     volumes = counts.volumes[1:, 1].astype(float)[:, None]
     expected = significant_digits(volumes, reference=volumes.mean(0), axis=0)
-    assert table.iloc[0]["sigbits"] == pytest.approx(max(expected.item(), 0))
+    assert table.iloc[0]["sigbits_lower"] == pytest.approx(max(expected.item(), 0))
 
 
-def test_sigbits_of_volumes_follow_sohiers_bound():
+def test_sigbits_have_one_definition_in_tables_and_maps(table):
+    row = table.iloc[0]
+    assert row["sigbits"] == pytest.approx(-np.log2(row["volume_std"] / row["volume_mean"]))
+
+
+def test_lower_bound_of_sigbits_follows_sohier():
     """CNH: -log2(sd / mean) less the margin; the package's sd divides by M."""
     volumes = np.array([1000.0, 1010, 990, 1005, 995, 1020, 1002, 985])
     count = len(volumes)
     margin = np.log2((count - 1) / scipy.stats.chi2.ppf(0.025, count - 1)) / 2
     margin += np.log2(scipy.stats.norm.ppf(0.975))
     expected = -np.log2(volumes.std(ddof=0) / volumes.mean()) - margin
-    assert volume_significant_bits(volumes[:, None]) == pytest.approx(expected)
+    assert significant_bits_lower(volumes[:, None]) == pytest.approx(expected)
 
 
 def test_volume_that_vanishes_in_some_members_has_no_bits():
-    assert volume_significant_bits(np.array([[0.0], [0.0], [5.0]])).tolist() == [0]
+    assert significant_bits_lower(np.array([[0.0], [0.0], [5.0]])).tolist() == [0]
 
 
 def test_structure_of_no_member_has_no_sigbits(table):
-    assert np.isnan(table.loc[table["index"] == 18, "sigbits"].item())
+    assert table.loc[table["index"] == 18, ["sigbits", "sigbits_lower"]].isna().all(axis=None)
 
 
 def test_equal_volumes_have_all_bits():
-    assert volume_significant_bits(np.full((4, 1), 1000)).tolist() == [24]
+    assert significant_bits_lower(np.full((4, 1), 1000)).tolist() == [24]
 
 
 def test_one_member_has_a_volume_and_no_spread(labels):
     counts = region_counts([labels[:1]], 1, K)
-    table = region_table(counts, ["ieee"], LABELS, 1.0, np.zeros(K))
-    spread = ["volume_std", "cv", "sigbits", "dice_min", "dice_mean", "entropy_mean"]
-    assert table[spread].isna().all(axis=None)
+    table = region_table(counts, ["ieee"], LABELS, 1.0, {"all": np.zeros(K)})
+    assert list(table) == ["index", "name", *MEASURES]
+    assert table[list(MEASURES[1:])].isna().all(axis=None)
     assert table["volume_mean"].tolist() == counts.volumes[0, 1:].tolist()
 
 

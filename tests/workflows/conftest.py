@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from bids_varaug.cli.run import main
-from bids_varaug.models.ensemble import Ensemble, Label, Member, write_manifest
-from bids_varaug.models.shape import NetworkShape
+from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape, write_manifest
 from bids_varaug.models.unet import build_network
 from bids_varaug.models.weights import save_weights
 

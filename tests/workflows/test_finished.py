@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bids_varaug.cli.parser import parse_settings
-from bids_varaug.derivatives.request import ScanRequest
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.workflows.finished import (

@@ -1,15 +1,16 @@
 """Mosaics of the participant report: arrays in, PNG bytes out, the same bytes every time.
 
-Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in
-neurological convention: the subject's left is on the left of axial and coronal slices, and the
-nose points to the right in sagittal ones.
+Slices are shown in the scan's own grid, axes flipped and permuted to RAS+ (no rotation), in neurological convention:
+the subject's left is on the left of axial and coronal slices, and the nose points to the right in sagittal ones.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import matplotlib
 import matplotlib.style
@@ -21,23 +22,28 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import IdentityTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
+from bids_varaug.models.ensemble import Label
+
 DPI = 100
-PLANES = ("sagittal", "coronal", "axial")  # the axis of RAS that each one cuts
-ROWS = (2, 1, 0)  # order in a mosaic, top to bottom
+ROWS = (2, 1, 0)  # RAS axes cut, top to bottom: axial, coronal, sagittal
 MARGIN_MM = 4.0
 GAP = 6  # px between tiles
 LEGEND_ROW = 20  # px
 LEGEND_COLUMNS = 9
 BAR_HEIGHT = 66  # px below a mosaic, for its colour bar
 INK = "#e8e8e8"
+SIDE_INK = "#ffd24d"
+FONT = "DejaVu Sans"
 PAPER = "#000000"
 UNRELIABLE_RGB = (255, 77, 166)
 OUTLINE_RGB = (86, 180, 233)
 WHITE_MATTER = (2, 41)
+RGB = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -88,32 +94,12 @@ class MapStyle:
 
 MAP_STYLES: dict[str, MapStyle] = {
     "entropy": MapStyle("Vote entropy", "bit", 0.0, 2.0, 0.0, 0.3, "plasma"),
-    "sigbits": MapStyle(
-        "Significant bits of the consensus label's posterior", "bit", 0.0, 8.0, 8.0, 6.0, "plasma_r"
-    ),
-    "std": MapStyle(
-        "Standard deviation of the consensus label's posterior", "1", 0.0, 0.4, 0.02, 0.06, "plasma"
-    ),
+    "sigbits": MapStyle("Significant bits of the consensus label's posterior", "bit", 0.0, 8.0, 8.0, 6.0, "plasma_r"),
+    "std": MapStyle("Standard deviation of the consensus label's posterior", "1", 0.0, 0.4, 0.02, 0.06, "plasma"),
 }
 
 
-def parse_colors(labels: Mapping[int, str]) -> dict[int, tuple[int, int, int]]:
-    """Turn ``{index: "#rrggbb"}`` into ``{index: (r, g, b)}``, each 0-255.
-
-    Examples
-    --------
-    >>> parse_colors({17: "#dcd814"})
-    {17: (220, 216, 20)}
-    """
-    return {
-        index: tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
-        for index, color in labels.items()
-    }
-
-
-def plan_view(
-    labels: np.ndarray, affine: np.ndarray, n_slices: int = 7, max_width: int = 1900
-) -> View:
+def plan_view(labels: np.ndarray, affine: np.ndarray, n_slices: int = 7, max_width: int = 1900) -> View:
     """Choose slices through the brain and the scale of a mosaic.
 
     Parameters
@@ -148,13 +134,7 @@ def plan_view(
     return View(labels.shape, orientation, ras_affine, zooms, tuple(box), tuple(cuts), scale)
 
 
-def draw_labels(
-    t1w: np.ndarray,
-    labels: np.ndarray,
-    view: View,
-    colors: Mapping[int, tuple[int, int, int]],
-    names: Mapping[int, str] | None = None,
-) -> bytes:
+def draw_labels(t1w: np.ndarray, labels: np.ndarray, view: View, structures: Sequence[Label]) -> bytes:
     """Mosaic of the T1w with each structure's contour in its colour.
 
     Parameters
@@ -162,31 +142,27 @@ def draw_labels(
     t1w : (X, Y, Z) number, native grid
     labels : (X, Y, Z) integer, native grid
     view : from `plan_view` of the same grid
-    colors : label index to (r, g, b), 0-255; labels without a colour are not drawn
-    names : label index to name, for the legend; no legend if None
+    structures : what the labels stand for, and their colours; others are not drawn
 
     Returns
     -------
     PNG file
     """
-    window = _window(t1w, labels)
+    colors = {s.index: tuple(bytes.fromhex(s.color.removeprefix("#"))) for s in structures if s.index != 0}
 
-    def tile(axis: int, index: int) -> np.ndarray:
-        rgb = _gray_tile(t1w, view, axis, index, window)
-        cut = _sample(labels, view, axis, index, order=0)
-        _draw_contours(rgb, cut, colors)
-        return rgb
+    def paint(rgb: np.ndarray, axis: int, index: int) -> np.ndarray:
+        return _draw_contours(rgb, _sample(labels, view, axis, index, order=0), colors)
 
-    present = set(pd.unique(labels.ravel(order="K")).tolist()) - {0}
-    entries = _legend_entries({i: n for i, n in (names or {}).items() if i in present}, colors)
-    canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
-    _add_legend(canvas, mosaic_height, entries)
-    return to_png(canvas)
+    present = set(pd.unique(labels.ravel(order="K")).tolist())
+    legend: dict[str, RGB] = {}
+    for structure in structures:
+        if structure.index in present and structure.index in colors:
+            bare = structure.name.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
+            legend.setdefault(bare, colors[structure.index])  # the two sides share an entry
+    return _mosaic(t1w, labels, view, paint, legend)
 
 
-def draw_map(
-    t1w: np.ndarray, values: np.ndarray, labels: np.ndarray, view: View, style: MapStyle
-) -> bytes:
+def draw_map(t1w: np.ndarray, values: np.ndarray, labels: np.ndarray, view: View, style: MapStyle) -> bytes:
     """Mosaic of a scalar map over the T1w, with a colour bar.
 
     Parameters
@@ -200,22 +176,17 @@ def draw_map(
     -------
     PNG file
     """
-    window = _window(t1w, labels)
-    norm = Normalize(style.low, style.high, clip=True)
-    colormap = matplotlib.colormaps[style.colormap]
+    colors = ScalarMappable(Normalize(style.low, style.high, clip=True), style.colormap)
 
-    def tile(axis: int, index: int) -> np.ndarray:
-        rgb = _gray_tile(t1w, view, axis, index, window)
+    def paint(rgb: np.ndarray, axis: int, index: int) -> np.ndarray:
         cut = _sample(values, view, axis, index, order=0).astype(np.float32)
         # Holds for maps whose small values matter too: there solid < negligible.
         alpha = (cut - style.negligible) / (style.solid - style.negligible)
         alpha = 0.92 * np.clip(np.nan_to_num(alpha, nan=0.0), 0, 1)[..., None]
-        color = colormap(norm(np.nan_to_num(cut)))[..., :3] * 255
+        color = colors.cmap(colors.norm(np.nan_to_num(cut)))[..., :3] * 255
         return np.rint(alpha * color + (1 - alpha) * rgb).astype(np.uint8)
 
-    canvas, mosaic_height = _compose(view, tile, BAR_HEIGHT)
-    _add_colorbar(canvas, mosaic_height, style, ScalarMappable(norm, colormap))
-    return to_png(canvas)
+    return _mosaic(t1w, labels, view, paint, bar=(style, colors))
 
 
 def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View) -> bytes:
@@ -232,19 +203,15 @@ def draw_mask(t1w: np.ndarray, mask: np.ndarray, labels: np.ndarray, view: View)
     -------
     PNG file
     """
-    window = _window(t1w, labels)
 
-    def tile(axis: int, index: int) -> np.ndarray:
-        rgb = _gray_tile(t1w, view, axis, index, window)
+    def paint(rgb: np.ndarray, axis: int, index: int) -> np.ndarray:
         brain = (_sample(labels, view, axis, index, order=0) > 0).astype(np.uint8)
         _draw_contours(rgb, brain, {1: OUTLINE_RGB})
         rgb[_sample(mask, view, axis, index, order=0) > 0] = UNRELIABLE_RGB
         return rgb
 
-    entries = {"unreliable voxel": UNRELIABLE_RGB, "outline of the labelled brain": OUTLINE_RGB}
-    canvas, mosaic_height = _compose(view, tile, _legend_height(entries))
-    _add_legend(canvas, mosaic_height, entries)
-    return to_png(canvas)
+    legend = {"unreliable voxel": UNRELIABLE_RGB, "outline of the labelled brain": OUTLINE_RGB}
+    return _mosaic(t1w, labels, view, paint, legend)
 
 
 def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -264,17 +231,14 @@ def _sample(array: np.ndarray, view: View, axis: int, index: int, order: int) ->
     if array.shape != view.shape:
         raise ValueError(f"array of shape {array.shape}, but the view is of {view.shape}")
     ras = apply_orientation(array, view.orientation)
-    across, up = (a for a in range(3) if a != axis)
     cut = ras[(slice(None),) * axis + (index,)]  # a view; np.take would copy the whole image
     grid = []
-    for a in (across, up):
+    for a in (a for a in range(3) if a != axis):
         start, stop = view.box[a]
         size = max(1, round((stop - start) * view.zooms[a] * view.scale))
         grid.append(start + (np.arange(size) + 0.5) / size * (stop - start) - 0.5)
     if order == 0:
-        at = [
-            np.clip(np.rint(g).astype(int), 0, n - 1) for g, n in zip(grid, cut.shape, strict=True)
-        ]
+        at = [np.clip(np.rint(g).astype(int), 0, n - 1) for g, n in zip(grid, cut.shape, strict=True)]
         drawn = cut[np.ix_(*at)]
     else:
         points = np.meshgrid(*grid, indexing="ij")
@@ -283,20 +247,8 @@ def _sample(array: np.ndarray, view: View, axis: int, index: int, order: int) ->
     return drawn.T[::-1]
 
 
-def _gray_tile(
-    t1w: np.ndarray, view: View, axis: int, index: int, window: tuple[float, float]
-) -> np.ndarray:
-    low, high = window
-    gray = (_sample(t1w, view, axis, index, order=1) - low) / (high - low)
-    # 128 grey levels cannot be told from 256 by eye and shrink the file.
-    gray = np.rint(np.clip(gray, 0, 1) * 127).astype(np.uint8) * 2
-    return np.repeat(gray[..., None], 3, axis=2)
-
-
-def _draw_contours(
-    rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, tuple[int, int, int]]
-) -> None:
-    """Colour the pixels of each structure that touch another one, in place.
+def _draw_contours(rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, RGB]) -> np.ndarray:
+    """Colour the pixels of each structure that touch another one, in place; return `rgb`.
 
     White matter touches nearly everything and gives way, so that lines stay one pixel wide.
     """
@@ -310,118 +262,85 @@ def _draw_contours(
     for index in np.unique(labels[edge]).tolist():
         if index != 0 and index in colors:
             rgb[edge & (labels == index)] = colors[index]
+    return rgb
 
 
-def _compose(view: View, tile, footer: int) -> tuple[FigureCanvasAgg, int]:
-    """Canvas with a row of tiles per plane above a footer, and the height of the mosaic [px]."""
+def _mosaic(
+    t1w: np.ndarray,
+    labels: np.ndarray,
+    view: View,
+    paint: Callable[[np.ndarray, int, int], np.ndarray],
+    legend: Mapping[str, RGB] = MappingProxyType({}),
+    bar: tuple[MapStyle, ScalarMappable] | None = None,
+) -> bytes:
+    """PNG of a row of grey slices per plane, each painted over, above a legend or a colour bar.
+
+    `paint` gets a slice (height, width, 3) uint8, its RAS axis and index, and returns the same.
+    """
+    low, high = _window(t1w, labels)
+
+    def tile(axis: int, index: int) -> np.ndarray:
+        gray = (_sample(t1w, view, axis, index, order=1) - low) / (high - low)
+        # 128 grey levels cannot be told from 256 by eye and shrink the file.
+        gray = np.rint(np.clip(gray, 0, 1) * 127).astype(np.uint8) * 2
+        return paint(np.repeat(gray[..., None], 3, axis=2), axis, index)
+
     rows = [[tile(axis, index) for index in view.cuts[axis]] for axis in ROWS]
     cell = max(t.shape[1] for row in rows for t in row)
-    heights = [row[0].shape[0] for row in rows]
     width = len(rows[0]) * (cell + GAP) + GAP
-    height = sum(heights) + GAP * (len(rows) + 1)
-    mosaic = np.zeros((height, width, 3), np.uint8)
+    height = sum(row[0].shape[0] for row in rows) + GAP * (len(rows) + 1)
+    footer = BAR_HEIGHT if bar else LEGEND_ROW * -(-len(legend) // LEGEND_COLUMNS) + 12 if legend else 0
+    total = height + footer
+    pixels = np.zeros((height, width, 3), np.uint8)
     with matplotlib.style.context("default"):
-        total = height + footer
         figure = Figure(figsize=(width / DPI, total / DPI), dpi=DPI, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
+        write = partial(figure.text, color=INK, transform=IdentityTransform())  # at a place in px, from the lower left
         top = GAP
         for axis, row in zip(ROWS, rows, strict=True):
             for column, (index, part) in enumerate(zip(view.cuts[axis], row, strict=True)):
                 left = GAP + column * (cell + GAP)
                 inset = left + (cell - part.shape[1]) // 2
-                mosaic[top : top + part.shape[0], inset : inset + part.shape[1]] = part
-                _mark_tile(figure, view, axis, index, (left, total - top, cell, part.shape[0]))
+                pixels[top : top + part.shape[0], inset : inset + part.shape[1]] = part
+                _mark_tile(write, view, axis, index, (left, total - top, cell, part.shape[0]))
             top += row[0].shape[0] + GAP
-        figure.figimage(mosaic, 0, footer, origin="upper", zorder=-1)
-    return canvas, height
+        figure.figimage(pixels, 0, footer, origin="upper", zorder=-1)
+        if bar:
+            _add_colorbar(figure, write, total, *bar)
+        for number, (name, color) in enumerate(legend.items()):
+            row_number, column = divmod(number, LEGEND_COLUMNS)
+            x, y = 10 + column * width / LEGEND_COLUMNS, footer - 14 - LEGEND_ROW * row_number
+            rgb = tuple(c / 255 for c in color)
+            figure.patches.append(Rectangle((x, y - 6), 12, 12, color=rgb, transform=None, figure=figure))
+            write(x + 18, y, name, fontsize=10, va="center_baseline", parse_math=False)
+        return to_png(canvas)
 
 
-def _mark_tile(
-    figure: Figure, view: View, axis: int, index: int, place: tuple[int, int, int, int]
-) -> None:
+def _mark_tile(write: Callable[..., None], view: View, axis: int, index: int, place: tuple[int, int, int, int]) -> None:
     """Write the slice's position and the sides; `place` is left, top, width, height [px]."""
     left, top, width, height = place
-    middle = [
-        (n - 1) / 2 for n in apply_orientation(np.empty(view.shape, bool), view.orientation).shape
-    ]
+    middle = [(view.shape[int(a)] - 1) / 2 for a in np.argsort(view.orientation[:, 0])]
     middle[axis] = index
     world = float((view.affine @ [*middle, 1.0])[axis])
-    total_w, total_h = (figure.get_size_inches() * DPI).tolist()
-    style = {"color": INK, "fontsize": 8.5, "family": "DejaVu Sans"}
-
-    def write(x: float, y: float, text: str, **more) -> None:
-        figure.text(x / total_w, y / total_h, text, **{**style, **more})
-
-    write(left + 3, top - 3, f"{'xyz'[axis]} = {world:+.0f} mm", va="top")
+    write(left + 3, top - 3, f"{'xyz'[axis]} = {world:+.0f} mm", va="top", fontsize=8.5, family=FONT)
     sides = ("P", "A") if axis == 0 else ("L", "R")
-    bold = {"fontweight": "bold", "va": "bottom", "fontsize": 9.5, "color": "#ffd24d"}
+    bold = {"fontweight": "bold", "va": "bottom", "fontsize": 9.5, "color": SIDE_INK, "family": FONT}
     write(left + 3, top - height + 2, sides[0], **bold)
     write(left + width - 3, top - height + 2, sides[1], ha="right", **bold)
 
 
-def _legend_entries(
-    names: Mapping[int, str], colors: Mapping[int, tuple[int, int, int]]
-) -> dict[str, tuple[int, int, int]]:
-    """Name to colour; the two sides of a structure share an entry."""
-    entries: dict[str, tuple[int, int, int]] = {}
-    for index, name in names.items():
-        if index in colors:
-            bare = name.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
-            entries.setdefault(bare, colors[index])
-    return entries
-
-
-def _legend_height(entries: Mapping[str, object]) -> int:
-    return LEGEND_ROW * -(-len(entries) // LEGEND_COLUMNS) + 12 if entries else 0
-
-
-def _add_legend(
-    canvas: FigureCanvasAgg, mosaic_height: int, entries: Mapping[str, tuple[int, int, int]]
-) -> None:
-    figure = canvas.figure
-    total_w, total_h = (figure.get_size_inches() * DPI).tolist()
-    with matplotlib.style.context("default"):
-        for number, (name, color) in enumerate(entries.items()):
-            row, column = divmod(number, LEGEND_COLUMNS)
-            x = 10 + column * total_w / LEGEND_COLUMNS
-            y = total_h - mosaic_height - 14 - LEGEND_ROW * row
-            rgb = tuple(c / 255 for c in color)
-            figure.patches.append(
-                Rectangle((x, y - 6), 12, 12, color=rgb, transform=None, figure=figure)
-            )
-            figure.text(
-                (x + 18) / total_w,
-                y / total_h,
-                name,
-                color=INK,
-                fontsize=10,
-                va="center_baseline",
-                parse_math=False,
-            )
-
-
 def _add_colorbar(
-    canvas: FigureCanvasAgg, mosaic_height: int, style: MapStyle, mappable: ScalarMappable
+    figure: Figure, write: Callable[..., None], total: int, style: MapStyle, colors: ScalarMappable
 ) -> None:
-    figure = canvas.figure
-    _, total_h = (figure.get_size_inches() * DPI).tolist()
-    below = total_h - mosaic_height
-    with matplotlib.style.context("default"):
-        axes = figure.add_axes((0.3, (below - 40) / total_h, 0.4, 14 / total_h))
-        bar = figure.colorbar(mappable, cax=axes, orientation="horizontal", extend="max")
-        bar.outline.set_edgecolor(INK)
-        axes.tick_params(colors=INK, labelsize=10)
-        axes.set_title(f"{style.title} [{style.unit}]", color=INK, fontsize=11, pad=5)
-        side = "below" if style.solid > style.negligible else "above"
-        hidden = f"fades out {side} {style.solid:g}, transparent at {style.negligible:g}"
-        figure.text(
-            0.72,
-            (below - 33) / total_h,
-            hidden,
-            color=INK,
-            fontsize=9.5,
-            va="center",
-        )
+    axes = figure.add_axes((0.3, (BAR_HEIGHT - 40) / total, 0.4, 14 / total))
+    bar = figure.colorbar(colors, cax=axes, orientation="horizontal", extend="max")
+    bar.outline.set_edgecolor(INK)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.set_title(f"{style.title} [{style.unit}]", color=INK, fontsize=11, pad=5)
+    side = "below" if style.solid > style.negligible else "above"
+    hidden = f"fades out {side} {style.solid:g}, transparent at {style.negligible:g}"
+    width = figure.get_figwidth() * DPI
+    write(0.72 * width, BAR_HEIGHT - 33, hidden, fontsize=9.5, va="center")
 
 
 def to_png(canvas: FigureCanvasAgg) -> bytes:

@@ -15,3 +15,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
     Array.from(body.rows).sort(order).forEach((row) => body.appendChild(row));
   }));
 }
+for (const image of document.querySelectorAll("figure.mosaic img")) {
+  image.addEventListener("click", () => image.closest("figure").classList.toggle("large"));
+}

@@ -3,7 +3,23 @@
 import re
 from types import SimpleNamespace
 
-from bids_varaug.reports.citation import REFERENCES, cite
+from bids_varaug.derivatives import citation as citations
+from bids_varaug.derivatives.citation import references
+
+
+def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1):
+    run = {"ensemble": ensemble, "members": members, "sloppy": sloppy, "n_grids": n_grids}
+    return citations.cite("participant", versions or {}, **run)
+
+
+def cite_full_group():
+    """A group level with everything that it can do."""
+    augmentations = ["none", "mean", "members", "analytic", "jitter", "shuffled"]
+    return citations.cite(
+        "group", {}, settings={"model": "auto", "augmentations": augmentations},
+        features="volumes of 31 structures [mm3]", has_numerics=True, has_reliability=True,
+        compared_with=["FreeSurfer"],
+    )  # fmt: skip
 
 
 def test_every_cited_key_is_listed(ensemble, members):
@@ -11,8 +27,11 @@ def test_every_cited_key_is_listed(ensemble, members):
     assert {r.key for r in citation.references} == set(re.findall(r"@(\w+)", citation.methods))
 
 
-def test_all_references_are_cited_by_a_full_ensemble(ensemble, members):
-    assert len(cite(ensemble, members).references) == len(REFERENCES)
+def test_a_full_ensemble_and_a_full_group_cite_every_reference(ensemble, members):
+    participant = {r.key for r in cite(ensemble, members).references}
+    group = {r.key for r in cite_full_group().references}
+    assert participant | group == set(references())
+    assert len(participant) == 13
 
 
 def test_members_are_counted_by_family(ensemble, members):
@@ -60,12 +79,13 @@ def test_versions_are_named(ensemble, members):
 
 
 def test_bibtex_braces_balance(ensemble, members):
-    text = cite(ensemble, members).bibtex()
-    assert text.count("{") == text.count("}") and text.count("@") == len(REFERENCES)
+    citation = cite(ensemble, members)
+    text = citation.bibtex
+    assert text.count("{") == text.count("}") and text.count("@") == len(citation.references)
 
 
 def test_report_of_an_institution_names_it_in_bibtex():
-    assert "institution = {Technical report CSD-970002" in REFERENCES["parker1997"].bibtex()
+    assert "institution = {Technical report CSD-970002" in references()["parker1997"].bibtex
 
 
 def test_markdown_holds_paragraph_references_and_bibtex(ensemble, members):
@@ -79,5 +99,20 @@ def test_markdown_holds_paragraph_references_and_bibtex(ensemble, members):
 
 
 def test_works_behind_the_method_are_among_the_references():
-    links = " ".join(f"{r.link} {r.venue}" for r in REFERENCES.values())
-    assert all(n in links for n in ("2509.05238", "2308.01939", "2605.25991", "2507.13458"))
+    lines = " ".join(r.text for r in references().values())
+    assert all(n in lines for n in ("2509.05238", "2308.01939", "2605.25991", "2507.13458"))
+
+
+def test_methods_of_the_group_level_cite_what_they_name():
+    citation = cite_full_group()
+    cited = set(re.findall(r"@(\w+)", citation.methods))
+    assert {r.key for r in citation.references} == cited <= set(references())
+
+
+def test_methods_leave_out_what_was_not_done():
+    citation = citations.cite(
+        "group", {}, settings={"model": "ridge", "augmentations": ["none"]}, features="thickness",
+        has_numerics=False, has_reliability=False, compared_with=[],
+    )  # fmt: skip
+    assert "augmentation" not in citation.methods and "the model ridge" in citation.methods
+    assert "chatelain2026" not in {r.key for r in citation.references}

@@ -18,7 +18,7 @@ MARGIN_MM = 8.0
 _PLAUSIBLE_CM3 = (400.0, 2500.0)
 
 
-def locate_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
+def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     """Return the part of a head box that holds the brain.
 
     The network segments the head at half the resolution, which takes an eighth of the time. What
@@ -46,17 +46,15 @@ def locate_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     return enclose(2 * low - margin, 2 * high + margin, head.shape, network.shape.multiple)
 
 
-def crop_to_brain(
-    network: UNet, head: np.ndarray, geometry: Geometry
-) -> tuple[np.ndarray, Geometry]:
-    """Cut the part that holds the brain out of a head box; see `locate_brain`.
+def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+    """Cut the part that holds the brain out of a head box; see `localise_brain`.
 
     Returns
     -------
     head : (X, Y, Z) float32, as it was given
     geometry : of that part
     """
-    part = locate_brain(network, head, geometry.voxel_size)
+    part = localise_brain(network, head, geometry.voxel_size)
     return extract(head, part), replace(geometry, box=part.within(geometry.box))
 
 

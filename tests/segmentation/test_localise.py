@@ -7,9 +7,9 @@ from nilearn.datasets import MNI152_FILE_PATH
 
 from bids_varaug.images.crop import Box, extract
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.load import load_member
 from bids_varaug.models.unet import build_network
-from bids_varaug.segmentation.locate import MARGIN_MM, locate_brain
+from bids_varaug.models.weights import load_member
+from bids_varaug.segmentation.localise import MARGIN_MM, localise_brain
 from bids_varaug.segmentation.predict import segment_volume
 
 
@@ -32,7 +32,7 @@ def head():
 
 def test_the_box_holds_the_brain_and_little_else(network, head):
     image, low, high = head
-    box = locate_brain(network, image, 1.0)
+    box = localise_brain(network, image, 1.0)
     assert (np.array(box.start) <= low - MARGIN_MM / 2).all()
     assert (np.array(box.stop) >= high + MARGIN_MM / 2).all()
     # Rounded up to multiples of 32, and what half the resolution finds may be 4 mm too large.
@@ -42,8 +42,8 @@ def test_the_box_holds_the_brain_and_little_else(network, head):
 
 def test_the_box_goes_with_the_brain(network, head):
     image = head[0]
-    box = locate_brain(network, image, 1.0)
-    moved = locate_brain(network, np.roll(image, (32, -8, 16), (0, 1, 2)), 1.0)
+    box = localise_brain(network, image, 1.0)
+    moved = localise_brain(network, np.roll(image, (32, -8, 16), (0, 1, 2)), 1.0)
     shift = np.array(moved.start) - box.start
     np.testing.assert_allclose(shift, (32, -8, 16), atol=2)
     assert moved.shape == box.shape
@@ -51,13 +51,13 @@ def test_the_box_goes_with_the_brain(network, head):
 
 def test_labels_in_the_box_are_those_of_a_brain(network, head):
     image = head[0]
-    box = locate_brain(network, image, 1.0)
+    box = localise_brain(network, image, 1.0)
     labels = segment_volume(network, extract(image, box)).labels
     assert 1200e3 < (labels > 0).sum() < 2100e3  # mm3: the template is larger than most brains
 
 
 def test_where_no_brain_is_found_the_whole_head_stays(network):
     noise = np.random.default_rng(0).uniform(0, 1, (64, 64, 96)).astype(np.float32)
-    assert locate_brain(network, noise, 1.0) == Box((0, 0, 0), (64, 64, 96))
+    assert localise_brain(network, noise, 1.0) == Box((0, 0, 0), (64, 64, 96))
     untrained = build_network(network.shape, 1).eval()
-    assert locate_brain(untrained, noise, 1.0) == Box((0, 0, 0), (64, 64, 96))
+    assert localise_brain(untrained, noise, 1.0) == Box((0, 0, 0), (64, 64, 96))

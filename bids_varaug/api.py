@@ -1,0 +1,373 @@
+"""Segment one image from a script, a notebook or ``bids_varaug-segment``: no BIDS needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from nibabel.spatialimages import SpatialImage
+
+from bids_varaug.derivatives.names import DATASET_DESCRIPTION, OUTPUTS, ScanRequest
+from bids_varaug.derivatives.scan import Intermediate, write_scan
+from bids_varaug.derivatives.sidecars import write_dataset_files
+from bids_varaug.errors import OutputError, ScanError, UsageError
+from bids_varaug.images.prepare import prepare_head
+from bids_varaug.inputs.scans import Scan
+from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
+from bids_varaug.reports.participant import scan_report, write_subject_report
+from bids_varaug.segmentation.fuse import summarise_members
+from bids_varaug.segmentation.member import crop_with_member, segment_with_member
+from bids_varaug.segmentation.shifts import GRIDS, average_grids
+from bids_varaug.settings import Settings
+from bids_varaug.workflows.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def segment(
+    image: str | os.PathLike | SpatialImage,
+    *,
+    ensemble: str | os.PathLike = "aseg31",
+    members: str | Sequence[str] = "all",
+    n_members: int | None = None,
+    perturb_inference: int = 0,
+    device: str = "auto",
+    n_threads: int | None = None,
+    trust: str | None = None,
+    family_maps: bool = False,
+    random_seed: int = 0,
+    sloppy: bool = False,
+) -> Segmentation:
+    """Segment one T1w image with an ensemble and measure how its members disagree.
+
+    The same functions as those of ``bids_varaug BIDS_DIR OUTPUT_DIR participant``, with the same
+    labels. Intermediate results (60 MB for each member) go to a temporary folder.
+
+    Parameters
+    ----------
+    image : path of a ``.nii`` or ``.nii.gz``, or nibabel image
+        One 3D volume whose header says where left and right are; of any orientation.
+    ensemble : shipped ensemble, or the folder of one
+    members : "all", families ("mca", "seed", "ieee") or single members ("mca01")
+    n_members : use the first n of each family; all if None
+    perturb_inference : how often to run the baseline with random rounding too
+    device : "auto", "cpu", "cuda" or "cuda:N"
+    n_threads : default: all processors, up to 8
+    trust : "sform" or "qform", to use where the two contradict each other
+    family_maps : whether `Segmentation.save` also writes the maps of each family
+    random_seed : of `perturb_inference`
+    sloppy : 2 mm and two members, for tests and demos only
+
+    Returns
+    -------
+    Segmentation
+
+    Raises
+    ------
+    ScanError
+        If the image cannot be used; the message says why, and what to do.
+    EnsembleError, UsageError
+        If the ensemble, a member or the device is not there.
+
+    Examples
+    --------
+    >>> result = segment("sub-01_T1w.nii.gz", members="seed")  # doctest: +SKIP
+    >>> result.labels.shape  # doctest: +SKIP
+    (256, 256, 256)
+    >>> import numpy
+    >>> segment(numpy.zeros((64, 64, 64)))
+    Traceback (most recent call last):
+    bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. \
+Pass a file, or nibabel.Nifti1Image(array, affine).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bids_varaug-"))
+    settings = Settings(
+        bids_dir=folder,
+        output_dir=folder / "derivatives",
+        level="participant",
+        work_dir=folder / "work",
+        ensemble=os.fspath(ensemble),
+        members=(members,) if isinstance(members, str) else tuple(members),
+        n_members=n_members,
+        perturb_inference=perturb_inference,
+        grids=0,
+        family_maps=family_maps,
+        device=device,
+        omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
+        trust=trust,
+        random_seed=random_seed,
+        sloppy=sloppy,
+    )
+    try:
+        result = Segmentation(segment_into(settings, _as_file(image, folder)))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+class Segmentation:
+    """What `segment` found, on the image's own grid.
+
+    Attributes
+    ----------
+    labels : nibabel image, consensus, FreeSurfer ids
+    entropy : nibabel image, of the members' votes [bit]
+    unreliable : nibabel image, mask of the voxels on whose label too many members disagree
+    volumes : DataFrame, structure x member [mm3]
+    regions : DataFrame, variability and verdict of each structure, see ``docs/outputs.md``
+    warnings : list of str, what speaks against the image or the segmentation
+
+    Without two perturbed members there is no spread; `entropy` and `unreliable` are None then.
+    """
+
+    def __init__(self, request: ScanRequest):
+        self._request = request
+
+    def __repr__(self) -> str:
+        members = " ".join(member.id for member in self._request.members)
+        return f"<Segmentation of {self._request.scan.path.name} by {members}>"
+
+    @property
+    def labels(self) -> SpatialImage:  # noqa: D102
+        return self.image("consensus_dseg")
+
+    @property
+    def entropy(self) -> SpatialImage | None:  # noqa: D102
+        return self.image("entropy")
+
+    @property
+    def unreliable(self) -> SpatialImage | None:  # noqa: D102
+        return self.image("unreliable_mask")
+
+    def image(self, output: str) -> SpatialImage | None:
+        """Return any image, None if it was not made.
+
+        Parameters
+        ----------
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask",
+            "entropy", "sigbits" or "std"
+        """
+        path = OUTPUTS[output].path(*self._where)
+        if not path.exists():
+            return None
+        image = nib.load(path)  # and read: its file goes with this object
+        return type(image)(np.asanyarray(image.dataobj), image.affine, image.header)
+
+    @property
+    def volumes(self) -> pd.DataFrame:  # noqa: D102
+        table = self._table("members_tsv")
+        wide = table.pivot(index="name", columns="member", values="volume")
+        return wide.loc[table["name"].unique(), table["member"].unique()]
+
+    @property
+    def regions(self) -> pd.DataFrame:  # noqa: D102
+        return self._table("regions_tsv").set_index("name")
+
+    @property
+    def warnings(self) -> list[str]:  # noqa: D102
+        sidecar = OUTPUTS["regions_tsv"].sidecar(*self._where)
+        return json.loads(sidecar.read_text(encoding="utf-8"))["Warnings"]
+
+    def plot(self, what: str = "consensus") -> Figure:
+        """Draw the consensus, a map or the volumes, as in the report.
+
+        Parameters
+        ----------
+        what : "consensus", "entropy", "sigbits", "std", "unreliable" or "volumes"
+
+        Raises
+        ------
+        ValueError
+            If there is no such figure; those there are are listed.
+        """
+        from matplotlib import image, pyplot
+
+        if what not in self._figures:
+            raise ValueError(f"no figure {what!r}; there are {', '.join(self._figures)}")
+        picture = image.imread(BytesIO(self._figures[what]))
+        figure = pyplot.figure(figsize=(12, 12 * picture.shape[0] / picture.shape[1]))
+        figure.add_axes((0, 0, 1, 1)).imshow(picture)
+        figure.axes[0].set_axis_off()
+        return figure
+
+    def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
+        """Copy all images and tables to a folder, with their sidecars.
+
+        Parameters
+        ----------
+        output_dir : a new or an empty folder
+        report : whether to write the HTML report too
+
+        Returns
+        -------
+        list of Path
+            Files written.
+
+        Raises
+        ------
+        UsageError, OutputError
+            As `check_output_dir`.
+        """
+        output_dir = Path(output_dir).absolute()
+        check_output_dir(output_dir)
+        shutil.copytree(self._request.settings.output_dir, output_dir, dirs_exist_ok=True)
+        finish_output(self._request, output_dir, report)
+        return sorted(path for path in output_dir.rglob("*") if path.is_file())
+
+    @property
+    def _where(self) -> tuple[Path, Scan]:
+        return self._request.settings.output_dir, self._request.scan
+
+    def _table(self, key: str) -> pd.DataFrame:
+        return pd.read_csv(OUTPUTS[key].path(*self._where), sep="\t", na_values="n/a")
+
+    @cached_property
+    def _figures(self) -> dict[str, bytes]:
+        return dict(scan_report(self._request).figures)
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Make a folder for the derivatives of one image, or refuse it.
+
+    Raises
+    ------
+    UsageError
+        If it is a BIDS dataset, or not empty.
+    OutputError
+        If it cannot be written.
+    """
+    if (output_dir / DATASET_DESCRIPTION).exists():
+        raise UsageError(
+            f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR "
+            "OUTPUT_DIR participant`; for one image, choose an empty folder."
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if any(output_dir.iterdir()):
+            raise UsageError(f"{output_dir}: the folder is not empty. Choose another, or empty it.")
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
+
+
+def segment_into(settings: Settings, path: Path) -> ScanRequest:
+    """Segment one file and write its derivatives; none before everything is computed.
+
+    ``settings.work_dir`` is made and removed; ``settings.bids_dir`` becomes the file's folder.
+
+    Returns
+    -------
+    ScanRequest
+        Whose derivatives they are.
+    """
+    plan = make_plan(replace(settings, bids_dir=path.parent))
+    label = _name_of(path).removeprefix("sub-").partition("_")[0]
+    scan = _OneImage(path, {"subject": label}, path.name)
+    request = ScanRequest(plan.settings, scan, plan.ensemble, plan.members)
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    write_scan(request, _run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
+    shutil.rmtree(settings.work_dir)
+    return request
+
+
+def finish_output(request: ScanRequest, output_dir: Path, report: bool) -> None:
+    """Write what explains labels and members beside the derivatives, and the report if wanted."""
+    settings = replace(request.settings, output_dir=output_dir)
+    write_dataset_files(
+        settings.bids_dir, output_dir, request.ensemble.labels, request.members,
+        sloppy=settings.sloppy,
+    )  # fmt: skip
+    if report:
+        write_subject_report([replace(request, settings=settings)])
+
+
+def _run_steps(plan: Plan, path: Path) -> Intermediate:
+    """Run the steps of `workflows.graph.init_scan_wf` one after another, in this process."""
+    settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
+    where = settings.device, settings.omp_nthreads
+    multiple = plan.ensemble.network.multiple
+    head, geometry = prepare_head(path, plan.voxel_size, multiple, settings.trust)
+    if not settings.sloppy:
+        head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
+    posteriors = {member.id: folder / f"{member.id}.safetensors" for member in plan.members}
+    shift = None
+    if settings.grids > 1:
+        offsets = GRIDS[settings.grids]
+        on_grids = [folder / f"grid{number}.safetensors" for number in range(len(offsets))]
+        for offset, file in zip(offsets, on_grids, strict=True):
+            segment_with_member(head, ensemble, plan.locator, file, *where, offset)
+        mean, shift = folder / f"{plan.locator.id}.safetensors", folder / "shift.safetensors"
+        average_grids(on_grids, offsets, mean, shift)
+    for member in plan.single_pass:
+        segment_with_member(head, ensemble, member, posteriors[member.id], *where, shift=shift)
+    files = Intermediate(
+        folder / "geometry.json", folder / "mean.safetensors", folder / "maps.npz",
+        folder / "counts.npz", tuple(posteriors.values()),
+    )  # fmt: skip
+    families = [member.family for member in plan.members]
+    summary = summarise_members(files.posteriors, families, files.mean, settings.family_maps)
+    geometry.save(files.geometry)
+    np.savez(files.maps, **summary.maps)
+    np.savez(files.counts, **summary.counts)
+    return files
+
+
+@dataclass(frozen=True)
+class _OneImage(Scan):
+    """An image that need not be named as in BIDS."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its derivatives begin with."""
+        return _name_of(self.path)
+
+
+def _name_of(path: Path) -> str:
+    """Name of a file without suffix and extension.
+
+    Examples
+    --------
+    >>> _name_of(Path("sub-01_run-1_T1w.nii.gz")), _name_of(Path("my_head.nii"))
+    ('sub-01_run-1', 'my_head')
+    """
+    if re.search(r"_T1w\.nii(\.gz)?$", path.name):
+        return Scan(path, {}, path.name).prefix
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+
+
+def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:
+    """Path of an image; one that is only in memory is written to `folder`."""
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).absolute()
+    if not isinstance(image, SpatialImage):
+        raise ScanError(
+            f"{'an array' if hasattr(image, 'ndim') else type(image).__name__} has no affine, so "
+            "left and right cannot be told apart. Pass a file, or nibabel.Nifti1Image(array, "
+            "affine)."
+        )
+    file = Path(image.get_filename() or "image.nii")
+    if nib.is_proxy(image.dataobj) and file.name.endswith((".nii", ".nii.gz")) and file.is_file():
+        if np.array_equal(nib.load(file).affine, image.affine):
+            return file.absolute()
+    data = np.asanyarray(image.dataobj)
+    if data.dtype.name in ("bool", "int64", "uint64", "float16"):  # that NIfTI or others lack
+        data = data.astype(np.float32)
+    path = folder / f"{_name_of(file)}.nii"
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    return path

@@ -1,0 +1,93 @@
+"""How to cite a run: a paragraph of methods from a template, and the works that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+VENUES = ("journal", "booktitle", "institution", "howpublished")
+"""BibTeX's names of the place of publication."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One work: its BibTeX key, the entry, and one line for a list of references."""
+
+    key: str
+    bibtex: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A paragraph for a methods section, with ``[@key]`` as pandoc reads it."""
+
+    methods: str
+
+    @property
+    def references(self) -> list[Reference]:
+        """The works that the paragraph names, in order of first mention."""
+        works, named = references(), dict.fromkeys(re.findall(r"@(\w+)", self.methods))
+        return [works[key] for key in named if key in works]
+
+    @property
+    def bibtex(self) -> str:
+        """Their entries, ordered by key."""
+        return "\n\n".join(work.bibtex for work in sorted(self.references, key=lambda work: work.key)) + "\n"
+
+    def markdown(self) -> str:
+        """Content of CITATION.md: paragraph, references, BibTeX."""
+        return _render("citation.md", citation=self) + "\n"
+
+
+@lru_cache(maxsize=1)
+def references() -> dict[str, Reference]:
+    """All works of ``data/references.bib`` by key: one field per line, as BibTeX writes them."""
+    content = (files("bids_varaug") / "data" / "references.bib").read_text(encoding="utf-8")
+    works = {}
+    for entry in content.strip().split("\n\n"):
+        key = entry.partition("{")[2].partition(",")[0]
+        fields = dict(re.findall(r"^  (\w+) = \{(.*)\},?$", entry, re.MULTILINE))
+        authors = fields["author"].replace(" and ", "; ").replace("; others", "; et al.")
+        venue = next(fields[name] for name in VENUES if name in fields)
+        text = f"{authors} ({fields['year']}). {fields['title'].strip('{}')}. {venue}."
+        for scheme, name in (("doi", "doi"), ("arXiv", "eprint")):
+            text += f" {scheme}:{fields[name]}." if name in fields else ""
+        works[key] = Reference(key, entry, text)
+    return works
+
+
+def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
+    """How to cite a run, by the template ``data/templates/methods_<what>.md``.
+
+    Parameters
+    ----------
+    what : "participant", "group" or "applied" (a model fitted to other people)
+    versions : package name to version, as `sidecars.package_versions` gives them
+    values : what the run did, as the head of the template lists it
+    """
+    # Line ends and indents of the template mean nothing.
+    return Citation(" ".join(_render(f"methods_{what}.md", versions=versions, **values).split()))
+
+
+def _render(template: str, **values: Any) -> str:
+    """Fill a template of plain text: nothing is escaped, no value may be missing."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bids_varaug", "data/templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"listed": _listed, "percent": lambda share: f"{100 * share:.0f} %"}
+    return environment.get_template(template).render(**values)
+
+
+def _listed(items: Sequence[str]) -> str:
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
