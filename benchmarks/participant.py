@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members

@@ -13,8 +13,7 @@ from pathlib import Path
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL, package_version
 from bids_varaug.errors import NoInputError, UserError
-from bids_varaug.inputs.layout import natural_key
-from bids_varaug.inputs.scans import Scan
+from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings

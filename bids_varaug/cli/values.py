@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bids_varaug.errors import UsageError
-from bids_varaug.inputs.layout import normalize_label
+from bids_varaug.inputs.scans import normalize_label
 
 _GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 

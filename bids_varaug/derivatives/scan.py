@@ -24,10 +24,14 @@ from bids_varaug.derivatives.write import (
 )
 from bids_varaug.errors import UserError
 from bids_varaug.images.affine import voxel_sizes, voxel_volume
-from bids_varaug.images.conform import to_native_scalar
+from bids_varaug.images.conform import (
+    POSTERIOR_SCALE,
+    Geometry,
+    NativePosterior,
+    resample_posterior,
+    to_native_scalar,
+)
 from bids_varaug.images.crop import insert
-from bids_varaug.images.geometry import Geometry
-from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.machine import compiled
 from bids_varaug.models.ensemble import BASELINE

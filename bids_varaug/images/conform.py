@@ -7,7 +7,10 @@ are within a few degrees of the scanner's; those of the scanner where the image 
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import nibabel as nib
 import numba
@@ -15,11 +18,10 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
-from bids_varaug.images.affine import is_oblique, voxel_sizes
+from bids_varaug.images.affine import is_oblique, voxel_sizes, voxel_volume
+from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, is_probably_cropped
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.machine import compiled
-
-__all__ = ["Volume", "conform", "load_t1w", "to_native_scalar"]
 
 SAME_SIZE = 1e-3
 """Relative difference of voxel sizes below which an axis is left as it is."""
@@ -193,3 +195,224 @@ def corner_of(x, n, upper):
 @compiled()
 def _rounded(x):
     return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grids of one scan.
+
+    Attributes
+    ----------
+    voxel_size : of the conformed grid, mm
+    box : the head box in the conformed grid, or the part of it that holds the brain
+    conformed_shape, native_shape : voxels
+    conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
+    foreground_volume : of the head, or of the brain in a brain-extracted image, mm3
+    warnings : what the image's grid and field of view say against it
+    """
+
+    voxel_size: float
+    box: Box
+    conformed_shape: tuple[int, int, int]
+    conformed_affine: np.ndarray
+    native_shape: tuple[int, int, int]
+    native_affine: np.ndarray
+    foreground_volume: float
+    warnings: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; numbers survive to the last bit."""
+        path.write_text(json.dumps(asdict(self), default=np.ndarray.tolist), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Geometry:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["box"] = Box(*map(tuple, values["box"].values()))
+        for name, value in values.items():
+            if name.endswith("_affine"):
+                values[name] = np.array(value)
+            elif isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
+
+
+POSTERIOR_SCALE = 1 / 255
+"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
+
+
+@dataclass(frozen=True)
+class NativePosterior:
+    """A segmentation on the image's own grid.
+
+    Attributes
+    ----------
+    labels : (X, Y, Z) uint8, class index k of the most probable class, ties to the lower index
+    posterior : (X, Y, Z, K) uint8 or None, probability * 255, rounded; good to 1/510
+    """
+
+    labels: np.ndarray
+    posterior: np.ndarray | None
+
+
+def resample_posterior(
+    offsets: np.ndarray,
+    voxels: np.ndarray,
+    posterior: np.ndarray,
+    box: Box,
+    conformed_shape: tuple[int, int, int],
+    conformed_affine: np.ndarray,
+    native_affine: np.ndarray,
+    native_shape: tuple[int, int, int],
+    with_posterior: bool = True,
+    out: np.ndarray | None = None,
+    temperature: float = 1.0,
+) -> NativePosterior:
+    """Bring a sparse posterior from the head box to the image's own grid.
+
+    A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
+    native voxel larger than the network's is the mean of ``ceil(native size / network size)``
+    such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
+    background. Where the grids differ by flips and permutations only, rows are copied. Labels are
+    those of the mix; its probabilities p become p^(1/T), scaled to sum to 1, which moves no label.
+    The same bits for any number of threads.
+
+    Parameters
+    ----------
+    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
+    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
+    posterior : (N, K) float32, sums to 1 over K
+    box : the head box in the conformed grid; ``box.shape`` is (X, Y, Z)
+    conformed_shape, conformed_affine : the network's grid
+    native_affine, native_shape : the image's own grid
+    with_posterior : if False, only labels are made
+    out : (*native_shape, K) uint8, optional
+        Where to write the posterior, for example a `numpy.memmap` where it would not fit in
+        memory (32 classes at 512^3 voxels are 4.3 GB). It must hold zeros.
+    temperature : T, above 1 to make the posterior less sure
+
+    Returns
+    -------
+    NativePosterior
+
+    Raises
+    ------
+    ValueError
+        If the arrays' sizes do not fit together.
+    """
+    n_classes = posterior.shape[1]
+    native_shape = tuple(int(n) for n in native_shape)
+    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
+        raise ValueError("offsets, voxels, posterior and box do not belong together")
+    matrix, samples = native_to_conformed(conformed_affine, native_affine)
+    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
+    row_of = insert(rows.reshape(box.shape), box, conformed_shape, fill=-1)
+    labels = np.zeros(native_shape, np.uint8)
+    if not with_posterior:
+        out = np.zeros((1, 1, 1, n_classes), np.uint8)
+    elif out is None:
+        out = np.zeros((*native_shape, n_classes), np.uint8)
+    elif out.shape != (*native_shape, n_classes) or out.dtype != np.uint8:
+        raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
+    posterior = np.ascontiguousarray(posterior, np.float32)
+    power = np.float32(1 / temperature)
+    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    return NativePosterior(labels=labels, posterior=out if with_posterior else None)
+
+
+@compiled(parallel=True)
+def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
+    n_classes = posterior.shape[1]
+    n_points = samples.prod()
+    for i in numba.prange(labels.shape[0]):
+        mix = np.empty(n_classes, dtype=np.float32)
+        for j in range(labels.shape[1]):
+            for k in range(labels.shape[2]):
+                stored = False
+                mix[:] = np.float32(0)
+                for point in range(n_points):
+                    x, y, z = place_of(matrix, i, j, k, point, samples)
+                    for corner in range(8):
+                        a, u = corner_of(x, row_of.shape[0], corner & 1)
+                        b, v = corner_of(y, row_of.shape[1], corner >> 1 & 1)
+                        c, w = corner_of(z, row_of.shape[2], corner >> 2)
+                        weight = u * v * w / np.float32(n_points)
+                        if weight == 0:
+                            continue
+                        row = row_of[a, b, c]
+                        if row < 0:
+                            mix[0] += weight
+                        else:
+                            stored = True
+                            for n in range(n_classes):
+                                mix[n] += weight * posterior[row, n]
+                if stored:
+                    best = 0
+                    for n in range(1, n_classes):
+                        if mix[n] > mix[best]:
+                            best = n
+                    labels[i, j, k] = best
+                    if with_posterior:
+                        if power != 1:
+                            _temper(mix, power)
+                        for n in range(n_classes):
+                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
+                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                elif with_posterior:
+                    out[i, j, k, 0] = 255
+
+
+@compiled()
+def _temper(probabilities, power):
+    """Raise probabilities (K,) to a power and scale them to sum to 1, in place."""
+    total = np.float32(0)
+    for n in range(len(probabilities)):
+        if probabilities[n] > 0:
+            probabilities[n] = probabilities[n] ** power
+            total += probabilities[n]
+    for n in range(len(probabilities)):
+        probabilities[n] /= total
+
+
+def prepare_head(
+    path: Path, voxel_size: float, multiple: int, trust: str | None = None
+) -> tuple[np.ndarray, Geometry]:
+    """Read, conform and crop a T1w image.
+
+    Parameters
+    ----------
+    path : ``.nii`` or ``.nii.gz``
+    voxel_size : of the network grid, mm
+    multiple : sides of the head box are multiples of this many voxels
+    trust : see `load_t1w`
+
+    Returns
+    -------
+    head : (X, Y, Z) float32, any unit, RAS+, network grid
+    geometry : Geometry
+
+    Raises
+    ------
+    ScanError
+        If the image cannot be used; the message names the file.
+    """
+    native = load_t1w(path, trust)
+    conformed = conform(native, voxel_size)
+    box = head_box(conformed.data, voxel_size, multiple=multiple)
+    uncut = conformed  # by corners that straightening adds
+    if is_oblique(native.affine):
+        uncut = conform(native, voxel_size, straighten=False)
+    doubt = is_probably_cropped(uncut.data, voxel_size)
+    geometry = Geometry(
+        voxel_size=voxel_size,
+        box=box,
+        conformed_shape=conformed.data.shape,
+        conformed_affine=conformed.affine,
+        native_shape=native.data.shape,
+        native_affine=native.affine,
+        foreground_volume=float(head_mask(conformed.data, voxel_size).sum())
+        * voxel_volume(conformed.affine),
+        warnings=native.warnings + (() if doubt is None else (doubt,)),
+    )
+    return extract(conformed.data, box), geometry

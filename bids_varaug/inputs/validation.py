@@ -15,7 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from bids_varaug.errors import InvalidBidsError
-from bids_varaug.inputs.annex import datalad_command, is_absent
+from bids_varaug.inputs.scans import datalad_command, is_absent
 from bids_varaug.inputs.tables import some
 
 EXECUTABLE = "bids-validator-deno"

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.native import resample_posterior
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head, resample_posterior
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.locate import crop_to_brain
 from bids_varaug.segmentation.posterior import SparsePosterior

@@ -83,7 +83,7 @@ class Conform(_Step):
     input_spec, output_spec = _ConformInput, _HeadOutput
 
     def _step(self, folder: Path) -> dict:
-        from bids_varaug.images.prepare import prepare_head
+        from bids_varaug.images.conform import prepare_head
 
         head, geometry = prepare_head(
             Path(self.inputs.in_file), self.inputs.voxel_size, self.inputs.multiple,
@@ -115,7 +115,7 @@ class LocateBrain(_Step):
     input_spec, output_spec = _LocateInput, _HeadOutput
 
     def _step(self, folder: Path) -> dict:
-        from bids_varaug.images.geometry import Geometry
+        from bids_varaug.images.conform import Geometry
         from bids_varaug.segmentation.member import crop_with_member
 
         head, geometry = crop_with_member(

@@ -4,8 +4,8 @@ import numba
 import numpy as np
 import pytest
 
+from bids_varaug.images.conform import resample_posterior
 from bids_varaug.images.crop import Box
-from bids_varaug.images.native import resample_posterior
 
 K = 4
 BOX = Box(start=(2, -1, 3), shape=(8, 6, 7))

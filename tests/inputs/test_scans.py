@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 
 from bids_varaug.errors import FiltersError, NoInputError, OutputError, UsageError
-from bids_varaug.inputs import layout
-from bids_varaug.inputs.annex import datalad_command
-from bids_varaug.inputs.layout import list_participants
-from bids_varaug.inputs.scans import find_scans
+from bids_varaug.inputs import scans
+from bids_varaug.inputs.scans import datalad_command, find_scans, list_participants
 from bids_varaug.settings import Settings
 
 FILES = [
@@ -87,7 +85,7 @@ def test_requested_participant_may_be_written_with_prefix(request_for):
 
 
 def test_only_requested_participants_are_indexed(request_for, bids_dir):
-    made = layout._index(bids_dir, ["02"], None)
+    made = scans._index(bids_dir, ["02"], None)
     assert made.get_subjects() == ["02"]
     assert {Path(f.path).parent.name for f in made.get()} == {"anat"}
 
@@ -492,7 +490,7 @@ def test_linked_participant_folder_is_followed(request_for, bids_dir, tmp_path):
 def test_database_is_made_and_read(request_for, tmp_path, monkeypatch):
     settings = request_for(bids_database_dir=tmp_path / "db")
     first = _found(settings)
-    monkeypatch.setattr(layout, "_index", None)  # a second index would fail
+    monkeypatch.setattr(scans, "_index", None)  # a second index would fail
     assert _found(request_for(bids_database_dir=tmp_path / "db", participant_labels=("02",))) == [
         FILES[4]
     ]
@@ -517,7 +515,7 @@ def test_database_of_another_dataset_is_refused(request_for, tmp_path):
 
 
 def test_damaged_database_is_refused(request_for, tmp_path):
-    _touch(tmp_path / "db" / layout.DATABASE_FILE, b"not a database at all")
+    _touch(tmp_path / "db" / scans.DATABASE_FILE, b"not a database at all")
     with pytest.raises(UsageError, match="cannot read this database"):
         find_scans(request_for(bids_database_dir=tmp_path / "db"))
 
