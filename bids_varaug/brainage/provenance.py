@@ -121,7 +121,7 @@ def read_root(output_dir: Path) -> Origin:
     missing = [c for c in ("desc_id", "family", "sha256") if c not in table.columns]
     if missing:
         raise TableError(f"{table_path}: no column {some(missing)}. Run the participant level.")
-    rows = zip(*map(table.column, ("desc_id", "family", "sha256")), strict=True)
+    rows = table[["desc_id", "family", "sha256"]].itertuples(index=False, name=None)
     members = {desc.removeprefix("desc-"): (f, sha) for desc, f, sha in rows if desc and sha}
     return Origin(
         names.DESCRIPTIONS_TABLE,
