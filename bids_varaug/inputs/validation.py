@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from bids_varaug.inputs.scans import datalad_command, is_absent
 from bids_varaug.inputs.tables import some
 
 EXECUTABLE = "bids-validator-deno"
-SKIP_HINT = "Mend the dataset, or give --skip-bids-validation to go on regardless."
+SKIP_HINT = "Correct the dataset, or pass --skip-bids-validation to continue anyway."
 SHOWN_CODES = 8
 SHOWN_FILES = 3
 
@@ -53,7 +52,8 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
     Returns
     -------
     list of dict
-        Keys ``code``, ``location``, ``message``, where given ``subCode`` and ``issueMessage``.
+        Keys ``code``, ``location`` ("" where it is the whole dataset), ``message``, where given
+        ``subCode`` and ``issueMessage``.
 
     Raises
     ------
@@ -81,11 +81,11 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
             f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error}). "
             "Give --skip-bids-validation to go on without it."
         ) from error
-    return [
-        {**issue, "message": messages.get(issue["code"], "").strip()}
-        for issue in issues
-        if issue.get("severity") == "error"
-    ]
+    errors = [issue for issue in issues if issue.get("severity") == "error"]
+    for error in errors:
+        error["message"] = messages.get(error["code"], "").strip()
+        error["location"] = error.get("location") or FILE_OF_CODE.get(error["code"], "")
+    return errors
 
 
 def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> None:
@@ -108,13 +108,9 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
     labels = set(participant_labels)
     with _without_others(bids_dir, labels) as looked_at:
         issues = run_validator(looked_at, "--ignoreNiftiHeaders")
-    errors = [issue for issue in issues if issue["code"] not in CONTENT_CODES]
-    absent = _absent_locations(bids_dir, errors)
-    errors = [
-        issue
-        for issue in errors
-        if _location(issue) not in absent and not (labels and _is_of_others(issue, labels))
-    ]
+    no_errors = CONTENT_CODES | OTHERS_CODES if labels else CONTENT_CODES
+    errors = [issue for issue in issues if issue["code"] not in no_errors]
+    absent = {issue["location"] for issue in errors if _is_absent(bids_dir, issue["location"])}
     at_root = sorted(location[1:] for location in absent if location.count("/") == 1)
     if at_root:
         print(
@@ -122,6 +118,7 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
             f"{datalad_command(bids_dir, at_root)}",
             file=sys.stderr,
         )
+    errors = [issue for issue in errors if issue["location"] not in absent]
     if errors:
         raise InvalidBidsError(
             f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n"
@@ -146,26 +143,13 @@ def _without_others(bids_dir: Path, labels: set[str]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _absent_locations(bids_dir: Path, errors: Iterable[dict]) -> set[str]:
-    """Locations of errors that are files without content."""
-    absent = set()
-    for location in map(_location, errors):
-        path = bids_dir / location.lstrip("/")
-        try:
-            if os.path.lexists(path) and not path.is_dir() and is_absent(path):
-                absent.add(location)
-        except OSError:
-            continue  # there, and unreadable: the validator's verdict stands
-    return absent
-
-
-def _location(issue: dict) -> str:
-    return issue.get("location") or FILE_OF_CODE.get(issue["code"], "")
-
-
-def _is_of_others(issue: dict, labels: set[str]) -> bool:
-    folder = re.match(r"/sub-([0-9a-zA-Z+]+)/", issue.get("location", ""))
-    return issue["code"] in OTHERS_CODES or folder is not None and folder[1] not in labels
+def _is_absent(bids_dir: Path, location: str) -> bool:
+    """Whether an error is that of a file without content."""
+    path = bids_dir / location.lstrip("/")
+    try:
+        return os.path.lexists(path) and not path.is_dir() and is_absent(path)
+    except OSError:
+        return False  # there, and unreadable: the validator's verdict stands
 
 
 def summarize_errors(errors: Iterable[dict]) -> str:
@@ -182,7 +166,7 @@ def summarize_errors(errors: Iterable[dict]) -> str:
         by_code.setdefault(code, []).append(issue)
     lines = []
     for code, issues in list(by_code.items())[:SHOWN_CODES]:
-        files = sorted(issue.get("location", "(dataset)") for issue in issues)
+        files = sorted(issue["location"] or "(dataset)" for issue in issues)
         text = issues[0].get("issueMessage") or issues[0].get("message") or ""
         reason = f" ({shorten(text, 120, placeholder=' ...')})" if text else ""
         lines.append(f"  {code}: {some(files, shown=SHOWN_FILES)}{reason}")
