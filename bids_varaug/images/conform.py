@@ -12,7 +12,6 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numba
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
@@ -25,176 +24,11 @@ from bids_varaug.machine import compiled
 
 SAME_SIZE = 1e-3
 """Relative difference of voxel sizes below which an axis is left as it is."""
+POSTERIOR_SCALE = 1 / 255
+"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
 _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
 _INDEX_STEPS = 1e4
-
-
-def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
-    """Bring an image to the network's grid.
-
-    Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
-    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point
-    spread function grows from one voxel size to the other [1]_. Beyond the outermost voxel
-    centres the outermost values go on; what lies outside the image is air (0). Where all axes have
-    the voxel size already and the image is not oblique, it is only flipped and permuted, bit for
-    bit.
-
-    Parameters
-    ----------
-    volume : Volume, native grid
-    voxel_size : float, mm
-    straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
-
-    Returns
-    -------
-    Volume
-        RAS+ axes; ``ceil(field of view / voxel_size)`` voxels per axis, same centre.
-
-    References
-    ----------
-    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in
-       image resampling, MICCAI.
-
-    Examples
-    --------
-    >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
-    >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]), nib.Nifti1Header())
-    >>> conform(mirrored, 1.0).data[:, 0, 0].tolist()
-    [4.0, 0.0]
-    """
-    orientation = io_orientation(volume.affine)
-    data = apply_orientation(volume.data, orientation)
-    affine = volume.affine @ inv_ornt_aff(orientation, volume.data.shape)
-    ratios = voxel_size / voxel_sizes(affine)
-    ratios[np.abs(ratios - 1) < SAME_SIZE] = 1.0
-    grid = np.diag([*ratios, 1.0])  # voxel of the grid -> voxel of the image
-    if straighten and is_oblique(affine):
-        grid[:3, :3] = np.linalg.inv(affine[:3, :3]) * voxel_size
-    extents = np.abs(np.linalg.inv(grid[:3, :3])) @ data.shape  # of the image, voxels of the grid
-    shape = tuple(max(1, math.ceil(n - 0.01)) for n in extents)
-    grid[:3, 3] = (np.array(data.shape) - 1) / 2 - grid[:3, :3] @ (np.array(shape) - 1) / 2
-    for axis in np.flatnonzero(ratios > 1):
-        sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
-        data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-    data = _resample(data, grid, shape)
-    affine = affine @ grid
-    header = nib.Nifti1Image(data, affine).header
-    return Volume(data=data, affine=affine, header=header, warnings=volume.warnings)
-
-
-def to_native_scalar(
-    data: np.ndarray,
-    conformed_affine: np.ndarray,
-    native_affine: np.ndarray,
-    native_shape: tuple[int, int, int],
-    order: int = 1,
-) -> np.ndarray:
-    """Bring a map from the network's grid back to the image's own grid.
-
-    With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /
-    network size)`` points along each axis, so that coarse native voxels average over what they
-    contain; with `order` 0 it takes the nearest voxel. Where the grids differ by flips and
-    permutations only, values are copied bit for bit.
-
-    Parameters
-    ----------
-    data : (X, Y, Z) any real type, conformed grid
-    conformed_affine, native_affine : (4, 4), voxel -> mm
-    native_shape : shape of the image's own grid
-    order : 0 for labels and masks, 1 for maps
-
-    Returns
-    -------
-    `native_shape`, float32; of the type of `data` with `order` 0
-    """
-    matrix, samples = native_to_conformed(conformed_affine, native_affine)
-    if order == 0:
-        return _resample(data, matrix, native_shape, nearest=True)
-    return _resample(data.astype(np.float32, copy=False), matrix, native_shape, samples)
-
-
-def native_to_conformed(
-    conformed_affine: np.ndarray, native_affine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
-
-    These, (3,) int64, are how many points along each native axis stand for a native voxel.
-    """
-    matrix = np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
-    ratios = voxel_sizes(native_affine) / voxel_sizes(conformed_affine).mean()
-    return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
-
-
-def _resample(
-    data: np.ndarray,
-    matrix: np.ndarray,
-    shape: tuple[int, int, int],
-    samples: np.ndarray | None = None,
-    nearest: bool = False,
-) -> np.ndarray:
-    """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
-    out = np.zeros(tuple(int(n) for n in shape), data.dtype)
-    samples = np.ones(3, np.int64) if samples is None else samples
-    reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
-    _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
-    return out
-
-
-@compiled(parallel=True)
-def _sample(data, matrix, samples, nearest, reach, out):
-    n_x, n_y, n_z = data.shape
-    count = np.float32(samples.prod())
-    for i in numba.prange(out.shape[0]):
-        for j in range(out.shape[1]):
-            for k in range(out.shape[2]):
-                total = np.float32(0)
-                for point in range(samples.prod()):
-                    x, y, z = place_of(matrix, i, j, k, point, samples)
-                    if (
-                        not -reach[0] < x < n_x - 1 + reach[0]
-                        or not -reach[1] < y < n_y - 1 + reach[1]
-                        or not -reach[2] < z < n_z - 1 + reach[2]
-                    ):
-                        continue
-                    largest = np.float32(0)
-                    for corner in range(8):
-                        a, u = corner_of(x, n_x, corner & 1)
-                        b, v = corner_of(y, n_y, corner >> 1 & 1)
-                        c, w = corner_of(z, n_z, corner >> 2)
-                        weight = u * v * w
-                        if not nearest and weight > 0:
-                            total += weight * data[a, b, c]
-                        elif nearest and weight >= largest:  # of equals, the last
-                            out[i, j, k], largest = data[a, b, c], weight
-                if not nearest:
-                    out[i, j, k] = total / count
-
-
-@compiled()
-def place_of(matrix, i, j, k, point, samples):
-    """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
-    i += (point % samples[0] + 0.5) / samples[0] - 0.5
-    j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
-    k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
-    x = matrix[0, 0] * i + matrix[0, 1] * j + matrix[0, 2] * k + matrix[0, 3]
-    y = matrix[1, 0] * i + matrix[1, 1] * j + matrix[1, 2] * k + matrix[1, 3]
-    z = matrix[2, 0] * i + matrix[2, 1] * j + matrix[2, 2] * k + matrix[2, 3]
-    return _rounded(x), _rounded(y), _rounded(z)
-
-
-@compiled()
-def corner_of(x, n, upper):
-    """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
-    x = min(max(x, 0.0), n - 1.0)
-    low = int(x)
-    share = x - low
-    return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
-
-
-@compiled()
-def _rounded(x):
-    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
 
 
 @dataclass(frozen=True)
@@ -228,151 +62,19 @@ class Geometry:
     def load(cls, path: Path) -> Geometry:
         """Read what `save` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        values["box"] = Box(*map(tuple, values["box"].values()))
         for name, value in values.items():
-            if name.endswith("_affine"):
-                values[name] = np.array(value)
-            elif isinstance(value, list):
-                values[name] = tuple(value)
-        return cls(**values)
+            if isinstance(value, list):
+                values[name] = np.array(value) if name.endswith("_affine") else tuple(value)
+        return cls(**values | {"box": Box(*map(tuple, values["box"].values()))})
 
+    def native_to_conformed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
 
-POSTERIOR_SCALE = 1 / 255
-"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
-
-
-@dataclass(frozen=True)
-class NativePosterior:
-    """A segmentation on the image's own grid.
-
-    Attributes
-    ----------
-    labels : (X, Y, Z) uint8, class index k of the most probable class, ties to the lower index
-    posterior : (X, Y, Z, K) uint8 or None, probability * 255, rounded; good to 1/510
-    """
-
-    labels: np.ndarray
-    posterior: np.ndarray | None
-
-
-def resample_posterior(
-    offsets: np.ndarray,
-    voxels: np.ndarray,
-    posterior: np.ndarray,
-    box: Box,
-    conformed_shape: tuple[int, int, int],
-    conformed_affine: np.ndarray,
-    native_affine: np.ndarray,
-    native_shape: tuple[int, int, int],
-    with_posterior: bool = True,
-    out: np.ndarray | None = None,
-    temperature: float = 1.0,
-) -> NativePosterior:
-    """Bring a sparse posterior from the head box to the image's own grid.
-
-    A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
-    native voxel larger than the network's is the mean of ``ceil(native size / network size)``
-    such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
-    background. Where the grids differ by flips and permutations only, rows are copied. Labels are
-    those of the mix; its probabilities p become p^(1/T), scaled to sum to 1, which moves no label.
-    The same bits for any number of threads.
-
-    Parameters
-    ----------
-    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
-    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
-    posterior : (N, K) float32, sums to 1 over K
-    box : the head box in the conformed grid; ``box.shape`` is (X, Y, Z)
-    conformed_shape, conformed_affine : the network's grid
-    native_affine, native_shape : the image's own grid
-    with_posterior : if False, only labels are made
-    out : (*native_shape, K) uint8, optional
-        Where to write the posterior, for example a `numpy.memmap` where it would not fit in
-        memory (32 classes at 512^3 voxels are 4.3 GB). It must hold zeros.
-    temperature : T, above 1 to make the posterior less sure
-
-    Returns
-    -------
-    NativePosterior
-
-    Raises
-    ------
-    ValueError
-        If the arrays' sizes do not fit together.
-    """
-    n_classes = posterior.shape[1]
-    native_shape = tuple(int(n) for n in native_shape)
-    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
-        raise ValueError("offsets, voxels, posterior and box do not belong together")
-    matrix, samples = native_to_conformed(conformed_affine, native_affine)
-    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
-    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
-    row_of = insert(rows.reshape(box.shape), box, conformed_shape, fill=-1)
-    labels = np.zeros(native_shape, np.uint8)
-    if not with_posterior:
-        out = np.zeros((1, 1, 1, n_classes), np.uint8)
-    elif out is None:
-        out = np.zeros((*native_shape, n_classes), np.uint8)
-    elif out.shape != (*native_shape, n_classes) or out.dtype != np.uint8:
-        raise ValueError(f"out must be uint8 of shape {(*native_shape, n_classes)}")
-    posterior = np.ascontiguousarray(posterior, np.float32)
-    power = np.float32(1 / temperature)
-    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
-    return NativePosterior(labels=labels, posterior=out if with_posterior else None)
-
-
-@compiled(parallel=True)
-def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
-    n_classes = posterior.shape[1]
-    n_points = samples.prod()
-    for i in numba.prange(labels.shape[0]):
-        mix = np.empty(n_classes, dtype=np.float32)
-        for j in range(labels.shape[1]):
-            for k in range(labels.shape[2]):
-                stored = False
-                mix[:] = np.float32(0)
-                for point in range(n_points):
-                    x, y, z = place_of(matrix, i, j, k, point, samples)
-                    for corner in range(8):
-                        a, u = corner_of(x, row_of.shape[0], corner & 1)
-                        b, v = corner_of(y, row_of.shape[1], corner >> 1 & 1)
-                        c, w = corner_of(z, row_of.shape[2], corner >> 2)
-                        weight = u * v * w / np.float32(n_points)
-                        if weight == 0:
-                            continue
-                        row = row_of[a, b, c]
-                        if row < 0:
-                            mix[0] += weight
-                        else:
-                            stored = True
-                            for n in range(n_classes):
-                                mix[n] += weight * posterior[row, n]
-                if stored:
-                    best = 0
-                    for n in range(1, n_classes):
-                        if mix[n] > mix[best]:
-                            best = n
-                    labels[i, j, k] = best
-                    if with_posterior:
-                        if power != 1:
-                            _temper(mix, power)
-                        for n in range(n_classes):
-                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
-                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
-                elif with_posterior:
-                    out[i, j, k, 0] = 255
-
-
-@compiled()
-def _temper(probabilities, power):
-    """Raise probabilities (K,) to a power and scale them to sum to 1, in place."""
-    total = np.float32(0)
-    for n in range(len(probabilities)):
-        if probabilities[n] > 0:
-            probabilities[n] = probabilities[n] ** power
-            total += probabilities[n]
-    for n in range(len(probabilities)):
-        probabilities[n] /= total
+        These, (3,) int64, are how many points along each native axis stand for a native voxel.
+        """
+        matrix = np.linalg.solve(self.conformed_affine, self.native_affine)
+        ratios = voxel_sizes(self.native_affine) / voxel_sizes(self.conformed_affine).mean()
+        return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
 
 
 def prepare_head(
@@ -416,3 +118,263 @@ def prepare_head(
         warnings=native.warnings + (() if doubt is None else (doubt,)),
     )
     return extract(conformed.data, box), geometry
+
+
+def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
+    """Bring an image to the network's grid.
+
+    Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
+    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point
+    spread function grows from one voxel size to the other [1]_. Beyond the outermost voxel
+    centres the outermost values go on; what lies outside the image is air (0). Where all axes have
+    the voxel size already and the image is not oblique, it is only flipped and permuted, bit for
+    bit.
+
+    Parameters
+    ----------
+    volume : Volume, native grid
+    voxel_size : float, mm
+    straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
+
+    Returns
+    -------
+    Volume
+        RAS+ axes; ``ceil(field of view / voxel_size)`` voxels per axis, same centre.
+
+    References
+    ----------
+    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in
+       image resampling, MICCAI.
+
+    Examples
+    --------
+    >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
+    >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]))
+    >>> conform(mirrored, 1.0).data[:, 0, 0].tolist()
+    [4.0, 0.0]
+    """
+    orientation = io_orientation(volume.affine)
+    data = apply_orientation(volume.data, orientation)
+    affine = volume.affine @ inv_ornt_aff(orientation, volume.data.shape)
+    ratios = voxel_size / voxel_sizes(affine)
+    ratios[np.abs(ratios - 1) < SAME_SIZE] = 1.0
+    grid = np.diag([*ratios, 1.0])  # voxel of the grid -> voxel of the image
+    if straighten and is_oblique(affine):
+        grid[:3, :3] = np.linalg.inv(affine[:3, :3]) * voxel_size
+    extents = np.abs(np.linalg.inv(grid[:3, :3])) @ data.shape  # of the image, voxels of the grid
+    shape = tuple(max(1, math.ceil(n - 0.01)) for n in extents)
+    grid[:3, 3] = (np.array(data.shape) - 1) / 2 - grid[:3, :3] @ (np.array(shape) - 1) / 2
+    for axis in np.flatnonzero(ratios > 1):
+        sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
+        data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
+    return Volume(_resample(data, grid, shape), affine @ grid, volume.warnings)
+
+
+def resample_map(
+    values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0
+) -> np.ndarray:
+    """Bring a map from the head box to the image's own grid.
+
+    With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /
+    network size)`` points along each axis, so that coarse native voxels average over what they
+    contain; with `order` 0 it takes the nearest voxel. Where the grids differ by flips and
+    permutations only, values are copied bit for bit.
+
+    Parameters
+    ----------
+    values : (X, Y, Z) any real type, head box
+    geometry : of the scan
+    order : 0 for labels and masks, 1 for maps
+    fill : value of the conformed grid outside the box
+
+    Returns
+    -------
+    Of the native shape, float32; of the type of `values` with `order` 0
+    """
+    whole = insert(values, geometry.box, geometry.conformed_shape, fill)
+    matrix, samples = geometry.native_to_conformed()
+    if order == 0:
+        return _resample(whole, matrix, geometry.native_shape, nearest=True)
+    return _resample(whole.astype(np.float32, copy=False), matrix, geometry.native_shape, samples)
+
+
+def resample_posterior(
+    offsets: np.ndarray,
+    voxels: np.ndarray,
+    posterior: np.ndarray,
+    geometry: Geometry,
+    out: np.ndarray | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Bring a sparse posterior from the head box to the image's own grid.
+
+    A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
+    native voxel larger than the network's is the mean of ``ceil(native size / network size)``
+    such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
+    background. Where the grids differ by flips and permutations only, rows are copied. Labels are
+    those of the mix; its probabilities p become p^(1/T), scaled to sum to 1, which moves no label.
+    The same bits for any number of threads.
+
+    Parameters
+    ----------
+    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
+    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
+    posterior : (N, K) float32, sums to 1 over K
+    geometry : of the scan; ``geometry.box.shape`` is (X, Y, Z)
+    out : (*native_shape, K) uint8, zeros, optional
+        Takes the posterior, probability * 255, rounded (good to 1/510); for example a
+        `numpy.memmap` where it would not fit in memory (32 classes at 512^3 voxels are 4.3 GB).
+    temperature : T, above 1 to make the posterior less sure
+
+    Returns
+    -------
+    native_shape, uint8, class index k of the most probable class, ties to the lower index
+
+    Raises
+    ------
+    ValueError
+        If the arrays' sizes do not fit together.
+    """
+    n_classes, box = posterior.shape[1], geometry.box
+    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
+        raise ValueError("offsets, voxels, posterior and box do not belong together")
+    wanted = (*geometry.native_shape, n_classes)
+    if out is not None and (out.shape != wanted or out.dtype != np.uint8):
+        raise ValueError(f"out must be uint8 of shape {wanted}")
+    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
+    row_of = insert(rows.reshape(box.shape), box, geometry.conformed_shape, fill=-1)
+    matrix, samples = geometry.native_to_conformed()
+    labels = np.zeros(geometry.native_shape, np.uint8)
+    posterior = np.ascontiguousarray(posterior, np.float32)
+    with_posterior = out is not None
+    if out is None:
+        out = np.zeros((1, 1, 1, n_classes), np.uint8)
+    power = np.float32(1 / temperature)
+    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    return labels
+
+
+def _resample(
+    data: np.ndarray,
+    matrix: np.ndarray,
+    shape: tuple[int, int, int],
+    samples: np.ndarray | None = None,
+    nearest: bool = False,
+) -> np.ndarray:
+    """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
+    out = np.zeros(shape, data.dtype)
+    samples = np.ones(3, np.int64) if samples is None else samples
+    reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
+    _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
+    return out
+
+
+@compiled(parallel=True)
+def _sample(data, matrix, samples, nearest, reach, out):
+    n_x, n_y, n_z = data.shape
+    count = np.float32(samples.prod())
+    for i in numba.prange(out.shape[0]):
+        for j in range(out.shape[1]):
+            for k in range(out.shape[2]):
+                total = np.float32(0)
+                for point in range(samples.prod()):
+                    x, y, z = _position(matrix, i, j, k, point, samples)
+                    if (
+                        not -reach[0] < x < n_x - 1 + reach[0]
+                        or not -reach[1] < y < n_y - 1 + reach[1]
+                        or not -reach[2] < z < n_z - 1 + reach[2]
+                    ):
+                        continue
+                    largest = np.float32(0)
+                    for corner in range(8):
+                        a, u = _corner(x, n_x, corner & 1)
+                        b, v = _corner(y, n_y, corner >> 1 & 1)
+                        c, w = _corner(z, n_z, corner >> 2)
+                        weight = u * v * w
+                        if not nearest and weight > 0:
+                            total += weight * data[a, b, c]
+                        elif nearest and weight >= largest:  # of equals, the last
+                            out[i, j, k], largest = data[a, b, c], weight
+                if not nearest:
+                    out[i, j, k] = total / count
+
+
+@compiled(parallel=True)
+def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
+    n_classes = posterior.shape[1]
+    n_points = samples.prod()
+    for i in numba.prange(labels.shape[0]):
+        mix = np.empty(n_classes, dtype=np.float32)
+        for j in range(labels.shape[1]):
+            for k in range(labels.shape[2]):
+                stored = False
+                mix[:] = np.float32(0)
+                for point in range(n_points):
+                    x, y, z = _position(matrix, i, j, k, point, samples)
+                    for corner in range(8):
+                        a, u = _corner(x, row_of.shape[0], corner & 1)
+                        b, v = _corner(y, row_of.shape[1], corner >> 1 & 1)
+                        c, w = _corner(z, row_of.shape[2], corner >> 2)
+                        weight = u * v * w / np.float32(n_points)
+                        if weight == 0:
+                            continue
+                        row = row_of[a, b, c]
+                        if row < 0:
+                            mix[0] += weight
+                        else:
+                            stored = True
+                            for n in range(n_classes):
+                                mix[n] += weight * posterior[row, n]
+                if stored:
+                    best = 0
+                    for n in range(1, n_classes):
+                        if mix[n] > mix[best]:
+                            best = n
+                    labels[i, j, k] = best
+                    if with_posterior:
+                        if power != 1:
+                            _temper(mix, power)
+                        for n in range(n_classes):
+                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
+                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                elif with_posterior:
+                    out[i, j, k, 0] = 255
+
+
+@compiled()
+def _temper(probabilities, power):
+    """Raise probabilities (K,) to a power and scale them to sum to 1, in place."""
+    total = np.float32(0)
+    for n in range(len(probabilities)):
+        if probabilities[n] > 0:
+            probabilities[n] = probabilities[n] ** power
+            total += probabilities[n]
+    for n in range(len(probabilities)):
+        probabilities[n] /= total
+
+
+@compiled()
+def _position(matrix, i, j, k, point, samples):
+    """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
+    i += (point % samples[0] + 0.5) / samples[0] - 0.5
+    j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
+    k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
+    x = matrix[0, 0] * i + matrix[0, 1] * j + matrix[0, 2] * k + matrix[0, 3]
+    y = matrix[1, 0] * i + matrix[1, 1] * j + matrix[1, 2] * k + matrix[1, 3]
+    z = matrix[2, 0] * i + matrix[2, 1] * j + matrix[2, 2] * k + matrix[2, 3]
+    return _rounded(x), _rounded(y), _rounded(z)
+
+
+@compiled()
+def _corner(x, n, upper):
+    """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
+    x = min(max(x, 0.0), n - 1.0)
+    low = int(x)
+    share = x - low
+    return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
+
+
+@compiled()
+def _rounded(x):
+    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS

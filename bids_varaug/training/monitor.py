@@ -79,11 +79,7 @@ class PreparedHead:
 
     def native_labels(self, sparse: SparsePosterior) -> np.ndarray:
         """Return class indices uint8 on the image's own grid."""
-        g = self.geometry
-        return resample_posterior(
-            sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
-            g.conformed_affine, g.native_affine, g.native_shape, with_posterior=False,
-        ).labels  # fmt: skip
+        return resample_posterior(sparse.offsets, sparse.voxels, sparse.posterior, self.geometry)
 
 
 class PreparedImage(PreparedHead):
