@@ -12,6 +12,7 @@ import nibabel as nib
 import numba
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 
 from bids_varaug.derivatives.names import OUTPUTS, SEGMENTATION
 from bids_varaug.derivatives.request import ScanRequest
@@ -23,7 +24,7 @@ from bids_varaug.derivatives.write import (
     write_table,
 )
 from bids_varaug.errors import UserError
-from bids_varaug.images.affine import voxel_sizes, voxel_volume
+from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import (
     POSTERIOR_SCALE,
     Geometry,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
@@ -18,11 +19,6 @@ OBLIQUE = 5.0
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
 _FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
-
-
-def voxel_sizes(affine: np.ndarray) -> np.ndarray:
-    """Return the lengths (3,) of a voxel's edges, mm."""
-    return np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def voxel_volume(affine: np.ndarray) -> float:
@@ -97,8 +93,8 @@ def choose_affine(
         if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
             used = "sizes of pixdim were"
-        warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
-                        f"pixdim of {_mm(pixdim)}. The {used} used. {_FIX}")  # fmt: skip
+        warnings.append(f"The header contradicts itself: {chosen} with voxels of {in_mm(sizes)}, "
+                        f"pixdim of {in_mm(pixdim)}. The {used} used. {_FIX}")  # fmt: skip
     if template:
         warnings.append(f"The header says that the image is in the space of a template (code "
                         f"{codes[chosen]}: {template}). If so, volumes are those in that space, "
@@ -123,7 +119,7 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
     chosen = "qform" if qform_first else "sform"
     apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
-    told = [f"{f} (code {codes[f]}) with voxels of {_mm(voxel_sizes(forms[f]))}" for f in forms]
+    told = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
     return chosen, [
         f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"
     ]
@@ -145,5 +141,12 @@ def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a / b - 1) <= SAME_SIZE).all())
 
 
-def _mm(sizes: np.ndarray) -> str:
-    return f"{' x '.join(f'{size:.4g}' for size in sizes)} mm"
+def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
+    """Format sizes along the axes for a message.
+
+    Examples
+    --------
+    >>> in_mm(np.array([1, 1, 1.25]))
+    '1 x 1 x 1.25 mm'
+    """
+    return f"{' x '.join(format(float(size), form) for size in sizes)} mm"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
-from bids_varaug.images.affine import is_oblique, voxel_sizes, voxel_volume
+from bids_varaug.images.affine import is_oblique, voxel_volume
 from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, is_probably_cropped
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.machine import compiled
@@ -350,8 +351,7 @@ def _temper(probabilities, power):
         if probabilities[n] > 0:
             probabilities[n] = probabilities[n] ** power
             total += probabilities[n]
-    for n in range(len(probabilities)):
-        probabilities[n] /= total
+    probabilities /= total
 
 
 @compiled()

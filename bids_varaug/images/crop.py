@@ -8,6 +8,8 @@ from operator import add
 import numpy as np
 from scipy import ndimage
 
+from bids_varaug.images.affine import in_mm
+
 HEAD_HEIGHT_MM = 200.0
 """From the vertex down: brain, cerebellum and the top of the cord of every adult lie within it."""
 _COARSE_MM = 3.0
@@ -157,8 +159,8 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
         return (
-            f"The head or brain measures only {' x '.join(f'{e:.0f}' for e in extent)} mm "
-            "(left-right, back-front, bottom-top): it may be incomplete."
+            f"The head or brain measures only {in_mm(extent, '.0f')} (left-right, back-front, "
+            "bottom-top): it may be incomplete."
         )
     return None
 

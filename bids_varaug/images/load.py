@@ -17,11 +17,12 @@ from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import choose_affine, voxel_sizes, voxel_volume
+from bids_varaug.images.affine import choose_affine, in_mm, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.machine import GIB, memory_bound
 
@@ -184,13 +185,13 @@ def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, int, int]) ->
         f"the affine has absurd values. {fix}crop the image.": np.abs(affine).max() > 1e6,
         f"the affine is strongly sheared. {fix}resample the image.":
             voxel_volume(affine) < MIN_SQUARENESS * sizes.prod(),
-        f"voxels of {_times(sizes, '.3g')} mm; {finest:g} to {coarsest:g} mm can be segmented. "
+        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. "
         f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
-        f"field of view of {_times(extent, '.0f')} mm; image far too small or cropped through the "
+        f"field of view of {in_mm(extent, '.0f')}; image far too small or cropped through the "
         f"brain (at least {smallest:g} mm along each axis). Filter it out with "
         "--bids-filter-file.": extent.min() < smallest,
-        f"field of view of {_times(extent, '.0f')} mm, far larger than a head (at most "
+        f"field of view of {in_mm(extent, '.0f')}, far larger than a head (at most "
         f"{largest:g} mm). {fix}crop the image.": extent.max() > largest,
     })  # fmt: skip
 
@@ -201,7 +202,7 @@ def _check_memory(name: str, shape: tuple[int, int, int]) -> None:
     bound = memory_bound()
     if need > bound.free:
         raise ScanError(
-            f"{name}: {_times(shape, '.0f')} voxels need about {need:.1f} GB of memory, and "
+            f"{name}: {' x '.join(map(str, shape))} voxels need about {need:.1f} GB of memory, and "
             f"{bound.free:.1f} GB of {bound.total:.1f} are free ({bound.source}). Give more "
             "memory, run fewer steps at once (--nprocs), or resample the image."
         )
@@ -260,7 +261,3 @@ def _read_exactly(name: str, stream: BinaryIO, count: int) -> bytes:
             f"are complete). {_AGAIN}"
         )
     return block
-
-
-def _times(values: np.ndarray, form: str) -> str:
-    return " x ".join(format(float(v), form) for v in values)

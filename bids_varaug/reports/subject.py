@@ -10,11 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import voxel_sizes
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Member
