@@ -335,23 +335,17 @@ def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power)
                     labels[i, j, k] = best
                     if with_posterior:
                         if power != 1:
-                            _temper(mix, power)
+                            total = np.float32(0)
+                            for n in range(n_classes):
+                                if mix[n] > 0:
+                                    mix[n] = mix[n] ** power
+                                    total += mix[n]
+                            mix /= total
                         for n in range(n_classes):
                             scaled = mix[n] * np.float32(255) + np.float32(0.5)
                             out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
                 elif with_posterior:
                     out[i, j, k, 0] = 255
-
-
-@compiled()
-def _temper(probabilities, power):
-    """Raise probabilities (K,) to a power and scale them to sum to 1, in place."""
-    total = np.float32(0)
-    for n in range(len(probabilities)):
-        if probabilities[n] > 0:
-            probabilities[n] = probabilities[n] ** power
-            total += probabilities[n]
-    probabilities /= total
 
 
 @compiled()

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,22 +31,22 @@ USUAL_COLUMNS = {
 SESSION_COLUMNS = ("session_id", "session", "ses", "session_label")
 VISIT_COLUMNS = ("visit", "visit_id", "visit_name", "wave", "timepoint", "timepoint_id", "tp")
 
-_SEX_OF = dict.fromkeys("f female woman girl w".split(), "F")
-_SEX_OF |= dict.fromkeys("m male man boy".split(), "M")
-_SEX_OF |= dict.fromkeys("o other intersex nonbinary diverse".split(), "O")
+_SEXES = {"F": "f female woman girl w", "M": "m male man boy",
+          "O": "o other intersex nonbinary diverse"}  # fmt: skip
+_SEX_OF = {word: sex for sex, words in _SEXES.items() for word in words.split()}
 _COLUMNS = ["participant_id", "session_id", "age", "sex", "site"]
 
 # Lengths of the Julian year, as UCUM has them.
 YEARS_PER = {"years": 1.0, "months": 1 / 12, "weeks": 7 / 365.25, "days": 1 / 365.25}
 OLDEST = 120.0  # years; more is a code such as 999, or another unit
 
-_UNIT_OF = dict.fromkeys("years year yrs yr y a annum yo".split(), "years")
-_UNIT_OF |= dict.fromkeys("jahre jahren ans annees anni anos jaar".split(), "years")
-_UNIT_OF |= dict.fromkeys(
-    "months month mos mo mon mths mth m monate monaten mois".split(), "months"
-)
-_UNIT_OF |= dict.fromkeys("weeks week wks wk w wochen semaines".split(), "weeks")
-_UNIT_OF |= dict.fromkeys("days day d tage tagen jours".split(), "days")
+_UNITS = {
+    "years": "years year yrs yr y a annum yo jahre jahren ans annees anni anos jaar",
+    "months": "months month mo mos mon mths mth m monate monaten mois",
+    "weeks": "weeks week wks wk w wochen semaines",
+    "days": "days day d tage tagen jours",
+}
+_UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in words.split()}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of age_months, AgeMonths
 # What may stand before a unit: "Age at scan, in completed years"; not "light years", "5-year bins".
 _BEFORE = re.compile(
@@ -148,11 +148,11 @@ def read_people(
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
         if not require_age:
-            return People(_table([]))
+            return People(pd.DataFrame(columns=_COLUMNS))
         fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}"
         raise NoInputError(
-            f"{path}: is not there. The group level needs it, with the columns participant_id and "
-            f"age (sex and site are optional).{fetch if path.is_symlink() else ''}"
+            f"{path}: not found. The group level needs it, with the columns participant_id and age "
+            f"(sex and site are optional).{fetch if path.is_symlink() else ''}"
         )
     table = read_text_table(path)
     participants = _participants(path, table)
@@ -181,7 +181,8 @@ def read_people(
             rows[participant, session] = (participant, session, age, *first[participant][3:])
             if not math.isnan(age):
                 left_out.pop(participant, None)
-    return People(_table(rows.values()), left_out, tuple(notes))
+    everybody = pd.DataFrame(list(rows.values()), columns=_COLUMNS, dtype=object)
+    return People(everybody.astype({"age": "float64"}), left_out, tuple(notes))
 
 
 def choose_column(
@@ -209,14 +210,20 @@ def read_ages(
     notes: list[str],
     sidecar: Path | None = None,
 ) -> list[float]:
-    """Ages in years, NaN where there is none; why, goes to `left_out`, what was capped to `notes`.
+    """Read a column of ages.
 
     Parameters
     ----------
     path : of the table, for messages
     column : of text, None where missing; its name may end in the unit
     names : of the rows, for messages
+    left_out : takes the reasons why ages are missing, by name
+    notes : takes units that were converted and lower bounds that were taken as ages
     sidecar : JSON that may give the Units; default: of the table's name
+
+    Returns
+    -------
+    Years, NaN where the age is missing.
 
     Raises
     ------
@@ -254,7 +261,7 @@ def _parse_age(value: str | None, unit: str) -> tuple[float, bool]:
     match = _NUMBER.fullmatch(value.strip())
     own = _read_unit(match["unit"]) if match and match["unit"] else unit
     if match is None or own is None:
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     years = float(match["number"]) * YEARS_PER[own]
     if not 0 <= years <= OLDEST:
         raise ValueError(f"{value!r} is no age in {own} (0 to {OLDEST:g} years)")
@@ -297,7 +304,7 @@ def read_sexes(path: Path, column: pd.Series, notes: list[str]) -> list[str | No
     ----------
     path : of the table, whose JSON sidecar may explain codes as ``Levels``
     column : of text, None where missing
-    notes : unknown codes are told here
+    notes : takes codes of unknown meaning
 
     Raises
     ------
@@ -413,7 +420,3 @@ def _check_unique(path: Path, names: list[str]) -> None:
             f"{path}: listed more than once: {some(twice)}. Keep one row of each, or name the "
             "column that tells the rows apart session_id."
         )
-
-
-def _table(rows: Iterable[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(list(rows), columns=_COLUMNS, dtype=object).astype({"age": "float64"})

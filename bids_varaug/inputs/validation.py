@@ -35,8 +35,8 @@ FILE_OF_CODE = {"MISSING_DATASET_DESCRIPTION": "/dataset_description.json"}
 def find_validator() -> Path | None:
     """The validator's executable: beside this Python, else on the PATH."""
     # The environment's folder comes first: it may be in use without having been activated.
-    beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(EXECUTABLE)
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(EXECUTABLE, path=os.pathsep.join(places))
     return Path(found) if found else None
 
 

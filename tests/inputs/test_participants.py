@@ -263,7 +263,7 @@ def test_truncated_line_is_refused_by_number(dataset):
 
 
 def test_no_participants_table_is_no_input(tmp_path):
-    with pytest.raises(NoInputError, match="participants.tsv: is not there"):
+    with pytest.raises(NoInputError, match="participants.tsv: not found"):
         read_people(tmp_path)
     assert len(read_people(tmp_path, require_age=False).table) == 0
 
