@@ -23,6 +23,7 @@ from bids_varaug.inputs.participants import (
     read_sexes,
 )
 from bids_varaug.inputs.tables import (
+    MISSING,
     TableError,
     find_column,
     read_columns,
@@ -287,11 +288,11 @@ def _fill_people(
         else:
             label = _labels(table[column])
             told = _one_each(path, key, _as_numbers(label) if key == "age" else label, rows)
-            text = pd.Series(told, name=column, dtype=object)
+            told = [None if value in MISSING else value for value in told]
             if key == "age":
-                values = read_ages(path, text, names, reasons, notes)
+                values = read_ages(path, column, told, names, reasons, notes)
             elif key == "sex":
-                values = read_sexes(path, text, notes)
+                values = read_sexes(path, column, told, notes)
             else:
                 values = told
         frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,21 +157,20 @@ def read_people(
     table = read_text_table(path)
     participants = _participants(path, table)
     wanted = {"age": age_column, "sex": sex_column, "site": site_column}
-    given = {}
-    for key, name in wanted.items():
-        required = require_age and key == "age"
-        if column := choose_column(path, table.columns, key, name, required):
-            given[key] = table[column]
+    age, sex, site = (
+        choose_column(path, table.columns, key, name, required=require_age and key == "age")
+        for key, name in wanted.items()
+    )
     nothing = [None] * len(table)
-    sites = list(given.get("site", nothing))
+    sites = list(table[site]) if site else nothing
     _check_sites(path, participants, sites)
     sessions = _sessions(table, participants)
     names = list(map(_name, participants, sessions))
     _check_unique(path, names)
     notes: list[str] = []
     left_out: dict[str, str] = {}
-    sexes = read_sexes(path, given["sex"], notes) if "sex" in given else nothing
-    ages = read_ages(path, given["age"], names, left_out, notes) if "age" in given else nothing
+    sexes = read_sexes(path, sex, table[sex], notes) if sex else nothing
+    ages = read_ages(path, age, table[age], names, left_out, notes) if age else nothing
     people = list(zip(participants, sessions, ages, sexes, sites, strict=True))
     rows = {row[:2]: row for row in people}
     first = {row[0]: row for row in reversed(people)}
@@ -204,7 +203,8 @@ def choose_column(
 
 def read_ages(
     path: Path,
-    column: pd.Series,
+    column: str,
+    values: Iterable[str | None],
     names: Sequence[str],
     left_out: dict[str, str],
     notes: list[str],
@@ -215,7 +215,8 @@ def read_ages(
     Parameters
     ----------
     path : of the table, for messages
-    column : of text, None where missing; its name may end in the unit
+    column : as the table spells it; may end in the unit
+    values : of the column, None where missing
     names : of the rows, for messages
     left_out : takes the reasons why ages are missing, by name
     notes : takes units that were converted and lower bounds that were taken as ages
@@ -230,16 +231,16 @@ def read_ages(
     TableError
         If the sidecar is damaged or names a unit that is not known.
     """
-    unit = _age_unit(str(column.name), sidecar or path.with_suffix(".json"))
+    unit = _age_unit(column, sidecar or path.with_suffix(".json"))
     if unit != "years":
         notes.append(f"{path.name}: ages in {unit} were converted to years.")
     ages, capped = [], []
-    for name, value in zip(names, column, strict=True):
+    for name, value in zip(names, values, strict=True):
         try:
             age, is_bound = _parse_age(value, unit)
         except ValueError as error:
             age, is_bound = math.nan, False
-            left_out[name] = f"{path.name}, column {column.name!r}: {error}"
+            left_out[name] = f"{path.name}, column {column!r}: {error}"
         ages.append(age)
         if is_bound:
             capped.append(f"{name} ({value})")
@@ -297,13 +298,16 @@ def _read_unit(text: str) -> str | None:
     return units[start, end] if told and not _OTHER.search(text[end:]) else None
 
 
-def read_sexes(path: Path, column: pd.Series, notes: list[str]) -> list[str | None]:
+def read_sexes(
+    path: Path, column: str, values: Sequence[str | None], notes: list[str]
+) -> list[str | None]:
     """Sexes ("F", "M", "O"), None where missing or where a code could mean either.
 
     Parameters
     ----------
     path : of the table, whose JSON sidecar may explain codes as ``Levels``
-    column : of text, None where missing
+    column : as the table spells it
+    values : of the column, None where missing
     notes : takes codes of unknown meaning
 
     Raises
@@ -311,20 +315,20 @@ def read_sexes(path: Path, column: pd.Series, notes: list[str]) -> list[str | No
     TableError
         If the sidecar is damaged.
     """
-    levels = _sidecar_value(path.with_suffix(".json"), str(column.name), "levels")
+    levels = _sidecar_value(path.with_suffix(".json"), column, "levels")
     explained = {}
     for code, meaning in levels.items() if isinstance(levels, dict) else ():
         text = meaning.get("Description") if isinstance(meaning, dict) else meaning
         explained[str(code)] = _SEX_OF.get(plain_name(str(text)))
-    counts = Counter(column.dropna())
+    counts = Counter(value for value in values if value is not None)
     sex_of = {code: explained.get(code) or _SEX_OF.get(plain_name(code)) for code in counts}
     unclear = [f"{code!r} ({n})" for code, n in counts.items() if sex_of[code] is None]
     if unclear:
         notes.append(
-            f"{path.name}: {column.name!r} has codes of unknown meaning, taken as missing: "
+            f"{path.name}: {column!r} has codes of unknown meaning, taken as missing: "
             f"{some(unclear)}. Explain them as Levels in {path.with_suffix('.json').name}."
         )
-    return [sex_of.get(code) for code in column]
+    return [sex_of.get(value) for value in values]
 
 
 def _sidecar_value(path: Path, column: str, *keys: str) -> Any:
@@ -384,17 +388,17 @@ def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str
     session = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
     if age is None or session is None:
         return []
-    table = table.dropna(subset=[session, age])
-    sessions = [prefixed(label, "ses") for label in table[session]]
-    names = [_name(tsv.parent.name, label) for label in sessions]
+    rows = zip(table[session], table[age], strict=True)
+    told = [(prefixed(label, "ses"), value) for label, value in rows if label and value]
+    names = [_name(tsv.parent.name, label) for label, _ in told]
     _check_unique(tsv, names)
     for name in names:
         left_out.pop(name, None)  # what participants.tsv lacks is told here
     sidecar = tsv.with_suffix(".json")
     if not sidecar.is_file():
         sidecar = tsv.parents[1] / "sessions.json"  # inherited
-    ages = read_ages(tsv, table[age], names, left_out, notes, sidecar)
-    return list(zip(sessions, ages, strict=True))
+    ages = read_ages(tsv, age, [value for _, value in told], names, left_out, notes, sidecar)
+    return [(label, years) for (label, _), years in zip(told, ages, strict=True)]
 
 
 def _name(participant: str, session: str | None) -> str:
