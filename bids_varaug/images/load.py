@@ -68,7 +68,6 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
 
     Parameters
     ----------
-    path : Path
     trust : "sform" or "qform", where they contradict each other; see `choose_affine`
 
     Returns

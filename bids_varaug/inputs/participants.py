@@ -131,9 +131,7 @@ def read_people(
 
     Parameters
     ----------
-    bids_dir : Path
-        A raw dataset; images are not looked at.
-    age_column, sex_column, site_column : str
+    bids_dir : of a raw dataset; images are not looked at
     require_age : False to read whoever is there, with or without age
     only : read the table of sessions of this participant (``sub-01``) and of nobody else
 

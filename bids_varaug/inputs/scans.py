@@ -65,13 +65,10 @@ class Scan:
 
     Attributes
     ----------
-    path : Path
-        Absolute path of the image.
-    entities : mapping of str to str
-        pybids entities without suffix, extension and datatype, digits padded as in the file name,
-        e.g. ``{"subject": "01", "session": "a", "run": "01"}``.
-    relative : str
-        POSIX path relative to the BIDS directory.
+    path : of the image, absolute
+    entities : of pybids, without suffix, extension and datatype, digits padded as in the file name,
+        e.g. ``{"subject": "01", "session": "a", "run": "01"}``
+    relative : POSIX path relative to the BIDS directory
     """
 
     path: Path
@@ -106,12 +103,9 @@ class Selection:
 
     Attributes
     ----------
-    scans : tuple of Scan
-        Images whose content is there, in natural order of their paths.
-    complaints : tuple of str
-        What cannot be processed, one message for each reason; any means exit code 1.
-    notes : tuple of str
-        What is left out on purpose, one message for each reason.
+    scans : images whose content is there, in natural order of their paths
+    complaints : what cannot be processed, one message for each reason; any means exit code 1
+    notes : what is left out on purpose, one message for each reason
     """
 
     scans: tuple[Scan, ...]
@@ -275,11 +269,8 @@ def datalad_command(bids_dir: Path, relatives: Iterable[str], whole_dataset: boo
 
     Parameters
     ----------
-    bids_dir : Path
-    relatives : iterable of str
-        Paths relative to `bids_dir`.
-    whole_dataset : bool
-        Whether the files are T1w images of all participants: many are then written as patterns.
+    relatives : paths relative to `bids_dir`
+    whole_dataset : whether these are T1w images of all participants: many are written as patterns
     """
     relatives = list(relatives)
     targets = " ".join(shlex.quote(relative) for relative in relatives)

@@ -35,9 +35,8 @@ def read_text_table(path: Path) -> pd.DataFrame:
 
     Parameters
     ----------
-    path : Path
-        UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines end
-        in LF, CRLF or CR. Fields are separated by tabs (by commas where the name ends in .csv).
+    path : of UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines
+        end in LF, CRLF or CR; fields are separated by tabs (by commas in a file called .csv)
 
     Returns
     -------

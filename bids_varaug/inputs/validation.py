@@ -45,9 +45,7 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
 
     Parameters
     ----------
-    bids_dir : Path
-    *options : str
-        Further options of ``bids-validator-deno``.
+    *options : further ones of ``bids-validator-deno``
 
     Returns
     -------
@@ -96,9 +94,7 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
 
     Parameters
     ----------
-    bids_dir : Path
-    participant_labels : iterable of str
-        Where given, errors in the folders of other participants do not count.
+    participant_labels : where given, errors in the folders of other participants do not count
 
     Raises
     ------
