@@ -38,9 +38,7 @@ def is_oblique(affine: np.ndarray) -> bool:
     return bool(cosines.min() < np.cos(np.deg2rad(OBLIQUE)))
 
 
-def choose_affine(
-    name: str, header: nib.Nifti1Header, trust: str | None = None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Choose between sform, qform and pixdim, and tell where they contradict each other.
 
     Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
@@ -76,10 +74,7 @@ def choose_affine(
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
-        raise ScanError(
-            f"{name}: the affine has NaN or infinite values, or is singular "
-            f"({', '.join(given)}). {_FIX}"
-        )
+        raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
     chosen, warnings = next(iter(forms)), []
     if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
@@ -108,8 +103,7 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     sform, qform = (polar(forms[form][:3, :3])[0] for form in forms)
     if np.linalg.det(sform) * np.linalg.det(qform) < 0:
         raise ScanError(
-            f"{name}: sform and qform are mirror images of each other, so left and right cannot be "
-            f"told apart. {_FIX}"
+            f"{name}: sform and qform are mirror images of each other, so left and right cannot be told apart. {_FIX}"
         )
     angle = np.rad2deg(np.arccos(np.clip((np.trace(sform.T @ qform) - 1) / 2, -1, 1)))
     same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
@@ -120,9 +114,7 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     chosen = "qform" if qform_first else "sform"
     apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
     told = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
-    return chosen, [
-        f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"
-    ]
+    return chosen, [f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"]
 
 
 def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:

@@ -78,9 +78,7 @@ class Geometry:
         return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
 
 
-def prepare_head(
-    path: Path, voxel_size: float, multiple: int, trust: str | None = None
-) -> tuple[np.ndarray, Geometry]:
+def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
     """Read, conform and crop a T1w image.
 
     Parameters
@@ -114,8 +112,7 @@ def prepare_head(
         conformed_affine=conformed.affine,
         native_shape=native.data.shape,
         native_affine=native.affine,
-        foreground_volume=float(head_mask(conformed.data, voxel_size).sum())
-        * voxel_volume(conformed.affine),
+        foreground_volume=float(head_mask(conformed.data, voxel_size).sum()) * voxel_volume(conformed.affine),
         warnings=native.warnings + (() if doubt is None else (doubt,)),
     )
     return extract(conformed.data, box), geometry
@@ -171,9 +168,7 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     return Volume(_resample(data, grid, shape), affine @ grid, volume.warnings)
 
 
-def resample_map(
-    values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0
-) -> np.ndarray:
+def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
     """Bring a map from the head box to the image's own grid.
 
     With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /

@@ -140,8 +140,7 @@ def _read_header(name: str, stream: BinaryIO) -> nib.Nifti1Header:
     header = kind(block + _read_exactly(name, stream, kind.sizeof_hdr - 348), check=False)
     if header["magic"] != kind.single_magic:
         raise ScanError(
-            f"{name}: a NIfTI pair or an Analyze header, not one file with header and data. "
-            "Convert it to .nii.gz."
+            f"{name}: a NIfTI pair or an Analyze header, not one file with header and data. Convert it to .nii.gz."
         )
     # nibabel would log what it corrects (it does no harm) beside what it raises (we say it).
     sizes = header["pixdim"][1:4].copy()
@@ -149,10 +148,7 @@ def _read_header(name: str, stream: BinaryIO) -> nib.Nifti1Header:
     header["pixdim"][1:4] = np.abs(sizes)  # a size of 0 is no size, and not 1
     offset = float(header["vox_offset"])
     if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
-        raise ScanError(
-            f"{name}: the header says that the data start at byte {offset:g}, which cannot be. "
-            f"{_AGAIN}"
-        )
+        raise ScanError(f"{name}: the header says that the data start at byte {offset:g}, which cannot be. {_AGAIN}")
     return header
 
 
@@ -187,9 +183,8 @@ def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, int, int]) ->
         f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. "
         f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
-        f"field of view of {in_mm(extent, '.0f')}; image far too small or cropped through the "
-        f"brain (at least {smallest:g} mm along each axis). Filter it out with "
-        "--bids-filter-file.": extent.min() < smallest,
+        f"field of view of {in_mm(extent, '.0f')}; image far too small or cropped through the brain (at least "
+        f"{smallest:g} mm along each axis). Filter it out with --bids-filter-file.": extent.min() < smallest,
         f"field of view of {in_mm(extent, '.0f')}, far larger than a head (at most "
         f"{largest:g} mm). {fix}crop the image.": extent.max() > largest,
     })  # fmt: skip
@@ -207,9 +202,7 @@ def _check_memory(name: str, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _read_data(
-    path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]
-) -> np.ndarray:
+def _read_data(path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
     """Values as stored."""
     dtype = header.get_data_dtype()
     n_bytes, on_disk = math.prod(shape) * dtype.itemsize, path.stat().st_size
@@ -244,11 +237,10 @@ def _check_continuity(name: str, data: np.ndarray, raw: np.ndarray) -> None:
             limit /= 5  # what wraps around lands at the other end of the type
     if share > limit:
         raise ScanError(
-            f"{name}: {share:.2%} of the voxels are dark among bright ones, or bright among dark "
-            "ones. Either bright voxels wrapped around when the file was written (convert it "
-            "again, as uint16 or float32), or noise fills the background, as in the UNI image of "
-            "MP2RAGE (use the denoised one, combine UNI with both inversions, or extract the "
-            "brain). Dead voxels look so too."
+            f"{name}: {share:.2%} of the voxels are dark among bright ones, or bright among dark ones. Either bright "
+            "voxels wrapped around when the file was written (convert it again, as uint16 or float32), or noise fills "
+            "the background, as in the UNI image of MP2RAGE (use the denoised one, combine UNI with both inversions, "
+            "or extract the brain). Dead voxels look so too."
         )
 
 
@@ -256,7 +248,6 @@ def _read_exactly(name: str, stream: BinaryIO, count: int) -> bytes:
     block = stream.read(count)
     if len(block) < count:
         raise ScanError(
-            f"{name}: truncated, or not a NIfTI image (the file ends before its header and data "
-            f"are complete). {_AGAIN}"
+            f"{name}: truncated, or not a NIfTI image (the file ends before its header and data are complete). {_AGAIN}"
         )
     return block

@@ -182,9 +182,7 @@ def read_people(
     return People(everybody.astype({"age": "float64"}), left_out, tuple(notes))
 
 
-def choose_column(
-    path: Path, columns: Sequence[str], key: str, wanted: str, required: bool = False
-) -> str | None:
+def choose_column(path: Path, columns: Sequence[str], key: str, wanted: str, required: bool = False) -> str | None:
     """Column of the age, sex or site (`key`) in a table; None where it has none.
 
     Raises
@@ -273,8 +271,7 @@ def _age_unit(column: str, sidecar: Path) -> str:
     if given not in (None, "", "n/a"):
         if (unit := _read_unit(str(given))) is None:
             raise TableError(
-                f"{sidecar}: Units {given!r} of {column!r} is not known. Write years, months, "
-                "weeks or days."
+                f"{sidecar}: Units {given!r} of {column!r} is not known. Write years, months, weeks or days."
             )
         return unit
     words = [word.lower() for word in _WORD.findall(column)]
@@ -296,9 +293,7 @@ def _read_unit(text: str) -> str | None:
     return units[start, end] if told and not _OTHER.search(text[end:]) else None
 
 
-def read_sexes(
-    path: Path, column: str, values: Sequence[str | None], notes: list[str]
-) -> list[str | None]:
+def read_sexes(path: Path, column: str, values: Sequence[str | None], notes: list[str]) -> list[str | None]:
     """Sexes ("F", "M", "O"), None where missing or where a code could mean either.
 
     Parameters
@@ -377,7 +372,7 @@ def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
     return [None if s is None else prefixed(s, "ses") for s in table[column]]
 
 
-def _session_ages(tsv: Path, age_column: str, left_out, notes) -> list[tuple[str, float]]:
+def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: list[str]) -> list[tuple[str, float]]:
     """Sessions whose age the table tells, well or not; sessions of missing age are not named."""
     if not os.path.isfile(tsv):
         return []

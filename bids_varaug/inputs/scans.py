@@ -323,9 +323,7 @@ def _explain(left_out: Mapping[str, list[str]]) -> list[str]:
     return [f"{some(names, shown=MANY)}: {reason}" for reason, names in left_out.items() if names]
 
 
-def _split_available(
-    bids_dir: Path, scans: list[Scan], whole_dataset: bool
-) -> tuple[list[Scan], list[str]]:
+def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> tuple[list[Scan], list[str]]:
     """Images that can be opened, and what is wrong with the others; many links in one message."""
     available: dict[str, Scan] = {}
     absent, complaints = [], []
@@ -378,9 +376,7 @@ def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -
     )  # fmt: skip
 
 
-def _open_layouts(
-    bids_dir: Path, participants: list[str], database: Path | None
-) -> list[BIDSLayout]:
+def _open_layouts(bids_dir: Path, participants: list[str], database: Path | None) -> list[BIDSLayout]:
     """The layout, and one more for participants that an existing database does not hold.
 
     A database is made once and then only read: jobs that share it cannot disturb each other, and
@@ -465,6 +461,4 @@ def _filter_value(name: str, value: Any, known: list[str]) -> Any:
         return value.removeprefix({"subject": "sub-", "session": "ses-"}.get(name, ""))
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise UsageError(
-        f"{flag} {name}: {value!r} is neither text, a whole number, null, nor a list of these."
-    )
+    raise UsageError(f"{flag} {name}: {value!r} is neither text, a whole number, null, nor a list of these.")

@@ -110,13 +110,10 @@ def read_header(path: Path) -> tuple[str, ...]:
     columns = _fields(path, line)
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
-        raise TableError(
-            f"{path}: column {some(twice)} is there twice. Rename or remove one of them."
-        )
+        raise TableError(f"{path}: column {some(twice)} is there twice. Rename or remove one of them.")
     if _separator(path) == "\t" and (other := re.search(r"[,;]", line)) and len(columns) == 1:
         raise TableError(
-            f"{path}: fields seem to be separated by {other[0]!r}. Save it with tabs, as a .tsv "
-            "file needs."
+            f"{path}: fields seem to be separated by {other[0]!r}. Save it with tabs, as a .tsv file needs."
         )
     return tuple(columns)
 
@@ -173,9 +170,8 @@ def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:
             wrong.append(f"line {number} has {count}")
     if wrong:
         raise TableError(
-            f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is "
-            "damaged or truncated; write it again, with one separator between fields and n/a for "
-            "missing values."
+            f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is damaged or truncated; "
+            "write it again, with one separator between fields and n/a for missing values."
         )
 
 

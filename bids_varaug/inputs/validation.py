@@ -117,8 +117,7 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
     errors = [issue for issue in errors if issue["location"] not in absent]
     if errors:
         raise InvalidBidsError(
-            f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n"
-            f"{summarize_errors(errors)}\n{SKIP_HINT}"
+            f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n{summarize_errors(errors)}\n{SKIP_HINT}"
         )
 
 
