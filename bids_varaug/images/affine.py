@@ -42,7 +42,7 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
     """Choose between sform, qform and pixdim, and tell where they contradict each other.
 
     Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
-    differ in voxel size or axes, a form in scanner space goes before one in a template's; of two of
+    differ in voxel size or axes, a form in scanner space takes precedence over one in a template's; of two of
     the same kind the qform, which has the sizes of pixdim, if the sizes differ, else the sform. A
     lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim (but where
     these are all 1, as in a header that nobody filled in).
@@ -82,18 +82,21 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
         chosen, warnings = _choose_form(name, forms, codes)
     affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
     sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
-    told = np.isfinite(pixdim).all() and pixdim.all()
-    if not trusted and len(forms) == 1 and told and not _same_sizes(sizes, pixdim):
+    has_pixdim = np.isfinite(pixdim).all() and pixdim.all()
+    if not trusted and len(forms) == 1 and has_pixdim and not _same_sizes(sizes, pixdim):
         used = f"{chosen} was"
         if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
             used = "sizes of pixdim were"
-        warnings.append(f"The header contradicts itself: {chosen} with voxels of {in_mm(sizes)}, "
-                        f"pixdim of {in_mm(pixdim)}. The {used} used. {_FIX}")  # fmt: skip
+        warnings.append(
+            f"The header contradicts itself: {chosen} with voxels of {in_mm(sizes)}, pixdim of {in_mm(pixdim)}. "
+            f"The {used} used. {_FIX}"
+        )
     if template:
-        warnings.append(f"The header says that the image is in the space of a template (code "
-                        f"{codes[chosen]}: {template}). If so, volumes are those in that space, "
-                        "not the person's.")  # fmt: skip
+        warnings.append(
+            f"The header says that the image is in the space of a template (code {codes[chosen]}: {template}). "
+            "If so, volumes are those in that space, not the person's."
+        )
     if unit:
         warnings.append(f"The header gives lengths in {unit}s; they were converted.")
     return affine, tuple(warnings)
@@ -113,8 +116,8 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
     chosen = "qform" if qform_first else "sform"
     apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
-    told = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
-    return chosen, [f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"]
+    parts = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
+    return chosen, [f"The header contradicts itself: {' and '.join(parts)}{apart}. The {chosen} was used. {_FIX}"]
 
 
 def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:

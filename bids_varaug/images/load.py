@@ -55,7 +55,7 @@ class Volume:
     ----------
     data : (X, Y, Z) float32
     affine : (4, 4) float64, voxel index -> mm, RAS+ world
-    warnings : what was taken otherwise than as it stands in the header
+    warnings : where the header was not taken at its word
     """
 
     data: np.ndarray
@@ -148,7 +148,7 @@ def _read_header(name: str, stream: BinaryIO) -> nib.Nifti1Header:
     header["pixdim"][1:4] = np.abs(sizes)  # a size of 0 is no size, and not 1
     offset = float(header["vox_offset"])
     if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
-        raise ScanError(f"{name}: the header says that the data start at byte {offset:g}, which cannot be. {_AGAIN}")
+        raise ScanError(f"{name}: the data cannot start at byte {offset:g}, as the header says. {_AGAIN}")
     return header
 
 

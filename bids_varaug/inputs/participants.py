@@ -87,7 +87,7 @@ class People:
         `age` in years (float64, NaN where there is none), `sex` ("F", "M", "O" or None), `site`
         (str or None)
     left_out : why an age is missing, by participant (``sub-01``) or session (``sub-01_ses-1``)
-    notes : what was taken otherwise than as it stands ("89+" as 89, ...)
+    notes : values that were interpreted ("89+" as 89, ...)
     source : the file, as messages name it
     """
 
@@ -124,7 +124,7 @@ def read_people(
     """Read participants.tsv, its sidecar, and the sessions' tables that have ages.
 
     Ages are in years unless ``participants.json`` gives other Units or the column's name ends in
-    one. The age in ``sub-*/sub-*_sessions.tsv``, where there is one, goes before that of
+    one. An age in ``sub-*/sub-*_sessions.tsv`` takes precedence over that of
     participants.tsv. Columns are found in any case; where `sex_column` and so on are the defaults
     and absent, the usual names are tried (gender, scanner_site, ...). Codes of the sex are read
     where their meaning is plain, or where ``Levels`` of the sidecar explain them.
@@ -261,7 +261,7 @@ def _parse_age(value: str | None, unit: str) -> tuple[float, bool]:
         raise ValueError(f"{value!r} is not a number")
     years = float(match["number"]) * YEARS_PER[own]
     if not 0 <= years <= OLDEST:
-        raise ValueError(f"{value!r} is no age in {own} (0 to {OLDEST:g} years)")
+        raise ValueError(f"{value!r} is not an age in {own} (0 to {OLDEST:g} years)")
     return years, bool(match["more"] or match["plus"])
 
 
@@ -276,8 +276,8 @@ def _age_unit(column: str, sidecar: Path) -> str:
         return unit
     words = [word.lower() for word in _WORD.findall(column)]
     # One letter of a name is not enough to go by; a singular ("age_day1") only at its end.
-    told = [w for w in words[:-1] if w in YEARS_PER] + [w for w in words[-1:] if len(w) > 1]
-    return next((_UNIT_OF[word] for word in reversed(told) if word in _UNIT_OF), "years")
+    candidates = [w for w in words[:-1] if w in YEARS_PER] + [w for w in words[-1:] if len(w) > 1]
+    return next((_UNIT_OF[word] for word in reversed(candidates) if word in _UNIT_OF), "years")
 
 
 def _read_unit(text: str) -> str | None:
@@ -289,8 +289,8 @@ def _read_unit(text: str) -> str | None:
     words = re.finditer(r"[^\W\d_]([^\W\d_]|[\u0300-\u036f])+", text)
     units = {w.span(): _UNIT_OF[n] for w in words if (n := plain_name(w[0])) in _UNIT_OF}
     start, end = next(iter(units), (0, 0))
-    told = len(set(units.values())) == 1 and _BEFORE.fullmatch(text[:start])
-    return units[start, end] if told and not _OTHER.search(text[end:]) else None
+    is_unit = len(set(units.values())) == 1 and _BEFORE.fullmatch(text[:start])
+    return units[start, end] if is_unit and not _OTHER.search(text[end:]) else None
 
 
 def read_sexes(path: Path, column: str, values: Sequence[str | None], notes: list[str]) -> list[str | None]:
@@ -373,7 +373,7 @@ def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
 
 
 def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: list[str]) -> list[tuple[str, float]]:
-    """Sessions whose age the table tells, well or not; sessions of missing age are not named."""
+    """Sessions with an age, NaN where it cannot be read; those without one are left out."""
     if not os.path.isfile(tsv):
         return []
     table = read_text_table(tsv)
@@ -382,16 +382,16 @@ def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: l
     if age is None or session is None:
         return []
     rows = zip(table[session], table[age], strict=True)
-    told = [(prefixed(label, "ses"), value) for label, value in rows if label and value]
-    names = [_name(tsv.parent.name, label) for label, _ in told]
+    known = [(prefixed(label, "ses"), value) for label, value in rows if label and value]
+    names = [_name(tsv.parent.name, label) for label, _ in known]
     _check_unique(tsv, names)
     for name in names:
-        left_out.pop(name, None)  # what participants.tsv lacks is told here
+        left_out.pop(name, None)  # not missing after all
     sidecar = tsv.with_suffix(".json")
     if not sidecar.is_file():
         sidecar = tsv.parents[1] / "sessions.json"  # inherited
-    ages = read_ages(tsv, age, [value for _, value in told], names, left_out, notes, sidecar)
-    return [(label, years) for (label, _), years in zip(told, ages, strict=True)]
+    ages = read_ages(tsv, age, [value for _, value in known], names, left_out, notes, sidecar)
+    return [(label, years) for (label, _), years in zip(known, ages, strict=True)]
 
 
 def _name(participant: str, session: str | None) -> str:
@@ -405,8 +405,8 @@ def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -
     two = [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]
     if two:
         raise TableError(
-            f"{path}: in more than one site: {some(two)}. A participant belongs to one site; "
-            "give people scanned at several sites one of them, or different ids."
+            f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
+            "several sites one of them, or different ids."
         )
 
 
@@ -415,5 +415,5 @@ def _check_unique(path: Path, names: list[str]) -> None:
     if twice:
         raise TableError(
             f"{path}: listed more than once: {some(twice)}. Keep one row of each, or name the "
-            "column that tells the rows apart session_id."
+            "column that distinguishes the rows session_id."
         )

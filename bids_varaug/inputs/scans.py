@@ -33,12 +33,10 @@ DATABASE_FILE = "layout_index.sqlite"
 MANY = 20  # more names than this are not printed one by one
 
 IGNORED = "left out by .bidsignore."
-BAD_FOLDER = ("not processed. Folders of participants are named sub-<label>, with only letters and "
-              "digits in the label. Rename them, or list them in .bidsignore.")  # fmt: skip
-BAD_FILE = ("not processed. File names consist of BIDS entities, with the sub- and ses- labels of "
-            "their folders. Rename them, or list them in .bidsignore.")  # fmt: skip
-TEMPLATE = ("left out: in a template space, volumes are not the person's. If it is the person's "
-            "own space, name it space-individual.")  # fmt: skip
+_RENAME = "Rename them, or list them in .bidsignore."
+BAD_FOLDER = f"not processed. Folders of participants are named sub-<label>, a label of letters and digits. {_RENAME}"
+BAD_FILE = f"not processed. File names consist of BIDS entities, with the labels of their folders. {_RENAME}"
+TEMPLATE = "left out: volumes in a template space are not the person's. Name the person's own space space-individual."
 PART = "left out: part of a head. To process it, filter on chunk or hemi (--bids-filter-file)."
 DERIVED = "left out beside its raw image. To use it, filter on desc or space (--bids-filter-file)."
 PHASE = "left out: the phase, real or imaginary part of an image has no T1w contrast."
@@ -312,8 +310,7 @@ def _sort_out(
         }
         reason = next((reason for reason, holds in checks.items() if holds), None)
         chosen.append(scan) if reason is None else left_out[reason].append(scan.relative)
-    made = {scan.relative: _MADE.sub("", scan.prefix) for scan in chosen
-            if _MADE.search(scan.path.name)}  # fmt: skip
+    made = {scan.relative: _MADE.sub("", scan.prefix) for scan in chosen if _MADE.search(scan.path.name)}
     raw = {_ENDING.sub("", scan.path.name) for scan in chosen if scan.relative not in made}
     left_out[DERIVED] = [relative for relative, source in made.items() if source in raw]
     return [scan for scan in chosen if made.get(scan.relative) not in raw], left_out
@@ -421,18 +418,17 @@ def _query(
     filters: Mapping[str, Any],
 ) -> list[Scan]:
     """Images of the participants that pass pybids filters, in natural order."""
-    scans, is_elsewhere = [], _Elsewhere(participants)
+    query = {"suffix": "T1w", "datatype": "anat", "extension": [".nii", ".nii.gz"]}
+    scans, elsewhere = [], _Elsewhere(participants)
     for layout in layouts:
         known = sorted(layout.get_entities(metadata=False))
-        query = {"suffix": "T1w", "datatype": "anat", "extension": [".nii", ".nii.gz"]}
-        query |= {name: _filter_value(name, value, known) for name, value in filters.items()}
-        for found in layout.get(scope="self", invalid_filters="allow", **query):
+        asked = query | {name: _filter_value(name, value, known) for name, value in filters.items()}
+        for found in layout.get(scope="self", invalid_filters="allow", **asked):
             path = Path(str(found.path))
             relative = path.relative_to(bids_dir).as_posix()
-            entities = {name: str(value) for name, value in found.get_entities().items()
-                        if name not in ("suffix", "extension", "datatype")}  # fmt: skip
+            entities = {name: str(value) for name, value in found.get_entities().items() if name not in query}
             # A database made by others may hold more than the anat folders.
-            if not is_elsewhere.search(f"/{relative}"):
+            if not elsewhere.search(f"/{relative}"):
                 scans.append(Scan(path, entities, relative))
     return sorted(scans, key=lambda scan: (natural_key(scan.relative), scan.relative))
 

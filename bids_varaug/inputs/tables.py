@@ -89,7 +89,7 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
             low_memory=False,
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
-        raise TableError(f"{path}: damaged: {error}. Write it again.") from error
+        raise TableError(f"{path}: damaged: {error}. Export it again.") from error
     if not len(table):
         raise TableError(f"{path}: has column names but no rows.")
     return table.rename(columns=dict(enumerate(columns)))
@@ -110,7 +110,7 @@ def read_header(path: Path) -> tuple[str, ...]:
     columns = _fields(path, line)
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
-        raise TableError(f"{path}: column {some(twice)} is there twice. Rename or remove one of them.")
+        raise TableError(f"{path}: column {some(twice)} appears twice. Rename or remove one of them.")
     if _separator(path) == "\t" and (other := re.search(r"[,;]", line)) and len(columns) == 1:
         raise TableError(
             f"{path}: fields seem to be separated by {other[0]!r}. Save it with tabs, as a .tsv file needs."
@@ -171,7 +171,7 @@ def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:
     if wrong:
         raise TableError(
             f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is damaged or truncated; "
-            "write it again, with one separator between fields and n/a for missing values."
+            "export it again, with one separator between fields and n/a for missing values."
         )
 
 

@@ -62,7 +62,7 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
     if executable is None:
         raise InvalidBidsError(
             f"{EXECUTABLE} is not installed, so {bids_dir} cannot be checked. "
-            "pip install bids-validator-deno, or give --skip-bids-validation."
+            "pip install bids-validator-deno, or pass --skip-bids-validation."
         )
     # BIDS_SCHEMA would make it fetch a schema from the network; compute nodes have none.
     environment = {key: value for key, value in os.environ.items() if key != "BIDS_SCHEMA"}
@@ -77,7 +77,7 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidBidsError(
             f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error}). "
-            "Give --skip-bids-validation to go on without it."
+            "Pass --skip-bids-validation to continue without it."
         ) from error
     errors = [issue for issue in issues if issue.get("severity") == "error"]
     for error in errors:

@@ -253,7 +253,7 @@ def test_missing_ids_columns_and_separators_are_told(table):
         read_features_table(table(rows("1\t30\t1\t2", "n/a\t30\t1\t2")))
     with pytest.raises(UserError, match="separated by ','"):
         read_features_table(table("participant_id,age,x\n1,30,2\n"))
-    with pytest.raises(UserError, match="column x is there twice"):
+    with pytest.raises(UserError, match="column x appears twice"):
         read_features_table(table(rows("1\t30\t1\t2", header="participant_id\tage\tx\tx")))
 
 

@@ -374,7 +374,7 @@ def test_derivative_of_an_ignored_image_is_processed(request_for, bids_dir):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("space-MNI152Lin", "left out: in a template space"),
+        ("space-MNI152Lin", "left out: volumes in a template space"),
         ("chunk-1", "left out: part of a head"),
         ("part-phase", "left out: the phase"),
         ("acq-a_b", "not processed. File names"),
