@@ -3,6 +3,11 @@
 The network's ("conformed") grid has one isotropic voxel size, RAS+ axes, and covers the image's
 field of view with the same centre. Its axes are the image's own, flipped and permuted, where these
 are within a few degrees of the scanner's; those of the scanner where the image is oblique.
+
+On the way back, a native voxel is interpolated linearly from the 8 network voxels around it; one
+larger than the network's is the mean of ``ceil(native size / network size)`` interpolations along
+each axis, so that it averages over what it contains. Where the grids differ by flips and
+permutations only, values are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -171,16 +176,11 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
 def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
     """Bring a map from the head box to the image's own grid.
 
-    With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /
-    network size)`` points along each axis, so that coarse native voxels average over what they
-    contain; with `order` 0 it takes the nearest voxel. Where the grids differ by flips and
-    permutations only, values are copied bit for bit.
-
     Parameters
     ----------
     values : (X, Y, Z) any real type, head box
     geometry : of the scan
-    order : 0 for labels and masks, 1 for maps
+    order : 0 for labels and masks, which take the nearest voxel; 1 for maps, see above
     fill : value of the conformed grid outside the box
 
     Returns
@@ -204,11 +204,8 @@ def resample_posterior(
 ) -> np.ndarray:
     """Bring a sparse posterior from the head box to the image's own grid.
 
-    A native voxel is the trilinear mix of the posteriors of the 8 network voxels around it; a
-    native voxel larger than the network's is the mean of ``ceil(native size / network size)``
-    such mixes along each axis. Voxels that are not stored, or lie outside the box, count as
-    background. Where the grids differ by flips and permutations only, rows are copied. Labels are
-    those of the mix; its probabilities p become p^(1/T), scaled to sum to 1, which moves no label.
+    Voxels that are not stored, or lie outside the box, count as background. Labels are those of
+    the interpolated probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label.
     The same bits for any number of threads.
 
     Parameters

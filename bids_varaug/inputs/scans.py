@@ -124,13 +124,14 @@ def find_scans(settings: Settings) -> Selection:
     FiltersError
         A participant or session label that does not exist; filters that leave nothing.
     NoInputError
-        No T1w image anywhere, or none whose content is present.
+        No T1w image anywhere, or none whose content is present; a folder or .bidsignore that cannot
+        be read.
     """
     bids_dir, named = settings.bids_dir, set(settings.participant_labels)
     filters = dict(settings.bids_filters.get("t1w", {}))
     participants = select_participants(settings)
-    misnamed = [] if named else list_participants(bids_dir)[1]
-    sort_out = partial(_sort_out, misnamed, filters, read_bidsignore(bids_dir))
+    misnamed = [] if named else _list_participants(bids_dir)[1]
+    sort_out = partial(_sort_out, misnamed, filters, _read_bidsignore(bids_dir))
     layouts = _open_layouts(bids_dir, participants, settings.bids_database_dir)
     found = _query(layouts, bids_dir, participants, {})
     everything, left_out = sort_out(found)
@@ -177,12 +178,12 @@ def select_participants(settings: Settings) -> list[str]:
         As `find_scans`.
     """
     bids_dir = settings.bids_dir
-    existing, misnamed = list_participants(bids_dir)
+    existing, misnamed = _list_participants(bids_dir)
     if not existing:
         none = f"{bids_dir}: no sub-<label> folder. Give the root of a BIDS dataset."
         raise NoInputError("\n".join([none, *_explain({BAD_FOLDER: misnamed})]))
     wanted, excluded = settings.participant_labels, settings.exclude_participant_labels
-    is_ignored = read_bidsignore(bids_dir)
+    is_ignored = _read_bidsignore(bids_dir)
     ignored = {p for p in (*wanted, *excluded) if is_ignored(f"sub-{p}/")}
     if named := ignored.intersection(wanted):
         raise FiltersError(f"--participant-label: {', '.join(sorted(named))}: {IGNORED}")
@@ -195,17 +196,9 @@ def select_participants(settings: Settings) -> list[str]:
     return chosen
 
 
-def list_participants(bids_dir: Path) -> tuple[list[str], list[str]]:
-    """Labels of the participants, and folders that are meant for one and named wrongly.
-
-    In natural order, without those in .bidsignore.
-
-    Raises
-    ------
-    NoInputError
-        If the directory cannot be listed, or .bidsignore not be read.
-    """
-    is_ignored = read_bidsignore(bids_dir)
+def _list_participants(bids_dir: Path) -> tuple[list[str], list[str]]:
+    """Labels of the participants, and misnamed folders; in natural order, without those in .bidsignore."""
+    is_ignored = _read_bidsignore(bids_dir)
     try:
         with os.scandir(bids_dir) as entries:
             names = [e.name for e in entries if _MEANT.match(e.name) and e.is_dir()]
@@ -216,14 +209,8 @@ def list_participants(bids_dir: Path) -> tuple[list[str], list[str]]:
     return labels, [name for name in names if not _PARTICIPANT.fullmatch(name)]
 
 
-def read_bidsignore(bids_dir: Path) -> Callable[[str], bool]:
-    """Function that tells whether .bidsignore matches a path in the dataset (of a folder: ``x/``).
-
-    Raises
-    ------
-    NoInputError
-        If there is a .bidsignore that cannot be read.
-    """
+def _read_bidsignore(bids_dir: Path) -> Callable[[str], bool]:
+    """Function that tells whether .bidsignore matches a path in the dataset (of a folder: ``x/``)."""
     from pathspec import GitIgnoreSpec
 
     path = bids_dir / ".bidsignore"

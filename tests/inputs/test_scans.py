@@ -7,7 +7,7 @@ import pytest
 
 from bids_varaug.errors import FiltersError, NoInputError, OutputError, UsageError
 from bids_varaug.inputs import scans
-from bids_varaug.inputs.scans import Selection, datalad_command, find_scans, list_participants
+from bids_varaug.inputs.scans import Selection, datalad_command, find_scans
 from bids_varaug.settings import Settings
 
 FILES = [
@@ -72,7 +72,7 @@ def test_every_t1w_of_every_session_acquisition_and_run_is_found(request_for):
 
 def test_participants_are_in_natural_order(bids_dir):
     _touch(bids_dir / "sub-9" / "anat" / "sub-9_T1w.nii")
-    assert list_participants(bids_dir) == (["01", "02", "03", "9", "10"], [])
+    assert scans._list_participants(bids_dir) == (["01", "02", "03", "9", "10"], [])
 
 
 def test_entities_and_prefix_keep_their_spelling(request_for):
