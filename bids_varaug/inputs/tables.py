@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import re
-import string
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ MISSING = (
 """Spellings of a missing value: BIDS's own first, then those of R, Excel, pandas and databases."""
 SHOWN = 8  # names or lines that a message lists before it says how many more there are
 _BLOCK = 1 << 24  # bytes that tell the encoding
-_BLANK = string.whitespace + "\0"
 
 
 class TableError(UserError):
@@ -105,7 +103,7 @@ def read_header(path: Path) -> tuple[str, ...]:
         separators than its own name promises.
     """
     line = next(_lines(path), "")
-    if not line.strip(_BLANK):
+    if not line.strip():
         raise TableError(f"{path}: is empty, or does not begin with a line of column names.")
     columns = _fields(path, line)
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
@@ -163,7 +161,7 @@ def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:
     """Lines below the header, without blank ones; all must have as many fields as the header."""
     separator, wrong = _separator(path), []
     for number, line in enumerate(_lines(path), start=1):
-        if number == 1 or not line.strip(_BLANK):
+        if number == 1 or not line.strip():
             continue
         yield line
         if (count := line.count(separator) + 1) != len(columns):

@@ -310,3 +310,8 @@ def test_levels_that_are_no_text_do_not_stop_the_reading(dataset):
         )
     )
     assert people.table["sex"].tolist() == ["F", "M"]
+
+
+def test_table_that_ends_in_zeros_of_a_full_disk_is_refused(dataset):
+    with pytest.raises(UserError, match="line 3 has 1"):
+        read_people(dataset(b"participant_id\tage\nsub-01\t3\n" + bytes(100)))
