@@ -111,7 +111,7 @@ def read_header(path: Path) -> tuple[str, ...]:
         raise TableError(f"{path}: column {some(twice)} appears twice. Rename or remove one of them.")
     if _separator(path) == "\t" and (other := re.search(r"[,;]", line)) and len(columns) == 1:
         raise TableError(
-            f"{path}: fields seem to be separated by {other[0]!r}. Save it with tabs, as a .tsv file needs."
+            f"{path}: fields seem to be separated by {other[0]!r}. A .tsv file needs tabs; export it again."
         )
     return tuple(columns)
 
