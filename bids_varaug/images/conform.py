@@ -106,10 +106,10 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
     native = load_t1w(path, trust)
     conformed = conform(native, voxel_size)
     box = head_box(conformed.data, voxel_size, multiple=multiple)
-    uncut = conformed  # by corners that straightening adds
-    if is_oblique(native.affine):
-        uncut = conform(native, voxel_size, straighten=False)
-    doubt = is_probably_cropped(uncut.data, voxel_size)
+    mask = uncut = head_mask(conformed.data, voxel_size)
+    if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
+        uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
+    doubt = is_probably_cropped(uncut, voxel_size)
     geometry = Geometry(
         voxel_size=voxel_size,
         box=box,
@@ -117,7 +117,7 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
         conformed_affine=conformed.affine,
         native_shape=native.data.shape,
         native_affine=native.affine,
-        foreground_volume=float(head_mask(conformed.data, voxel_size).sum()) * voxel_volume(conformed.affine),
+        foreground_volume=float(mask.sum()) * voxel_volume(conformed.affine),
         warnings=native.warnings + (() if doubt is None else (doubt,)),
     )
     return extract(conformed.data, box), geometry
