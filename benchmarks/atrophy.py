@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 from heads import Head, find_heads, print_markdown, print_origin
 
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, Member, load_ensemble, select_members
 from bids_varaug.models.weights import load_member

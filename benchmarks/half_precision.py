@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.unet import Features, UNet

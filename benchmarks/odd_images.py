@@ -20,9 +20,9 @@ from scipy.ndimage import affine_transform
 
 from bids_varaug.errors import ScanError
 from bids_varaug.images.affine import voxel_volume
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.images.crop import bounds
 from bids_varaug.images.intensity import standardise
-from bids_varaug.images.prepare import prepare_head
 from bids_varaug.models.ensemble import BASELINE, load_ensemble
 from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.localise import crop_to_brain

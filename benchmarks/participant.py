@@ -25,7 +25,7 @@ import torch
 
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.scan import Intermediate, write_scan
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members

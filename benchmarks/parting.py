@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bids_varaug.cli.train import with_steps
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, NetworkShape
 from bids_varaug.models.unet import UNet, build_network

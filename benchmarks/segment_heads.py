@@ -38,9 +38,7 @@ from scipy.ndimage import shift as shift_image
 from scipy.special import entr
 
 from bids_varaug.images.affine import voxel_volume
-from bids_varaug.images.conform import to_native_scalar
-from bids_varaug.images.crop import insert
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head, resample_map
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import (
     BASELINE,
@@ -171,8 +169,7 @@ def segment_head(
     image, g = crop_to_brain(finder, whole, geometry)
 
     def native(values: np.ndarray) -> np.ndarray:
-        whole = insert(values, g.box, g.conformed_shape)
-        return to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
+        return resample_map(values, g)
 
     labels, entropies, found = [], {}, {}
     groups = group_passes(passes)

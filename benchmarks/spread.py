@@ -43,7 +43,7 @@ from bids_varaug.variability.maps import unreliable
 from bids_varaug.variability.regions import (
     pairwise_dice,
     region_counts,
-    volume_significant_bits,
+    significant_bits_lower,
 )
 
 N_BINS = 15
@@ -119,7 +119,7 @@ def voxel_rows(head: SegmentedHead) -> list[dict]:
                 "calibration": 100 * calibration_error(confidence, ~wrong["own"])}  # fmt: skip
         if group != BASELINE:
             members = head.labels[head.of_family(group)][:, brain["own"]]
-            marked = unreliable((members == own[brain["own"]]).mean(axis=0))
+            marked = unreliable((members == own[brain["own"]]).sum(axis=0), len(members))
             more |= {"marked": 100 * marked.mean(),
                      "wrong_there": 100 * wrong["own"][marked].mean() if marked.any() else np.nan,
                      "errors_there": 100 * marked[wrong["own"]].mean()}  # fmt: skip
@@ -149,7 +149,7 @@ def structure_rows(head: SegmentedHead) -> pd.DataFrame:
             table["overlap"] = np.mean([dice[pair] for pair in pairs], axis=0)[there]
             true = table["reference"].to_numpy() / head.voxel_volume
             table["distance"] = distance_in_sd(true, volumes)
-            table["bits"] = volume_significant_bits(volumes)
+            table["bits"] = significant_bits_lower(volumes)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 

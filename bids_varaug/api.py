@@ -24,7 +24,7 @@ from bids_varaug.derivatives.names import DATASET_DESCRIPTION, OUTPUTS, ScanRequ
 from bids_varaug.derivatives.scan import Intermediate, write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report

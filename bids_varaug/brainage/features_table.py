@@ -15,20 +15,16 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
 from bids_varaug.brainage.spellings import match_people
 from bids_varaug.inputs.participants import (
-    DEFAULT_COLUMNS,
-    FLAGS,
     SESSION_COLUMNS,
     People,
     choose_column,
-    missing_age_column,
     prefixed,
     read_ages,
     read_sexes,
 )
 from bids_varaug.inputs.tables import (
+    MISSING,
     TableError,
-    TextTable,
-    check_shape,
     find_column,
     read_columns,
     read_header,
@@ -130,14 +126,13 @@ def read_features_table(
     path = Path(path)
     columns = read_header(path)
     keys = _find_keys(path, columns)
-    header = TextTable(path, columns, [])
     asked = {"age": age_column, "sex": sex_column, "site": site_column}
-    own = {key: _own_column(header, key, name, people) for key, name in asked.items()}
-    if own["age"] is None and people is None and require_age:
-        raise missing_age_column(header, age_column)
-    check_shape(path, columns)
+    own = {
+        key: _own_column(path, columns, key, name, people, require_age)
+        for key, name in asked.items()
+    }
     labels = [name for name in (*keys.values(), *own.values()) if name]
-    table = read_columns(path, columns, labels, features)
+    table = read_columns(path, labels, features)
     notes: list[str] = []
     rows = _index_rows(path, table, keys, people, notes)
     left_out: dict[str, str] = {}
@@ -174,12 +169,15 @@ def _find_keys(path: Path, columns: Sequence[str]) -> dict[str, str]:
     return {key: name for key, name in found.items() if name is not None}
 
 
-def _own_column(header: TextTable, key: str, name: str, people: People | None) -> str | None:
+def _own_column(
+    path: Path, columns: Sequence[str], key: str, name: str, people: People | None, need_age: bool
+) -> str | None:
     """Column of age, sex or site in the table itself."""
-    if people is None or name == DEFAULT_COLUMNS[key]:
-        return choose_column(header, key, name)
+    if people is None or name == key:
+        required = need_age and people is None and key == "age"
+        return choose_column(path, columns, key, name, required)
     # A name that was asked for may be that of participants.tsv, which was read before.
-    return find_column(header.columns, name)
+    return find_column(columns, name)
 
 
 def _index_rows(
@@ -282,7 +280,6 @@ def _fill_people(
         people.find(participant, session) if people is not None else None
         for participant, session in zip(frame["participant_id"], frame["session_id"], strict=True)
     ]
-    sidecar = path.with_suffix(".json")
     for key in ("age", "sex", "site"):
         column = own[key]
         if column is None:
@@ -291,11 +288,11 @@ def _fill_people(
         else:
             label = _labels(table[column])
             told = _one_each(path, key, _as_numbers(label) if key == "age" else label, rows)
-            text = TextTable(path, (column,), [[value or ""] for value in told])
+            told = [None if value in MISSING else value for value in told]
             if key == "age":
-                values = read_ages(text, column, sidecar, names, reasons, notes)
+                values = read_ages(path, column, told, names, reasons, notes)
             elif key == "sex":
-                values = read_sexes(text, column, sidecar, notes)
+                values = read_sexes(path, column, told, notes)
             else:
                 values = told
         frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)
@@ -333,7 +330,7 @@ def _one_each(path: Path, key: str, label: _Labels, rows: _Rows) -> list[str | N
         where = " in one session" if key == "age" else ""
         raise TableError(
             f"{path}: more than one {key} of the same participant{where}: {'; '.join(listed)}. "
-            f"Correct the table, or choose another column with {FLAGS[key]}."
+            f"Correct the table, or choose another column with --{key}-column."
         )
     participant = np.zeros(len(rows.people), np.int64)
     participant[rows.observation] = of

@@ -26,8 +26,8 @@ from bids_varaug.brainage.provenance import (
 from bids_varaug.brainage.spellings import match_people
 from bids_varaug.derivatives import names
 from bids_varaug.errors import NoInputError
-from bids_varaug.inputs.layout import natural_key
 from bids_varaug.inputs.participants import People
+from bids_varaug.inputs.scans import natural_key
 from bids_varaug.inputs.tables import some
 
 __all__ = ["gather_cohort", "read_features_table"]

@@ -11,7 +11,7 @@ import pandas as pd
 from bids_varaug.brainage.correction import WITHHELD
 from bids_varaug.brainage.model import BrainAgeModel
 from bids_varaug.brainage.study import AUGMENTATIONS, CONTROLS, Study
-from bids_varaug.inputs.ages import OLDEST
+from bids_varaug.inputs.participants import OLDEST
 from bids_varaug.inputs.tables import some
 
 PHENOTYPE_TABLE = "phenotype/brainage.tsv"

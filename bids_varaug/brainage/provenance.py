@@ -13,8 +13,7 @@ from pathlib import Path
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL, package_version
 from bids_varaug.errors import NoInputError, UserError
-from bids_varaug.inputs.layout import natural_key
-from bids_varaug.inputs.scans import Scan
+from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
@@ -122,7 +121,7 @@ def read_root(output_dir: Path) -> Origin:
     missing = [c for c in ("desc_id", "family", "sha256") if c not in table.columns]
     if missing:
         raise TableError(f"{table_path}: no column {some(missing)}. Run the participant level.")
-    rows = zip(*map(table.column, ("desc_id", "family", "sha256")), strict=True)
+    rows = table[["desc_id", "family", "sha256"]].itertuples(index=False, name=None)
     members = {desc.removeprefix("desc-"): (f, sha) for desc, f, sha in rows if desc and sha}
     return Origin(
         names.DESCRIPTIONS_TABLE,

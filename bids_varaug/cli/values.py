@@ -11,19 +11,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bids_varaug.errors import UsageError
-from bids_varaug.inputs.layout import normalize_label
 
 _GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
 def participant_label(text: str) -> str:
-    """Participant label without ``sub-``."""
-    return normalize_label(text, "sub")
+    """Participant label without ``sub-``.
+
+    Examples
+    --------
+    >>> participant_label("sub-01")
+    '01'
+    """
+    return _label(text, "sub")
 
 
 def session_label(text: str) -> str:
     """Session label without ``ses-``."""
-    return normalize_label(text, "ses")
+    return _label(text, "ses")
+
+
+def _label(text: str, entity: str) -> str:
+    bare = text.removeprefix(f"{entity}-")
+    if not re.fullmatch("[0-9a-zA-Z+]+", bare):
+        raise UsageError(
+            f"{text!r} is not a BIDS label: only letters and digits may follow '{entity}-'. "
+            "Give labels, not paths, separated by spaces."
+        )
+    return bare
 
 
 def member_names(text: str) -> str:

@@ -13,17 +13,20 @@ import nibabel as nib
 import numba
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 
 from bids_varaug.atomic import write_json
 from bids_varaug.derivatives.names import OF_FAMILY, SEGMENTATION, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
 from bids_varaug.derivatives.write import write_image, write_image_series, write_table
 from bids_varaug.errors import UserError
-from bids_varaug.images.affine import voxel_sizes, voxel_volume
-from bids_varaug.images.conform import to_native_scalar
-from bids_varaug.images.crop import insert
-from bids_varaug.images.geometry import Geometry
-from bids_varaug.images.native import POSTERIOR_SCALE, NativePosterior, resample_posterior
+from bids_varaug.images.affine import voxel_volume
+from bids_varaug.images.conform import (
+    POSTERIOR_SCALE,
+    Geometry,
+    resample_map,
+    resample_posterior,
+)
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.machine import compiled
 from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
@@ -85,11 +88,8 @@ class ScanWriter:
 
     def scalar_map(self, key: str, values: np.ndarray, family: str | None = None) -> None:
         """Bring a map of the head box to the native grid and write it."""
-        g = self.geometry
         fill = _OUTSIDE[key.removesuffix(OF_FAMILY)]
-        whole = insert(values, g.box, g.conformed_shape, fill=fill)
-        native = to_native_scalar(whole, g.conformed_affine, g.native_affine, g.native_shape)
-        self._image(key, native, family)
+        self._image(key, resample_map(values, self.geometry, fill=fill), family)
 
     def posterior(self, key: str, quantised: np.ndarray) -> None:
         """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
@@ -186,13 +186,13 @@ def write_scan(
     n_classes = mean.rows.shape[1]
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes))
     consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
-    brain = consensus.labels > 0
+    brain = consensus > 0
     brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
     writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
     regions, members, basis = _tables(request, files, geometry)
     t1w = np.asanyarray(nib.load(request.scan.path).dataobj).reshape(geometry.native_shape)
-    doubts = find_warnings(voxel_sizes(geometry.native_affine), t1w, writer.ids[consensus.labels])
+    doubts = find_warnings(voxel_sizes(geometry.native_affine), t1w, writer.ids[consensus])
     told = {
         "VolumeLimits": basis,
         "VerdictThresholds": describe_thresholds(),
@@ -203,7 +203,7 @@ def write_scan(
             *describe_verdicts(regions),
         ],
     }
-    writer.labels("consensus_dseg", consensus.labels, **told)
+    writer.labels("consensus_dseg", consensus, **told)
     writer.mask("brain_mask", brain)
     writer.posterior("mean_probseg", dense)
     del dense, consensus, mean, t1w
@@ -220,20 +220,17 @@ def write_scan(
     return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
 
 
-def _to_native(sparse: SparsePosterior, g: Geometry, out=None, temperature: float = 1.0) -> NativePosterior:
-    return resample_posterior(
-        sparse.offsets, sparse.voxels, sparse.posterior, g.box, g.conformed_shape,
-        g.conformed_affine, g.native_affine, g.native_shape,
-        with_posterior=out is not None, out=out, temperature=temperature,
-    )  # fmt: skip
+def _to_native(sparse: SparsePosterior, geometry: Geometry, *out) -> np.ndarray:
+    parts = sparse.offsets, sparse.voxels, sparse.posterior
+    return resample_posterior(*parts, geometry, *out)
 
 
 def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: Geometry) -> None:
     for member, path in zip(request.members, files.posteriors, strict=True):
         if member.is_baseline:
-            writer.labels("ieee_dseg", _to_native(load_posterior(path), geometry).labels)
+            writer.labels("ieee_dseg", _to_native(load_posterior(path), geometry))
         elif request.settings.write_members:
-            labels = _to_native(load_posterior(path), geometry).labels
+            labels = _to_native(load_posterior(path), geometry)
             writer.labels("member_dseg", labels, member.id)
 
 
@@ -248,10 +245,7 @@ def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
             for key in _OUTSIDE:
                 writer.scalar_map(key + ending, maps[key + suffix_of(group)], family)
             mask = maps["unreliable" + suffix_of(group)]
-            whole = insert(mask, g.box, g.conformed_shape, fill=False)
-            native = to_native_scalar(
-                whole, g.conformed_affine, g.native_affine, g.native_shape, order=0
-            )
+            native = resample_map(mask, g, order=0)
             writer.mask("unreliable_mask" + ending, native, family, Threshold=UNRELIABLE_BELOW,
                         ThresholdDescription="Share of the members that vote for the consensus "
                         "label, below which a voxel counts as unreliable")  # fmt: skip

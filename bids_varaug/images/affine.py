@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
@@ -18,11 +19,6 @@ OBLIQUE = 5.0
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
 _FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
-
-
-def voxel_sizes(affine: np.ndarray) -> np.ndarray:
-    """Return the lengths (3,) of a voxel's edges, mm."""
-    return np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def voxel_volume(affine: np.ndarray) -> float:
@@ -42,13 +38,11 @@ def is_oblique(affine: np.ndarray) -> bool:
     return bool(cosines.min() < np.cos(np.deg2rad(OBLIQUE)))
 
 
-def choose_affine(
-    name: str, header: nib.Nifti1Header, trust: str | None = None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Choose between sform, qform and pixdim, and tell where they contradict each other.
 
     Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
-    differ in voxel size or axes, a form in scanner space goes before one in a template's; of two of
+    differ in voxel size or axes, a form in scanner space takes precedence over one in a template's; of two of
     the same kind the qform, which has the sizes of pixdim, if the sizes differ, else the sform. A
     lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim (but where
     these are all 1, as in a header that nobody filled in).
@@ -80,10 +74,7 @@ def choose_affine(
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
-        raise ScanError(
-            f"{name}: the affine has NaN or infinite values, or is singular "
-            f"({', '.join(given)}). {_FIX}"
-        )
+        raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
     chosen, warnings = next(iter(forms)), []
     if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
@@ -91,18 +82,21 @@ def choose_affine(
         chosen, warnings = _choose_form(name, forms, codes)
     affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
     sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
-    told = np.isfinite(pixdim).all() and pixdim.all()
-    if not trusted and len(forms) == 1 and told and not _same_sizes(sizes, pixdim):
+    has_pixdim = np.isfinite(pixdim).all() and pixdim.all()
+    if not trusted and len(forms) == 1 and has_pixdim and not _same_sizes(sizes, pixdim):
         used = f"{chosen} was"
         if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
             used = "sizes of pixdim were"
-        warnings.append(f"The header contradicts itself: {chosen} with voxels of {_mm(sizes)}, "
-                        f"pixdim of {_mm(pixdim)}. The {used} used. {_FIX}")  # fmt: skip
+        warnings.append(
+            f"The header contradicts itself: {chosen} with voxels of {in_mm(sizes)}, pixdim of {in_mm(pixdim)}. "
+            f"The {used} used. {_FIX}"
+        )
     if template:
-        warnings.append(f"The header says that the image is in the space of a template (code "
-                        f"{codes[chosen]}: {template}). If so, volumes are those in that space, "
-                        "not the person's.")  # fmt: skip
+        warnings.append(
+            f"The header says that the image is in the space of a template (code {codes[chosen]}: {template}). "
+            "If so, volumes are those in that space, not the person's."
+        )
     if unit:
         warnings.append(f"The header gives lengths in {unit}s; they were converted.")
     return affine, tuple(warnings)
@@ -112,8 +106,7 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     sform, qform = (polar(forms[form][:3, :3])[0] for form in forms)
     if np.linalg.det(sform) * np.linalg.det(qform) < 0:
         raise ScanError(
-            f"{name}: sform and qform are mirror images of each other, so left and right cannot be "
-            f"told apart. {_FIX}"
+            f"{name}: sform and qform are mirror images of each other, so left and right cannot be told apart. {_FIX}"
         )
     angle = np.rad2deg(np.arccos(np.clip((np.trace(sform.T @ qform) - 1) / 2, -1, 1)))
     same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
@@ -123,10 +116,8 @@ def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
     qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
     chosen = "qform" if qform_first else "sform"
     apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
-    told = [f"{f} (code {codes[f]}) with voxels of {_mm(voxel_sizes(forms[f]))}" for f in forms]
-    return chosen, [
-        f"The header contradicts itself: {' and '.join(told)}{apart}. The {chosen} was used. {_FIX}"
-    ]
+    parts = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
+    return chosen, [f"The header contradicts itself: {' and '.join(parts)}{apart}. The {chosen} was used. {_FIX}"]
 
 
 def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:
@@ -145,5 +136,12 @@ def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a / b - 1) <= SAME_SIZE).all())
 
 
-def _mm(sizes: np.ndarray) -> str:
-    return f"{' x '.join(f'{size:.4g}' for size in sizes)} mm"
+def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
+    """Format sizes along the axes for a message.
+
+    Examples
+    --------
+    >>> in_mm(np.array([1, 1, 1.25]))
+    '1 x 1 x 1.25 mm'
+    """
+    return f"{' x '.join(format(float(size), form) for size in sizes)} mm"

@@ -3,29 +3,124 @@
 The network's ("conformed") grid has one isotropic voxel size, RAS+ axes, and covers the image's
 field of view with the same centre. Its axes are the image's own, flipped and permuted, where these
 are within a few degrees of the scanner's; those of the scanner where the image is oblique.
+
+On the way back, a native voxel is interpolated linearly from the 8 network voxels around it; one
+larger than the network's is the mean of ``ceil(native size / network size)`` interpolations along
+each axis, so that it averages over what it contains. Where the grids differ by flips and
+permutations only, values are copied bit for bit.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import nibabel as nib
 import numba
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.ndimage import gaussian_filter1d
 
-from bids_varaug.images.affine import is_oblique, voxel_sizes
+from bids_varaug.images.affine import is_oblique, voxel_volume
+from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, is_probably_cropped
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.machine import compiled
 
-__all__ = ["Volume", "conform", "load_t1w", "to_native_scalar"]
-
 SAME_SIZE = 1e-3
 """Relative difference of voxel sizes below which an axis is left as it is."""
+POSTERIOR_SCALE = 1 / 255
+"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
 _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
 _INDEX_STEPS = 1e4
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grids of one scan.
+
+    Attributes
+    ----------
+    voxel_size : of the conformed grid, mm
+    box : the head box in the conformed grid, or the part of it that holds the brain
+    conformed_shape, native_shape : voxels
+    conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
+    foreground_volume : of the head, or of the brain in a brain-extracted image, mm3
+    warnings : what the image's grid and field of view say against it
+    """
+
+    voxel_size: float
+    box: Box
+    conformed_shape: tuple[int, int, int]
+    conformed_affine: np.ndarray
+    native_shape: tuple[int, int, int]
+    native_affine: np.ndarray
+    foreground_volume: float
+    warnings: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; numbers survive to the last bit."""
+        path.write_text(json.dumps(asdict(self), default=np.ndarray.tolist), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Geometry:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = np.array(value) if name.endswith("_affine") else tuple(value)
+        return cls(**values | {"box": Box(*map(tuple, values["box"].values()))})
+
+    def native_to_conformed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
+
+        These, (3,) int64, are how many points along each native axis stand for a native voxel.
+        """
+        matrix = np.linalg.solve(self.conformed_affine, self.native_affine)
+        ratios = voxel_sizes(self.native_affine) / voxel_sizes(self.conformed_affine).mean()
+        return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+
+
+def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
+    """Read, conform and crop a T1w image.
+
+    Parameters
+    ----------
+    path : ``.nii`` or ``.nii.gz``
+    voxel_size : of the network grid, mm
+    multiple : sides of the head box are multiples of this many voxels
+    trust : see `load_t1w`
+
+    Returns
+    -------
+    head : (X, Y, Z) float32, any unit, RAS+, network grid
+    geometry : Geometry
+
+    Raises
+    ------
+    ScanError
+        If the image cannot be used; the message names the file.
+    """
+    native = load_t1w(path, trust)
+    conformed = conform(native, voxel_size)
+    box = head_box(conformed.data, voxel_size, multiple=multiple)
+    mask = uncut = head_mask(conformed.data, voxel_size)
+    if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
+        uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
+    doubt = is_probably_cropped(uncut, voxel_size)
+    geometry = Geometry(
+        voxel_size=voxel_size,
+        box=box,
+        conformed_shape=conformed.data.shape,
+        conformed_affine=conformed.affine,
+        native_shape=native.data.shape,
+        native_affine=native.affine,
+        foreground_volume=float(mask.sum()) * voxel_volume(conformed.affine),
+        warnings=native.warnings + (() if doubt is None else (doubt,)),
+    )
+    return extract(conformed.data, box), geometry
 
 
 def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
@@ -57,7 +152,7 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     Examples
     --------
     >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
-    >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]), nib.Nifti1Header())
+    >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]))
     >>> conform(mirrored, 1.0).data[:, 0, 0].tolist()
     [4.0, 0.0]
     """
@@ -75,53 +170,82 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     for axis in np.flatnonzero(ratios > 1):
         sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
         data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-    data = _resample(data, grid, shape)
-    affine = affine @ grid
-    header = nib.Nifti1Image(data, affine).header
-    return Volume(data=data, affine=affine, header=header, warnings=volume.warnings)
+    return Volume(_resample(data, grid, shape), affine @ grid, volume.warnings)
 
 
-def to_native_scalar(
-    data: np.ndarray,
-    conformed_affine: np.ndarray,
-    native_affine: np.ndarray,
-    native_shape: tuple[int, int, int],
-    order: int = 1,
-) -> np.ndarray:
-    """Bring a map from the network's grid back to the image's own grid.
-
-    With `order` 1, a native voxel is the mean of linear interpolations at ``ceil(native size /
-    network size)`` points along each axis, so that coarse native voxels average over what they
-    contain; with `order` 0 it takes the nearest voxel. Where the grids differ by flips and
-    permutations only, values are copied bit for bit.
+def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
+    """Bring a map from the head box to the image's own grid.
 
     Parameters
     ----------
-    data : (X, Y, Z) any real type, conformed grid
-    conformed_affine, native_affine : (4, 4), voxel -> mm
-    native_shape : shape of the image's own grid
-    order : 0 for labels and masks, 1 for maps
+    values : (X, Y, Z) any real type, head box
+    geometry : of the scan
+    order : 0 for labels and masks, which take the nearest voxel; 1 for maps, see above
+    fill : value of the conformed grid outside the box
 
     Returns
     -------
-    `native_shape`, float32; of the type of `data` with `order` 0
+    Of the native shape, float32; of the type of `values` with `order` 0
     """
-    matrix, samples = native_to_conformed(conformed_affine, native_affine)
+    whole = insert(values, geometry.box, geometry.conformed_shape, fill)
+    matrix, samples = geometry.native_to_conformed()
     if order == 0:
-        return _resample(data, matrix, native_shape, nearest=True)
-    return _resample(data.astype(np.float32, copy=False), matrix, native_shape, samples)
+        return _resample(whole, matrix, geometry.native_shape, nearest=True)
+    return _resample(whole.astype(np.float32, copy=False), matrix, geometry.native_shape, samples)
 
 
-def native_to_conformed(
-    conformed_affine: np.ndarray, native_affine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
+def resample_posterior(
+    offsets: np.ndarray,
+    voxels: np.ndarray,
+    posterior: np.ndarray,
+    geometry: Geometry,
+    out: np.ndarray | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Bring a sparse posterior from the head box to the image's own grid.
 
-    These, (3,) int64, are how many points along each native axis stand for a native voxel.
+    Voxels that are not stored, or lie outside the box, count as background. Labels are those of
+    the interpolated probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label.
+    The same bits for any number of threads.
+
+    Parameters
+    ----------
+    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
+    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
+    posterior : (N, K) float32, sums to 1 over K
+    geometry : of the scan; ``geometry.box.shape`` is (X, Y, Z)
+    out : (*native_shape, K) uint8, zeros, optional
+        Takes the posterior, probability * 255, rounded (good to 1/510); for example a
+        `numpy.memmap` where it would not fit in memory (32 classes at 512^3 voxels are 4.3 GB).
+    temperature : T, above 1 to make the posterior less sure
+
+    Returns
+    -------
+    native_shape, uint8, class index k of the most probable class, ties to the lower index
+
+    Raises
+    ------
+    ValueError
+        If the arrays' sizes do not fit together.
     """
-    matrix = np.linalg.solve(np.asarray(conformed_affine, float), np.asarray(native_affine, float))
-    ratios = voxel_sizes(native_affine) / voxel_sizes(conformed_affine).mean()
-    return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+    n_classes, box = posterior.shape[1], geometry.box
+    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
+        raise ValueError("offsets, voxels, posterior and box do not belong together")
+    wanted = (*geometry.native_shape, n_classes)
+    if out is not None and (out.shape != wanted or out.dtype != np.uint8):
+        raise ValueError(f"out must be uint8 of shape {wanted}")
+    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
+    row_of = insert(rows.reshape(box.shape), box, geometry.conformed_shape, fill=-1)
+    matrix, samples = geometry.native_to_conformed()
+    labels = np.zeros(geometry.native_shape, np.uint8)
+    posterior = np.ascontiguousarray(posterior, np.float32)
+    with_posterior = out is not None
+    if out is None:
+        out = np.zeros((1, 1, 1, n_classes), np.uint8)
+    power = np.float32(1 / temperature)
+    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    return labels
 
 
 def _resample(
@@ -132,7 +256,7 @@ def _resample(
     nearest: bool = False,
 ) -> np.ndarray:
     """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
-    out = np.zeros(tuple(int(n) for n in shape), data.dtype)
+    out = np.zeros(shape, data.dtype)
     samples = np.ones(3, np.int64) if samples is None else samples
     reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
     _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
@@ -148,7 +272,7 @@ def _sample(data, matrix, samples, nearest, reach, out):
             for k in range(out.shape[2]):
                 total = np.float32(0)
                 for point in range(samples.prod()):
-                    x, y, z = place_of(matrix, i, j, k, point, samples)
+                    x, y, z = _position(matrix, i, j, k, point, samples)
                     if (
                         not -reach[0] < x < n_x - 1 + reach[0]
                         or not -reach[1] < y < n_y - 1 + reach[1]
@@ -157,9 +281,9 @@ def _sample(data, matrix, samples, nearest, reach, out):
                         continue
                     largest = np.float32(0)
                     for corner in range(8):
-                        a, u = corner_of(x, n_x, corner & 1)
-                        b, v = corner_of(y, n_y, corner >> 1 & 1)
-                        c, w = corner_of(z, n_z, corner >> 2)
+                        a, u = _corner(x, n_x, corner & 1)
+                        b, v = _corner(y, n_y, corner >> 1 & 1)
+                        c, w = _corner(z, n_z, corner >> 2)
                         weight = u * v * w
                         if not nearest and weight > 0:
                             total += weight * data[a, b, c]
@@ -169,8 +293,55 @@ def _sample(data, matrix, samples, nearest, reach, out):
                     out[i, j, k] = total / count
 
 
+@compiled(parallel=True)
+def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
+    n_classes = posterior.shape[1]
+    n_points = samples.prod()
+    for i in numba.prange(labels.shape[0]):
+        mix = np.empty(n_classes, dtype=np.float32)
+        for j in range(labels.shape[1]):
+            for k in range(labels.shape[2]):
+                stored = False
+                mix[:] = np.float32(0)
+                for point in range(n_points):
+                    x, y, z = _position(matrix, i, j, k, point, samples)
+                    for corner in range(8):
+                        a, u = _corner(x, row_of.shape[0], corner & 1)
+                        b, v = _corner(y, row_of.shape[1], corner >> 1 & 1)
+                        c, w = _corner(z, row_of.shape[2], corner >> 2)
+                        weight = u * v * w / np.float32(n_points)
+                        if weight == 0:
+                            continue
+                        row = row_of[a, b, c]
+                        if row < 0:
+                            mix[0] += weight
+                        else:
+                            stored = True
+                            for n in range(n_classes):
+                                mix[n] += weight * posterior[row, n]
+                if stored:
+                    best = 0
+                    for n in range(1, n_classes):
+                        if mix[n] > mix[best]:
+                            best = n
+                    labels[i, j, k] = best
+                    if with_posterior:
+                        if power != 1:
+                            total = np.float32(0)
+                            for n in range(n_classes):
+                                if mix[n] > 0:
+                                    mix[n] = mix[n] ** power
+                                    total += mix[n]
+                            mix /= total
+                        for n in range(n_classes):
+                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
+                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                elif with_posterior:
+                    out[i, j, k, 0] = 255
+
+
 @compiled()
-def place_of(matrix, i, j, k, point, samples):
+def _position(matrix, i, j, k, point, samples):
     """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
     i += (point % samples[0] + 0.5) / samples[0] - 0.5
     j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
@@ -182,7 +353,7 @@ def place_of(matrix, i, j, k, point, samples):
 
 
 @compiled()
-def corner_of(x, n, upper):
+def _corner(x, n, upper):
     """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
     x = min(max(x, 0.0), n - 1.0)
     low = int(x)

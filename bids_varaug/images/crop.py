@@ -8,6 +8,8 @@ from operator import add
 import numpy as np
 from scipy import ndimage
 
+from bids_varaug.images.affine import in_mm
+
 HEAD_HEIGHT_MM = 200.0
 """From the vertex down: brain, cerebellum and the top of the cord of every adult lie within it."""
 _COARSE_MM = 3.0
@@ -121,7 +123,7 @@ def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
     return mask[np.ix_(*(np.arange(size) // step for size in data.shape))]
 
 
-def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
+def is_probably_cropped(mask: np.ndarray, voxel_size: float) -> str | None:
     """Say why the image may not show the whole brain.
 
     Either the foreground is cut by the top, a side, the front or the back of the image over more
@@ -129,7 +131,7 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
 
     Parameters
     ----------
-    data : (X, Y, Z) float32, conformed grid, RAS+
+    mask : (X, Y, Z) bool, of `head_mask`, conformed grid, RAS+
     voxel_size : float, mm
 
     Returns
@@ -137,7 +139,6 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
     str or None
         A sentence for the report, None where nothing is suspicious.
     """
-    mask = head_mask(data, voxel_size)
     faces = {"top": mask[:, :, -1], "left": mask[0], "right": mask[-1],
              "front": mask[:, -1], "back": mask[:, 0]}  # fmt: skip
     per_cm2 = voxel_size**2 / 100
@@ -157,8 +158,8 @@ def is_probably_cropped(data: np.ndarray, voxel_size: float) -> str | None:
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
         return (
-            f"The head or brain measures only {' x '.join(f'{e:.0f}' for e in extent)} mm "
-            "(left-right, back-front, bottom-top): it may be incomplete."
+            f"The head or brain measures only {in_mm(extent, '.0f')} (left-right, back-front, "
+            "bottom-top): it may be incomplete."
         )
     return None
 

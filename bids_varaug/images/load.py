@@ -10,17 +10,19 @@ import gzip
 import logging
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import choose_affine, voxel_sizes, voxel_volume
+from bids_varaug.images.affine import choose_affine, in_mm, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.machine import GIB, memory_bound
 
@@ -45,10 +47,6 @@ _AGAIN = "Fetch or convert it again."
 _FILTER = "filter it out with --bids-filter-file."
 
 
-class _Refused(Exception):
-    """What is wrong and what to do, without the file's name."""
-
-
 @dataclass(frozen=True)
 class Volume:
     """One image volume.
@@ -57,13 +55,11 @@ class Volume:
     ----------
     data : (X, Y, Z) float32
     affine : (4, 4) float64, voxel index -> mm, RAS+ world
-    header : nibabel NIfTI header, its shape that of `data`
-    warnings : what was taken otherwise than as it stands in the header
+    warnings : where the header was not taken at its word
     """
 
     data: np.ndarray
     affine: np.ndarray
-    header: nib.Nifti1Header
     warnings: tuple[str, ...] = ()
 
 
@@ -72,7 +68,6 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
 
     Parameters
     ----------
-    path : Path
     trust : "sform" or "qform", where they contradict each other; see `choose_affine`
 
     Returns
@@ -89,204 +84,170 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """
     path = Path(path)
     try:
-        header, shape, affine, warnings, raw = _read(path, trust)
-        _check_values(raw)
-        data = standardise(raw, negative=(header.get_slope_inter()[0] or 1) < 0)
-        _check_continuity(data, raw)
-    except _Refused as refused:
-        raise ScanError(f"{path.name}: {refused}") from refused.__cause__
-    header.set_data_shape(shape)
-    return Volume(data, affine, header, warnings)
-
-
-def _read(path: Path, trust: str | None) -> tuple:
-    """Header, shape, affine, warnings, and the values as stored."""
-    try:
         with _open(path) as stream:
-            header = _read_header(stream)
-            shape = _check_shape(header)
+            header = _read_header(path.name, stream)
+            shape = _check_shape(path.name, header)
             affine, warnings = choose_affine(path.name, header, trust)
-            _check_affine(affine, shape)
-            _check_memory(shape)
-            return header, shape, affine, warnings, _read_data(path, stream, header, shape)
+            _check_affine(path.name, affine, shape)
+            _check_memory(path.name, shape)
+            slope, _ = header.get_slope_inter()  # raises where they are not finite
+            raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
-        raise _Refused(
-            f"cannot be read ({type(error).__name__}: {error}). The file is damaged; "
+        raise ScanError(
+            f"{path.name}: cannot be read ({type(error).__name__}: {error}). The file is damaged; "
             "fetch or convert it again."
         ) from error
+    _check_values(path.name, raw)
+    # Slope and intercept would only round what `standardise` undoes.
+    data = standardise(raw, negative=(slope or 1) < 0)
+    _check_continuity(path.name, data, raw)
+    return Volume(data, affine, warnings)
+
+
+def _refuse(name: str, faults: Mapping[str, bool]) -> None:
+    """Raise a ScanError with the first fault that holds."""
+    for fault, holds in faults.items():
+        if holds:
+            raise ScanError(f"{name}: {fault}")
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.is_symlink() and not path.exists():
-        raise _Refused(
-            f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}"
-        )
-    if not path.is_file():
-        raise _Refused(f"no such file ({path}).")
-    if path.stat().st_size == 0:
-        raise _Refused(f"the file is empty (0 bytes). {_AGAIN}")
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise _Refused("not named .nii or .nii.gz. Convert it to NIfTI.")
-    stream = path.open("rb")
-    if not path.name.lower().endswith(".gz"):
-        return stream
-    with stream:
-        if stream.read(2) != b"\x1f\x8b":
-            raise _Refused(
-                "named .gz but not gzip-compressed (it may be text or plain NIfTI). "
-                "Fetch or convert it again, or give it its right name."
-            )
-    return gzip.open(path, "rb")
+    compressed = path.name.lower().endswith(".gz")
+    _refuse(path.name, {
+        f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}":
+            path.is_symlink() and not path.exists(),
+        f"no such file ({path}).": not path.is_file(),
+        "not named .nii or .nii.gz. Convert it to NIfTI.":
+            not path.name.lower().endswith((".nii", ".nii.gz")),
+    })  # fmt: skip
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    _refuse(path.name, {
+        f"the file is empty (0 bytes). {_AGAIN}": not start,
+        "named .gz but not gzip-compressed (it may be text or plain NIfTI). Fetch or convert it "
+        "again, or give it its right name.": compressed and start != b"\x1f\x8b",
+    })  # fmt: skip
+    return gzip.open(path, "rb") if compressed else path.open("rb")
 
 
-def _read_header(stream: BinaryIO) -> nib.Nifti1Header:
+def _read_header(name: str, stream: BinaryIO) -> nib.Nifti1Header:
     # Extensions are not read: their sizes are one more thing that a damaged file can lie about.
-    block = _read_exactly(stream, 348)
+    block = _read_exactly(name, stream, 348)
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     if not sizes & {348, 540}:
-        raise _Refused("not a NIfTI image. Fetch it again or convert it to NIfTI.")
+        raise ScanError(f"{name}: not a NIfTI image. Fetch it again or convert it to NIfTI.")
     kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
-    header = kind(block + _read_exactly(stream, kind.sizeof_hdr - 348), check=False)
+    header = kind(block + _read_exactly(name, stream, kind.sizeof_hdr - 348), check=False)
     if header["magic"] != kind.single_magic:
-        raise _Refused(
-            "a NIfTI pair or an Analyze header, not one file with header and data. "
-            "Convert it to .nii.gz."
+        raise ScanError(
+            f"{name}: a NIfTI pair or an Analyze header, not one file with header and data. Convert it to .nii.gz."
         )
-    # nibabel would log what it mends (it does no harm) beside what it raises (we say it).
+    # nibabel would log what it corrects (it does no harm) beside what it raises (we say it).
     sizes = header["pixdim"][1:4].copy()
     header.check_fix(logger=_QUIET, error_level=40)
     header["pixdim"][1:4] = np.abs(sizes)  # a size of 0 is no size, and not 1
     offset = float(header["vox_offset"])
     if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
-        raise _Refused(
-            f"the header says that the data start at byte {offset:g}, which cannot be. {_AGAIN}"
-        )
+        raise ScanError(f"{name}: the data cannot start at byte {offset:g}, as the header says. {_AGAIN}")
     return header
 
 
-def _check_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
+def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, int, int]:
     shape = tuple(int(n) for n in header.get_data_shape())
     text = " x ".join(str(n) for n in shape)
-    if any(n < 1 for n in shape):
-        raise _Refused(f"impossible shape ({text}). {_AGAIN}")
-    if math.prod(shape[3:]) > 1:
-        raise _Refused(
-            f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}"
-        )
-    if math.prod(shape) > MAX_VOXELS:
-        raise _Refused(
-            f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not "
-            "damaged, crop the image to the head or resample it to 0.5 mm or coarser."
-        )
     dtype = header.get_data_dtype()
-    if dtype.fields is not None or dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise _Refused(
-            f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number "
-            "per voxel; convert it to int16 or float32."
-        )
+    is_real = dtype.fields is None and dtype.kind in "iuf" and dtype.itemsize <= 8
+    _refuse(name, {
+        f"impossible shape ({text}). {_AGAIN}": any(n < 1 for n in shape),
+        f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}":
+            math.prod(shape[3:]) > 1,
+        f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not damaged, "
+        "crop the image to the head or resample it to 0.5 mm or coarser.":
+            math.prod(shape) > MAX_VOXELS,
+        f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number "
+        "per voxel; convert it to int16 or float32.": not is_real,
+    })  # fmt: skip
     return (*shape, 1, 1, 1)[:3]
 
 
-def _check_affine(affine: np.ndarray, shape: tuple[int, int, int]) -> None:
+def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, int, int]) -> None:
     fix = "If the header is wrong, correct it (fslorient, nibabel, dcm2niix); otherwise "
     sizes = voxel_sizes(affine)
     extent = sizes * shape
-    if np.abs(affine).max() > 1e6:
-        raise _Refused(f"the affine has absurd values. {fix}crop the image.")
-    if voxel_volume(affine) < MIN_SQUARENESS * sizes.prod():
-        raise _Refused(f"the affine is strongly sheared. {fix}resample the image.")
-    low, high = VOXEL_SIZE_RANGE
-    if sizes.min() < low * 0.99 or sizes.max() > high * 1.01:
-        raise _Refused(
-            f"voxels of {_times(sizes, '.3g')} mm; {low:g} to {high:g} mm can be segmented. "
-            f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units)."
-        )
-    low, high = FIELD_OF_VIEW_RANGE
-    if extent.min() < low:
-        raise _Refused(
-            f"field of view of {_times(extent, '.0f')} mm; image far too small or cropped through "
-            f"the brain (at least {low:g} mm along each axis). Filter it out with "
-            "--bids-filter-file."
-        )
-    if extent.max() > high:
-        raise _Refused(
-            f"field of view of {_times(extent, '.0f')} mm, far larger than a head (at most "
-            f"{high:g} mm). {fix}crop the image."
-        )
+    finest, coarsest = VOXEL_SIZE_RANGE
+    smallest, largest = FIELD_OF_VIEW_RANGE
+    _refuse(name, {
+        f"the affine has absurd values. {fix}crop the image.": np.abs(affine).max() > 1e6,
+        f"the affine is strongly sheared. {fix}resample the image.":
+            voxel_volume(affine) < MIN_SQUARENESS * sizes.prod(),
+        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. "
+        f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units).":
+            sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
+        f"field of view of {in_mm(extent, '.0f')}; image far too small or cropped through the brain (at least "
+        f"{smallest:g} mm along each axis). Filter it out with --bids-filter-file.": extent.min() < smallest,
+        f"field of view of {in_mm(extent, '.0f')}, far larger than a head (at most "
+        f"{largest:g} mm). {fix}crop the image.": extent.max() > largest,
+    })  # fmt: skip
 
 
-def _check_memory(shape: tuple[int, int, int]) -> None:
+def _check_memory(name: str, shape: tuple[int, int, int]) -> None:
     """Refuse what the kernel would kill us for."""
     need = BYTES_PER_VOXEL * math.prod(shape) / GIB
     bound = memory_bound()
     if need > bound.free:
-        raise _Refused(
-            f"{_times(shape, '.0f')} voxels need about {need:.1f} GB of memory, and "
+        raise ScanError(
+            f"{name}: {' x '.join(map(str, shape))} voxels need about {need:.1f} GB of memory, and "
             f"{bound.free:.1f} GB of {bound.total:.1f} are free ({bound.source}). Give more "
             "memory, run fewer steps at once (--nprocs), or resample the image."
         )
 
 
-def _read_data(
-    path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]
-) -> np.ndarray:
+def _read_data(path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+    """Values as stored."""
     dtype = header.get_data_dtype()
-    n_bytes = math.prod(shape) * dtype.itemsize
-    on_disk = path.stat().st_size
-    compressed = isinstance(stream, gzip.GzipFile)
-    if n_bytes > on_disk * (_MAX_GZIP_RATIO if compressed else 1):
-        raise _Refused(
-            f"the header claims {n_bytes:,} bytes of data, more than the file of {on_disk:,} bytes "
-            f"can hold. It is truncated or damaged; fetch or convert it again."
+    n_bytes, on_disk = math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if n_bytes > on_disk * (_MAX_GZIP_RATIO if isinstance(stream, gzip.GzipFile) else 1):
+        raise ScanError(
+            f"{path.name}: the header claims {n_bytes:,} bytes of data, more than the file of "
+            f"{on_disk:,} bytes can hold. It is truncated or damaged; fetch or convert it again."
         )
-    # As stored: slope and intercept of the header would only round what `standardise` undoes.
-    header.get_slope_inter()  # raises where they are not finite
     stream.seek(int(header["vox_offset"]))
-    stored = np.frombuffer(_read_exactly(stream, n_bytes), dtype).reshape(shape, order="F")
+    block = _read_exactly(path.name, stream, n_bytes)
     # Reading on to the end makes gzip compare its checksum; bounded, for data that never end.
     stream.read(_MAX_TRAILING_BYTES)
+    stored = np.frombuffer(block, dtype).reshape(shape, order="F")
     return np.array(stored, dtype.newbyteorder("="), order="C")
 
 
-def _check_values(data: np.ndarray) -> None:
+def _check_values(name: str, data: np.ndarray) -> None:
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
-    if bad:
-        raise _Refused(
-            f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the "
-            "head), or filter the image out with --bids-filter-file."
-        )
-    if data.min() == data.max():
-        raise _Refused(
-            f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or "
-            f"{_FILTER}"
-        )
+    _refuse(name, {
+        f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the "
+        "head), or filter the image out with --bids-filter-file.": bad > 0,
+        f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or "
+        f"{_FILTER}": not bad and data.min() == data.max(),
+    })  # fmt: skip
 
 
-def _check_continuity(data: np.ndarray, raw: np.ndarray) -> None:
+def _check_continuity(name: str, data: np.ndarray, raw: np.ndarray) -> None:
     share, limit = spike_share(data), MAX_SPIKE_SHARE
     if raw.dtype.kind == "i" and raw.itemsize < 4:
         ends = np.iinfo(raw.dtype)
         if raw.min() < 0.9 * ends.min and raw.max() > 0.9 * ends.max:
             limit /= 5  # what wraps around lands at the other end of the type
     if share > limit:
-        raise _Refused(
-            f"{share:.2%} of the voxels are dark among bright ones, or bright among dark ones. "
-            "Either bright voxels wrapped around when the file was written (convert it again, as "
-            "uint16 or float32), or noise fills the background, as in the UNI image of MP2RAGE "
-            "(use the denoised one, combine UNI with both inversions, or extract the brain). Dead "
-            "voxels look so too."
+        raise ScanError(
+            f"{name}: {share:.2%} of the voxels are dark among bright ones, or bright among dark ones. Either bright "
+            "voxels wrapped around when the file was written (convert it again, as uint16 or float32), or noise fills "
+            "the background, as in the UNI image of MP2RAGE (use the denoised one, combine UNI with both inversions, "
+            "or extract the brain). Dead voxels look so too."
         )
 
 
-def _read_exactly(stream: BinaryIO, count: int) -> bytes:
+def _read_exactly(name: str, stream: BinaryIO, count: int) -> bytes:
     block = stream.read(count)
     if len(block) < count:
-        raise _Refused(
-            "truncated, or not a NIfTI image (the file ends before its header and data are "
-            f"complete). {_AGAIN}"
+        raise ScanError(
+            f"{name}: truncated, or not a NIfTI image (the file ends before its header and data are complete). {_AGAIN}"
         )
     return block
-
-
-def _times(values: np.ndarray, form: str) -> str:
-    return " x ".join(format(float(v), form) for v in values)

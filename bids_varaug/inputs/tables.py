@@ -1,16 +1,15 @@
 """Tables as people write them: tabs or commas, any line end, quotes, several encodings.
 
-Small ones are read as text; large ones of numbers fast, 300 MB in seconds. In both, nothing amiss
-goes unseen.
+Small ones are read as text; large ones of numbers fast, 300 MB in seconds. Neither reader lets
+damage pass unseen.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -29,35 +28,17 @@ class TableError(UserError):
     """A table is damaged or lacks what is needed."""
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A small table, all of it text, blanks around values and quotes removed.
-
-    Parameters
-    ----------
-    path : Path
-    columns : tuple of str, unique
-    rows : list of list of str, each as long as `columns`
-    """
-
-    path: Path
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-
-    def column(self, name: str) -> list[str | None]:
-        """Values of a column; None where missing."""
-        at = self.columns.index(name)
-        return [None if row[at] in MISSING else row[at] for row in self.rows]
-
-
-def read_text_table(path: Path) -> TextTable:
+def read_text_table(path: Path) -> pd.DataFrame:
     """Read a table such as participants.tsv whole, as text.
 
     Parameters
     ----------
-    path : Path
-        UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines end
-        in LF, CRLF or CR. Fields are separated by tabs (by commas where the name ends in .csv).
+    path : of UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines
+        end in LF, CRLF or CR; fields are separated by tabs (by commas in a file called .csv)
+
+    Returns
+    -------
+    DataFrame of str without quotes and surrounding blanks; None where missing
 
     Raises
     ------
@@ -65,23 +46,55 @@ def read_text_table(path: Path) -> TextTable:
         If it cannot be read, is empty, has a line with too few or too many fields, or two columns
         of the same name.
     """
-    path = Path(path)
-    lines = [(n, _fields(path, line)) for n, line in _lines(path) if n == 1 or line.strip()]
-    if not any(any(fields) for _, fields in lines):
-        raise TableError(f"{path}: is empty. It needs a line of column names and one for each row.")
-    columns = _check_header(path, lines[0][1])
-    wrong = [f"line {n} has {len(fields)}" for n, fields in lines if len(fields) != len(columns)]
-    if wrong:
-        raise TableError(
-            f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is "
-            "damaged or truncated; write it again, with one tab between fields and n/a for missing "
-            "values."
+    columns = read_header(path)
+    lines = list(_data_lines(path, columns))
+    rows = [[None if f in MISSING else f for f in _fields(path, line)] for line in lines]
+    return pd.DataFrame(rows, columns=list(columns), dtype=object)
+
+
+def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None) -> pd.DataFrame:
+    """Read columns of a large table: some as text, others to the last bit of a float64.
+
+    Parameters
+    ----------
+    path : as of `read_text_table`
+    text : columns to read as text
+    numbers : columns to read as pandas takes them; default: all others
+
+    Raises
+    ------
+    TableError
+        As `read_text_table`, and if there are no rows.
+    """
+    columns = read_header(path)
+    for _ in _data_lines(path, columns):  # pandas fills up or cuts them without a word
+        pass
+    needed = {*text, *(columns if numbers is None else numbers)}
+    try:
+        table = pd.read_csv(
+            path,
+            sep=_separator(path),
+            header=None,
+            skiprows=1,
+            names=range(len(columns)),
+            usecols=[at for at, name in enumerate(columns) if name in needed],
+            index_col=False,
+            dtype={columns.index(name): str for name in text},
+            encoding=_encoding(path),
+            keep_default_na=False,
+            na_values=list(MISSING),
+            float_precision="round_trip",
+            low_memory=False,
         )
-    return TextTable(path, columns, [fields for _, fields in lines[1:]])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
+        raise TableError(f"{path}: damaged: {error}. Export it again.") from error
+    if not len(table):
+        raise TableError(f"{path}: has column names but no rows.")
+    return table.rename(columns=dict(enumerate(columns)))
 
 
 def read_header(path: Path) -> tuple[str, ...]:
-    """Names of the columns of a large table.
+    """Names of the columns of a table.
 
     Raises
     ------
@@ -89,71 +102,18 @@ def read_header(path: Path) -> tuple[str, ...]:
         If the table cannot be read, is empty, has two columns of the same name, or other
         separators than its own name promises.
     """
-    _, line = next(_lines(path), (1, ""))
+    line = next(_lines(path), "")
     if not line.strip():
         raise TableError(f"{path}: is empty, or does not begin with a line of column names.")
-    return _check_header(path, _fields(path, line))
-
-
-def check_shape(path: Path, columns: Sequence[str]) -> None:
-    """Refuse lines with too few or too many fields; pandas fills up or cuts them without a word.
-
-    Raises
-    ------
-    TableError
-        With the number of the first such line.
-    """
-    separator = _separator(path)
-    for number, line in _lines(path):
-        count = line.count(separator) + 1
-        if count != len(columns) and line.strip(" \n\0"):
-            raise TableError(
-                f"{path}: line {number} has {count} fields, the header {len(columns)}. The table "
-                "is damaged or truncated; write it again, with n/a for missing values."
-            )
-
-
-def read_columns(
-    path: Path, columns: Sequence[str], labels: Sequence[str], features: Sequence[str] | None
-) -> pd.DataFrame:
-    """Read columns: labels as text, others as pandas takes them, to the last bit of a float64.
-
-    Parameters
-    ----------
-    path : of a table that passed `check_shape`
-    columns : of its header
-    labels : columns of text
-    features : others to read; default: all
-
-    Raises
-    ------
-    TableError
-        If it cannot be read, or has no rows.
-    """
-    needed = {*labels, *(columns if features is None else features)}
-    try:
-        with warnings.catch_warnings():
-            # Columns of numbers and text are the caller's business.
-            warnings.simplefilter("ignore", pd.errors.DtypeWarning)
-            table = pd.read_csv(
-                path,
-                sep=_separator(path),
-                header=None,
-                skiprows=1,
-                names=range(len(columns)),
-                usecols=[at for at, name in enumerate(columns) if name in needed],
-                index_col=False,
-                dtype={columns.index(name): str for name in labels},
-                encoding=_encoding(path),
-                keep_default_na=False,
-                na_values=list(MISSING),
-                float_precision="round_trip",
-            )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
-        raise TableError(f"{path}: damaged: {error}. Write it again.") from error
-    if not len(table):
-        raise TableError(f"{path}: has column names but no rows.")
-    return table.rename(columns=dict(enumerate(columns)))
+    columns = _fields(path, line)
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise TableError(f"{path}: column {some(twice)} appears twice. Rename or remove one of them.")
+    if _separator(path) == "\t" and (other := re.search(r"[,;]", line)) and len(columns) == 1:
+        raise TableError(
+            f"{path}: fields seem to be separated by {other[0]!r}. A .tsv file needs tabs; export it again."
+        )
+    return tuple(columns)
 
 
 def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) -> str | None:
@@ -197,27 +157,26 @@ def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str
     return separator.join(names[:shown]) + rest
 
 
-def _check_header(path: Path, columns: list[str]) -> tuple[str, ...]:
-    """Refuse a header with a name twice, or with other separators than the file's name promises."""
-    named = [name for name in columns if name]
-    twice = sorted({name for name in named if named.count(name) > 1})
-    if twice:
+def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:
+    """Lines below the header, without blank ones; all must have as many fields as the header."""
+    separator, wrong = _separator(path), []
+    for number, line in enumerate(_lines(path), start=1):
+        if number == 1 or not line.strip():
+            continue
+        yield line
+        if (count := line.count(separator) + 1) != len(columns):
+            wrong.append(f"line {number} has {count}")
+    if wrong:
         raise TableError(
-            f"{path}: column {some(twice)} is there twice. Rename or remove one of them."
+            f"{path}: the header has {len(columns)} fields, but {some(wrong, '; ')}. The file is damaged or truncated; "
+            "export it again, with one separator between fields and n/a for missing values."
         )
-    if len(columns) == 1 and _separator(path) == "\t" and re.search(r"[,;]", columns[0]):
-        raise TableError(
-            f"{path}: fields seem to be separated by {re.search(r'[,;]', columns[0])[0]!r}. A .tsv "
-            "file needs tabs: save it so."
-        )
-    return tuple(columns)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, from 1."""
+def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding=_encoding(path), errors="replace") as stream:
-            yield from enumerate(stream, start=1)
+            yield from stream
     except OSError as error:
         raise TableError(f"{path}: cannot read it: {error.strerror}.") from error
 
@@ -226,14 +185,12 @@ def _encoding(path: Path) -> str:
     """Name of the encoding: by the byte order mark, else UTF-8 where that can be, else Latin-1."""
     with path.open("rb") as stream:
         data = stream.read(_BLOCK)
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # Excel's "Unicode text"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's "Unicode text"
         return "utf-16"
     try:
-        data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # The end of a piece of a long file may cut a character in two.
-        if error.reason != "unexpected end of data":
-            return "latin-1"
+        codecs.getincrementaldecoder("utf-8")().decode(data)  # its end may cut a character in two
+    except UnicodeDecodeError:
+        return "latin-1"
     return "utf-8-sig"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from pathlib import Path
 from textwrap import shorten
 
 from bids_varaug.errors import InvalidBidsError
-from bids_varaug.inputs.annex import datalad_command, is_absent
+from bids_varaug.inputs.scans import datalad_command, is_absent
 from bids_varaug.inputs.tables import some
 
 EXECUTABLE = "bids-validator-deno"
-SKIP_HINT = "Mend the dataset, or give --skip-bids-validation to go on regardless."
+SKIP_HINT = "Correct the dataset, or pass --skip-bids-validation to continue anyway."
 SHOWN_CODES = 8
 SHOWN_FILES = 3
 
@@ -36,8 +35,8 @@ FILE_OF_CODE = {"MISSING_DATASET_DESCRIPTION": "/dataset_description.json"}
 def find_validator() -> Path | None:
     """The validator's executable: beside this Python, else on the PATH."""
     # The environment's folder comes first: it may be in use without having been activated.
-    beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(EXECUTABLE)
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(EXECUTABLE, path=os.pathsep.join(places))
     return Path(found) if found else None
 
 
@@ -46,14 +45,13 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
 
     Parameters
     ----------
-    bids_dir : Path
-    *options : str
-        Further options of ``bids-validator-deno``.
+    *options : further ones of ``bids-validator-deno``
 
     Returns
     -------
     list of dict
-        Keys ``code``, ``location``, ``message``, where given ``subCode`` and ``issueMessage``.
+        Keys ``code``, ``location`` ("" where it is the whole dataset), ``message``, where given
+        ``subCode`` and ``issueMessage``.
 
     Raises
     ------
@@ -64,7 +62,7 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
     if executable is None:
         raise InvalidBidsError(
             f"{EXECUTABLE} is not installed, so {bids_dir} cannot be checked. "
-            "pip install bids-validator-deno, or give --skip-bids-validation."
+            "pip install bids-validator-deno, or pass --skip-bids-validation."
         )
     # BIDS_SCHEMA would make it fetch a schema from the network; compute nodes have none.
     environment = {key: value for key, value in os.environ.items() if key != "BIDS_SCHEMA"}
@@ -79,13 +77,13 @@ def run_validator(bids_dir: Path, *options: str) -> list[dict]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidBidsError(
             f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error}). "
-            "Give --skip-bids-validation to go on without it."
+            "Pass --skip-bids-validation to continue without it."
         ) from error
-    return [
-        {**issue, "message": messages.get(issue["code"], "").strip()}
-        for issue in issues
-        if issue.get("severity") == "error"
-    ]
+    errors = [issue for issue in issues if issue.get("severity") == "error"]
+    for error in errors:
+        error["message"] = messages.get(error["code"], "").strip()
+        error["location"] = error.get("location") or FILE_OF_CODE.get(error["code"], "")
+    return errors
 
 
 def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> None:
@@ -96,9 +94,7 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
 
     Parameters
     ----------
-    bids_dir : Path
-    participant_labels : iterable of str
-        Where given, errors in the folders of other participants do not count.
+    participant_labels : where given, errors in the folders of other participants do not count
 
     Raises
     ------
@@ -108,13 +104,9 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
     labels = set(participant_labels)
     with _without_others(bids_dir, labels) as looked_at:
         issues = run_validator(looked_at, "--ignoreNiftiHeaders")
-    errors = [issue for issue in issues if issue["code"] not in CONTENT_CODES]
-    absent = _absent_locations(bids_dir, errors)
-    errors = [
-        issue
-        for issue in errors
-        if _location(issue) not in absent and not (labels and _is_of_others(issue, labels))
-    ]
+    no_errors = CONTENT_CODES | OTHERS_CODES if labels else CONTENT_CODES
+    errors = [issue for issue in issues if issue["code"] not in no_errors]
+    absent = {issue["location"] for issue in errors if _is_absent(bids_dir, issue["location"])}
     at_root = sorted(location[1:] for location in absent if location.count("/") == 1)
     if at_root:
         print(
@@ -122,10 +114,10 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
             f"{datalad_command(bids_dir, at_root)}",
             file=sys.stderr,
         )
+    errors = [issue for issue in errors if issue["location"] not in absent]
     if errors:
         raise InvalidBidsError(
-            f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n"
-            f"{summarize_errors(errors)}\n{SKIP_HINT}"
+            f"{bids_dir} is not valid BIDS ({len(errors)} errors):\n{summarize_errors(errors)}\n{SKIP_HINT}"
         )
 
 
@@ -146,26 +138,13 @@ def _without_others(bids_dir: Path, labels: set[str]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _absent_locations(bids_dir: Path, errors: Iterable[dict]) -> set[str]:
-    """Locations of errors that are files without content."""
-    absent = set()
-    for location in map(_location, errors):
-        path = bids_dir / location.lstrip("/")
-        try:
-            if os.path.lexists(path) and not path.is_dir() and is_absent(path):
-                absent.add(location)
-        except OSError:
-            continue  # there, and unreadable: the validator's verdict stands
-    return absent
-
-
-def _location(issue: dict) -> str:
-    return issue.get("location") or FILE_OF_CODE.get(issue["code"], "")
-
-
-def _is_of_others(issue: dict, labels: set[str]) -> bool:
-    folder = re.match(r"/sub-([0-9a-zA-Z+]+)/", issue.get("location", ""))
-    return issue["code"] in OTHERS_CODES or folder is not None and folder[1] not in labels
+def _is_absent(bids_dir: Path, location: str) -> bool:
+    """Whether an error is that of a file without content."""
+    path = bids_dir / location.lstrip("/")
+    try:
+        return os.path.lexists(path) and not path.is_dir() and is_absent(path)
+    except OSError:
+        return False  # there, and unreadable: the validator's verdict stands
 
 
 def summarize_errors(errors: Iterable[dict]) -> str:
@@ -182,7 +161,7 @@ def summarize_errors(errors: Iterable[dict]) -> str:
         by_code.setdefault(code, []).append(issue)
     lines = []
     for code, issues in list(by_code.items())[:SHOWN_CODES]:
-        files = sorted(issue.get("location", "(dataset)") for issue in issues)
+        files = sorted(issue["location"] or "(dataset)" for issue in issues)
         text = issues[0].get("issueMessage") or issues[0].get("message") or ""
         reason = f" ({shorten(text, 120, placeholder=' ...')})" if text else ""
         lines.append(f"  {code}: {some(files, shown=SHOWN_FILES)}{reason}")

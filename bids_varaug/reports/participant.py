@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 
 from bids_varaug.atomic import replacing, write_text
 from bids_varaug.derivatives import names
@@ -19,7 +20,6 @@ from bids_varaug.derivatives.logs import cite_participant
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import voxel_sizes
 from bids_varaug.images.load import load_t1w
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports import mosaics

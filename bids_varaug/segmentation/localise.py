@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bids_varaug.images.conform import Geometry
 from bids_varaug.images.crop import Box, bounds, enclose, extract
-from bids_varaug.images.geometry import Geometry
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.predict import segment_volume
 

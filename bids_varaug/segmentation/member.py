@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.geometry import Geometry
+from bids_varaug.images.conform import Geometry
 from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
 from bids_varaug.models.unet import UNet

@@ -18,9 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.geometry import Geometry
-from bids_varaug.images.native import resample_posterior
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import Geometry, prepare_head, resample_posterior
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.posterior import SparsePosterior
@@ -174,11 +172,7 @@ def native_labels(sparse: SparsePosterior, geometry: Geometry) -> np.ndarray:
     ----------
     geometry : of the part of the head that was segmented
     """
-    return resample_posterior(
-        sparse.offsets, sparse.voxels, sparse.posterior, geometry.box, geometry.conformed_shape,
-        geometry.conformed_affine, geometry.native_affine, geometry.native_shape,
-        with_posterior=False,
-    ).labels  # fmt: skip
+    return resample_posterior(sparse.offsets, sparse.voxels, sparse.posterior, geometry)
 
 
 def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:

@@ -84,7 +84,7 @@ class Conform(_Step):
     input_spec, output_spec = _ConformInput, _ConformOutput
 
     def _step(self, folder: Path) -> dict[str, str]:
-        from bids_varaug.images.prepare import prepare_head
+        from bids_varaug.images.conform import prepare_head
 
         inputs = self.inputs
         head, geometry = prepare_head(

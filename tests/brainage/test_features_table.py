@@ -229,7 +229,7 @@ def test_a_model_without_people_needs_no_people(table):
     ("last", "fields"), [("3\t50\t1", 3), ("3", 1), ("3\t50\t1\t2\t9", 5), ("3\t50\t1\t2\t9\t9", 6)]
 )
 def test_truncated_table_is_refused_by_line(table, last, fields):
-    with pytest.raises(UserError, match=f"line 4 has {fields} fields, the header 4"):
+    with pytest.raises(UserError, match=f"header has 4 fields, but line 4 has {fields}"):
         read_features_table(table(rows("1\t30\t1\t2", "2\t40\t3\t4", last)))
 
 
@@ -253,7 +253,7 @@ def test_missing_ids_columns_and_separators_are_told(table):
         read_features_table(table(rows("1\t30\t1\t2", "n/a\t30\t1\t2")))
     with pytest.raises(UserError, match="separated by ','"):
         read_features_table(table("participant_id,age,x\n1,30,2\n"))
-    with pytest.raises(UserError, match="column x is there twice"):
+    with pytest.raises(UserError, match="column x appears twice"):
         read_features_table(table(rows("1\t30\t1\t2", header="participant_id\tage\tx\tx")))
 
 

@@ -128,6 +128,11 @@ def test_repeated_labels_count_once(places):
     ("flags", "message"),
     [
         (["--participant-label", "../x"], "not a BIDS label"),
+        (["--participant-label", "01/anat"], "not a BIDS label"),
+        (["--participant-label", ""], "not a BIDS label"),
+        (["--participant-label", "."], "not a BIDS label"),
+        (["--participant-label", "0*"], "not a BIDS label"),
+        (["--participant-label", "sub-"], "not a BIDS label"),
         (["--participant-label", "01,02"], "separated by spaces"),
         (["--session-label", "a/b"], "not a BIDS label"),
         (["--n-members", "0"], "'0' is not a whole number from 1"),

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.prepare import prepare_head
+from bids_varaug.images.conform import prepare_head
 from tests.faults.mutations import damaged_file
 
 MAX_SECONDS = 60  # of the processor: the machine may be busy with something else

@@ -4,6 +4,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from bids_varaug.images.conform import Geometry
+from bids_varaug.images.crop import Box
+
+
+def grids(conformed_affine, conformed_shape, native_affine, native_shape, box=None):
+    """A geometry with these grids; the box is the whole conformed grid by default."""
+    box = box or Box((0, 0, 0), tuple(conformed_shape))
+    conformed_affine = np.asarray(conformed_affine, float)
+    return Geometry(1.0, box, tuple(conformed_shape), conformed_affine, tuple(native_shape),
+                    np.asarray(native_affine, float), 0.0, ())  # fmt: skip
+
 
 @pytest.fixture
 def head():

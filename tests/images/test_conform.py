@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from nibabel.orientations import inv_ornt_aff
 
 from bids_varaug.images.affine import voxel_volume
-from bids_varaug.images.conform import Volume, conform, to_native_scalar
+from bids_varaug.images.conform import Volume, conform, resample_map
+from tests.images.conftest import grids
 
 ORIENTATIONS = [
     np.stack([axes, flips], axis=1)
@@ -20,7 +21,13 @@ ORIENTATIONS = [
 
 
 def volume(data, affine):
-    return Volume(np.asarray(data, np.float32), np.asarray(affine, float), nib.Nifti1Header())
+    return Volume(np.asarray(data, np.float32), np.asarray(affine, float))
+
+
+def to_native(conformed, affine, shape):
+    return resample_map(
+        conformed.data, grids(conformed.affine, conformed.data.shape, affine, shape)
+    )
 
 
 def smooth(shape, sizes):
@@ -44,7 +51,7 @@ def test_flips_and_permutations_come_back_bit_for_bit(orientation, shape, origin
     conformed = conform(volume(data, affine), 1.0)
     assert nib.aff2axcodes(conformed.affine) == ("R", "A", "S")
     assert sorted(conformed.data.ravel()) == sorted(data.ravel())
-    back = to_native_scalar(conformed.data, conformed.affine, affine, shape)
+    back = to_native(conformed, affine, shape)
     assert np.array_equal(back, data)
 
 
@@ -91,13 +98,14 @@ def test_coarse_native_voxel_is_the_mean_of_what_it_contains():
     data = np.random.default_rng(0).normal(size=(6, 6, 6)).astype(np.float32)
     affine = np.diag([3.0, 3, 3, 1])
     affine[:3, 3] = 1
-    native = to_native_scalar(data, np.eye(4), affine, (2, 2, 2))
+    native = resample_map(data, grids(np.eye(4), data.shape, affine, (2, 2, 2)))
     np.testing.assert_allclose(native, data.reshape(2, 3, 2, 3, 2, 3).mean((1, 3, 5)), atol=1e-6)
 
 
 def test_labels_keep_their_type_and_values_at_order_0():
     data = np.random.default_rng(0).choice([0, 3, 200], (10, 10, 10)).astype(np.uint8)
-    native = to_native_scalar(data, np.eye(4), np.diag([0.7, 0.7, 0.7, 1]), (14, 14, 14), order=0)
+    geometry = grids(np.eye(4), data.shape, np.diag([0.7, 0.7, 0.7, 1]), (14, 14, 14))
+    native = resample_map(data, geometry, order=0)
     assert native.dtype == np.uint8 and set(np.unique(native)) <= {0, 3, 200}
 
 
@@ -138,9 +146,10 @@ def test_volume_of_a_ball_is_right_in_any_grid(degrees, shear, sizes, orientatio
 def test_oblique_maps_come_back_to_where_they_were(degrees):
     affine, shape = turned(degrees), (80, 84, 76)
     conformed = conform(volume(ball(affine, shape, 25), affine), 1.0)
-    back = to_native_scalar(conformed.data, conformed.affine, affine, shape)
+    back = to_native(conformed, affine, shape)
     assert np.abs(back - ball(affine, shape, 25)).mean() < 0.003
-    labels = to_native_scalar(conformed.data > 0.5, conformed.affine, affine, shape, order=0)
+    whole = grids(conformed.affine, conformed.data.shape, affine, shape)
+    labels = resample_map(conformed.data > 0.5, whole, order=0)
     assert np.mean(labels != (ball(affine, shape, 25) > 0.5)) < 0.005
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bids_varaug.images.crop import Box, extract, head_box, insert, is_probably_cropped
+from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, is_probably_cropped
 
 sides = st.tuples(*[st.integers(1, 7)] * 3)
 
@@ -25,6 +25,10 @@ def big_head(noise=5.0):
     inside = ((x - 50) / 35) ** 2 + ((y - 55) / 42.5) ** 2 + ((z - 80) / 37.5) ** 2 < 1
     air = np.random.default_rng(0).rayleigh(noise, inside.shape) if noise else 0
     return (100.0 * inside + air).astype(np.float32), inside
+
+
+def doubt_about(image, voxel_size=2.0):
+    return is_probably_cropped(head_mask(image, voxel_size), voxel_size)
 
 
 @pytest.mark.parametrize("noise", [0, 5, 10])
@@ -64,21 +68,21 @@ def test_head_that_fills_the_image_gives_the_whole_image():
 
 
 def test_whole_head_gives_no_warning():
-    assert is_probably_cropped(big_head()[0], 2.0) is None
+    assert doubt_about(big_head()[0]) is None
 
 
 def test_head_cut_at_the_top_gives_a_warning():
-    assert "top" in is_probably_cropped(big_head()[0][:, :, :95], 2.0)
+    assert "top" in doubt_about(big_head()[0][:, :, :95])
 
 
 def test_head_cut_at_the_side_gives_a_warning():
-    assert "left" in is_probably_cropped(big_head()[0][40:], 2.0)
+    assert "left" in doubt_about(big_head()[0][40:])
 
 
 def test_background_as_bright_as_the_head_is_called_that():
     image, inside = big_head()
     image[~inside] = 130
-    assert "cannot be told apart" in is_probably_cropped(image, 2.0)
+    assert "cannot be told apart" in doubt_about(image)
 
 
 @pytest.mark.parametrize("field_of_view", [slice(None), slice(20, 90)], ids=["wide", "tight"])
@@ -90,7 +94,7 @@ def test_padding_does_not_move_the_box(field_of_view):
 
 
 def test_small_head_gives_a_warning(head):
-    assert "incomplete" in is_probably_cropped(head, 1.0)
+    assert "incomplete" in doubt_about(head, 1.0)
 
 
 @settings(deadline=None)

@@ -263,7 +263,7 @@ def test_truncated_line_is_refused_by_number(dataset):
 
 
 def test_no_participants_table_is_no_input(tmp_path):
-    with pytest.raises(NoInputError, match="participants.tsv: is not there"):
+    with pytest.raises(NoInputError, match="participants.tsv: not found"):
         read_people(tmp_path)
     assert len(read_people(tmp_path, require_age=False).table) == 0
 
@@ -310,3 +310,8 @@ def test_levels_that_are_no_text_do_not_stop_the_reading(dataset):
         )
     )
     assert people.table["sex"].tolist() == ["F", "M"]
+
+
+def test_table_that_ends_in_zeros_of_a_full_disk_is_refused(dataset):
+    with pytest.raises(UserError, match="line 3 has 1"):
+        read_people(dataset(b"participant_id\tage\nsub-01\t3\n" + bytes(100)))
