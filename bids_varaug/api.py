@@ -167,7 +167,10 @@ class Segmentation:
         if not path.exists():
             return None
         image = nib.load(path)  # and read: its file goes with this object
-        return type(image)(np.asanyarray(image.dataobj), image.affine, image.header)
+        data = np.asanyarray(image.dataobj) if image.ndim == 3 else np.empty(image.shape, np.float32)
+        for k in range(data.shape[3] if data.ndim > 3 else 0):  # all at once are float64 for a while
+            data[..., k] = image.dataobj[..., k]
+        return type(image)(data, image.affine, image.header)
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102
