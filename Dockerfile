@@ -1,4 +1,4 @@
-# docker build -t bids_varaug:0.1.0 .     docs/containers.md has the rest: podman, Apptainer, CUDA.
+# docker build -t bids_varaug:0.1.0 .     docs/how-to/containers.md has the rest: podman, Apptainer, CUDA.
 # tests/container/build_and_run.sh builds this file and tries the image, without a docker engine.
 ARG BASE=debian:bookworm-slim
 

@@ -16,13 +16,14 @@ export MPLBACKEND := Agg
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test lint docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   segment the MNI152 template at 1 mm, then a simulated cohort; group report"
 	@echo "make test   run the tests"
 	@echo "make lint   run the linter"
+	@echo "make docs   build the documentation site into docs/_build/html"
 	@echo "make clean  remove what these made (distclean: the virtual environment too)"
 
 demo: $(VENV)/.demo
@@ -44,8 +45,13 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
 
+# The tutorials run; any warning is an error.
+docs: $(VENV)/.docs
+	@$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
 # The stamps hold what was installed; a changed pyproject.toml or constraints.txt installs again.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.docs $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet -c constraints.txt -e '.[$*]'
 	@touch $@
 
@@ -64,7 +70,7 @@ $(VENV)/.python:
 	@touch $@
 
 clean:
-	rm -rf demo build dist bids_varaug.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo build dist docs/_build docs/tutorials/notebooks bids_varaug.egg-info .pytest_cache .ruff_cache .hypothesis
 	find bids_varaug tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

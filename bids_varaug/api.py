@@ -124,16 +124,16 @@ Pass a file, or nibabel.Nifti1Image(array, affine).
 class Segmentation:
     """What `segment` found, on the image's own grid.
 
+    Without two perturbed members there is no spread; `entropy` and `unreliable` are then None.
+
     Attributes
     ----------
     labels : nibabel image, consensus, FreeSurfer ids
     entropy : nibabel image, of the members' votes [bit]
     unreliable : nibabel image, mask of the voxels on whose label too many members disagree
     volumes : DataFrame, structure x member [mm3]
-    regions : DataFrame, variability and verdict of each structure, see ``docs/outputs.md``
+    regions : DataFrame, variability and verdict of each structure, see ``docs/reference/outputs.md``
     warnings : list of str, what speaks against the image or the segmentation
-
-    Without two perturbed members there is no spread; `entropy` and `unreliable` are None then.
     """
 
     def __init__(self, request: ScanRequest):
@@ -197,7 +197,7 @@ class Segmentation:
         Raises
         ------
         ValueError
-            If there is no such figure; those there are are listed.
+            If there is no such figure; the message lists those there are.
         """
         from matplotlib import image, pyplot
 

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 REQUIREMENTS = sorted(
     {*PROJECT["dependencies"], *(r for e in PROJECT["optional-dependencies"].values() for r in e)}
 )
-FRONT_PAGES = ("README.md", "docs/outputs.md")
+FRONT_PAGES = ("README.md", "docs/reference/outputs.md")
 
 
 def read(name: str) -> str:
@@ -161,21 +161,21 @@ def test_outputs_page_names_every_column():
     from bids_varaug.derivatives.names import OUTPUTS
 
     columns = {column for output in OUTPUTS.values() for column in output.columns}
-    assert {column for column in columns if f"`{column}`" not in read("docs/outputs.md")} == set()
+    assert {column for column in columns if f"`{column}`" not in read("docs/reference/outputs.md")} == set()
 
 
 @pytest.mark.parametrize("module", ["bids_varaug.cli.parser", "bids_varaug.cli.train"])
 def test_usage_page_describes_every_flag(module):
     parser = importlib.import_module(module).build_parser()
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    page = read("docs/usage.md")
+    page = read("docs/reference/usage.md")
     assert {flag for flag in flags if not re.search(rf"`{flag}[` ]", page)} == set()
 
 
 def test_usage_page_lists_every_exit_code():
     from bids_varaug.errors import ExitCode
 
-    section = read("docs/usage.md").partition("## Exit codes")[2].partition("\n## ")[0]
+    section = read("docs/reference/usage.md").partition("## Exit codes")[2].partition("\n## ")[0]
     listed = {int(n) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE)
               for n in row.split(",")}  # fmt: skip
     assert listed == set(map(int, ExitCode))

@@ -43,7 +43,7 @@ TRUTH = {
     "bert": "t1w/bert/bert_desc-aseg_dseg.nii.gz",
     "mnesample": "t1w/mnesample_res-3mm_desc-aseg_dseg.nii.gz",
 }
-# A little below what docs/model-card.md states, for one member of each family.
+# A little below what docs/reference/model-card.md states, for one member of each family.
 LEAST_DICE = {"bert": 0.84, "mnesample": 0.80}
 # Relative difference of volumes.
 MOST_RESAMPLING = 0.05

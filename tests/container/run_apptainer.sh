@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert the image with Apptainer and try it as docs/containers.md says; any user may.
+# Convert the image with Apptainer and try it as docs/how-to/containers.md says; any user may.
 #
 #     tests/container/run_apptainer.sh ARCHIVE FOLDER [BIDS_DIR]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Try the image with docker or podman as docs/containers.md says; any user whom the engine obeys may.
+# Try the image with docker or podman as docs/how-to/containers.md says; any user whom the engine obeys may.
 #
 #     tests/container/run_engine.sh [--build] ENGINE FOLDER BIDS_DIR [ARCHIVE]
 #

@@ -1,6 +1,6 @@
 """Breaking it on purpose: a small version of each attempt by default, all of it on request.
 
-``BIDS_VARAUG_FAULTS=full python -m pytest tests/faults -rA`` runs what docs/reliability.md reports.
+``BIDS_VARAUG_FAULTS=full python -m pytest tests/faults -rA`` runs what docs/experiments/reliability.md reports.
 """
 
 import hashlib

@@ -83,7 +83,7 @@ def test_body_alone_sees_constant_cubes_and_says_the_mean_of_their_logits():
 
 def test_evaluation_gives_the_same_bits_with_one_thread_and_two():
     # Widths and classes that oneDNN blocks by 16, as in the shipped network: others may take a
-    # convolution whose sums are split by threads (docs/outputs.md says where that was seen).
+    # convolution whose sums are split by threads (docs/reference/outputs.md says where that was seen).
     network = build_network(NetworkShape(4, (16, 16, 16), 16)).eval()
     image = torch.rand(1, 1, 72, 88, 72, generator=torch.Generator().manual_seed(0))
     before, results = torch.get_num_threads(), []
