@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.segmentation.posterior import SparsePosterior
+from bids_varaug.segmentation.posterior import SparsePosterior, sparse_rows
 from bids_varaug.variability.regions import region_counts
 from tests.workflows.conftest import head, small_ensemble, write_t1w  # noqa: F401
 
@@ -122,9 +122,7 @@ def test_posterior_of_a_moved_image_comes_back_to_where_it_was():
 
     moved = ramp(x + shift[0], y + shift[1])
     rows = np.stack([1 - moved.ravel(), moved.ravel()], axis=1)
-    sparse = SparsePosterior(
-        np.zeros(shape, np.uint8), np.arange(0, 513, 64), np.tile(np.arange(64), 8), rows
-    )
+    sparse = SparsePosterior(np.zeros(shape, np.uint8), sparse_rows(rows, np.ones(len(rows), bool)))
     back = segment_heads.move_posterior(sparse, shift)
     dense = back.posterior[:, 1].reshape(shape)
     inside = (slice(1, -1),) * 3  # what came around the border is another matter
