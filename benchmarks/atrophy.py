@@ -36,7 +36,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-from heads import Head, find_heads, print_markdown, print_origin
+from heads import Head, find_heads, print_markdown, print_origin, segmenting_parser
 
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
@@ -133,16 +133,10 @@ def summarise_image(image: str, change: pd.DataFrame) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line, segment, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--ensemble", default="aseg31")
-    parser.add_argument("--members", nargs="+", default=["all"])
-    parser.add_argument("--n-members", type=int, help="of each family")
+    parser = segmenting_parser(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=[17, 4], help="FreeSurfer's ids")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.95, 0.9, 1.1])
     parser.add_argument("--rescans", type=int, default=2)
-    parser.add_argument("--only", default="", help="heads whose path has this")
     parser.add_argument("--minutes", type=float, default=np.inf)
     options = parser.parse_args()
     keep_freed_memory()

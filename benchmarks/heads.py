@@ -17,6 +17,7 @@ neither for overlap, nor for a volume, nor as an error.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -246,3 +247,15 @@ def print_origin(title: str, ensemble: str, heads: Sequence[Head]) -> None:
     people = {head.participant for head in heads}
     print(f"# {title}\n\n{date.today()}, {processor}, torch {torch.__version__}. "
           f"Ensemble `{ensemble}`; {len(heads)} heads of {len(people)} people.\n")  # fmt: skip
+
+
+def segmenting_parser(doc: str) -> argparse.ArgumentParser:
+    """Return the parser of a script that segments heads, with the flags of all such scripts."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("datasets", type=Path, nargs="+")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--ensemble", default="aseg31")
+    parser.add_argument("--members", nargs="+", default=["all"])
+    parser.add_argument("--n-members", type=int, help="of each family")
+    parser.add_argument("--only", default="", help="heads whose path has this")
+    return parser

@@ -33,7 +33,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from heads import Head, SegmentedHead, find_heads
+from heads import Head, SegmentedHead, find_heads, segmenting_parser
 from scipy.ndimage import shift as shift_image
 from scipy.special import entr
 
@@ -248,15 +248,9 @@ def is_done(path: Path, wanted: list[dict]) -> bool:
 
 def main() -> None:
     """Parse the command line and segment."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--ensemble", default="aseg31")
-    parser.add_argument("--members", nargs="+", default=["all"])
-    parser.add_argument("--n-members", type=int, help="of each family")
+    parser = segmenting_parser(__doc__)
     for rival in ("rr", "shifts", "noise"):
         parser.add_argument(f"--{rival}", type=int, default=0)
-    parser.add_argument("--only", default="", help="heads whose path has this")
     parser.add_argument("--minutes", type=float, default=np.inf)
     parser.add_argument("--posteriors", action="store_true", help="keep them too")
     options = parser.parse_args()

@@ -81,7 +81,7 @@ def segment(
     ScanError
         If the image cannot be used; the message says why, and what to do.
     EnsembleError, UsageError
-        If the ensemble, a member or the device is not there.
+        If the ensemble, a member or the device does not exist.
 
     Examples
     --------
@@ -166,11 +166,9 @@ class Segmentation:
         path = OUTPUTS[output].path(*self._where)
         if not path.exists():
             return None
-        image = nib.load(path)  # and read: its file goes with this object
-        data = np.asanyarray(image.dataobj) if image.ndim == 3 else np.empty(image.shape, np.float32)
-        for k in range(data.shape[3] if data.ndim > 3 else 0):  # all at once are float64 for a while
-            data[..., k] = image.dataobj[..., k]
-        return type(image)(data, image.affine, image.header)
+        image = nib.load(path)
+        # Read now: the file goes with this object.
+        return type(image)(_read_voxels(image), image.affine, image.header)
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102
@@ -329,6 +327,15 @@ def _run_steps(plan: Plan, path: Path) -> Intermediate:
     np.savez(files.maps, **summary.maps)
     np.savez(files.counts, **summary.counts)
     return files
+
+
+def _read_voxels(image: SpatialImage) -> np.ndarray:
+    if image.ndim == 3:
+        return np.asanyarray(image.dataobj)
+    data = np.empty(image.shape, np.float32)
+    for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
+        data[..., k] = image.dataobj[..., k]
+    return data
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,20 @@ def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
     return Citation(" ".join(_render(f"methods_{what}.md", versions=versions, **values).split()))
 
 
-def _render(template: str, **values: Any) -> str:
-    """Fill a template of plain text: nothing is escaped, no value may be missing."""
-    environment = jinja2.Environment(
+def template_environment(autoescape: bool) -> jinja2.Environment:
+    """Return what fills the templates of ``data/templates``; no value may be missing."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("bids_varaug", "data/templates"),
+        autoescape=autoescape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _render(template: str, **values: Any) -> str:
+    """Fill a template of plain text."""
+    environment = template_environment(autoescape=False)
     environment.filters |= {"listed": _listed, "percent": lambda share: f"{100 * share:.0f} %"}
     return environment.get_template(template).render(**values)
 

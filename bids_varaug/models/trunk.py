@@ -34,7 +34,7 @@ def base_files(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]
     Raises
     ------
     EnsembleError
-        If the member that it adds to is not there.
+        If the ensemble lacks the member that it adds to.
     """
     trunk, files = ensemble.trunk, []
     if trunk is not None:
@@ -44,7 +44,7 @@ def base_files(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]
         if base is None:
             raise EnsembleError(
                 f"{ensemble.directory}: {member.id} adds to the weights of {member.base}, which "
-                "are not there. Install the ensemble again."
+                "are missing. Install the ensemble again."
             )
         files.append((base.file, base.sha256, f"weights of {base.id}"))
     return files

@@ -81,7 +81,7 @@ def load_page(path: Path) -> Page:
     Raises
     ------
     NoInputError
-        If it is not there.
+        If there is none.
     UserError
         If it is damaged, or of another format.
     """

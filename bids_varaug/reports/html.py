@@ -9,20 +9,15 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
+
+from bids_varaug.derivatives.citation import template_environment
 
 
 def render_page(template: str, **values: Any) -> str:
     """Fill a template of ``data/templates``; every value is escaped, none may be missing."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bids_varaug", "data/templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(autoescape=True)
     environment.filters |= {
         "fixed": lambda value, digits=2: f"{value:,.{digits}f}",
         "general": lambda value: f"{value:.3g}",

@@ -33,8 +33,8 @@ NO_VERDICTS = (
     "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
 )
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
-# Where, how fast and beside whom it ran (a report must not depend on it: a job array makes the same one), and what the
-# group level is asked.
+# Settings that do not change this participant's result (place, speed, other participants), and those of the group
+# level. A job array must write the same report.
 _NOT_SHOWN = set(
     "output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only clean_workdir "
     "stop_on_first_crash participant_labels exclude_participant_labels skip_bids_validation bids_database_dir "
@@ -74,7 +74,7 @@ def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     Raises
     ------
     ScanError
-        If a derivative that the report needs is not there.
+        If a derivative that the report needs is missing.
     OutputError
         If it cannot be written.
     """
