@@ -92,6 +92,10 @@ class Trainer:
         """Bits of the coarsest format that members are trained in, which is what rounds most."""
         return min(self.digits)
 
+    def fingerprint(self, plan: MemberPlan) -> str:
+        """Name what decides a member's weights, but for its rounding: checkpoints carry it."""
+        return f"{self.recipe.fingerprint}-{plan.seed}-{self.digits}"
+
     def train_member(self, plan: MemberPlan) -> UNet:
         """Run the recipe's stages from where the member's checkpoint left off, or from the start.
 
@@ -106,7 +110,7 @@ class Trainer:
         """
         network = build_network(self.recipe.network, plan.seed).to(self.device)
         optimiser = Optimiser(network, self.recipe.weight_decay)
-        fingerprint = f"{self.recipe.fingerprint}-{plan.seed}-{self.digits}"
+        fingerprint = self.fingerprint(plan)
         checkpoint = self.directory / "checkpoints" / f"{plan.id}.safetensors"
         with self._lock(plan.id):
             done = optimiser.load(checkpoint, fingerprint)
