@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 		examples/make_ageing_cohort.py demo/derivatives/sub-mni152/anat/*_desc-consensus_dseg.nii.gz \
 		demo/cohort.part --n 12 --size 2 && mv demo/cohort.part demo/cohort; }
 	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives participant --sloppy \
-		--n-members 4 -w demo/work
+		--n-members 5 -w demo/work
 	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives group
 	@echo "Open the reports: $(CURDIR)/demo/derivatives/sub-mni152.html"
 	@echo "                  $(CURDIR)/demo/cohort_derivatives/group_brainage.html"

@@ -8,7 +8,7 @@ help as data augmentation? This tutorial runs it on the simulated cohort of ``ma
 who do not exist, aged 20 to 80. ``examples/make_ageing_cohort.py`` deformed the MNI152 template to
 volumes drawn from charts of ageing, so their true ages are known. Their volumes come from::
 
-    bids_varaug demo/cohort demo/cohort_derivatives participant --sloppy --n-members 4
+    bids_varaug demo/cohort demo/cohort_derivatives participant --sloppy --n-members 5
 
 To save time, this page starts from the volumes of that run, in ``examples/tutorials/cohort``.
 """
@@ -16,8 +16,8 @@ To save time, this page starts from the volumes of that run, in ``examples/tutor
 # %%
 # The volumes
 # -----------
-# One row for each participant and member: the baseline ``ieee``, four members of the family ``mca``
-# and four of ``seed``. Volumes are in mm³.
+# One row for each participant and member: the baseline ``ieee``, five members of the family ``mca``
+# and five of ``seed``. Volumes are in mm³.
 
 import json
 import shutil
