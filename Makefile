@@ -22,7 +22,7 @@ export PYTHONNOUSERSITE := 1
 help:
 	@echo "make demo   segment the MNI152 template at 1 mm, then a simulated cohort; group report"
 	@echo "make test   run the tests"
-	@echo "make lint   run the linter"
+	@echo "make lint   check style and types"
 	@echo "make docs   build the documentation site into docs/_build/html"
 	@echo "make clean  remove what these made (distclean: the virtual environment too)"
 
@@ -44,6 +44,7 @@ test: $(VENV)/.test
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 # The tutorials run; any warning is an error.
 docs: $(VENV)/.docs

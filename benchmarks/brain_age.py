@@ -48,7 +48,7 @@ from bids_varaug.brainage.tune import closed_form_model
 from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 FREESURFER_NAMES = {
     "Left-Cerebral-White-Matter": "lhCerebralWhiteMatterVol",

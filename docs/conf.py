@@ -8,11 +8,11 @@ import warnings
 os.environ.setdefault("NO_ET", "1")  # no version check by nipype
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from bids_varaug import __version__  # noqa: E402
+from bids_varaug import __version__
 
 project = "bids_varaug"
 author = "The bids_varaug developers"
-copyright = author  # noqa: A001
+copyright = author
 version = release = __version__
 
 extensions = [

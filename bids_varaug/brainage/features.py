@@ -60,7 +60,7 @@ class RelativeVolumes(TransformerMixin, BaseEstimator):
         self.names = names
         self.reference = reference
 
-    def fit(self, X, y=None) -> RelativeVolumes:  # noqa: N803
+    def fit(self, X, y=None) -> RelativeVolumes:
         """Find the columns.
 
         Raises
@@ -80,7 +80,7 @@ class RelativeVolumes(TransformerMixin, BaseEstimator):
             raise FeatureError(f"no volume among the features {some(list(self.names))}.")
         return self
 
-    def transform(self, X) -> np.ndarray:  # noqa: N803
+    def transform(self, X) -> np.ndarray:
         """Divide; (n, F) float64."""
         check_is_fitted(self)
         X = _check(self, X).copy()
@@ -119,7 +119,7 @@ class Asymmetries(TransformerMixin, BaseEstimator):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
 
-    def fit(self, X, y=None) -> Asymmetries:  # noqa: N803
+    def fit(self, X, y=None) -> Asymmetries:
         """Find the pairs.
 
         Raises
@@ -133,7 +133,7 @@ class Asymmetries(TransformerMixin, BaseEstimator):
             raise FeatureError(f"no left and right among the features {some(list(self.names))}.")
         return self
 
-    def transform(self, X) -> np.ndarray:  # noqa: N803
+    def transform(self, X) -> np.ndarray:
         """Append; (n, F + pairs) float64."""
         check_is_fitted(self)
         X = _check(self, X)
@@ -177,7 +177,7 @@ class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
 
-    def fit(self, X, y=None) -> LogVolumes:  # noqa: N803
+    def fit(self, X, y=None) -> LogVolumes:
         """Find what can be logged."""
         X = _check(self, X, reset=True)
         smallest = np.where(X > 0, X, np.inf).min(axis=0)
@@ -189,7 +189,7 @@ class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.lowest_ = np.where(self.logged_, smallest / 2, 1.0)
         return self
 
-    def transform(self, X) -> np.ndarray:  # noqa: N803
+    def transform(self, X) -> np.ndarray:
         """Take logarithms; (n, F) float64."""
         check_is_fitted(self)
         X = _check(self, X).copy()
@@ -281,7 +281,7 @@ def _plain(name: str) -> str:
     return re.sub(r"(volume)?mm3$", "", plain_name(name))
 
 
-def _check(transformer, X, reset: bool = False) -> np.ndarray:  # noqa: N803
+def _check(transformer, X, reset: bool = False) -> np.ndarray:
     X = validate_data(transformer, X, dtype=np.float64, reset=reset)
     if X.shape[1] != len(transformer.names):
         raise ValueError(f"{X.shape[1]} columns, but {len(transformer.names)} names")

@@ -200,7 +200,7 @@ def _stats_row(files: list[Path], root: Path) -> dict[str, object]:
 
 def _read_members_table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, sep="\t", na_values="n/a", dtype={key: str for key in KEYS})
+        table = pd.read_csv(path, sep="\t", na_values="n/a", dtype=dict.fromkeys(KEYS, str))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a table with tabs ({error}).") from error
     missing = [key for key in ("participant_id", "member") if key not in table]

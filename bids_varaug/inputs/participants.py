@@ -367,7 +367,7 @@ def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
     """Sessions of a participants.tsv with a row per session, which some datasets have."""
     column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS + VISIT_COLUMNS)
     # Where nobody has two rows, a column called "session" may as well count them.
-    if column is None or column != "session_id" and len(set(participants)) == len(participants):
+    if column is None or (column != "session_id" and len(set(participants)) == len(participants)):
         return [None] * len(participants)
     return [None if s is None else prefixed(s, "ses") for s in table[column]]
 

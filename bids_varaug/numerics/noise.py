@@ -113,8 +113,8 @@ def _round_half_line(bits, key, exponent_mask, grid_mask, width, kind):
             step = np.int32(grid_mask + np.int32(1))
             moved = np.int32(np.int32(magnitude + np.int32(step >> np.int32(1))) & ~grid_mask)
             moved = np.int32(moved + (step if word & np.uint32(0x80000000) else np.int32(-step)))
-        finite = (0 < magnitude) & (magnitude < exponent_mask)
-        finite &= (0 < moved) & (moved < exponent_mask)
+        finite = (magnitude > 0) & (magnitude < exponent_mask)
+        finite &= (moved > 0) & (moved < exponent_mask)
         # Not a choice between old and new: that becomes a masked store, eight times as long
         change = np.int32(np.int32(moved - magnitude) & np.int32(-np.int32(finite)))
         bits[i] = np.int16(np.int32(old + change))

@@ -61,7 +61,7 @@ DKT = """\
   3 1002     1781   3032.25   ctx-lh-caudalanteriorcingulate    80.1        9.0       27.0  120.0   93.0
   4 1003     3015   6116.5    ctx-lh-caudalmiddlefrontal        80.1        9.0       27.0  120.0   93.0
   5 2002     1341   2442.125  ctx-rh-caudalanteriorcingulate    80.1        9.0       27.0  120.0   93.0
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def _write_outputs(output_dir, scan):
         member = "mca01" if output.per_member else None
         path = output.path(output_dir, scan, member)
         if output.extension == ".tsv":
-            row = {column: 1 for column in output.columns} | {"name": "L-Hip", "index": 17}
+            row = dict.fromkeys(output.columns, 1) | {"name": "L-Hip", "index": 17}
             if "verdict" in row:
                 row |= {"verdict": "caution", "reason": "CV 6.1 % (above 5 %); 9 voxels"}
             if "member" in row:

@@ -109,7 +109,7 @@ def test_unknown_unit_is_refused(dataset, unit):
 
 
 NAMES_OF_SESSIONS = (
-    "session ses Session_ID SessionID session_id visit Wave time_point Timepoint VisitID".split()
+    ["session", "ses", "Session_ID", "SessionID", "session_id", "visit", "Wave", "time_point", "Timepoint", "VisitID"]
 )
 
 

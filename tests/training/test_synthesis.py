@@ -26,7 +26,7 @@ def test_image_is_scaled_and_target_within_range(scheme, subject):
         image, target = generator.draw(subject, SHAPE, 1.0, seed)
         assert image.shape == target.shape == SHAPE
         assert image.dtype == torch.float32
-        assert 0 <= float(image.min()) and float(image.max()) <= 1.5
+        assert float(image.min()) >= 0 and float(image.max()) <= 1.5
         assert int(target.max()) < len(scheme.target_ids)
 
 
