@@ -71,7 +71,7 @@ $(VENV)/.python:
 	@touch $@
 
 clean:
-	rm -rf demo build dist docs/_build docs/tutorials/notebooks bids_varaug.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo build dist docs/_build docs/tutorials/notebooks bids_varaug.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find bids_varaug tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -241,10 +241,7 @@ def draw_gains(table: pd.DataFrame, path: Path) -> None:
 
 def bench_transplant(options: argparse.Namespace) -> None:
     """Run the study for each model and scale of the noise."""
-    if options.members:
-        donors = read_donors(options.members)
-    else:
-        donors = [np.eye(len(STRUCTURES)) * options.cv**2]
+    donors = read_donors(options.members) if options.members else [np.eye(len(STRUCTURES)) * options.cv ** 2]
     cv = np.sqrt([np.diag(donor) for donor in donors])
     print(f"{len(donors)} donors, coefficients of variation: median {np.median(cv):.4f}, "
           f"largest {cv.max():.4f}", flush=True)  # fmt: skip

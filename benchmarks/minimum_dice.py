@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def main() -> None:
     print_origin("Minimum Dice between members", heads[0].ensemble, [head.head for head in heads])
     ours = {
         family: head_table([h for h in heads if family in h.groups], family, options.n_members)
-        for family in sum(FAMILIES.values(), []) if any(family in h.groups for h in heads)
+        for family in chain(*FAMILIES.values()) if any(family in h.groups for h in heads)
     }  # fmt: skip
     for kind, families in FAMILIES.items():
         tables = published[kind]

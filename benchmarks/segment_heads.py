@@ -110,9 +110,8 @@ def plan_passes(ensemble: Ensemble, options: argparse.Namespace) -> list[Pass]:
     for n in range(1, options.shifts + 1):
         shift = tuple(np.random.default_rng(n).uniform(-0.5, 0.5, 3).tolist())
         passes.append(Pass(f"{SHIFT}{n:02}", SHIFT, members[0], shift=shift))
-    for n in range(1, options.noise + 1):
-        passes.append(Pass(f"{NOISY}{n:02}", NOISY, members[0], noise_seed=n))
-    return passes
+    noisy = [Pass(f"{NOISY}{n:02}", NOISY, members[0], noise_seed=n) for n in range(1, options.noise + 1)]
+    return passes + noisy
 
 
 def move_posterior(sparse: SparsePosterior, shift: Sequence[float]) -> SparsePosterior:
@@ -219,7 +218,7 @@ def segment_head(
         "voxel_volume": float(voxel_volume(g.native_affine)),
     }  # fmt: skip
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with partial.open("wb") as file:
         np.savez_compressed(file, meta=json.dumps(meta), **arrays)
     partial.replace(path)
 

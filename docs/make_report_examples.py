@@ -41,7 +41,7 @@ def pose(volume: np.ndarray, degrees: float, shift: float) -> np.ndarray:
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     matrix = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
     centre = (np.array(volume.shape) - 1) / 2
-    offset = centre - matrix @ (centre + [0, shift, 0])
+    offset = centre - matrix @ ([*centre, 0, shift, 0])
     return affine_transform(volume, matrix, offset=offset, order=1)
 
 

@@ -32,7 +32,7 @@ class Warp:
     @classmethod
     def identity(cls, shape: tuple[int, int, int], spacing: float) -> Warp:
         """The map that moves nothing, for a grid of isotropic voxels of `spacing` [mm]."""
-        factor = max(1, int(round(SOLVING_SPACING / spacing)))
+        factor = max(1, round(SOLVING_SPACING / spacing))
         nodes = tuple(-(-n // factor) for n in shape)
         return cls(np.zeros((3, *nodes), np.float32), factor, tuple(shape))
 

@@ -89,7 +89,7 @@ def test_an_array_job_gives_the_bits_of_processes_side_by_side(
 )
 def test_a_process_of_its_own_gets_the_flags_of_all(flags):
     argv = ["labels", "out", "--device", "cuda:0,cuda:1", *flags]
-    module, *command = member_command(argv, "mca01", "cuda:1")
+    _module, *command = member_command(argv, "mca01", "cuda:1")
     found = vars(build_parser().parse_args(command))
     changed = {"members": "mca01", "member_index": 0, "device": "cuda:1", "jobs": 1, "resume": True}
     assert found == vars(build_parser().parse_args(argv)) | changed

@@ -27,7 +27,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(app, whole, tm
                 process.kill()
                 process.join()
                 killed += 1
-                left += len([path for path in out.rglob("*.part")])
+                left += len(list(out.rglob("*.part")))
         code, log = app.run(out)
         assert code == 0, log
         # Half-written files have names that start with a dot, which readers of BIDS pass over.

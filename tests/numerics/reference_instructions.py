@@ -114,7 +114,7 @@ def rounded(hi, lo, shift, how):
     """
     # One random number per rounding, used or not: the stream does not depend on the data.
     mode = how.mode
-    draw = 0.0 if mode == IEEE or mode == PB else uniform(how.counter)
+    draw = 0.0 if mode in (IEEE, PB) else uniform(how.counter)
     if hi == 0.0 or not math.isfinite(hi):
         return hi
     if mode == PB:
@@ -130,7 +130,7 @@ def rounded(hi, lo, shift, how):
     lo /= unit
     fraction = (place - steps) + lo
     above_half = ((place - steps) - 0.5) + lo  # of the right sign even where fraction is rounded
-    if mode == IEEE or mode == UD:
+    if mode in (IEEE, UD):
         if above_half > 0 or (above_half == 0 and steps % 2 != 0):
             steps += 1
         if mode == UD:

@@ -1,5 +1,6 @@
 """The group report: what it says, shows and escapes."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ def test_sections_and_reasons_are_there(page):
 
 def test_headings_are_in_order(page):
     levels = [int(level) for level in re.findall(r"<h(\d)", page)]
-    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 def test_same_content_same_bytes(page):

@@ -51,10 +51,10 @@ def test_people_beyond_the_charts_are_refused(age, sex, message):
 
 
 def test_older_heads_have_wider_ventricles_and_smaller_hippocampi(head):
-    volumes = []
-    for age in (20.0, 50.0, 80.0):
-        # The same draws at each age: one person's life.
-        volumes.append(simulate_person(head, AFFINE, age, "F", np.random.default_rng(2)).volumes)
+    # The same draws at each age: one person's life.
+    volumes = [
+        simulate_person(head, AFFINE, age, "F", np.random.default_rng(2)).volumes for age in (20.0, 50.0, 80.0)
+    ]
     ventricles = [v[4] + v[43] for v in volumes]
     assert ventricles[0] < ventricles[1] < ventricles[2]
     assert volumes[2][17] < 0.9 * volumes[1][17]
