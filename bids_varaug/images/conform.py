@@ -1,13 +1,12 @@
-"""Between a T1w's own grid and the network's grid.
+"""Between a T1w's own ("native") grid and the network's ("conformed") grid.
 
-The network's ("conformed") grid has one isotropic voxel size, RAS+ axes, and covers the image's
-field of view with the same centre. Its axes are the image's own, flipped and permuted, where these
-are within a few degrees of the scanner's; those of the scanner where the image is oblique.
+The conformed grid has one isotropic voxel size, RAS+ axes, and covers the image's field of view with the same centre.
+Its axes are the image's own, flipped and permuted, where these are within a few degrees of the scanner's; those of the
+scanner where the image is oblique.
 
-On the way back, a native voxel is interpolated linearly from the 8 network voxels around it; one
-larger than the network's is the mean of ``ceil(native size / network size)`` interpolations along
-each axis, so that it averages over what it contains. Where the grids differ by flips and
-permutations only, values are copied bit for bit.
+On the way back, a native voxel is interpolated linearly from the 8 conformed voxels around it; one larger than these is
+the mean of ``ceil(native size / conformed size)`` interpolations along each axis, so that it averages over what it
+contains. Where the grids differ by flips and permutations only, values are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -36,6 +35,9 @@ _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
 _INDEX_STEPS = 1e4
 
+GridMapping = tuple[np.ndarray, np.ndarray]
+"""Voxel indices on another grid: matrix (3, 4), and points that stand for a voxel along each axis, (3,) int64."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -45,7 +47,6 @@ class Geometry:
     ----------
     voxel_size : of the conformed grid, mm
     box : the head box in the conformed grid, or the part of it that holds the brain
-    conformed_shape, native_shape : voxels
     conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
     foreground_volume : of the head, or of the brain in a brain-extracted image, mm3
     warnings : what the image's grid and field of view say against it
@@ -73,14 +74,11 @@ class Geometry:
                 values[name] = np.array(value) if name.endswith("_affine") else tuple(value)
         return cls(**values | {"box": Box(*map(tuple, values["box"].values()))})
 
-    def native_to_conformed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
-
-        These, (3,) int64, are how many points along each native axis stand for a native voxel.
-        """
+    def native_to_conformed(self) -> GridMapping:
+        """Where native voxels lie on the conformed grid."""
         matrix = np.linalg.solve(self.conformed_affine, self.native_affine)
         ratios = voxel_sizes(self.native_affine) / voxel_sizes(self.conformed_affine).mean()
-        return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+        return matrix[:3], np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
 
 
 def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
@@ -88,20 +86,14 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
 
     Parameters
     ----------
-    path : ``.nii`` or ``.nii.gz``
-    voxel_size : of the network grid, mm
+    voxel_size : of the conformed grid, mm
     multiple : sides of the head box are multiples of this many voxels
-    trust : see `load_t1w`
+    path, trust : as of `load_t1w`, which tells what is refused
 
     Returns
     -------
-    head : (X, Y, Z) float32, any unit, RAS+, network grid
+    head : (X, Y, Z) float32, any unit, RAS+, conformed grid
     geometry : Geometry
-
-    Raises
-    ------
-    ScanError
-        If the image cannot be used; the message names the file.
     """
     native = load_t1w(path, trust)
     conformed = conform(native, voxel_size)
@@ -118,36 +110,29 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
         native_shape=native.data.shape,
         native_affine=native.affine,
         foreground_volume=float(mask.sum()) * voxel_volume(conformed.affine),
-        warnings=native.warnings + (() if doubt is None else (doubt,)),
+        warnings=(*native.warnings, *([doubt] if doubt else [])),
     )
     return extract(conformed.data, box), geometry
 
 
 def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
-    """Bring an image to the network's grid.
+    """Bring an image to the conformed grid: ``ceil(field of view / voxel_size)`` voxels per axis.
 
     Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
-    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point
-    spread function grows from one voxel size to the other [1]_. Beyond the outermost voxel
-    centres the outermost values go on; what lies outside the image is air (0). Where all axes have
-    the voxel size already and the image is not oblique, it is only flipped and permuted, bit for
-    bit.
+    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point spread function grows from
+    one voxel size to the other [1]_. Beyond the outermost voxel centres the outermost values go on; what lies outside
+    the image is air (0). Where all axes have the voxel size already and the image is not oblique, it is only flipped
+    and permuted, bit for bit.
 
     Parameters
     ----------
-    volume : Volume, native grid
-    voxel_size : float, mm
+    voxel_size : mm
     straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
-
-    Returns
-    -------
-    Volume
-        RAS+ axes; ``ceil(field of view / voxel_size)`` voxels per axis, same centre.
 
     References
     ----------
-    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in
-       image resampling, MICCAI.
+    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in image resampling,
+       MICCAI.
 
     Examples
     --------
@@ -170,7 +155,8 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     for axis in np.flatnonzero(ratios > 1):
         sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
         data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-    return Volume(_resample(data, grid, shape), affine @ grid, volume.warnings)
+    resampled = _resample(data, (grid[:3], np.ones(3, np.int64)), shape)
+    return Volume(resampled, affine @ grid, volume.warnings)
 
 
 def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
@@ -179,19 +165,14 @@ def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: f
     Parameters
     ----------
     values : (X, Y, Z) any real type, head box
-    geometry : of the scan
-    order : 0 for labels and masks, which take the nearest voxel; 1 for maps, see above
+    order : 0 for labels and masks, which take the nearest voxel and keep their type; 1 for maps, which become float32
     fill : value of the conformed grid outside the box
-
-    Returns
-    -------
-    Of the native shape, float32; of the type of `values` with `order` 0
     """
     whole = insert(values, geometry.box, geometry.conformed_shape, fill)
     matrix, samples = geometry.native_to_conformed()
     if order == 0:
-        return _resample(whole, matrix, geometry.native_shape, nearest=True)
-    return _resample(whole.astype(np.float32, copy=False), matrix, geometry.native_shape, samples)
+        return _resample(whole, (matrix, np.ones_like(samples)), geometry.native_shape, nearest=True)
+    return _resample(whole.astype(np.float32, copy=False), (matrix, samples), geometry.native_shape)
 
 
 def resample_posterior(
@@ -204,9 +185,9 @@ def resample_posterior(
 ) -> np.ndarray:
     """Bring a sparse posterior from the head box to the image's own grid.
 
-    Voxels that are not stored, or lie outside the box, count as background. Labels are those of
-    the interpolated probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label.
-    The same bits for any number of threads.
+    Voxels that are not stored, or lie outside the box, count as background. Labels are those of the interpolated
+    probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label. The same bits for any number of
+    threads.
 
     Parameters
     ----------
@@ -215,8 +196,8 @@ def resample_posterior(
     posterior : (N, K) float32, sums to 1 over K
     geometry : of the scan; ``geometry.box.shape`` is (X, Y, Z)
     out : (*native_shape, K) uint8, zeros, optional
-        Takes the posterior, probability * 255, rounded (good to 1/510); for example a
-        `numpy.memmap` where it would not fit in memory (32 classes at 512^3 voxels are 4.3 GB).
+        Takes the posterior, probability * 255, rounded (good to 1/510); for example a `numpy.memmap` where it would not
+        fit in memory (32 classes at 512^3 voxels are 4.3 GB).
     temperature : T, above 1 to make the posterior less sure
 
     Returns
@@ -234,133 +215,120 @@ def resample_posterior(
     wanted = (*geometry.native_shape, n_classes)
     if out is not None and (out.shape != wanted or out.dtype != np.uint8):
         raise ValueError(f"out must be uint8 of shape {wanted}")
-    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows = np.full((box.shape[0], math.prod(box.shape[1:])), -1, np.int32)
     rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
     row_of = insert(rows.reshape(box.shape), box, geometry.conformed_shape, fill=-1)
-    matrix, samples = geometry.native_to_conformed()
     labels = np.zeros(geometry.native_shape, np.uint8)
+    out = np.empty((0, 0, 0, 0), np.uint8) if out is None else out
     posterior = np.ascontiguousarray(posterior, np.float32)
-    with_posterior = out is not None
-    if out is None:
-        out = np.zeros((1, 1, 1, n_classes), np.uint8)
-    power = np.float32(1 / temperature)
-    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    _mix(row_of, posterior, geometry.native_to_conformed(), np.float32(1 / temperature), labels, out)
     return labels
 
 
-def _resample(
-    data: np.ndarray,
-    matrix: np.ndarray,
-    shape: tuple[int, int, int],
-    samples: np.ndarray | None = None,
-    nearest: bool = False,
-) -> np.ndarray:
-    """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
+def _resample(data: np.ndarray, mapping: GridMapping, shape: tuple[int, ...], nearest: bool = False) -> np.ndarray:
+    """Values where the mapping says, 0 for voxels that have no part in the field of view."""
     out = np.zeros(shape, data.dtype)
-    samples = np.ones(3, np.int64) if samples is None else samples
-    reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
-    _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
+    _sample(np.ascontiguousarray(data), mapping, nearest, out)
     return out
 
 
 @compiled(parallel=True)
-def _sample(data, matrix, samples, nearest, reach, out):
+def _sample(data: np.ndarray, mapping: GridMapping, nearest: bool, out: np.ndarray) -> None:
+    matrix, samples = mapping
+    reach = (1 + np.abs(matrix[:, :3]).sum(axis=1)) / 2
     n_x, n_y, n_z = data.shape
-    count = np.float32(samples.prod())
+    n_points = samples.prod()
     for i in numba.prange(out.shape[0]):
         for j in range(out.shape[1]):
             for k in range(out.shape[2]):
                 total = np.float32(0)
-                for point in range(samples.prod()):
-                    x, y, z = _position(matrix, i, j, k, point, samples)
-                    if (
-                        not -reach[0] < x < n_x - 1 + reach[0]
-                        or not -reach[1] < y < n_y - 1 + reach[1]
-                        or not -reach[2] < z < n_z - 1 + reach[2]
-                    ):
+                for point in range(n_points):
+                    x, y, z = _position(mapping, i, j, k, point)
+                    inside = -reach[0] < x < n_x - 1 + reach[0] and -reach[1] < y < n_y - 1 + reach[1]
+                    if not (inside and -reach[2] < z < n_z - 1 + reach[2]):
                         continue
                     largest = np.float32(0)
                     for corner in range(8):
-                        a, u = _corner(x, n_x, corner & 1)
-                        b, v = _corner(y, n_y, corner >> 1 & 1)
-                        c, w = _corner(z, n_z, corner >> 2)
-                        weight = u * v * w
+                        a, b, c, weight = _corner(x, y, z, data.shape, corner)
                         if not nearest and weight > 0:
                             total += weight * data[a, b, c]
                         elif nearest and weight >= largest:  # of equals, the last
                             out[i, j, k], largest = data[a, b, c], weight
                 if not nearest:
-                    out[i, j, k] = total / count
+                    out[i, j, k] = total / np.float32(n_points)
 
 
 @compiled(parallel=True)
-def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
+def _mix(
+    row_of: np.ndarray, posterior: np.ndarray, mapping: GridMapping, power: np.float32, labels: np.ndarray, out: np.ndarray
+) -> None:
     n_classes = posterior.shape[1]
-    n_points = samples.prod()
+    n_points = mapping[1].prod()
     for i in numba.prange(labels.shape[0]):
         mix = np.empty(n_classes, dtype=np.float32)
         for j in range(labels.shape[1]):
             for k in range(labels.shape[2]):
-                stored = False
                 mix[:] = np.float32(0)
+                stored = False
                 for point in range(n_points):
-                    x, y, z = _position(matrix, i, j, k, point, samples)
+                    x, y, z = _position(mapping, i, j, k, point)
                     for corner in range(8):
-                        a, u = _corner(x, row_of.shape[0], corner & 1)
-                        b, v = _corner(y, row_of.shape[1], corner >> 1 & 1)
-                        c, w = _corner(z, row_of.shape[2], corner >> 2)
-                        weight = u * v * w / np.float32(n_points)
+                        a, b, c, weight = _corner(x, y, z, row_of.shape, corner)
+                        weight /= np.float32(n_points)
+                        row = row_of[a, b, c]
                         if weight == 0:
                             continue
-                        row = row_of[a, b, c]
                         if row < 0:
                             mix[0] += weight
-                        else:
-                            stored = True
-                            for n in range(n_classes):
-                                mix[n] += weight * posterior[row, n]
-                if stored:
-                    best = 0
-                    for n in range(1, n_classes):
-                        if mix[n] > mix[best]:
-                            best = n
-                    labels[i, j, k] = best
-                    if with_posterior:
-                        if power != 1:
-                            total = np.float32(0)
-                            for n in range(n_classes):
-                                if mix[n] > 0:
-                                    mix[n] = mix[n] ** power
-                                    total += mix[n]
-                            mix /= total
+                            continue
+                        stored = True
                         for n in range(n_classes):
-                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
-                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
-                elif with_posterior:
+                            mix[n] += weight * posterior[row, n]
+                if stored:
+                    labels[i, j, k] = mix.argmax()
+                if stored and power != 1:
+                    total = np.float32(0)
+                    for n in range(n_classes):
+                        if mix[n] > 0:
+                            mix[n] = mix[n] ** power
+                            total += mix[n]
+                    mix /= total
+                for n in range(out.shape[3] if stored else 0):
+                    scaled = mix[n] * np.float32(255) + np.float32(0.5)
+                    out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                if out.size > 0 and not stored:
                     out[i, j, k, 0] = 255
 
 
 @compiled()
-def _position(matrix, i, j, k, point, samples):
-    """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
+def _position(mapping: GridMapping, i: float, j: float, k: float, point: int) -> tuple[float, float, float]:
+    """Place, on the other grid, of one of the points that stand for a voxel."""
+    matrix, samples = mapping
     i += (point % samples[0] + 0.5) / samples[0] - 0.5
     j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
     k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
-    x = matrix[0, 0] * i + matrix[0, 1] * j + matrix[0, 2] * k + matrix[0, 3]
-    y = matrix[1, 0] * i + matrix[1, 1] * j + matrix[1, 2] * k + matrix[1, 3]
-    z = matrix[2, 0] * i + matrix[2, 1] * j + matrix[2, 2] * k + matrix[2, 3]
-    return _rounded(x), _rounded(y), _rounded(z)
+    return _index(matrix[0], i, j, k), _index(matrix[1], i, j, k), _index(matrix[2], i, j, k)
 
 
 @compiled()
-def _corner(x, n, upper):
-    """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
+def _index(row: np.ndarray, i: float, j: float, k: float) -> float:
+    x = row[0] * i + row[1] * j + row[2] * k + row[3]
+    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+
+
+@compiled()
+def _corner(x: float, y: float, z: float, shape: tuple[int, ...], number: int) -> tuple[int, int, int, np.float32]:
+    """Voxel, of the 8 around a place, and its weight."""
+    a, u = _neighbour(x, shape[0], number & 1)
+    b, v = _neighbour(y, shape[1], number >> 1 & 1)
+    c, w = _neighbour(z, shape[2], number >> 2)
+    return a, b, c, u * v * w
+
+
+@compiled()
+def _neighbour(x: float, n: int, upper: int) -> tuple[int, np.float32]:
+    """Voxel below (or above) a place along an axis of `n` voxels, and its weight."""
     x = min(max(x, 0.0), n - 1.0)
     low = int(x)
     share = x - low
     return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
-
-
-@compiled()
-def _rounded(x):
-    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
