@@ -69,20 +69,15 @@ class Person(NamedTuple):
 class People:
     """Participants of a dataset.
 
-    Attributes
-    ----------
-    table : one row per participant and, where sessions have an age of their own, per session: `participant_id`
-        (``sub-01``), `session_id` (``ses-1``; None for all other sessions), `age` in years (float64, NaN where there is
-        none), `sex` ("F", "M", "O" or None), `site` (str or None)
-    left_out : why an age is missing, by participant (``sub-01``) or session (``sub-01_ses-1``)
-    notes : values that were interpreted ("89+" as 89, ...)
-    source : the file, as messages name it
+    `table` has one row per participant and, where sessions have an age of their own, per session: `participant_id`
+    (``sub-01``), `session_id` (``ses-1``; None for all other sessions), `age` in years (float64, NaN where there is
+    none), `sex` ("F", "M", "O" or None), `site` (str or None).
     """
 
     table: pd.DataFrame
-    left_out: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    source: str = "participants.tsv"
+    left_out: dict[str, str] = field(default_factory=dict)  # why an age is missing, by ``sub-01`` or ``sub-01_ses-1``
+    notes: tuple[str, ...] = ()  # values that were interpreted ("89+" as 89, ...)
+    source: str = "participants.tsv"  # as messages name it
 
     def find(self, participant_id: str, session_id: str | None = None) -> Person | None:
         """Person at that session, else at any; None where the participant is not listed."""
@@ -118,15 +113,9 @@ def read_people(
 
     Parameters
     ----------
-    require_age : False to read whoever is there, with or without age, and nobody where there is no participants.tsv
+    require_age : False to read whoever is there, with or without age, and nobody where there is no participants.tsv;
+        else that is a `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`
     only : read the table of sessions of this participant (``sub-01``) and of nobody else
-
-    Raises
-    ------
-    NoInputError
-        If there is no participants.tsv.
-    TableError
-        If a table or sidecar is damaged or lacks a column; a participant is listed twice, or in two sites.
     """
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
@@ -142,7 +131,7 @@ def read_people(
     )
     participants = _participants(path, table)
     sessions = _sessions(table, participants)
-    nothing = [None] * len(table)
+    nothing: list[Any] = [None] * len(table)
     sites = list(table[site]) if site else nothing
     _check_sites(path, participants, sites)
     names = list(map(_name, participants, sessions))
@@ -291,8 +280,6 @@ def _sidecar_value(path: Path, column: str, *keys: str) -> Any:
 def prefixed(label: str, entity: str = "sub") -> str:
     """Label with its prefix, in small letters.
 
-    Examples
-    --------
     >>> prefixed("01"), prefixed("SUB-01"), prefixed("1", "ses")
     ('sub-01', 'sub-01', 'ses-1')
     """

@@ -61,24 +61,18 @@ _QUERY_WORD = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
 class Scan:
     """One T1w image.
 
-    Attributes
-    ----------
-    path : absolute
-    entities : of pybids, without suffix, extension and datatype, digits padded as in the file name, e.g.
-        ``{"subject": "01", "session": "a", "run": "01"}``
-    relative : POSIX path relative to the BIDS directory
+    `entities` are those of pybids, without suffix, extension and datatype, digits padded as in the file name, e.g.
+    ``{"subject": "01", "session": "a", "run": "01"}``.
     """
 
-    path: Path
+    path: Path  # absolute
     entities: Mapping[str, str]
-    relative: str
+    relative: str  # POSIX path relative to the BIDS directory
 
     @property
     def prefix(self) -> str:
         """File name without suffix, extension and derivatives' entities; every output starts so.
 
-        Examples
-        --------
         >>> Scan(Path("/x/sub-01_run-02_desc-preproc_T1w.nii"), {"subject": "01"}, "").prefix
         'sub-01_run-02'
         """
@@ -97,18 +91,11 @@ class Scan:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the request found: images to process, and what must be reported as failed.
+    """What the request found; one message for each reason."""
 
-    Attributes
-    ----------
-    scans : images whose content is there, in natural order of their paths
-    complaints : what cannot be processed, one message for each reason; any means exit code 1
-    notes : what is left out on purpose, one message for each reason
-    """
-
-    scans: tuple[Scan, ...]
-    complaints: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    scans: tuple[Scan, ...]  # images whose content is there, in natural order of their paths
+    complaints: tuple[str, ...] = ()  # what cannot be processed; any means exit code 1
+    notes: tuple[str, ...] = ()  # what is left out on purpose
 
 
 def find_scans(settings: Settings) -> Selection:
@@ -116,32 +103,23 @@ def find_scans(settings: Settings) -> Selection:
 
     T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_sort_out` leaves out.
 
-    Raises
-    ------
-    UsageError
-        A filter that cannot be; a database of another dataset.
-    FiltersError
-        A participant or session label that does not exist; filters that leave nothing.
-    NoInputError
-        No T1w image anywhere, or none whose content is present; a folder or .bidsignore that cannot be read.
+    Raises `UsageError` for a filter that cannot be and a database of another dataset; `FiltersError` for labels that do
+    not exist and filters that leave nothing; `NoInputError` where no image is there, or none whose content is present,
+    or a folder or .bidsignore cannot be read.
     """
-    bids_dir, named = settings.bids_dir, set(settings.participant_labels)
+    bids_dir, named = settings.bids_dir, bool(settings.participant_labels)
     filters, sessions = dict(settings.bids_filters.get("t1w", {})), set(settings.session_labels)
     participants = select_participants(settings)
     misnamed = {} if named else dict.fromkeys(_list_participants(bids_dir)[1], BAD_FOLDER)
     layouts = _open_layouts(bids_dir, participants, settings.bids_database_dir)
     found = _query(layouts, bids_dir, participants, {})
-    usable, left_out = _sort_out(bids_dir, found, filters)
+    usable, unusable = _sort_out(bids_dir, found, filters)
     if not usable:
         who = f"participant {some(participants, shown=MANY)}" if named else "any participant"
-        why = _explain(misnamed | left_out) or [f"Expected {_EXPECTED.format('<label>')}"]
+        why = _explain(misnamed | unusable) or [f"Expected {_EXPECTED.format('<label>')}"]
         raise NoInputError("\n".join([f"{bids_dir}: no T1w image of {who} can be used.", *why]))
     existing = {scan.session for scan in usable if scan.session is not None}
     _check_labels("--session-label: no T1w image in session {} of the requested participants", sessions, existing)
-    cause = {path.partition("/")[0]: reason for path, reason in left_out.items()}
-    with_any = {scan.subject for scan in usable}
-    with_any |= {path[4:].partition("/")[0] for path, reason in left_out.items() if reason == IGNORED}
-
     wanted = _query(layouts, bids_dir, participants, filters) if filters else found
     wanted, left_out = _sort_out(bids_dir, (s for s in wanted if not sessions or s.session in sessions), filters)
     flags = ["--session-label"] * bool(sessions) + ["--bids-filter-file"] * bool(filters)
@@ -153,12 +131,15 @@ def find_scans(settings: Settings) -> Selection:
     if not scans:
         raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *complaints]))
     complaints += _explain(misnamed | left_out, _COMPLAINTS)
+    cause = {path.partition("/")[0]: reason for path, reason in unusable.items()}
     cause |= {f"sub-{scan.subject}": f"no usable T1w image {unmet}" for scan in usable}
-    with_wanted = {scan.subject for scan in wanted}
+    present = {f"sub-{scan.subject}" for scan in wanted}
+    if not named:  # only somebody who was named must not vanish silently because of a filter
+        present |= {f"sub-{scan.subject}" for scan in usable}
+        present |= {path.partition("/")[0] for path, reason in unusable.items() if reason == IGNORED}
     for label in participants:
-        # A participant who was named must not vanish silently because of a filter.
-        if label not in (with_wanted if label in named else with_any):
-            complaints.append(f"sub-{label}: {cause.get(f'sub-{label}', f'no {_EXPECTED.format(label)}')}")
+        if (folder := f"sub-{label}") not in present:
+            complaints.append(f"{folder}: {cause.get(folder, f'no {_EXPECTED.format(label)}')}")
     return Selection(tuple(scans), tuple(complaints), tuple(_explain(left_out, _NOTES)))
 
 
@@ -229,13 +210,7 @@ def is_absent(path: Path) -> bool:
 
 
 def datalad_command(bids_dir: Path, relatives: Collection[str], whole_dataset: bool = False) -> str:
-    """Shell command that fetches the content of annexed files.
-
-    Parameters
-    ----------
-    relatives : paths relative to `bids_dir`
-    whole_dataset : whether these are T1w images of all participants: many are written as patterns
-    """
+    """Shell command that fetches the content of annexed files; many of the whole dataset are written as patterns."""
     targets = " ".join(map(shlex.quote, relatives))
     if whole_dataset and len(relatives) > MANY:
         targets = " ".join(sorted({f"sub-{'*/' * relative.count('/')}*_T1w.nii*" for relative in relatives}))
@@ -249,9 +224,7 @@ def _check_labels(problem: str, labels: set[str], existing: Collection[str]) -> 
         raise FiltersError(f"{problem.format(', '.join(missing))}. There are: {there}.")
 
 
-def _sort_out(
-    bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]
-) -> tuple[list[Scan], dict[str, str]]:
+def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -> tuple[list[Scan], dict[str, str]]:
     """Images to process, and why the others are not, by path.
 
     An image is left out for the first reason that its name tells, unless `filters` ask for it.
@@ -259,7 +232,7 @@ def _sort_out(
     is_ignored = _read_bidsignore(bids_dir)
     chosen, left_out = [], {}
     for scan in scans:
-        entities = dict(re.findall("_([a-z]+)-([^_]+)", scan.path.name))
+        entities: dict[str, str] = dict(re.findall("_([a-z]+)-([^_]+)", scan.path.name))
         checks = {
             IGNORED: is_ignored(scan.relative),
             BAD_FILE: not _GOOD_FILE.fullmatch(scan.relative),
@@ -288,14 +261,16 @@ def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> 
     available: dict[str, Scan] = {}
     absent, complaints = [], []
     for scan in scans:
+        twin = available.get(scan.prefix)
         try:
             if is_absent(scan.path):
                 absent.append(scan.relative)
-            elif (twin := available.setdefault(scan.prefix, scan)) is not scan:
-                complaints.append(
-                    f"{scan.relative}: {twin.relative} would give outputs of the same names. Keep one of them, or "
-                    "choose with --bids-filter-file. This one is skipped."
-                )
+            elif twin is None:
+                available[scan.prefix] = scan
+            else:
+                same = f"{twin.relative} would give outputs of the same names"
+                choose = "Keep one of them, or choose with --bids-filter-file"
+                complaints.append(f"{scan.relative}: {same}. {choose}. This one is skipped.")
         except OSError as error:
             complaints.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
     if absent:

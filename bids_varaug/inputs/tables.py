@@ -28,15 +28,9 @@ class TableError(UserError):
 def read_text_table(path: Path) -> pd.DataFrame:
     """Read a table such as participants.tsv whole, as text without quotes and surrounding blanks; None where missing.
 
-    Parameters
-    ----------
-    path : of UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines end in LF, CRLF or
-        CR; fields are separated by tabs (by commas in a file called .csv)
-
-    Raises
-    ------
-    TableError
-        As `read_header`, and if a line has too few or too many fields.
+    It may be UTF-8 with or without byte order mark, UTF-16 with one, else it is taken for Latin-1; lines end in LF,
+    CRLF or CR; fields are separated by tabs (by commas in a file called .csv). Raises `TableError` as `read_header`
+    does, and if a line has too few or too many fields.
     """
     columns = read_header(path)
     lines = _data_lines(path, columns)
@@ -47,10 +41,7 @@ def read_text_table(path: Path) -> pd.DataFrame:
 def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None) -> pd.DataFrame:
     """Read columns of a large table: some as text, others (default: all) as pandas takes them, to the last bit.
 
-    Raises
-    ------
-    TableError
-        As `read_text_table`, and if there are no rows.
+    Raises `TableError` as `read_text_table` does, and if there are no rows.
     """
     columns = read_header(path)
     for _ in _data_lines(path, columns):  # pandas fills up or cuts them without a word
@@ -82,11 +73,8 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
 def read_header(path: Path) -> tuple[str, ...]:
     """Names of the columns of a table.
 
-    Raises
-    ------
-    TableError
-        If the table cannot be read, is empty, has two columns of the same name, or other separators than its own name
-        promises.
+    Raises `TableError` if it cannot be read, is empty, has two columns of the same name, or other separators than its
+    own name promises.
     """
     line = next(_lines(path), "")
     if not line.strip():
@@ -105,8 +93,6 @@ def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) 
 
     Looked for in this order: the very name; its `plain_name`; then those of the usual names, in their order.
 
-    Examples
-    --------
     >>> find_column(["participant_id", "Scan Site"], "site", ["scan_site"])
     'Scan Site'
     """
@@ -119,8 +105,6 @@ def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) 
 def plain_name(name: str) -> str:
     """Name without case, accents, blanks and punctuation.
 
-    Examples
-    --------
     >>> plain_name("Scanner_Site"), plain_name("Age (years)")
     ('scannersite', 'ageyears')
     """
@@ -130,8 +114,6 @@ def plain_name(name: str) -> str:
 def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
     """First names of a list, and how many more there are, for a message.
 
-    Examples
-    --------
     >>> some(["a", "b"]), some(list("abcdefghij"), " ")
     ('a, b', 'a b c d e f g h and 2 more')
     """

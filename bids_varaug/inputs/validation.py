@@ -43,10 +43,7 @@ def find_validator() -> str | None:
 def run_validator(bids_dir: Path, *options: str) -> list[Issue]:
     """Errors (not warnings) that ``bids-validator-deno`` finds in a dataset, with its own schema.
 
-    Raises
-    ------
-    InvalidBidsError
-        If the validator is not installed or gives no answer.
+    Raises `InvalidBidsError` if the validator is not installed or gives no answer.
     """
     executable = find_validator()
     if executable is None:
@@ -77,18 +74,10 @@ def run_validator(bids_dir: Path, *options: str) -> list[Issue]:
 
 
 def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> None:
-    """Refuse a dataset that is not valid BIDS.
+    """Refuse a dataset that is not valid BIDS: `InvalidBidsError`, with the first errors by code and file.
 
-    Files whose content git-annex has not fetched cannot be checked; those at the root are named in a warning.
-
-    Parameters
-    ----------
-    participant_labels : where given, errors in the folders of other participants do not count
-
-    Raises
-    ------
-    InvalidBidsError
-        With the first errors by code and file.
+    Files whose content git-annex has not fetched cannot be checked; those at the root are named in a warning. With
+    `participant_labels`, errors in the folders of other participants do not count.
     """
     labels = set(participant_labels)
     with _without_others(bids_dir, labels) as looked_at:
@@ -135,8 +124,6 @@ def _is_absent(bids_dir: Path, location: str) -> bool:
 def summarize_errors(errors: Iterable[Mapping[str, str]]) -> str:
     """One line per code (and key) with its first files.
 
-    Examples
-    --------
     >>> print(summarize_errors([{"code": "A", "location": "/x"}, {"code": "A", "location": "/y"}]))
       A: /x, /y
     """
