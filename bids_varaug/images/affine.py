@@ -26,8 +26,6 @@ _FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trus
 def voxel_volume(affine: np.ndarray) -> float:
     """Return the volume of a voxel, mm3: the determinant, which a shear makes smaller than a box.
 
-    Examples
-    --------
     >>> voxel_volume(np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]]))
     2.0
     """
@@ -43,8 +41,6 @@ def is_oblique(affine: np.ndarray) -> bool:
 def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
     """Format sizes along the axes for a message.
 
-    Examples
-    --------
     >>> in_mm(np.array([1, 1, 1.25]))
     '1 x 1 x 1.25 mm'
     """
@@ -67,12 +63,7 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
     Returns
     -------
     affine : (4, 4) float64, voxel -> mm, RAS+ world
-    warnings : sentences
-
-    Raises
-    ------
-    ScanError
-        If no form says where left and right are, or the two contradict each other in it.
+    warnings : sentences. `ScanError` if no form says where left and right are, or the two contradict each other in it
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
     given = [form for form, code in codes.items() if code > 0] or ([trust] if trust else [])

@@ -41,25 +41,16 @@ GridMapping = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The grids of one scan.
+    """The grids of one scan; affines (4, 4) float64, voxel -> mm, RAS+ world."""
 
-    Attributes
-    ----------
-    voxel_size : of the conformed grid, mm
-    box : the head box in the conformed grid, or the part of it that holds the brain
-    conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
-    foreground_volume : of the head, or of the brain in a brain-extracted image, mm3
-    warnings : what the image's grid and field of view say against it
-    """
-
-    voxel_size: float
-    box: Box
+    voxel_size: float  # of the conformed grid, mm
+    box: Box  # the head box in the conformed grid, or the part of it that holds the brain
     conformed_shape: tuple[int, int, int]
     conformed_affine: np.ndarray
     native_shape: tuple[int, int, int]
     native_affine: np.ndarray
-    foreground_volume: float
-    warnings: tuple[str, ...]
+    foreground_volume: float  # of the head, or of the brain in a brain-extracted image, mm3
+    warnings: tuple[str, ...]  # what the image's grid and field of view say against it
 
     def save(self, path: Path) -> None:
         """Write as JSON; numbers survive to the last bit."""
@@ -82,13 +73,12 @@ class Geometry:
 
 
 def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
-    """Read, conform and crop a T1w image.
+    """Read, conform and crop a T1w image; `load_t1w` tells what is refused.
 
     Parameters
     ----------
     voxel_size : of the conformed grid, mm
     multiple : sides of the head box are multiples of this many voxels
-    path, trust : as of `load_t1w`, which tells what is refused
 
     Returns
     -------
@@ -96,23 +86,16 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
     geometry : Geometry
     """
     native = load_t1w(path, trust)
-    conformed = conform(native, voxel_size)
-    box = head_box(conformed.data, voxel_size, multiple=multiple)
-    mask = uncut = head_mask(conformed.data, voxel_size)
+    whole = conform(native, voxel_size)
+    box = head_box(whole.data, voxel_size, multiple)
+    mask = uncut = head_mask(whole.data, voxel_size)
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
         uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
     doubt = is_probably_cropped(uncut, voxel_size)
-    geometry = Geometry(
-        voxel_size=voxel_size,
-        box=box,
-        conformed_shape=conformed.data.shape,
-        conformed_affine=conformed.affine,
-        native_shape=native.data.shape,
-        native_affine=native.affine,
-        foreground_volume=float(mask.sum()) * voxel_volume(conformed.affine),
-        warnings=(*native.warnings, *([doubt] if doubt else [])),
-    )
-    return extract(conformed.data, box), geometry
+    warnings = native.warnings + (() if doubt is None else (doubt,))
+    volume = float(mask.sum()) * voxel_volume(whole.affine)
+    grids = whole.data.shape, whole.affine, native.data.shape, native.affine
+    return extract(whole.data, box), Geometry(voxel_size, box, *grids, volume, warnings)
 
 
 def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
@@ -134,8 +117,6 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in image resampling,
        MICCAI.
 
-    Examples
-    --------
     >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
     >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]))
     >>> conform(mirrored, 1.0).data[:, 0, 0].tolist()
@@ -183,7 +164,7 @@ def resample_posterior(
     out: np.ndarray | None = None,
     temperature: float = 1.0,
 ) -> np.ndarray:
-    """Bring a sparse posterior from the head box to the image's own grid.
+    """Bring a sparse posterior from the head box (X, Y, Z) to the image's own grid.
 
     Voxels that are not stored, or lie outside the box, count as background. Labels are those of the interpolated
     probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label. The same bits for any number of
@@ -194,20 +175,14 @@ def resample_posterior(
     offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
     voxels : (N,) int32, flat index ``y * Z + z`` within the slab
     posterior : (N, K) float32, sums to 1 over K
-    geometry : of the scan; ``geometry.box.shape`` is (X, Y, Z)
     out : (*native_shape, K) uint8, zeros, optional
-        Takes the posterior, probability * 255, rounded (good to 1/510); for example a `numpy.memmap` where it would not
-        fit in memory (32 classes at 512^3 voxels are 4.3 GB).
+        Takes the posterior, probability * 255, rounded; a `numpy.memmap` where it would not fit in memory (32 classes
+        at 512^3 voxels are 4.3 GB).
     temperature : T, above 1 to make the posterior less sure
 
     Returns
     -------
     native_shape, uint8, class index k of the most probable class, ties to the lower index
-
-    Raises
-    ------
-    ValueError
-        If the arrays' sizes do not fit together.
     """
     n_classes, box = posterior.shape[1], geometry.box
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
@@ -234,101 +209,85 @@ def _resample(data: np.ndarray, mapping: GridMapping, shape: tuple[int, ...], ne
 
 @compiled(parallel=True)
 def _sample(data: np.ndarray, mapping: GridMapping, nearest: bool, out: np.ndarray) -> None:
-    matrix, samples = mapping
-    reach = (1 + np.abs(matrix[:, :3]).sum(axis=1)) / 2
-    n_x, n_y, n_z = data.shape
-    n_points = samples.prod()
+    flat, n_points = data.ravel(), mapping[1].prod()
     for i in numba.prange(out.shape[0]):
+        voxels, weights = np.empty(8 * n_points, np.int64), np.empty(8 * n_points, np.float32)
         for j in range(out.shape[1]):
             for k in range(out.shape[2]):
-                total = np.float32(0)
-                for point in range(n_points):
-                    x, y, z = _position(mapping, i, j, k, point)
-                    inside = -reach[0] < x < n_x - 1 + reach[0] and -reach[1] < y < n_y - 1 + reach[1]
-                    if not (inside and -reach[2] < z < n_z - 1 + reach[2]):
-                        continue
-                    largest = np.float32(0)
-                    for corner in range(8):
-                        a, b, c, weight = _corner(x, y, z, data.shape, corner)
-                        if not nearest and weight > 0:
-                            total += weight * data[a, b, c]
-                        elif nearest and weight >= largest:  # of equals, the last
-                            out[i, j, k], largest = data[a, b, c], weight
+                _neighbours(mapping, data.shape, i, j, k, voxels, weights)
+                total = largest = np.float32(0)
+                for n in range(8 * n_points):
+                    if not nearest and weights[n] > 0:
+                        total += weights[n] * flat[voxels[n]]
+                    elif nearest and weights[n] >= largest:  # of equals, the last
+                        out[i, j, k], largest = flat[voxels[n]], weights[n]
                 if not nearest:
                     out[i, j, k] = total / np.float32(n_points)
 
 
 @compiled(parallel=True)
 def _mix(
-    row_of: np.ndarray, posterior: np.ndarray, mapping: GridMapping, power: np.float32, labels: np.ndarray, out: np.ndarray
+    row_of: np.ndarray, posterior: np.ndarray, mapping: GridMapping, power: float, labels: np.ndarray, out: np.ndarray
 ) -> None:
-    n_classes = posterior.shape[1]
-    n_points = mapping[1].prod()
+    rows, n_points, n_classes = row_of.ravel(), mapping[1].prod(), posterior.shape[1]
     for i in numba.prange(labels.shape[0]):
-        mix = np.empty(n_classes, dtype=np.float32)
+        voxels, weights = np.empty(8 * n_points, np.int64), np.empty(8 * n_points, np.float32)
+        mix = np.empty(n_classes, np.float32)
         for j in range(labels.shape[1]):
             for k in range(labels.shape[2]):
+                _neighbours(mapping, row_of.shape, i, j, k, voxels, weights)
                 mix[:] = np.float32(0)
                 stored = False
-                for point in range(n_points):
-                    x, y, z = _position(mapping, i, j, k, point)
-                    for corner in range(8):
-                        a, b, c, weight = _corner(x, y, z, row_of.shape, corner)
-                        weight /= np.float32(n_points)
-                        row = row_of[a, b, c]
-                        if weight == 0:
-                            continue
-                        if row < 0:
-                            mix[0] += weight
-                            continue
+                for n in range(8 * n_points):
+                    weight, row = weights[n] / np.float32(n_points), rows[voxels[n]]
+                    if weight > 0 and row < 0:
+                        mix[0] += weight
+                    elif weight > 0:
                         stored = True
-                        for n in range(n_classes):
-                            mix[n] += weight * posterior[row, n]
+                        for label in range(n_classes):
+                            mix[label] += weight * posterior[row, label]
                 if stored:
                     labels[i, j, k] = mix.argmax()
                 if stored and power != 1:
                     total = np.float32(0)
-                    for n in range(n_classes):
-                        if mix[n] > 0:
-                            mix[n] = mix[n] ** power
-                            total += mix[n]
+                    for label in range(n_classes):
+                        if mix[label] > 0:
+                            mix[label] = mix[label] ** power
+                            total += mix[label]
                     mix /= total
-                for n in range(out.shape[3] if stored else 0):
-                    scaled = mix[n] * np.float32(255) + np.float32(0.5)
-                    out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
+                for label in range(out.shape[3] if stored else 0):
+                    scaled = mix[label] * np.float32(255) + np.float32(0.5)
+                    out[i, j, k, label] = np.uint8(min(scaled, np.float32(255)))
                 if out.size > 0 and not stored:
                     out[i, j, k, 0] = 255
 
 
 @compiled()
-def _position(mapping: GridMapping, i: float, j: float, k: float, point: int) -> tuple[float, float, float]:
-    """Place, on the other grid, of one of the points that stand for a voxel."""
+def _neighbours(
+    mapping: GridMapping, shape: tuple[int, ...], i: int, j: int, k: int, voxels: np.ndarray, weights: np.ndarray
+) -> None:
+    """Fill in the 8 voxels around each point of a voxel, as flat indices, and their weights; NaN outside the image."""
     matrix, samples = mapping
-    i += (point % samples[0] + 0.5) / samples[0] - 0.5
-    j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
-    k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
-    return _index(matrix[0], i, j, k), _index(matrix[1], i, j, k), _index(matrix[2], i, j, k)
+    for point in range(samples.prod()):
+        a = i + ((point % samples[0] + 0.5) / samples[0] - 0.5)
+        b = j + ((point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5)
+        c = k + ((point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5)
+        x, y, z = (_along(matrix[0], a, b, c, shape[0]), _along(matrix[1], a, b, c, shape[1]),
+                   _along(matrix[2], a, b, c, shape[2]))  # fmt: skip
+        for corner in range(8):
+            (p, u), (q, v), (r, w) = x[corner & 1], y[corner >> 1 & 1], z[corner >> 2]
+            voxels[8 * point + corner] = (p * shape[1] + q) * shape[2] + r
+            weights[8 * point + corner] = u * v * w
 
 
 @compiled()
-def _index(row: np.ndarray, i: float, j: float, k: float) -> float:
+def _along(row: np.ndarray, i: float, j: float, k: float, n: int) -> tuple[tuple[int, np.float32], ...]:
+    """Voxels below and above a point along an axis of `n` voxels, and their weights."""
     x = row[0] * i + row[1] * j + row[2] * k + row[3]
-    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
-
-
-@compiled()
-def _corner(x: float, y: float, z: float, shape: tuple[int, ...], number: int) -> tuple[int, int, int, np.float32]:
-    """Voxel, of the 8 around a place, and its weight."""
-    a, u = _neighbour(x, shape[0], number & 1)
-    b, v = _neighbour(y, shape[1], number >> 1 & 1)
-    c, w = _neighbour(z, shape[2], number >> 2)
-    return a, b, c, u * v * w
-
-
-@compiled()
-def _neighbour(x: float, n: int, upper: int) -> tuple[int, np.float32]:
-    """Voxel below (or above) a place along an axis of `n` voxels, and its weight."""
+    x = math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+    reach = (1 + (abs(row[0]) + abs(row[1]) + abs(row[2]))) / 2
+    is_inside = -reach < x < n - 1 + reach
     x = min(max(x, 0.0), n - 1.0)
     low = int(x)
-    share = x - low
-    return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
+    share = x - low if is_inside else np.nan
+    return (low, np.float32(1 - share)), (min(low + 1, n - 1), np.float32(share))

@@ -32,8 +32,6 @@ class Box:
     def within(self, other: Box) -> Box:
         """Return this box, which counts from the first voxel of `other`, on the grid of `other`.
 
-        Examples
-        --------
         >>> Box((1, 0), (2, 2)).within(Box((10, -3), (8, 8)))
         Box(start=(11, -3), shape=(2, 2))
         """
@@ -41,15 +39,10 @@ class Box:
 
 
 def head_box(data: np.ndarray, voxel_size: float, multiple: int = 32) -> Box:
-    """Find the box around the head, or around the brain of a brain-extracted image.
+    """Find the box around the head, or around the brain of a brain-extracted image; arguments as of `head_mask`.
 
-    The foreground (see `head_mask`), without what lies more than `HEAD_HEIGHT_MM` below the top of the head (a long
-    neck), enlarged to sides that are multiples of `multiple`. Empty voxels (0) around the image do not move the box.
-
-    Parameters
-    ----------
-    data : (X, Y, Z) float32, conformed grid, RAS+
-    voxel_size : mm
+    The foreground, without what lies more than `HEAD_HEIGHT_MM` below the top of the head (a long neck), enlarged to
+    sides that are multiples of `multiple`. Empty voxels (0) around the image do not move the box.
     """
     first, last = bounds(data > 0) if data.any() else (np.zeros(3, int), np.array(data.shape))
     rim = round(2 * _COARSE_MM / voxel_size)  # of air, whatever the image has
@@ -66,8 +59,6 @@ def enclose(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], multiple:
     Bounds beyond an array of `shape` are moved to its edge; the sides are then enlarged, half of it on each side,
     whether the array has room or not.
 
-    Examples
-    --------
     >>> enclose(np.array([-1, 5]), np.array([3, 8]), (9, 9), 4)
     Box(start=(0, 5), shape=(4, 4))
     """
@@ -86,7 +77,7 @@ def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
 
     Parameters
     ----------
-    data : (X, Y, Z) float32, conformed grid
+    data : (X, Y, Z) float32, conformed grid, RAS+
     voxel_size : mm
     """
     step = max(1, round(_COARSE_MM / voxel_size))
@@ -106,13 +97,8 @@ def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
 def is_probably_cropped(mask: np.ndarray, voxel_size: float) -> str | None:
     """Say, for the report, why the image may not show the whole brain; None where nothing is suspicious.
 
-    Either the foreground is cut by the top, a side, the front or the back of the image over more than a few square
-    centimetres (a nose or an ear cuts less), or it is smaller than any brain.
-
-    Parameters
-    ----------
-    mask : (X, Y, Z) bool, of `head_mask`, conformed grid, RAS+
-    voxel_size : mm
+    Either the foreground (`mask`, of `head_mask`) is cut by the top, a side, the front or the back of the image over
+    more than a few square centimetres (a nose or an ear cuts less), or it is smaller than any brain.
     """
     faces = {"top": mask[:, :, -1], "left": mask[0], "right": mask[-1], "front": mask[:, -1], "back": mask[:, 0]}
     cut = [face for face, plane in faces.items() if plane.sum() * voxel_size**2 / 100 > _TOUCH_CM2[face]]
@@ -124,7 +110,9 @@ def is_probably_cropped(mask: np.ndarray, voxel_size: float) -> str | None:
         )
     if cut:
         where = ", ".join(cut)
-        return f"The head is cut by the edge of the image ({where}): the brain may be incomplete, and volumes too small."
+        return (
+            f"The head is cut by the edge of the image ({where}): the brain may be incomplete, and volumes too small."
+        )
     low, high = bounds(mask)
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
@@ -142,8 +130,6 @@ def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def extract(data: np.ndarray, box: Box, fill: float = 0) -> np.ndarray:
     """Copy the voxels of the box; `fill` where it reaches beyond the array.
 
-    Examples
-    --------
     >>> extract(np.ones((2, 2, 2)), Box((-1, 0, 0), (2, 1, 1))).ravel().tolist()
     [0.0, 1.0]
     """

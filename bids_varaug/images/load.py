@@ -48,33 +48,20 @@ _FILTER = "filter it out with --bids-filter-file."
 
 @dataclass(frozen=True)
 class Volume:
-    """One image volume.
+    """One image volume."""
 
-    Attributes
-    ----------
-    data : (X, Y, Z) float32
-    affine : (4, 4) float64, voxel index -> mm, RAS+ world
-    warnings : where the header was not taken at its word
-    """
-
-    data: np.ndarray
-    affine: np.ndarray
-    warnings: tuple[str, ...] = ()
+    data: np.ndarray  # (X, Y, Z) float32
+    affine: np.ndarray  # (4, 4) float64, voxel index -> mm, RAS+ world
+    warnings: tuple[str, ...] = ()  # where the header was not taken at its word
 
 
 def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """Read a T1w image from ``.nii`` or ``.nii.gz``; intensities are as `standardise` leaves them.
 
-    Parameters
-    ----------
-    trust : "sform" or "qform", where they contradict each other; see `choose_affine`
-
-    Raises
-    ------
-    ScanError
-        If the file is absent, empty, damaged or not NIfTI; is not one 3D volume of real numbers; has NaN, infinite or
-        only equal values, or values that wrapped around; does not say where left and right are; or its voxels or field
-        of view cannot be those of a head. The message names the file.
+    `trust` is as in `choose_affine`. Raises `ScanError`, which names the file, if it is absent, empty, damaged or not
+    NIfTI; is not one 3D volume of real numbers; has NaN, infinite or only equal values, or values that wrapped around;
+    does not say where left and right are; is too large for the memory; or its voxels or field of view cannot be those
+    of a head.
     """
     path = Path(path)
     try:
@@ -83,7 +70,6 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
             shape = _check_shape(path.name, header)
             affine, warnings = choose_affine(path.name, header, trust)
             _check_affine(path.name, affine, shape)
-            _check_memory(path.name, shape)
             slope, _ = header.get_slope_inter()  # raises where they are not finite
             raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
@@ -137,6 +123,7 @@ def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, ...]:
     text = " x ".join(map(str, shape))
     dtype = header.get_data_dtype()
     is_real = dtype.fields is None and dtype.kind in "iuf" and dtype.itemsize <= 8
+    need, bound = BYTES_PER_VOXEL * math.prod(shape) / GIB, memory_bound()
     _refuse(name, {
         f"impossible shape ({text}). {_AGAIN}": any(n < 1 for n in shape),
         f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}": math.prod(shape[3:]) > 1,
@@ -144,6 +131,9 @@ def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, ...]:
         "head or resample it to 0.5 mm or coarser.": math.prod(shape) > MAX_VOXELS,
         f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number per voxel; convert it "
         "to int16 or float32.": not is_real,
+        f"{text} voxels need about {need:.1f} GB of memory, and {bound.free:.1f} GB of {bound.total:.1f} are free "
+        f"({bound.source}). Give more memory, run fewer steps at once (--nprocs), or resample the image.":
+            need > bound.free,  # the kernel would kill us
     })  # fmt: skip
     return (*shape, 1, 1, 1)[:3]
 
@@ -154,30 +144,15 @@ def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> None
     extent = sizes * shape
     finest, coarsest = VOXEL_SIZE_RANGE
     smallest, largest = FIELD_OF_VIEW_RANGE
-    view = f"field of view of {in_mm(extent, '.0f')}"
     _refuse(name, {
-        f"the affine has absurd values. {fix} crop the image.": np.abs(affine).max() > 1e6,
-        f"the affine is strongly sheared. {fix} resample the image.":
-            voxel_volume(affine) < MIN_SQUARENESS * sizes.prod(),
+        f"the affine is strongly sheared or has absurd values. {fix} resample the image.":
+            voxel_volume(affine) < MIN_SQUARENESS * sizes.prod() or np.abs(affine).max() > 1e6,
         f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the image, "
         f"or {_FILTER} The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
-        f"{view}; image far too small or cropped through the brain (at least {smallest:g} mm along each axis). Filter "
-        "it out with --bids-filter-file.": extent.min() < smallest,
-        f"{view}, far larger than a head (at most {largest:g} mm). {fix} crop the image.": extent.max() > largest,
+        f"field of view of {in_mm(extent, '.0f')}; that of a whole head is {smallest:g} to {largest:g} mm along each "
+        f"axis. {fix} crop the image, or {_FILTER}": extent.min() < smallest or extent.max() > largest,
     })  # fmt: skip
-
-
-def _check_memory(name: str, shape: tuple[int, ...]) -> None:
-    """Refuse what the kernel would kill us for."""
-    need = BYTES_PER_VOXEL * math.prod(shape) / GIB
-    bound = memory_bound()
-    if need > bound.free:
-        raise ScanError(
-            f"{name}: {' x '.join(map(str, shape))} voxels need about {need:.1f} GB of memory, and {bound.free:.1f} GB "
-            f"of {bound.total:.1f} are free ({bound.source}). Give more memory, run fewer steps at once (--nprocs), or "
-            "resample the image."
-        )
 
 
 def _read_data(path: Path, stream: BufferedIOBase, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
