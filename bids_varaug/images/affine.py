@@ -55,15 +55,9 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
     has the sizes of pixdim, if the sizes differ, else the sform. A lone sform of other sizes than pixdim keeps its axes
     and takes the sizes of pixdim (but where these are all 1, as in a header that nobody filled in).
 
-    Parameters
-    ----------
-    name : of the file, for messages
-    trust : "sform" or "qform" to take that one where both are set, or none is
-
-    Returns
-    -------
-    affine : (4, 4) float64, voxel -> mm, RAS+ world
-    warnings : sentences. `ScanError` if no form says where left and right are, or the two contradict each other in it
+    Returns the affine, (4, 4) float64, voxel -> mm, RAS+ world, and warnings. `trust` is "sform" or "qform" to take
+    that one where both are set, or none is; `name` is that of the file, for messages. Raises `ScanError` if no form
+    says where left and right are, or the two contradict each other in it.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
     given = [form for form, code in codes.items() if code > 0] or ([trust] if trust else [])

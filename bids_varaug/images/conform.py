@@ -1,12 +1,10 @@
 """Between a T1w's own ("native") grid and the network's ("conformed") grid.
 
 The conformed grid has one isotropic voxel size, RAS+ axes, and covers the image's field of view with the same centre.
-Its axes are the image's own, flipped and permuted, where these are within a few degrees of the scanner's; those of the
-scanner where the image is oblique.
-
-On the way back, a native voxel is interpolated linearly from the 8 conformed voxels around it; one larger than these is
-the mean of ``ceil(native size / conformed size)`` interpolations along each axis, so that it averages over what it
-contains. Where the grids differ by flips and permutations only, values are copied bit for bit.
+Its axes are the image's own, flipped and permuted; those of the scanner where the image is oblique. On the way back, a
+native voxel is interpolated linearly from the 8 conformed voxels around it; one larger than these is the mean of
+``ceil(native size / conformed size)`` interpolations along each axis, so that it averages over what it contains. Where
+the grids differ by flips and permutations only, values are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -75,15 +73,7 @@ class Geometry:
 def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
     """Read, conform and crop a T1w image; `load_t1w` tells what is refused.
 
-    Parameters
-    ----------
-    voxel_size : of the conformed grid, mm
-    multiple : sides of the head box are multiples of this many voxels
-
-    Returns
-    -------
-    head : (X, Y, Z) float32, any unit, RAS+, conformed grid
-    geometry : Geometry
+    The head is (X, Y, Z) float32, of any unit, on a grid of `voxel_size` mm; its sides are multiples of `multiple`.
     """
     native = load_t1w(path, trust)
     whole = conform(native, voxel_size)
@@ -92,7 +82,7 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
         uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
     doubt = is_probably_cropped(uncut, voxel_size)
-    warnings = native.warnings + (() if doubt is None else (doubt,))
+    warnings = native.warnings + ((doubt,) if doubt else ())
     volume = float(mask.sum()) * voxel_volume(whole.affine)
     grids = whole.data.shape, whole.affine, native.data.shape, native.affine
     return extract(whole.data, box), Geometry(voxel_size, box, *grids, volume, warnings)
@@ -103,19 +93,10 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
 
     Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
     ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point spread function grows from
-    one voxel size to the other [1]_. Beyond the outermost voxel centres the outermost values go on; what lies outside
-    the image is air (0). Where all axes have the voxel size already and the image is not oblique, it is only flipped
-    and permuted, bit for bit.
-
-    Parameters
-    ----------
-    voxel_size : mm
-    straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
-
-    References
-    ----------
-    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in image resampling,
-       MICCAI.
+    one voxel size to the other (Cardoso et al. 2015, Scale factor point spread function matching, MICCAI). Beyond the
+    outermost voxel centres the outermost values go on; what lies outside the image is air (0). Where all axes have the
+    voxel size already and the image is not oblique, it is only flipped and permuted, bit for bit. `voxel_size` is in
+    mm; `straighten` turns an oblique image (see `is_oblique`) to the scanner's axes.
 
     >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
     >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]))
@@ -136,18 +117,13 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     for axis in np.flatnonzero(ratios > 1):
         sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
         data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-    resampled = _resample(data, (grid[:3], np.ones(3, np.int64)), shape)
-    return Volume(resampled, affine @ grid, volume.warnings)
+    return Volume(_resample(data, (grid[:3], np.ones(3, np.int64)), shape), affine @ grid, volume.warnings)
 
 
 def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
-    """Bring a map from the head box to the image's own grid.
+    """Bring a map (X, Y, Z) of any real type from the head box to the image's own grid; `fill` is outside the box.
 
-    Parameters
-    ----------
-    values : (X, Y, Z) any real type, head box
-    order : 0 for labels and masks, which take the nearest voxel and keep their type; 1 for maps, which become float32
-    fill : value of the conformed grid outside the box
+    Labels and masks (`order` 0) take the nearest voxel and keep their type; maps (`order` 1) become float32.
     """
     whole = insert(values, geometry.box, geometry.conformed_shape, fill)
     matrix, samples = geometry.native_to_conformed()
@@ -166,23 +142,17 @@ def resample_posterior(
 ) -> np.ndarray:
     """Bring a sparse posterior from the head box (X, Y, Z) to the image's own grid.
 
-    Voxels that are not stored, or lie outside the box, count as background. Labels are those of the interpolated
-    probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label. The same bits for any number of
-    threads.
+    Returns the most probable class, uint8, ties to the lower index. Voxels that are not stored, or lie outside the box,
+    count as background. The same bits for any number of threads.
 
     Parameters
     ----------
     offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
     voxels : (N,) int32, flat index ``y * Z + z`` within the slab
     posterior : (N, K) float32, sums to 1 over K
-    out : (*native_shape, K) uint8, zeros, optional
-        Takes the posterior, probability * 255, rounded; a `numpy.memmap` where it would not fit in memory (32 classes
-        at 512^3 voxels are 4.3 GB).
-    temperature : T, above 1 to make the posterior less sure
-
-    Returns
-    -------
-    native_shape, uint8, class index k of the most probable class, ties to the lower index
+    out : (*native_shape, K) uint8, zeros; takes the interpolated posterior, probability * 255, rounded. May be a
+        `numpy.memmap`: 32 classes at 512^3 voxels are 4.3 GB
+    temperature : T; probabilities p become p^(1/T), scaled to sum to 1, which moves no label
     """
     n_classes, box = posterior.shape[1], geometry.box
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):

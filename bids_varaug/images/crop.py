@@ -73,12 +73,7 @@ def head_mask(data: np.ndarray, voxel_size: float) -> np.ndarray:
 
     Means over cubes of about 3 mm (they quiet the noise of air) above half of Otsu's threshold (whole heads: tissue
     against air, half because a weak coil makes dark tissue), opened by one cube, largest connected part. Coarse by
-    design: it finds a box, it is not a mask for analysis.
-
-    Parameters
-    ----------
-    data : (X, Y, Z) float32, conformed grid, RAS+
-    voxel_size : mm
+    design: it finds a box, it is not a mask for analysis. `data` is float32, conformed grid; `voxel_size` in mm.
     """
     step = max(1, round(_COARSE_MM / voxel_size))
     coarse = _block_means(data, step)
@@ -116,8 +111,8 @@ def is_probably_cropped(mask: np.ndarray, voxel_size: float) -> str | None:
     low, high = bounds(mask)
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
-        measures = f"{in_mm(extent, '.0f')} (left-right, back-front, bottom-top)"
-        return f"The head or brain measures only {measures}: it may be incomplete."
+        size = in_mm(extent, ".0f")
+        return f"The head or brain measures only {size} (left-right, back-front, bottom-top): it may be incomplete."
     return None
 
 

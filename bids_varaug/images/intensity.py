@@ -19,12 +19,8 @@ def standardise(raw: np.ndarray, negative: bool = False) -> np.ndarray:
 
     Air: the 0.5th percentile of the voxels that are no padding; what is below, and padding of whatever value, becomes
     0. Scaled images, ``a * x``, give the same bits, also shifted ones where their values are whole numbers, or were
-    before they were scaled: such numbers are recovered from floating point by their spacing.
-
-    Parameters
-    ----------
-    raw : any real type and unit, finite, not constant
-    negative : whether bright is stored as small
+    before they were scaled: such numbers are recovered from floating point by their spacing. `raw` is of any real type
+    and unit, finite, not constant; `negative` says that bright is stored as small.
     """
     padding = _constants(_faces(raw))
     rest = raw[::_EVERY, ::_EVERY, ::_EVERY]

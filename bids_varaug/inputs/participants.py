@@ -40,16 +40,15 @@ _UNITS = {
     "days": (1 / 365.25, "days day d tage tagen jours"),
 }
 _UNIT_OF = {word: unit for unit, (_, words) in _UNITS.items() for word in words.split()}
-# What may stand before a unit: "Age at scan, in completed years"; not "light years", "5-year bins".
-_BEFORE = re.compile(
-    r"(\W|\b(ages?|alter|edad|as|at|of|in|en|the|time|date|scan\w*|mri|session|visit|numbers?|units?|"
-    r"subjects?|participa\w*|s|is|full|whole|complete\w*|calendar|decimal|exact|chronological)\b)*"
+# What may stand beside a unit: "Age at scan, in completed years"; not "light years", "years since diagnosis".
+_FILLER = re.compile(
+    r"\b((since|date of) birth|of age|(time|day|date|numbers?) of|ages?|alter|edad|old|as|at|in|en|on|the|same|time|"
+    r"scan\w*|mri|first|session|visit|units?|is|full|whole|complete\w*|calendar|decimal|exact|chronological)\b"
 )
-# What makes another quantity of it: "year of birth", "years since diagnosis", "years - 50".
+# What makes another quantity of it in a comment: "year (of birth)", "years, mean-centered".
 _OTHER = re.compile(
-    r"^\W*(of (?!age)|(since|after|before|until|till|post)\b)|^ *(from|to (?!the|near|one|two|\d))|"
-    r"^\W{0,3}[-+−–] *\d|[*×·÷^]|/ *\d|\bx *\d|\b(birth|born|bins?\b|group|categor|decade|log|"
-    r"minus|times|divid|multipl|scor|standardi|normali|cente?red|educ|diagnos|onset|durati|predict|brain)"
+    r"birth|born|bins?\b|group|categor|decade|log|minus|plus|times|divid|multipl|scor|standardi|normali|cente?red|educ|"
+    r"diagnos|onset|durati|predict|brain|since|after|before|until|[*×·÷^/+]|(?<!\d)[-−–] *\d"
 )
 _NUMBER = re.compile(
     r"(?i)(?P<more>>=?|≥)?\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<plus>\+)?\s*(?P<unit>[a-z][a-z ]*)?"
@@ -230,16 +229,12 @@ def _age_unit(column: str, sidecar: Path) -> str:
 
 
 def _read_unit(text: str) -> str | None:
-    """The first unit of a text; None where the rest makes another quantity or unit of it."""
-    if (plain := re.sub("^agein|old$", "", plain_name(text))) in _UNIT_OF:
-        return _UNIT_OF[plain]
-    skipped = r"(since|from|date of) birth|(the|same|scan) (day|month)\b|\(s\)|_"
-    text = re.sub(skipped, " ", text.lower())
-    words = re.finditer(r"[^\W\d_]([^\W\d_]|[\u0300-\u036f])+", text)
-    units = {w.span(): _UNIT_OF[n] for w in words if (n := plain_name(w[0])) in _UNIT_OF}
-    start, end = next(iter(units), (0, 0))
-    is_unit = len(set(units.values())) == 1 and _BEFORE.fullmatch(text[:start])
-    return units[start, end] if is_unit and not _OTHER.search(text[end:]) else None
+    """The unit that a text begins with; None where the rest makes another quantity or unit of it."""
+    text = _FILLER.sub("", text.lower().replace("_", " ")).lstrip(" ([,.;:")
+    head, *comments = re.split(r"[(\[,.;:]", text)
+    unit, comment = _UNIT_OF.get(plain_name(head)), " ".join(comments)
+    others = {_UNIT_OF.get(word, unit) for word in re.findall(r"[^\W\d_]{2,}", comment)} - {unit}
+    return None if others or _OTHER.search(comment) else unit
 
 
 def read_sexes(path: Path, column: str, values: Sequence[str | None], notes: list[str]) -> list[str | None]:

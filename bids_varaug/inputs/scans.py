@@ -13,7 +13,9 @@ import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from bids_varaug.errors import FiltersError, NoInputError, OutputError, UsageError
@@ -45,7 +47,7 @@ _EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz]."
 _PARTICIPANT = re.compile("sub-[0-9a-zA-Z+]+")
 _MEANT = re.compile(r"(?i)sub(?:j|ject)?[\W_\d]")  # also Sub-01, sub_01, subject01
 # From the participant's folder down to a NIfTI file of an anat folder.
-_ON_THE_WAY = re.compile(r"/(sub-[^/]+)(?:/ses-[^/]*)?(?:/anat(?:/[^/]+\.nii(?:\.gz)?)?)?")
+_ON_THE_WAY = re.compile(r"/sub-([^/]+)(?:/ses-[^/]*)?(?:/anat(?:/[^/]+\.nii(?:\.gz)?)?)?")
 _GOOD_FILE = re.compile(  # no entity twice; sub- and ses- as in the folders
     r"(?!.*(_[a-z]+-).*\1)(sub-L)/(?:(ses-L)/)?anat/\2(?(3)_\3)"
     r"(?:_(?!sub-|ses-)[a-z]+-L)*_T1w\.nii(?:\.gz)?".replace("L", "[0-9a-zA-Z+]+")
@@ -102,10 +104,9 @@ def find_scans(settings: Settings) -> Selection:
     """T1w images of the requested participants and sessions that pass the BIDS filters.
 
     T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_sort_out` leaves out.
-
-    Raises `UsageError` for a filter that cannot be and a database of another dataset; `FiltersError` for labels that do
-    not exist and filters that leave nothing; `NoInputError` where no image is there, or none whose content is present,
-    or a folder or .bidsignore cannot be read.
+    Raises `UsageError` for a filter that cannot be and a database of another dataset; `FiltersError` for labels
+    that do not exist and filters that leave nothing; `NoInputError` where no image is there, or none whose content
+    is present, or a folder or .bidsignore cannot be read.
     """
     bids_dir, named = settings.bids_dir, bool(settings.participant_labels)
     filters, sessions = dict(settings.bids_filters.get("t1w", {})), set(settings.session_labels)
@@ -281,27 +282,20 @@ def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> 
     return list(available.values()), complaints
 
 
-class _Elsewhere:
-    """What pybids skips: all but NIfTI files of the participants' ``anat`` folders.
-
-    It stands in for a regular expression, which would be as long as the list of participants.
-    """
-
-    def __init__(self, participants: Iterable[str]) -> None:
-        self.folders = {f"sub-{label}" for label in participants}
-
-    def search(self, path: str) -> bool:
-        """Whether to skip a path, ``/`` being the dataset."""
-        match = _ON_THE_WAY.fullmatch(path)
-        return match is None or match[1] not in self.folders
+def _is_elsewhere(participants: Collection[str], path: str) -> bool:
+    """Whether a path, ``/`` being the dataset, leads to no NIfTI file in these participants' ``anat`` folders."""
+    match = _ON_THE_WAY.fullmatch(path)
+    return match is None or match[1] not in participants
 
 
 def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -> BIDSLayout:
     """Index with pybids the participants' ``anat`` folders, in memory or in `database`."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
+    # It stands in for a regular expression, which would be as long as the list of participants.
+    elsewhere = SimpleNamespace(search=partial(_is_elsewhere, set(participants)))
     # Sidecars are as many again, and nothing asks for them.
-    indexer = BIDSLayoutIndexer(ignore=[_Elsewhere(participants)], index_metadata=False)
+    indexer = BIDSLayoutIndexer(ignore=[elsewhere], index_metadata=False)
     kinds = ["bids", "derivatives"]
     return BIDSLayout(bids_dir, validate=False, config=kinds, indexer=indexer, database_path=database)
 
@@ -343,7 +337,7 @@ def _query(
 ) -> list[Scan]:
     """Images of the participants that pass pybids filters, in natural order."""
     query = {"suffix": "T1w", "datatype": "anat", "extension": [".nii", ".nii.gz"]}
-    scans, elsewhere = [], _Elsewhere(participants)
+    scans, participants = [], set(participants)
     for layout in layouts:
         known = sorted(layout.get_entities(metadata=False))
         asked = query | {name: _filter_value(name, value, known) for name, value in filters.items()}
@@ -352,7 +346,7 @@ def _query(
             relative = path.relative_to(bids_dir).as_posix()
             entities = {name: str(value) for name, value in found.get_entities().items() if name not in query}
             # A database made by others may hold more than the anat folders.
-            if not elsewhere.search(f"/{relative}"):
+            if not _is_elsewhere(participants, f"/{relative}"):
                 scans.append(Scan(path, entities, relative))
     return sorted(scans, key=lambda scan: (natural_key(scan.relative), scan.relative))
 
