@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 from bids_varaug.errors import UsageError
 
-DRIVER = "libcuda.so.1"
-"""Shared library that comes with NVIDIA's driver, not with torch, which opens it by this name."""
+DRIVER = "libcuda.so.1"  # shared library that comes with NVIDIA's driver, not with torch, which opens it by this name
 AMD_DEVICE = "/dev/kfd"
 
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}

@@ -11,12 +11,9 @@ from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
 
-SAME_SIZE = 0.01
-"""Relative difference of voxel sizes up to which the parts of a header agree."""
-SAME_ANGLE = 3.0
-"""Degrees between the axes of sform and qform up to which they agree."""
-OBLIQUE = 5.0
-"""Degrees between an axis of the image and of the scanner, beyond which the image is oblique."""
+SAME_SIZE = 0.01  # relative difference of voxel sizes up to which the parts of a header agree
+SAME_ANGLE = 3.0  # degrees between the axes of sform and qform up to which they agree
+OBLIQUE = 5.0  # degrees between an axis of the image and of the scanner, beyond which the image is oblique
 
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm

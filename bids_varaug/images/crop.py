@@ -10,8 +10,7 @@ from scipy import ndimage
 
 from bids_varaug.images.affine import in_mm
 
-HEAD_HEIGHT_MM = 200.0
-"""From the vertex down: brain, cerebellum and the top of the cord of every adult lie within it."""
+HEAD_HEIGHT_MM = 200.0  # from the vertex down: brain, cerebellum and the top of the cord of every adult lie within it
 _COARSE_MM = 3.0
 _TOUCH_CM2 = {"top": 12.0, "left": 30.0, "right": 30.0, "front": 30.0, "back": 30.0}
 _MIN_EXTENT_MM = (90.0, 110.0, 80.0)

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from scipy.ndimage import label
 
-PADDING_SHARE = 0.002
-"""Of the voxels on the image's faces, or of all: a value that more have is no tissue's."""
-MAX_SPIKE_SHARE = 1e-3
-"""At most 1e-4 in the real images at hand; 6e-3 with MP2RAGE's noise, 7e-3 where tissue wrapped."""
+PADDING_SHARE = 0.002  # of the voxels on the image's faces, or of all: a value that more have is no tissue's
+MAX_SPIKE_SHARE = 1e-3  # at most 1e-4 in the real images at hand; 6e-3 with MP2RAGE's noise, 7e-3 where tissue wrapped
 _MOST_LEVELS = 1 << 16
 _EVERY = 3  # of the voxels along each axis, where quantiles are taken
 

@@ -26,16 +26,12 @@ from bids_varaug.images.affine import choose_affine, in_mm, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.machine import GIB, memory_bound
 
-MAX_VOXELS = 400_000_000
-"""More voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32."""
-BYTES_PER_VOXEL = 16
-"""Most memory that reading and conforming take: four float32 copies at once."""
-VOXEL_SIZE_RANGE = (0.3, 5.0)
-"""mm. Structures are a few mm thick: larger voxels do not show them."""
+MAX_VOXELS = 400_000_000  # more voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32
+BYTES_PER_VOXEL = 16  # most memory that reading and conforming take: four float32 copies at once
+VOXEL_SIZE_RANGE = (0.3, 5.0)  # mm. Structures are a few mm thick: larger voxels do not show them
 FIELD_OF_VIEW_RANGE = (70.0, 600.0)
 """mm along each axis. Below, the brain cannot be whole; above, it is no image of a head."""
-MIN_SQUARENESS = 0.5
-"""|determinant| of the unit voxel axes: 1 for right angles, 0.87 for a gantry tilt of 30 deg."""
+MIN_SQUARENESS = 0.5  # |determinant| of the unit voxel axes: 1 for right angles, 0.87 for a gantry tilt of 30 deg
 
 _QUIET = logging.Logger("nibabel header checks", level=logging.CRITICAL + 1)
 # DEFLATE cannot compress by more than 1032:1, so a .gz bounds what it can hold.
