@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 PARTS_WITHOUT_CONTRAST = {"phase", "real", "imag"}
 # Where a head keeps its size; any other space is taken for that of a template.
-OWN_SPACES = set("individual subject native orig scanner scanras anat acpc fsnative t1w t2w pdw "
-                 "flair bold boldref func epi dwi asl pet".split())  # fmt: skip
+_SPACES = "individual subject native orig scanner scanras anat acpc fsnative t1w t2w pdw flair bold boldref func epi dwi asl"
+OWN_SPACES = {*_SPACES.split(), "pet"}
 DATABASE_FILE = "layout_index.sqlite"
 MANY = 20  # more names than this are not printed one by one
 
@@ -241,10 +241,11 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
             PART: any(part in entities and part not in filters for part in ("chunk", "hemi")),
             PHASE: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
         }
-        if reasons := [reason for reason, holds in checks.items() if holds]:
-            left_out[scan.relative] = reasons[0]
-        else:
+        reason = next((reason for reason, holds in checks.items() if holds), None)
+        if reason is None:
             chosen.append(scan)
+        else:
+            left_out[scan.relative] = reason
     raw = {_ENDING.sub("", scan.path.name) for scan in chosen if not _MADE.search(scan.path.name)}
     derived = [scan for scan in chosen if _MADE.search(scan.path.name) and _MADE.sub("", scan.prefix) in raw]
     left_out |= {scan.relative: DERIVED for scan in derived}
@@ -296,16 +297,14 @@ def _index(bids_dir: Path, participants: Iterable[str], database: Path | None) -
     elsewhere = SimpleNamespace(search=partial(_is_elsewhere, set(participants)))
     # Sidecars are as many again, and nothing asks for them.
     indexer = BIDSLayoutIndexer(ignore=[elsewhere], index_metadata=False)
-    kinds = ["bids", "derivatives"]
-    return BIDSLayout(bids_dir, validate=False, config=kinds, indexer=indexer, database_path=database)
+    configs = ["bids", "derivatives"]
+    return BIDSLayout(bids_dir, validate=False, config=configs, indexer=indexer, database_path=database)
 
 
 def _open_layouts(bids_dir: Path, participants: list[str], database: Path | None) -> list[BIDSLayout]:
     """The layout, and one more for participants that an existing database does not hold.
 
-    A database is made once and then only read: jobs that share it cannot disturb each other, and one made for other
-    participants still gives the right answer. It is indexed into a temporary folder and moved, so that no job ever
-    reads half of it.
+    A database is made once, in a temporary folder, moved when it is whole, and then only read: jobs may share it.
     """
     from bids.layout import BIDSLayout
 

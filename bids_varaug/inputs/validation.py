@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -29,9 +30,8 @@ OTHERS_CODES = {"PARTICIPANT_ID_MISMATCH"}
 # What the validator says, without a location, of a file that may be a link to what was not fetched.
 FILE_OF_CODE = {"MISSING_DATASET_DESCRIPTION": "/dataset_description.json"}
 
+# Keys: code, location ("" where it is the whole dataset), message, where given subCode and issueMessage.
 Issue = dict[str, str]
-"""Keys ``code``, ``location`` ("" where it is the whole dataset), ``message``, where given ``subCode`` and
-``issueMessage``."""
 
 
 def find_validator() -> str | None:
@@ -41,31 +41,20 @@ def find_validator() -> str | None:
 
 
 def run_validator(bids_dir: Path, *options: str) -> list[Issue]:
-    """Errors (not warnings) that ``bids-validator-deno`` finds in a dataset, with its own schema.
-
-    Raises `InvalidBidsError` if the validator is not installed or gives no answer.
-    """
-    executable = find_validator()
-    if executable is None:
-        raise InvalidBidsError(
-            f"{EXECUTABLE} is not installed, so {bids_dir} cannot be checked. pip install bids-validator-deno, or pass "
-            "--skip-bids-validation."
-        )
+    """Errors (not warnings) that the validator finds with its own schema; `InvalidBidsError` if it gives no answer."""
     # BIDS_SCHEMA would make it fetch a schema from the network; compute nodes have none.
     environment = {key: value for key, value in os.environ.items() if key != "BIDS_SCHEMA"}
     environment |= {"DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
-    command = [executable, "--format", "json", "--ignoreWarnings", *options, str(bids_dir)]
-    answer = "it could not be started"
+    command = [find_validator() or EXECUTABLE, "--format", "json", "--ignoreWarnings", *options, str(bids_dir)]
+    answer = f"it could not be started; pip install {EXECUTABLE}"
     try:
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
         answer = done.stderr.decode(errors="replace").strip()[-500:]
         report = json.loads(done.stdout)["issues"]
         issues, messages = report["issues"], report.get("codeMessages", {})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidBidsError(
-            f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error}). Pass --skip-bids-validation to continue "
-            "without it."
-        ) from error
+        verdict = f"{EXECUTABLE} gave no verdict on {bids_dir}: {answer} ({error})"
+        raise InvalidBidsError(f"{verdict}. Pass --skip-bids-validation to continue without it.") from error
     errors = [issue for issue in issues if issue.get("severity") == "error"]
     for issue in errors:
         issue["message"] = messages.get(issue["code"], "").strip()
@@ -121,16 +110,15 @@ def _is_absent(bids_dir: Path, location: str) -> bool:
         return False  # there, and unreadable: the validator's verdict stands
 
 
-def summarize_errors(errors: Iterable[Mapping[str, str]]) -> str:
+def summarize_errors(errors: Iterable[Issue]) -> str:
     """One line per code (and key) with its first files.
 
     >>> print(summarize_errors([{"code": "A", "location": "/x"}, {"code": "A", "location": "/y"}]))
       A: /x, /y
     """
-    by_code: dict[str, list[Mapping[str, str]]] = {}
+    by_code = defaultdict(list)
     for issue in errors:
-        code = ".".join(filter(None, (issue["code"], issue.get("subCode"))))
-        by_code.setdefault(code, []).append(issue)
+        by_code[".".join(filter(None, (issue["code"], issue.get("subCode"))))].append(issue)
     lines = []
     for code, issues in list(by_code.items())[:SHOWN_CODES]:
         files = sorted(issue["location"] or "(dataset)" for issue in issues)
