@@ -23,8 +23,8 @@ from bids_varaug.errors import UsageError
 DRIVER = "libcuda.so.1"  # shared library that comes with NVIDIA's driver, not with torch, which opens it by this name
 AMD_DEVICE = "/dev/kfd"
 
+# Environment variable -> folder of a cache; deno runs the validator.
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
-"""Environment variable -> folder of a cache; deno runs the validator."""
 
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
@@ -90,10 +90,9 @@ def caches_below(work_dir: Path) -> Path:
 
 
 def keep_caches_below(work_dir: Path) -> None:
-    """Have compiled kernels and lists of fonts kept in the work directory, for this process.
+    """Have this process keep caches in the work directory: the home or the package may be read-only or another user's.
 
-    Otherwise they are written to the home or the installed package, which may be read-only or another user's. Variables
-    that the user has set stay as they are. Before numba and matplotlib are imported: they look at these variables once.
+    Variables that the user has set stay. Call it before numba and matplotlib are imported: they look at them once.
     """
     folders = {variable: caches_below(work_dir) / name for variable, name in CACHES.items()}
     folders["NUMBA_CACHE_DIR"] /= name_kernels(Path(__file__).parent)
@@ -104,18 +103,14 @@ def keep_caches_below(work_dir: Path) -> None:
 def name_kernels(package: Path) -> str:
     """Name a package's compiled kernels by the text of the modules that hold them.
 
-    numba compiles a kernel again when its own module has changed, but not when only one that it calls in another module
-    has: after an upgrade, a work directory would go on with the old one.
+    numba itself compiles a kernel again when its own module has changed, not when another one that it calls has.
     """
     texts = (path.read_bytes() for path in sorted(package.rglob("*.py")))
     return hashlib.sha256(b"".join(text for text in texts if b"@compiled(" in text)).hexdigest()[:12]
 
 
 def resolve_device(wanted: str) -> str:
-    """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N.
-
-    Raises `UsageError` if a GPU is asked for and this machine or this torch has none.
-    """
+    """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N; `UsageError` if this machine or torch has no such GPU."""
     # torch takes seconds to import, and the main process needs it for nothing else.
     if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
         return "cpu"
@@ -152,10 +147,9 @@ class MemoryBound(NamedTuple):
 
 
 def memory_bound(root: Path = Path("/")) -> MemoryBound:
-    """The tightest of the machine's memory, the limits of its control groups, and ``ulimit -v``.
+    """The tightest of the machine's memory, the limits of its control groups (the kernel kills), and ``ulimit -v``.
 
-    The kernel kills a process beyond the first two without a word; beyond the last, an allocation fails. `root` is
-    where ``proc`` and ``sys`` are.
+    `root` is where ``proc`` and ``sys`` are.
     """
     return min(_bounds(root), key=lambda bound: bound.total)
 
@@ -209,8 +203,8 @@ _release: threading.Timer | None = None
 def keep_freed_memory() -> bool:
     """Make glibc reuse freed blocks instead of returning them to the kernel; False where the C library is another one.
 
-    Each activation of a 3D network is a block of 50-500 MB, which malloc would map and unmap at every layer; the page
-    faults took up to three quarters of a forward pass. Peak memory hardly changes.
+    malloc would map and unmap each activation (50-500 MB) of a 3D network; the page faults took up to three quarters of
+    a forward pass. Peak memory hardly changes.
     """
     if _release is not None:
         _release.cancel()
@@ -220,10 +214,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory(seconds: float = 1.0) -> None:
-    """Give freed blocks back to the kernel, unless `keep_freed_memory` is called before.
-
-    A process that waits for work should not hold them; the next member begins sooner.
-    """
+    """Give freed blocks back to the kernel, unless `keep_freed_memory` is called before, as the next member does."""
     global _release
     if (libc := _glibc()) is not None:
         _release = threading.Timer(seconds, libc.malloc_trim, [0])

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 PARTS_WITHOUT_CONTRAST = {"phase", "real", "imag"}
 # Where a head keeps its size; any other space is taken for that of a template.
-_SPACES = "individual subject native orig scanner scanras anat acpc fsnative t1w t2w pdw flair bold boldref func epi dwi asl"
-OWN_SPACES = {*_SPACES.split(), "pet"}
+OWN_SPACES = set("individual subject native orig scanner scanras anat acpc fsnative t1w t2w pdw "
+                 "flair bold boldref func epi dwi asl pet".split())  # fmt: skip
 DATABASE_FILE = "layout_index.sqlite"
 MANY = 20  # more names than this are not printed one by one
 
@@ -241,11 +241,10 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
             PART: any(part in entities and part not in filters for part in ("chunk", "hemi")),
             PHASE: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
         }
-        reason = next((reason for reason, holds in checks.items() if holds), None)
-        if reason is None:
-            chosen.append(scan)
+        if reasons := [reason for reason, holds in checks.items() if holds]:
+            left_out[scan.relative] = reasons[0]
         else:
-            left_out[scan.relative] = reason
+            chosen.append(scan)
     raw = {_ENDING.sub("", scan.path.name) for scan in chosen if not _MADE.search(scan.path.name)}
     derived = [scan for scan in chosen if _MADE.search(scan.path.name) and _MADE.sub("", scan.prefix) in raw]
     left_out |= {scan.relative: DERIVED for scan in derived}
