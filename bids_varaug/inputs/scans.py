@@ -45,18 +45,18 @@ _NOTES = (IGNORED, TEMPLATE, PART, DERIVED)  # not PHASE: beside magnitude image
 _EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz]."
 
 _PARTICIPANT = re.compile("sub-[0-9a-zA-Z+]+")
-_MEANT = re.compile(r"(?i)sub(?:j|ject)?[\W_\d]")  # also Sub-01, sub_01, subject01
+_PARTICIPANT_LIKE = re.compile(r"(?i)sub(?:j|ject)?[\W_\d]")  # also Sub-01, sub_01, subject01
 # From the participant's folder down to a NIfTI file of an anat folder.
-_ON_THE_WAY = re.compile(r"/sub-([^/]+)(?:/ses-[^/]*)?(?:/anat(?:/[^/]+\.nii(?:\.gz)?)?)?")
-_GOOD_FILE = re.compile(  # no entity twice; sub- and ses- as in the folders
+_ANAT_PATH = re.compile(r"/sub-([^/]+)(?:/ses-[^/]*)?(?:/anat(?:/[^/]+\.nii(?:\.gz)?)?)?")
+_T1W_PATH = re.compile(  # no entity twice; sub- and ses- as in the folders
     r"(?!.*(_[a-z]+-).*\1)(sub-L)/(?:(ses-L)/)?anat/\2(?(3)_\3)"
     r"(?:_(?!sub-|ses-)[a-z]+-L)*_T1w\.nii(?:\.gz)?".replace("L", "[0-9a-zA-Z+]+")
 )
-_ENDING = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
-_MADE = re.compile("_(?:space|desc)-[^_]+")
+_SUFFIX = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
+_DERIVATIVE_ENTITY = re.compile("_(?:space|desc)-[^_]+")
 # Entities that no T1w image has, or that each output sets itself.
-_DROPPED = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")
-_QUERY_WORD = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
+_DROPPED_ENTITY = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")
+_QUERY_NAME = re.compile(r"<?Query\.(NONE|REQUIRED|ANY|OPTIONAL)(: \d+)?>?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Scan:
         >>> Scan(Path("/x/sub-01_run-02_desc-preproc_T1w.nii"), {"subject": "01"}, "").prefix
         'sub-01_run-02'
         """
-        return _DROPPED.sub("", _ENDING.sub("", self.path.name))
+        return _DROPPED_ENTITY.sub("", _SUFFIX.sub("", self.path.name))
 
     @property
     def subject(self) -> str:
@@ -167,7 +167,7 @@ def _list_participants(bids_dir: Path) -> tuple[list[str], list[str], set[str]]:
     is_ignored = _read_bidsignore(bids_dir)
     try:
         with os.scandir(bids_dir) as entries:
-            names = sorted((e.name for e in entries if _MEANT.match(e.name) and e.is_dir()), key=natural_key)
+            names = sorted((e.name for e in entries if _PARTICIPANT_LIKE.match(e.name) and e.is_dir()), key=natural_key)
     except OSError as error:
         raise NoInputError(f"{bids_dir}: cannot list this directory: {error.strerror}.") from error
     good = [name for name in names if _PARTICIPANT.fullmatch(name)]
@@ -236,7 +236,7 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
         entities: dict[str, str] = dict(re.findall("_([a-z]+)-([^_]+)", scan.path.name))
         checks = {
             IGNORED: is_ignored(scan.relative),
-            BAD_FILE: not _GOOD_FILE.fullmatch(scan.relative),
+            BAD_FILE: not _T1W_PATH.fullmatch(scan.relative),
             TEMPLATE: entities.get("tpl", entities.get("space", "orig")).lower() not in OWN_SPACES,
             PART: any(part in entities and part not in filters for part in ("chunk", "hemi")),
             PHASE: entities.get("part") in PARTS_WITHOUT_CONTRAST and "part" not in filters,
@@ -245,8 +245,12 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
             left_out[scan.relative] = reasons[0]
         else:
             chosen.append(scan)
-    raw = {_ENDING.sub("", scan.path.name) for scan in chosen if not _MADE.search(scan.path.name)}
-    derived = [scan for scan in chosen if _MADE.search(scan.path.name) and _MADE.sub("", scan.prefix) in raw]
+    raw = {_SUFFIX.sub("", scan.path.name) for scan in chosen if not _DERIVATIVE_ENTITY.search(scan.path.name)}
+    derived = [
+        scan
+        for scan in chosen
+        if _DERIVATIVE_ENTITY.search(scan.path.name) and _DERIVATIVE_ENTITY.sub("", scan.prefix) in raw
+    ]
     left_out |= {scan.relative: DERIVED for scan in derived}
     return [scan for scan in chosen if scan.relative not in left_out], left_out
 
@@ -284,7 +288,7 @@ def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> 
 
 def _is_elsewhere(participants: Collection[str], path: str) -> bool:
     """Whether a path, ``/`` being the dataset, leads to no NIfTI file in these participants' ``anat`` folders."""
-    match = _ON_THE_WAY.fullmatch(path)
+    match = _ANAT_PATH.fullmatch(path)
     return match is None or match[1] not in participants
 
 
@@ -366,7 +370,7 @@ def _filter_value(name: str, value: Any, known: list[str]) -> Any:
     if value in (None, "*"):
         return Query.NONE if value is None else Query.REQUIRED
     if isinstance(value, str):
-        if word := _QUERY_WORD.fullmatch(value):
+        if word := _QUERY_NAME.fullmatch(value):
             return Query[word[1]]
         return value.removeprefix({"subject": "sub-", "session": "ses-"}.get(name, ""))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -51,8 +51,7 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
         table = pd.read_csv(
             path,
             sep=_separator(path),
-            header=None,
-            skiprows=1,
+            header=0,
             names=range(len(columns)),
             usecols=[at for at, name in enumerate(columns) if name in needed],
             index_col=False,
