@@ -25,16 +25,10 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Binary stream whose content becomes `path` when the block ends without an error.
+    """Binary stream whose content becomes `path` when the block ends without an error; makes missing folders.
 
-    Missing folders are made. On an error the temporary file is removed and `path` is as before.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be created (exit code 73).
-    DiskError
-        If the disk is full or fails (exit code 74).
+    On an error the temporary file is removed and `path` is as before. Raises `OutputError` (exit code 73) if the file
+    cannot be created, and `DiskError` (exit code 74) if the disk is full or fails.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -46,8 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # Replaces a link or read-only file as such, and leaves no moment without an output.
-        os.replace(temporary, path)
+        temporary.replace(path)  # replaces a link or read-only file as such, and leaves no moment without an output
     except BaseException as error:
         with suppress(OSError):  # the folder itself is gone or read-only; the first error is the one to tell
             temporary.unlink(missing_ok=True)
@@ -85,12 +78,5 @@ def write_text(text: str, path: Path) -> Path:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> Path:
-    """Write a JSON object, keys in the order given; returns `path`.
-
-    Raises
-    ------
-    ValueError
-        If a number is NaN or infinite, which JSON does not have.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_text(text + "\n", path)
+    """Write a JSON object, keys in the order given; returns `path`. NaN and infinity are a ValueError."""
+    return write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)

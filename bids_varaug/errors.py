@@ -1,7 +1,4 @@
-"""Errors that a user can act on, and the exit codes they lead to.
-
-Each message names the file and says what to do.
-"""
+"""Errors that a user can act on, and the exit codes they lead to. Each message names the file and says what to do."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """Something the user can fix; the message says what and how.
-
-    The command line prints the message without a traceback and leaves with `exit_code`.
-    """
+    """Something the user can fix; the command line prints the message alone and leaves with `exit_code`."""
 
     exit_code: ExitCode = ExitCode.DATA_ERROR
 

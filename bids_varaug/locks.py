@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,15 +22,8 @@ from bids_varaug.errors import OutputError
 def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Keep other processes out of blocks of the same `path`; gives whether this one is in.
 
-    Parameters
-    ----------
-    path : made for the time of the block
-    wait : until the process that has it leaves its block; otherwise give False at once
-
-    Raises
-    ------
-    OutputError
-        If there can be no such file.
+    Without `wait` for the process that has it to leave its block, that is False at once. The file is there for the time
+    of the block; raises `OutputError` if there can be no such file.
     """
     try:
         file = _lock(path, wait)
@@ -56,14 +49,12 @@ def _lock(path: Path, wait: bool) -> TextIO | None:
                 return file  # no locks here
             file.close()
             return None
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 return file
-        except FileNotFoundError:
-            pass
         file.close()  # who held it removed it after it was opened here
 
 
@@ -72,30 +63,19 @@ def hold_participants(subjects: Iterable[str], folders: Sequence[Path]) -> Itera
     """Keep participants to this process until the block ends; gives those that it got.
 
     A participant that another process holds in any of the `folders` is left to it, with a message.
-
-    Raises
-    ------
-    OutputError
-        If there can be no file in one of the folders.
     """
     with ExitStack() as held:
-        got = set()
-        for subject in sorted(subjects):
+        got = set(subjects)
+        for subject in sorted(got):
             for path in (folder / f".sub-{subject}.lock" for folder in folders):
-                if not held.enter_context(file_lock(path, wait=False)):
-                    print(
-                        f"ERROR: sub-{subject}: another run works on it ({_holder(path)}; {path}). It is left to that "
-                        "run.",
-                        file=sys.stderr,
-                    )
-                    break
-            else:
-                got.add(subject)
+                if subject in got and not held.enter_context(file_lock(path, wait=False)):
+                    got.remove(subject)
+                    work = f"another run works on it ({_holder(path)}; {path}). It is left to that run."
+                    print(f"ERROR: sub-{subject}: {work}", file=sys.stderr)
         yield got
 
 
 def _holder(path: Path) -> str:
-    try:
+    with suppress(OSError):
         return path.read_text() or "just started"
-    except OSError:
-        return "just ended"
+    return "just ended"

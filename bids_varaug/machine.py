@@ -13,37 +13,27 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bids_varaug.errors import UsageError
 
-DRIVER = "libcuda.so.1"
-"""Shared library that comes with NVIDIA's driver, not with torch, which opens it by this name."""
+DRIVER = "libcuda.so.1"  # shared library that comes with NVIDIA's driver, not with torch, which opens it by this name
 AMD_DEVICE = "/dev/kfd"
 
+# Environment variable -> folder of a cache; deno runs the validator.
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
-"""Environment variable -> folder of a cache; deno runs the validator."""
 
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
-
-IDLE_SECONDS = 1.0
 MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more
-
-_release: threading.Timer | None = None
-
-# <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def available_processors() -> int:
     """Processors that this process may use (fewer than the machine has, under Slurm or docker)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(n: int) -> None:
@@ -52,7 +42,7 @@ def use_threads(n: int) -> None:
     import torch
 
     start_numba_threads()
-    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at run time
     torch.set_num_threads(n)
 
 
@@ -71,14 +61,12 @@ def start_numba_threads() -> None:
     torch.set_num_threads(before)
 
 
-def compiled(**options) -> Callable:
+def compiled(**options: Any) -> Callable[..., Any]:
     """Like ``numba.njit(cache=True, **options)``, but works where no cache can be written.
 
     In a read-only container without a home directory numba raises while it looks for a place for its cache; the kernel
     is then compiled again in each process (seconds, same result).
 
-    Examples
-    --------
     >>> @compiled()
     ... def twice(x):
     ...     return 2 * x
@@ -87,7 +75,7 @@ def compiled(**options) -> Callable:
     """
     import numba
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # "cannot cache function: no locator available"
@@ -102,40 +90,27 @@ def caches_below(work_dir: Path) -> Path:
 
 
 def keep_caches_below(work_dir: Path) -> None:
-    """Have compiled kernels and lists of fonts kept in the work directory, for this process.
+    """Have this process keep caches in the work directory: the home or the package may be read-only or another user's.
 
-    Otherwise they are written to the home or the installed package, which may be read-only or another user's. Variables
-    that the user has set stay as they are. Before numba and matplotlib are imported: they look at these variables once.
+    Variables that the user has set stay. Call it before numba and matplotlib are imported: they look at them once.
     """
-    for variable, name in CACHES.items():
-        place = caches_below(work_dir) / name
-        if name == "numba":
-            place /= name_kernels(Path(str(files("bids_varaug"))))
-        os.environ.setdefault(variable, str(place))
+    folders = {variable: caches_below(work_dir) / name for variable, name in CACHES.items()}
+    folders["NUMBA_CACHE_DIR"] /= name_kernels(Path(__file__).parent)
+    for variable, folder in folders.items():
+        os.environ.setdefault(variable, str(folder))
 
 
 def name_kernels(package: Path) -> str:
     """Name a package's compiled kernels by the text of the modules that hold them.
 
-    numba compiles a kernel again when its own module has changed, but not when only one that it calls in another module
-    has: after an upgrade, a work directory would go on with the old one.
+    numba itself compiles a kernel again when its own module has changed, not when another one that it calls has.
     """
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        text = path.read_bytes()
-        if b"@compiled(" in text:
-            digest.update(text)
-    return digest.hexdigest()[:12]
+    texts = (path.read_bytes() for path in sorted(package.rglob("*.py")))
+    return hashlib.sha256(b"".join(text for text in texts if b"@compiled(" in text)).hexdigest()[:12]
 
 
 def resolve_device(wanted: str) -> str:
-    """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N.
-
-    Raises
-    ------
-    UsageError
-        If a GPU is asked for and this machine or this torch has none.
-    """
+    """Return "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N; `UsageError` if this machine or torch has no such GPU."""
     # torch takes seconds to import, and the main process needs it for nothing else.
     if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
         return "cpu"
@@ -159,7 +134,7 @@ def _has_driver() -> bool:
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
-        return os.path.exists(AMD_DEVICE)  # torch for ROCm calls its devices "cuda" too
+        return Path(AMD_DEVICE).exists()  # torch for ROCm calls its devices "cuda" too
     return True
 
 
@@ -172,103 +147,83 @@ class MemoryBound(NamedTuple):
 
 
 def memory_bound(root: Path = Path("/")) -> MemoryBound:
-    """The tightest of the machine's memory, the limits of its control groups, and ``ulimit -v``.
+    """The tightest of the machine's memory, the limits of its control groups (the kernel kills), and ``ulimit -v``.
 
-    The kernel kills a process beyond the first two without a word; beyond the last, an allocation fails. `root` is
-    where ``proc`` and ``sys`` are.
+    `root` is where ``proc`` and ``sys`` are.
     """
     return min(_bounds(root), key=lambda bound: bound.total)
 
 
 def _bounds(root: Path) -> Iterator[MemoryBound]:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    free = pages
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        pages, free = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux
-    yield MemoryBound(pages, free, "the machine's memory")
+    machine = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    with suppress(OSError, KeyError, ValueError):  # not Linux
+        kib = _read_numbers(root / "proc/meminfo")
+        machine, free = kib["MemTotal:"] / 2**20, kib["MemAvailable:"] / 2**20
+    yield MemoryBound(machine, free, "the machine's memory")
     for folder in _control_groups(root):
-        # Version 2, then version 1.
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            try:
-                total = int((folder / limit).read_text())
-                used = int((folder / usage).read_text()) - _file_cache(folder)
-            except (OSError, ValueError):
-                continue  # "max": no limit
-            if total < _NO_LIMIT:
-                left = max(0, total - used) / GIB
-                yield MemoryBound(total / GIB, min(left, free), f"limit in {folder / limit}")
+        # Version 2, then version 1. What the cache of files uses is given back when it is needed.
+        for limit, usage, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with suppress(OSError, ValueError):  # no such file; "max": no limit
+                total, used = (int((folder / name).read_text()) for name in (limit, usage))
+                used -= _read_numbers(folder / "memory.stat").get(cached, 0)
+                if total < _NO_LIMIT:
+                    left = max(0, total - used) / GIB
+                    yield MemoryBound(total / GIB, min(left, free), f"limit in {folder / limit}")
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
         yield MemoryBound(soft / GIB, min(soft / GIB, free), "ulimit -v")
 
 
+def _read_numbers(path: Path) -> dict[str, int]:
+    """First words of the lines of a file, each with the number after it."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
+
+
 def _control_groups(root: Path) -> Iterator[Path]:
     """Folders of this process's memory control groups and those above them."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        # In a container the path may be the host's, of which only the top is seen.
-        folder = top / path.lstrip("/")
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
+        if controllers in ("", "memory"):
+            top = root / "sys/fs/cgroup" / controllers
+            # In a container the path may be the host's, of which only the top is seen.
+            folder = top / path.lstrip("/")
+            yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
 
 
-def _file_cache(folder: Path) -> int:
-    """Bytes that count as used and are given back when they are needed."""
-    for line in (folder / "memory.stat").read_text().splitlines():
-        name, value = line.split()
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
+# <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_release: threading.Timer | None = None
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc reuse freed blocks instead of returning them to the kernel.
+    """Make glibc reuse freed blocks instead of returning them to the kernel; False where the C library is another one.
 
-    Each activation of a 3D network is a block of 50-500 MB, which malloc would map and unmap at every layer; the page
-    faults took up to three quarters of a forward pass. Peak memory hardly changes. Does nothing (and returns False)
-    where the C library is not glibc.
+    malloc would map and unmap each activation (50-500 MB) of a 3D network; the page faults took up to three quarters of
+    a forward pass. Peak memory hardly changes.
     """
-    _stop_releasing()
+    if _release is not None:
+        _release.cancel()
     options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
     libc = _glibc()
     return libc is not None and all(libc.mallopt(option, value) for option, value in options)
 
 
-def release_freed_memory(seconds: float = IDLE_SECONDS) -> None:
-    """Give freed blocks back to the kernel, unless `keep_freed_memory` is called before.
-
-    A process that waits for work should not hold them; the next member begins sooner.
-    """
+def release_freed_memory(seconds: float = 1.0) -> None:
+    """Give freed blocks back to the kernel, unless `keep_freed_memory` is called before, as the next member does."""
     global _release
-    _stop_releasing()
-    _release = threading.Timer(seconds, _trim)
-    _release.daemon = True
-    _release.start()
-
-
-def _stop_releasing() -> None:
-    if _release is not None:
-        _release.cancel()
-
-
-def _trim() -> None:
     if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
+        _release = threading.Timer(seconds, libc.malloc_trim, [0])
+        _release.daemon = True
+        _release.start()
 
 
 def _glibc() -> ctypes.CDLL | None:
-    try:
+    with suppress(OSError):
         libc = ctypes.CDLL("libc.so.6") if sys.platform.startswith("linux") else None
-    except OSError:
-        return None
-    return libc if hasattr(libc, "mallopt") else None
+        return libc if hasattr(libc, "mallopt") else None
+    return None

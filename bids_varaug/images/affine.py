@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -9,12 +11,9 @@ from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
 
-SAME_SIZE = 0.01
-"""Relative difference of voxel sizes up to which the parts of a header agree."""
-SAME_ANGLE = 3.0
-"""Degrees between the axes of sform and qform up to which they agree."""
-OBLIQUE = 5.0
-"""Degrees between an axis of the image and of the scanner, beyond which the image is oblique."""
+SAME_SIZE = 0.01  # relative difference of voxel sizes up to which the parts of a header agree
+SAME_ANGLE = 3.0  # degrees between the axes of sform and qform up to which they agree
+OBLIQUE = 5.0  # degrees between an axis of the image and of the scanner, beyond which the image is oblique
 
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
@@ -24,8 +23,6 @@ _FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trus
 def voxel_volume(affine: np.ndarray) -> float:
     """Return the volume of a voxel, mm3: the determinant, which a shear makes smaller than a box.
 
-    Examples
-    --------
     >>> voxel_volume(np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]]))
     2.0
     """
@@ -38,76 +35,66 @@ def is_oblique(affine: np.ndarray) -> bool:
     return bool(cosines.min() < np.cos(np.deg2rad(OBLIQUE)))
 
 
+def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
+    """Format sizes along the axes for a message.
+
+    >>> in_mm(np.array([1, 1, 1.25]))
+    '1 x 1 x 1.25 mm'
+    """
+    return f"{' x '.join(format(float(size), form) for size in sizes)} mm"
+
+
 def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Choose between sform, qform and pixdim, and tell where they contradict each other.
 
-    Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they
-    differ in voxel size or axes, a form in scanner space takes precedence over one in a template's; of two of
-    the same kind the qform, which has the sizes of pixdim, if the sizes differ, else the sform. A
-    lone sform of other sizes than pixdim keeps its axes and takes the sizes of pixdim (but where
-    these are all 1, as in a header that nobody filled in).
+    Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they differ in voxel size
+    or axes, a form in scanner space takes precedence over one in a template's; of two of the same kind the qform, which
+    has the sizes of pixdim, if the sizes differ, else the sform. A lone sform of other sizes than pixdim keeps its axes
+    and takes the sizes of pixdim (but where these are all 1, as in a header that nobody filled in).
 
-    Parameters
-    ----------
-    name : of the file, for messages
-    trust : "sform" or "qform" to take that one where both are set, or none is
-
-    Returns
-    -------
-    affine : (4, 4) float64, voxel -> mm, RAS+ world
-    warnings : sentences
-
-    Raises
-    ------
-    ScanError
-        If no form says where left and right are, or the two contradict each other in it.
+    Returns the affine, (4, 4) float64, voxel -> mm, RAS+ world, and warnings. `trust` is "sform" or "qform" to take
+    that one where both are set, or none is; `name` is that of the file, for messages. Raises `ScanError` if no form
+    says where left and right are, or the two contradict each other in it.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
-    given = [form for form in codes if codes[form] > 0] or ([trust] if trust else [])
+    given = [form for form, code in codes.items() if code > 0] or ([trust] if trust else [])
     if not given:
-        raise ScanError(
-            f"{name}: no orientation (qform_code and sform_code are 0 or unknown), so left and "
-            f"right cannot be told apart. {_FIX}"
-        )
-    trusted = trust in given
-    given = [trust] if trusted else given
+        cause = "no orientation (qform_code and sform_code are 0 or unknown)"
+        raise ScanError(f"{name}: {cause}, so left and right cannot be told apart. {_FIX}")
+    if trust in given:
+        given = [trust]
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
         raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
-    chosen, warnings = next(iter(forms)), []
+    chosen, warnings = _choose_form(name, forms, codes) if len(forms) == 2 else (next(iter(forms)), [])
     if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
-    if len(forms) == 2:
-        chosen, warnings = _choose_form(name, forms, codes)
     affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
     sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
     has_pixdim = np.isfinite(pixdim).all() and pixdim.all()
-    if not trusted and len(forms) == 1 and has_pixdim and not _same_sizes(sizes, pixdim):
+    if given != [trust] and len(forms) == 1 and has_pixdim and not _same_sizes(sizes, pixdim):
         used = f"{chosen} was"
         if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
             affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
             used = "sizes of pixdim were"
-        warnings.append(
-            f"The header contradicts itself: {chosen} with voxels of {in_mm(sizes)}, pixdim of {in_mm(pixdim)}. "
-            f"The {used} used. {_FIX}"
-        )
+        forms_sizes = f"{chosen} with voxels of {in_mm(sizes)}, pixdim of {in_mm(pixdim)}"
+        warnings.append(f"The header contradicts itself: {forms_sizes}. The {used} used. {_FIX}")
     if template:
         warnings.append(
-            f"The header says that the image is in the space of a template (code {codes[chosen]}: {template}). "
-            "If so, volumes are those in that space, not the person's."
+            f"The header says that the image is in the space of a template (code {codes[chosen]}: {template}). If so, "
+            "volumes are those in that space, not the person's."
         )
     if unit:
         warnings.append(f"The header gives lengths in {unit}s; they were converted.")
     return affine, tuple(warnings)
 
 
-def _choose_form(name: str, forms: dict, codes: dict) -> tuple[str, list[str]]:
-    sform, qform = (polar(forms[form][:3, :3])[0] for form in forms)
+def _choose_form(name: str, forms: Mapping[str, np.ndarray], codes: Mapping[str, int]) -> tuple[str, list[str]]:
+    sform, qform = (polar(form[:3, :3])[0] for form in forms.values())
     if np.linalg.det(sform) * np.linalg.det(qform) < 0:
-        raise ScanError(
-            f"{name}: sform and qform are mirror images of each other, so left and right cannot be told apart. {_FIX}"
-        )
+        mirrored = "sform and qform are mirror images of each other"
+        raise ScanError(f"{name}: {mirrored}, so left and right cannot be told apart. {_FIX}")
     angle = np.rad2deg(np.arccos(np.clip((np.trace(sform.T @ qform) - 1) / 2, -1, 1)))
     same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
     if same_sizes and angle <= SAME_ANGLE:
@@ -134,14 +121,3 @@ def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:
 
 def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a / b - 1) <= SAME_SIZE).all())
-
-
-def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
-    """Format sizes along the axes for a message.
-
-    Examples
-    --------
-    >>> in_mm(np.array([1, 1, 1.25]))
-    '1 x 1 x 1.25 mm'
-    """
-    return f"{' x '.join(format(float(size), form) for size in sizes)} mm"

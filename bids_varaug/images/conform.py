@@ -1,13 +1,10 @@
-"""Between a T1w's own grid and the network's grid.
+"""Between a T1w's own ("native") grid and the network's ("conformed") grid.
 
-The network's ("conformed") grid has one isotropic voxel size, RAS+ axes, and covers the image's
-field of view with the same centre. Its axes are the image's own, flipped and permuted, where these
-are within a few degrees of the scanner's; those of the scanner where the image is oblique.
-
-On the way back, a native voxel is interpolated linearly from the 8 network voxels around it; one
-larger than the network's is the mean of ``ceil(native size / network size)`` interpolations along
-each axis, so that it averages over what it contains. Where the grids differ by flips and
-permutations only, values are copied bit for bit.
+The conformed grid has one isotropic voxel size, RAS+ axes, and covers the image's field of view with the same centre.
+Its axes are the image's own, flipped and permuted; those of the scanner where the image is oblique. On the way back, a
+native voxel is interpolated linearly from the 8 conformed voxels around it; one larger than these is the mean of
+``ceil(native size / conformed size)`` interpolations along each axis, so that it averages over what it contains. Where
+the grids differ by flips and permutations only, values are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -28,37 +25,28 @@ from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, i
 from bids_varaug.images.load import Volume, load_t1w
 from bids_varaug.machine import compiled
 
-SAME_SIZE = 1e-3
-"""Relative difference of voxel sizes below which an axis is left as it is."""
-POSTERIOR_SCALE = 1 / 255
-"""Value of one step of a stored posterior (the NIfTI's ``scl_slope``)."""
+SAME_SIZE = 1e-3  # relative difference of voxel sizes below which an axis is left as it is
+POSTERIOR_SCALE = 1 / 255  # value of one step of a stored posterior (the NIfTI's ``scl_slope``)
 _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
 _INDEX_STEPS = 1e4
 
+GridMapping = tuple[np.ndarray, np.ndarray]
+"""Voxel indices on another grid: matrix (3, 4), and points that stand for a voxel along each axis, (3,) int64."""
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """The grids of one scan.
+    """The grids of one scan; affines (4, 4) float64, voxel -> mm, RAS+ world."""
 
-    Attributes
-    ----------
-    voxel_size : of the conformed grid, mm
-    box : the head box in the conformed grid, or the part of it that holds the brain
-    conformed_shape, native_shape : voxels
-    conformed_affine, native_affine : (4, 4) float64, voxel -> mm, RAS+ world
-    foreground_volume : of the head, or of the brain in a brain-extracted image, mm3
-    warnings : what the image's grid and field of view say against it
-    """
-
-    voxel_size: float
-    box: Box
+    voxel_size: float  # of the conformed grid, mm
+    box: Box  # the head box in the conformed grid, or the part of it that holds the brain
     conformed_shape: tuple[int, int, int]
     conformed_affine: np.ndarray
     native_shape: tuple[int, int, int]
     native_affine: np.ndarray
-    foreground_volume: float
-    warnings: tuple[str, ...]
+    foreground_volume: float  # of the head, or of the brain in a brain-extracted image, mm3
+    warnings: tuple[str, ...]  # what the image's grid and field of view say against it
 
     def save(self, path: Path) -> None:
         """Write as JSON; numbers survive to the last bit."""
@@ -73,84 +61,41 @@ class Geometry:
                 values[name] = np.array(value) if name.endswith("_affine") else tuple(value)
         return cls(**values | {"box": Box(*map(tuple, values["box"].values()))})
 
-    def native_to_conformed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the (4, 4) matrix from native to conformed voxel indices, and `samples`.
-
-        These, (3,) int64, are how many points along each native axis stand for a native voxel.
-        """
+    def native_to_conformed(self) -> GridMapping:
+        """Where native voxels lie on the conformed grid."""
         matrix = np.linalg.solve(self.conformed_affine, self.native_affine)
         ratios = voxel_sizes(self.native_affine) / voxel_sizes(self.conformed_affine).mean()
-        return matrix, np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
+        return matrix[:3], np.maximum(1, np.ceil(ratios - SAME_SIZE)).astype(np.int64)
 
 
 def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
-    """Read, conform and crop a T1w image.
+    """Read, conform and crop a T1w image; `load_t1w` tells what is refused.
 
-    Parameters
-    ----------
-    path : ``.nii`` or ``.nii.gz``
-    voxel_size : of the network grid, mm
-    multiple : sides of the head box are multiples of this many voxels
-    trust : see `load_t1w`
-
-    Returns
-    -------
-    head : (X, Y, Z) float32, any unit, RAS+, network grid
-    geometry : Geometry
-
-    Raises
-    ------
-    ScanError
-        If the image cannot be used; the message names the file.
+    The head is (X, Y, Z) float32, of any unit, on a grid of `voxel_size` mm; its sides are multiples of `multiple`.
     """
     native = load_t1w(path, trust)
-    conformed = conform(native, voxel_size)
-    box = head_box(conformed.data, voxel_size, multiple=multiple)
-    mask = uncut = head_mask(conformed.data, voxel_size)
+    whole = conform(native, voxel_size)
+    box = head_box(whole.data, voxel_size, multiple)
+    mask = uncut = head_mask(whole.data, voxel_size)
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
         uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
     doubt = is_probably_cropped(uncut, voxel_size)
-    geometry = Geometry(
-        voxel_size=voxel_size,
-        box=box,
-        conformed_shape=conformed.data.shape,
-        conformed_affine=conformed.affine,
-        native_shape=native.data.shape,
-        native_affine=native.affine,
-        foreground_volume=float(mask.sum()) * voxel_volume(conformed.affine),
-        warnings=native.warnings + (() if doubt is None else (doubt,)),
-    )
-    return extract(conformed.data, box), geometry
+    warnings = native.warnings + ((doubt,) if doubt else ())
+    volume = float(mask.sum()) * voxel_volume(whole.affine)
+    grids = whole.data.shape, whole.affine, native.data.shape, native.affine
+    return extract(whole.data, box), Geometry(voxel_size, box, *grids, volume, warnings)
 
 
 def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:
-    """Bring an image to the network's grid.
+    """Bring an image to the conformed grid: ``ceil(field of view / voxel_size)`` voxels per axis.
 
     Linear interpolation. Along axes that are coarsened from size `a` to `b`, a Gaussian of
-    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point
-    spread function grows from one voxel size to the other [1]_. Beyond the outermost voxel
-    centres the outermost values go on; what lies outside the image is air (0). Where all axes have
-    the voxel size already and the image is not oblique, it is only flipped and permuted, bit for
-    bit.
+    ``sigma = sqrt(b**2 - a**2) / 2.355`` mm is applied first, so that the width of the point spread function grows from
+    one voxel size to the other (Cardoso et al. 2015, Scale factor point spread function matching, MICCAI). Beyond the
+    outermost voxel centres the outermost values go on; what lies outside the image is air (0). Where all axes have the
+    voxel size already and the image is not oblique, it is only flipped and permuted, bit for bit. `voxel_size` is in
+    mm; `straighten` turns an oblique image (see `is_oblique`) to the scanner's axes.
 
-    Parameters
-    ----------
-    volume : Volume, native grid
-    voxel_size : float, mm
-    straighten : whether an oblique image (see `is_oblique`) is turned to the scanner's axes
-
-    Returns
-    -------
-    Volume
-        RAS+ axes; ``ceil(field of view / voxel_size)`` voxels per axis, same centre.
-
-    References
-    ----------
-    .. [1] Cardoso et al. (2015), Scale factor point spread function matching: beyond aliasing in
-       image resampling, MICCAI.
-
-    Examples
-    --------
     >>> data = np.arange(8, dtype="float32").reshape(2, 2, 2)
     >>> mirrored = Volume(data, np.diag([-1.0, 1, 1, 1]))
     >>> conform(mirrored, 1.0).data[:, 0, 0].tolist()
@@ -170,28 +115,19 @@ def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volum
     for axis in np.flatnonzero(ratios > 1):
         sigma = _FWHM_TO_SIGMA * math.sqrt(ratios[axis] ** 2 - 1)
         data = gaussian_filter1d(data, sigma, axis=axis, mode="nearest", output=np.float32)
-    return Volume(_resample(data, grid, shape), affine @ grid, volume.warnings)
+    return Volume(_resample(data, (grid[:3], np.ones(3, np.int64)), shape), affine @ grid, volume.warnings)
 
 
 def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: float = 0) -> np.ndarray:
-    """Bring a map from the head box to the image's own grid.
+    """Bring a map (X, Y, Z) of any real type from the head box to the image's own grid; `fill` is outside the box.
 
-    Parameters
-    ----------
-    values : (X, Y, Z) any real type, head box
-    geometry : of the scan
-    order : 0 for labels and masks, which take the nearest voxel; 1 for maps, see above
-    fill : value of the conformed grid outside the box
-
-    Returns
-    -------
-    Of the native shape, float32; of the type of `values` with `order` 0
+    Labels and masks (`order` 0) take the nearest voxel and keep their type; maps (`order` 1) become float32.
     """
     whole = insert(values, geometry.box, geometry.conformed_shape, fill)
     matrix, samples = geometry.native_to_conformed()
     if order == 0:
-        return _resample(whole, matrix, geometry.native_shape, nearest=True)
-    return _resample(whole.astype(np.float32, copy=False), matrix, geometry.native_shape, samples)
+        return _resample(whole, (matrix, np.ones_like(samples)), geometry.native_shape, nearest=True)
+    return _resample(whole.astype(np.float32, copy=False), (matrix, samples), geometry.native_shape)
 
 
 def resample_posterior(
@@ -202,31 +138,19 @@ def resample_posterior(
     out: np.ndarray | None = None,
     temperature: float = 1.0,
 ) -> np.ndarray:
-    """Bring a sparse posterior from the head box to the image's own grid.
+    """Bring a sparse posterior from the head box (X, Y, Z) to the image's own grid.
 
-    Voxels that are not stored, or lie outside the box, count as background. Labels are those of
-    the interpolated probabilities p, which become p^(1/T), scaled to sum to 1; this moves no label.
-    The same bits for any number of threads.
+    Returns the most probable class, uint8, ties to the lower index. Voxels that are not stored, or lie outside the box,
+    count as background. The same bits for any number of threads.
 
     Parameters
     ----------
     offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
     voxels : (N,) int32, flat index ``y * Z + z`` within the slab
     posterior : (N, K) float32, sums to 1 over K
-    geometry : of the scan; ``geometry.box.shape`` is (X, Y, Z)
-    out : (*native_shape, K) uint8, zeros, optional
-        Takes the posterior, probability * 255, rounded (good to 1/510); for example a
-        `numpy.memmap` where it would not fit in memory (32 classes at 512^3 voxels are 4.3 GB).
-    temperature : T, above 1 to make the posterior less sure
-
-    Returns
-    -------
-    native_shape, uint8, class index k of the most probable class, ties to the lower index
-
-    Raises
-    ------
-    ValueError
-        If the arrays' sizes do not fit together.
+    out : (*native_shape, K) uint8, zeros; takes the interpolated posterior, probability * 255, rounded. May be a
+        `numpy.memmap`: 32 classes at 512^3 voxels are 4.3 GB
+    temperature : T; probabilities p become p^(1/T), scaled to sum to 1, which moves no label
     """
     n_classes, box = posterior.shape[1], geometry.box
     if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
@@ -234,133 +158,104 @@ def resample_posterior(
     wanted = (*geometry.native_shape, n_classes)
     if out is not None and (out.shape != wanted or out.dtype != np.uint8):
         raise ValueError(f"out must be uint8 of shape {wanted}")
-    rows = np.full((box.shape[0], box.shape[1] * box.shape[2]), -1, np.int32)
+    rows = np.full((box.shape[0], math.prod(box.shape[1:])), -1, np.int32)
     rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
     row_of = insert(rows.reshape(box.shape), box, geometry.conformed_shape, fill=-1)
-    matrix, samples = geometry.native_to_conformed()
     labels = np.zeros(geometry.native_shape, np.uint8)
+    out = np.empty((0, 0, 0, 0), np.uint8) if out is None else out
     posterior = np.ascontiguousarray(posterior, np.float32)
-    with_posterior = out is not None
-    if out is None:
-        out = np.zeros((1, 1, 1, n_classes), np.uint8)
-    power = np.float32(1 / temperature)
-    _mix(row_of, posterior, matrix[:3], samples, labels, out, with_posterior, power)
+    _mix(row_of, posterior, geometry.native_to_conformed(), np.float32(1 / temperature), labels, out)
     return labels
 
 
-def _resample(
-    data: np.ndarray,
-    matrix: np.ndarray,
-    shape: tuple[int, int, int],
-    samples: np.ndarray | None = None,
-    nearest: bool = False,
-) -> np.ndarray:
-    """Return `data` at ``matrix @ index``, 0 for voxels that have no part in the field of view."""
+def _resample(data: np.ndarray, mapping: GridMapping, shape: tuple[int, ...], nearest: bool = False) -> np.ndarray:
+    """Values where the mapping says, 0 for voxels that have no part in the field of view."""
     out = np.zeros(shape, data.dtype)
-    samples = np.ones(3, np.int64) if samples is None else samples
-    reach = (1 + np.abs(matrix[:3, :3]).sum(axis=1)) / 2
-    _sample(np.ascontiguousarray(data), matrix[:3], samples, nearest, reach, out)
+    _sample(np.ascontiguousarray(data), mapping, nearest, out)
     return out
 
 
 @compiled(parallel=True)
-def _sample(data, matrix, samples, nearest, reach, out):
-    n_x, n_y, n_z = data.shape
-    count = np.float32(samples.prod())
+def _sample(data: np.ndarray, mapping: GridMapping, nearest: bool, out: np.ndarray) -> None:
+    flat, n_points = data.ravel(), mapping[1].prod()
     for i in numba.prange(out.shape[0]):
+        voxels, weights = np.empty(8 * n_points, np.int64), np.empty(8 * n_points, np.float32)
         for j in range(out.shape[1]):
             for k in range(out.shape[2]):
-                total = np.float32(0)
-                for point in range(samples.prod()):
-                    x, y, z = _position(matrix, i, j, k, point, samples)
-                    if (
-                        not -reach[0] < x < n_x - 1 + reach[0]
-                        or not -reach[1] < y < n_y - 1 + reach[1]
-                        or not -reach[2] < z < n_z - 1 + reach[2]
-                    ):
-                        continue
-                    largest = np.float32(0)
-                    for corner in range(8):
-                        a, u = _corner(x, n_x, corner & 1)
-                        b, v = _corner(y, n_y, corner >> 1 & 1)
-                        c, w = _corner(z, n_z, corner >> 2)
-                        weight = u * v * w
-                        if not nearest and weight > 0:
-                            total += weight * data[a, b, c]
-                        elif nearest and weight >= largest:  # of equals, the last
-                            out[i, j, k], largest = data[a, b, c], weight
+                _neighbours(mapping, data.shape, i, j, k, voxels, weights)
+                total = largest = np.float32(0)
+                for n in range(8 * n_points):
+                    if not nearest and weights[n] > 0:
+                        total += weights[n] * flat[voxels[n]]
+                    elif nearest and weights[n] >= largest:  # of equals, the last
+                        out[i, j, k], largest = flat[voxels[n]], weights[n]
                 if not nearest:
-                    out[i, j, k] = total / count
+                    out[i, j, k] = total / np.float32(n_points)
 
 
 @compiled(parallel=True)
-def _mix(row_of, posterior, matrix, samples, labels, out, with_posterior, power):
-    n_classes = posterior.shape[1]
-    n_points = samples.prod()
+def _mix(
+    row_of: np.ndarray, posterior: np.ndarray, mapping: GridMapping, power: float, labels: np.ndarray, out: np.ndarray
+) -> None:
+    rows, n_points, n_classes = row_of.ravel(), mapping[1].prod(), posterior.shape[1]
     for i in numba.prange(labels.shape[0]):
-        mix = np.empty(n_classes, dtype=np.float32)
+        voxels, weights = np.empty(8 * n_points, np.int64), np.empty(8 * n_points, np.float32)
+        mix = np.empty(n_classes, np.float32)
         for j in range(labels.shape[1]):
             for k in range(labels.shape[2]):
-                stored = False
+                _neighbours(mapping, row_of.shape, i, j, k, voxels, weights)
                 mix[:] = np.float32(0)
-                for point in range(n_points):
-                    x, y, z = _position(matrix, i, j, k, point, samples)
-                    for corner in range(8):
-                        a, u = _corner(x, row_of.shape[0], corner & 1)
-                        b, v = _corner(y, row_of.shape[1], corner >> 1 & 1)
-                        c, w = _corner(z, row_of.shape[2], corner >> 2)
-                        weight = u * v * w / np.float32(n_points)
-                        if weight == 0:
-                            continue
-                        row = row_of[a, b, c]
-                        if row < 0:
-                            mix[0] += weight
-                        else:
-                            stored = True
-                            for n in range(n_classes):
-                                mix[n] += weight * posterior[row, n]
+                stored = False
+                for n in range(8 * n_points):
+                    weight, row = weights[n] / np.float32(n_points), rows[voxels[n]]
+                    if weight > 0 and row < 0:
+                        mix[0] += weight
+                    elif weight > 0:
+                        stored = True
+                        for label in range(n_classes):
+                            mix[label] += weight * posterior[row, label]
                 if stored:
-                    best = 0
-                    for n in range(1, n_classes):
-                        if mix[n] > mix[best]:
-                            best = n
-                    labels[i, j, k] = best
-                    if with_posterior:
-                        if power != 1:
-                            total = np.float32(0)
-                            for n in range(n_classes):
-                                if mix[n] > 0:
-                                    mix[n] = mix[n] ** power
-                                    total += mix[n]
-                            mix /= total
-                        for n in range(n_classes):
-                            scaled = mix[n] * np.float32(255) + np.float32(0.5)
-                            out[i, j, k, n] = np.uint8(min(scaled, np.float32(255)))
-                elif with_posterior:
+                    labels[i, j, k] = mix.argmax()
+                if stored and power != 1:
+                    total = np.float32(0)
+                    for label in range(n_classes):
+                        if mix[label] > 0:
+                            mix[label] = mix[label] ** power
+                            total += mix[label]
+                    mix /= total
+                for label in range(out.shape[3] if stored else 0):
+                    scaled = mix[label] * np.float32(255) + np.float32(0.5)
+                    out[i, j, k, label] = np.uint8(min(scaled, np.float32(255)))
+                if out.size > 0 and not stored:
                     out[i, j, k, 0] = 255
 
 
 @compiled()
-def _position(matrix, i, j, k, point, samples):
-    """Place, on the other grid, of point number `point` of the ``prod(samples)`` of a voxel."""
-    i += (point % samples[0] + 0.5) / samples[0] - 0.5
-    j += (point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5
-    k += (point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5
-    x = matrix[0, 0] * i + matrix[0, 1] * j + matrix[0, 2] * k + matrix[0, 3]
-    y = matrix[1, 0] * i + matrix[1, 1] * j + matrix[1, 2] * k + matrix[1, 3]
-    z = matrix[2, 0] * i + matrix[2, 1] * j + matrix[2, 2] * k + matrix[2, 3]
-    return _rounded(x), _rounded(y), _rounded(z)
+def _neighbours(
+    mapping: GridMapping, shape: tuple[int, ...], i: int, j: int, k: int, voxels: np.ndarray, weights: np.ndarray
+) -> None:
+    """Fill in the 8 voxels around each point of a voxel, as flat indices, and their weights; NaN outside the image."""
+    matrix, samples = mapping
+    for point in range(samples.prod()):
+        a = i + ((point % samples[0] + 0.5) / samples[0] - 0.5)
+        b = j + ((point // samples[0] % samples[1] + 0.5) / samples[1] - 0.5)
+        c = k + ((point // samples[0] // samples[1] + 0.5) / samples[2] - 0.5)
+        x, y, z = (_along(matrix[0], a, b, c, shape[0]), _along(matrix[1], a, b, c, shape[1]),
+                   _along(matrix[2], a, b, c, shape[2]))  # fmt: skip
+        for corner in range(8):
+            (p, u), (q, v), (r, w) = x[corner & 1], y[corner >> 1 & 1], z[corner >> 2]
+            voxels[8 * point + corner] = (p * shape[1] + q) * shape[2] + r
+            weights[8 * point + corner] = u * v * w
 
 
 @compiled()
-def _corner(x, n, upper):
-    """Voxel below (or above) a place along an axis of `n` voxels, and its weight, float32."""
+def _along(row: np.ndarray, i: float, j: float, k: float, n: int) -> tuple[tuple[int, np.float32], ...]:
+    """Voxels below and above a point along an axis of `n` voxels, and their weights."""
+    x = row[0] * i + row[1] * j + row[2] * k + row[3]
+    x = math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+    reach = (1 + (abs(row[0]) + abs(row[1]) + abs(row[2]))) / 2
+    is_inside = -reach < x < n - 1 + reach
     x = min(max(x, 0.0), n - 1.0)
     low = int(x)
-    share = x - low
-    return (min(low + 1, n - 1), np.float32(share)) if upper else (low, np.float32(1 - share))
-
-
-@compiled()
-def _rounded(x):
-    return math.floor(x * _INDEX_STEPS + 0.5) / _INDEX_STEPS
+    share = x - low if is_inside else np.nan
+    return (low, np.float32(1 - share)), (min(low + 1, n - 1), np.float32(share))

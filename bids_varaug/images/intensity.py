@@ -6,30 +6,19 @@ import numpy as np
 import torch
 from scipy.ndimage import label
 
-PADDING_SHARE = 0.002
-"""Of the voxels on the image's faces, or of all: a value that more have is no tissue's."""
-MAX_SPIKE_SHARE = 1e-3
-"""At most 1e-4 in the real images at hand; 6e-3 with MP2RAGE's noise, 7e-3 where tissue wrapped."""
+PADDING_SHARE = 0.002  # of the voxels on the image's faces, or of all: a value that more have is no tissue's
+MAX_SPIKE_SHARE = 1e-3  # at most 1e-4 in the real images at hand; 6e-3 with MP2RAGE's noise, 7e-3 where tissue wrapped
 _MOST_LEVELS = 1 << 16
 _EVERY = 3  # of the voxels along each axis, where quantiles are taken
 
 
 def standardise(raw: np.ndarray, negative: bool = False) -> np.ndarray:
-    """Scale a whole image so that air is 0 and its brightest voxels about 1.
+    """Scale a whole image (X, Y, Z) so that air is 0 and its brightest voxels about 1, float32.
 
-    Air: the 0.5th percentile of the voxels that are no padding; what is below, and padding of
-    whatever value, becomes 0. Scaled images, ``a * x``, give the same bits, also shifted ones
-    where their values are whole numbers, or were before they were scaled: such numbers are
-    recovered from floating point by their spacing.
-
-    Parameters
-    ----------
-    raw : (X, Y, Z) any real type and unit, finite, not constant
-    negative : whether bright is stored as small
-
-    Returns
-    -------
-    (X, Y, Z) float32, 0 or more
+    Air: the 0.5th percentile of the voxels that are no padding; what is below, and padding of whatever value, becomes
+    0. Scaled images, ``a * x``, give the same bits, also shifted ones where their values are whole numbers, or were
+    before they were scaled: such numbers are recovered from floating point by their spacing. `raw` is of any real type
+    and unit, finite, not constant; `negative` says that bright is stored as small.
     """
     padding = _constants(_faces(raw))
     rest = raw[::_EVERY, ::_EVERY, ::_EVERY]
@@ -69,9 +58,8 @@ def _constants(data: np.ndarray) -> np.ndarray:
     """
     values, counts = np.unique(data, return_counts=True)
     runs, repeats = np.unique(data[1:][data[1:] == data[:-1]], return_counts=True)
-    repeats = repeats / counts[np.searchsorted(values, runs)]
-    often = counts[np.searchsorted(values, runs)] > PADDING_SHARE * data.size
-    return runs[often & (repeats > 0.75)]
+    counts = counts[np.searchsorted(values, runs)]
+    return runs[(counts > PADDING_SHARE * data.size) & (repeats > 0.75 * counts)]
 
 
 def _spacing(levels: np.ndarray) -> tuple[float, float]:
@@ -90,14 +78,10 @@ def _spacing(levels: np.ndarray) -> tuple[float, float]:
 
 
 def spike_share(image: np.ndarray) -> float:
-    """Share of voxels that differ from both neighbours on a line by most of the image's range.
+    """Share of voxels of an image (X, Y, Z) that differ from both neighbours on a line by most of its range.
 
-    Most: 0.75 of the range between the 0.5th and 99.5th percentiles, up on one side and down on the
-    other. Partial volume keeps heads from it; noise over the whole range and wrapped values do not.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) float32, any unit
+    Most: 0.75 of the range between the 0.5th and 99.5th percentiles, up on one side and down on the other. Partial
+    volume keeps heads from it; noise over the whole range and wrapped values do not.
     """
     low, high = np.quantile(image[::_EVERY, ::_EVERY, ::_EVERY], [0.005, 0.995])
     spikes = voxels = 0
@@ -111,20 +95,11 @@ def spike_share(image: np.ndarray) -> float:
 
 
 def normalise_intensity(image: torch.Tensor) -> torch.Tensor:
-    """Scale an image so that its floor is 0 and its bright end about 1.
+    """Scale an image (X, Y, Z) float32 of any unit to [0, 1.5]: its floor to 0, its bright end to 1.
 
-    Shared by training and inference, so that both see the same numbers. Floor: the 0.5th
-    percentile of all voxels. Bright end: the 99.5th percentile of the voxels above the floor, so
-    that the amount of empty background does not matter. Values are clipped to [0, 1.5].
-    Percentiles come from every 3rd voxel along each axis.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) float32, any unit
-
-    Returns
-    -------
-    (X, Y, Z) float32, in [0, 1.5]; all zero where the image is constant
+    Shared by training and inference, so that both see the same numbers. Floor: the 0.5th percentile of all voxels.
+    Bright end: the 99.5th percentile of the voxels above the floor, so that the amount of empty background does not
+    matter. Percentiles come from every 3rd voxel along each axis. A constant image becomes 0.
     """
     sample = image[::_EVERY, ::_EVERY, ::_EVERY].reshape(-1)
     floor = _quantile(sample, 0.005)

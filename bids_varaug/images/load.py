@@ -1,7 +1,7 @@
 """Read one T1w image, or say precisely why it cannot be used.
 
-Nothing in a file is believed: sizes are checked before anything is allocated, and no more is read
-than the header claims and the file can hold.
+Nothing in a file is believed: sizes are checked before anything is allocated, and no more is read than the header
+claims and the file can hold.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -26,61 +26,38 @@ from bids_varaug.images.affine import choose_affine, in_mm, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.machine import GIB, memory_bound
 
-MAX_VOXELS = 400_000_000
-"""More voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32."""
-BYTES_PER_VOXEL = 16
-"""Most memory that reading and conforming take: four float32 copies at once."""
-VOXEL_SIZE_RANGE = (0.3, 5.0)
-"""mm. Structures are a few mm thick: larger voxels do not show them."""
+MAX_VOXELS = 400_000_000  # more voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32
+BYTES_PER_VOXEL = 16  # most memory that reading and conforming take: four float32 copies at once
+VOXEL_SIZE_RANGE = (0.3, 5.0)  # mm. Structures are a few mm thick: larger voxels do not show them
 FIELD_OF_VIEW_RANGE = (70.0, 600.0)
 """mm along each axis. Below, the brain cannot be whole; above, it is no image of a head."""
-MIN_SQUARENESS = 0.5
-"""|determinant| of the unit voxel axes: 1 for right angles, 0.87 for a gantry tilt of 30 deg."""
+MIN_SQUARENESS = 0.5  # |determinant| of the unit voxel axes: 1 for right angles, 0.87 for a gantry tilt of 30 deg
 
 _QUIET = logging.Logger("nibabel header checks", level=logging.CRITICAL + 1)
 # DEFLATE cannot compress by more than 1032:1, so a .gz bounds what it can hold.
 _MAX_GZIP_RATIO = 1032
 _MAX_TRAILING_BYTES = 1 << 26
-_CANNOT_READ = (HeaderDataError, ImageFileError, EOFError, zlib.error, OSError, OverflowError,
-                ValueError, MemoryError)  # fmt: skip
+_CANNOT_READ = (HeaderDataError, ImageFileError, EOFError, zlib.error, OSError, OverflowError, ValueError, MemoryError)
 _AGAIN = "Fetch or convert it again."
 _FILTER = "filter it out with --bids-filter-file."
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One image volume.
+    """One image volume."""
 
-    Attributes
-    ----------
-    data : (X, Y, Z) float32
-    affine : (4, 4) float64, voxel index -> mm, RAS+ world
-    warnings : where the header was not taken at its word
-    """
-
-    data: np.ndarray
-    affine: np.ndarray
-    warnings: tuple[str, ...] = ()
+    data: np.ndarray  # (X, Y, Z) float32
+    affine: np.ndarray  # (4, 4) float64, voxel index -> mm, RAS+ world
+    warnings: tuple[str, ...] = ()  # where the header was not taken at its word
 
 
 def load_t1w(path: Path, trust: str | None = None) -> Volume:
-    """Read a T1w image from ``.nii`` or ``.nii.gz``.
+    """Read a T1w image from ``.nii`` or ``.nii.gz``; intensities are as `standardise` leaves them.
 
-    Parameters
-    ----------
-    trust : "sform" or "qform", where they contradict each other; see `choose_affine`
-
-    Returns
-    -------
-    Volume
-        On the file's own grid, intensities as `standardise` leaves them.
-
-    Raises
-    ------
-    ScanError
-        If the file is absent, empty, damaged or not NIfTI; is not one 3D volume of real numbers;
-        has NaN, infinite or only equal values, or values that wrapped around; does not say where
-        left and right are; or its voxels or field of view cannot be those of a head.
+    `trust` is as in `choose_affine`. Raises `ScanError`, which names the file, if it is absent, empty, damaged or not
+    NIfTI; is not one 3D volume of real numbers; has NaN, infinite or only equal values, or values that wrapped around;
+    does not say where left and right are; is too large for the memory; or its voxels or field of view cannot be those
+    of a head.
     """
     path = Path(path)
     try:
@@ -89,14 +66,11 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
             shape = _check_shape(path.name, header)
             affine, warnings = choose_affine(path.name, header, trust)
             _check_affine(path.name, affine, shape)
-            _check_memory(path.name, shape)
             slope, _ = header.get_slope_inter()  # raises where they are not finite
             raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
-        raise ScanError(
-            f"{path.name}: cannot be read ({type(error).__name__}: {error}). The file is damaged; "
-            "fetch or convert it again."
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ScanError(f"{path.name}: cannot be read ({reason}). The file is damaged. {_AGAIN}") from error
     _check_values(path.name, raw)
     # Slope and intercept would only round what `standardise` undoes.
     data = standardise(raw, negative=(slope or 1) < 0)
@@ -111,106 +85,79 @@ def _refuse(name: str, faults: Mapping[str, bool]) -> None:
             raise ScanError(f"{name}: {fault}")
 
 
-def _open(path: Path) -> BinaryIO:
-    compressed = path.name.lower().endswith(".gz")
+def _open(path: Path) -> BufferedIOBase:
     _refuse(path.name, {
         f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}":
             path.is_symlink() and not path.exists(),
         f"no such file ({path}).": not path.is_file(),
-        "not named .nii or .nii.gz. Convert it to NIfTI.":
-            not path.name.lower().endswith((".nii", ".nii.gz")),
+        "not named .nii or .nii.gz. Convert it to NIfTI.": not path.name.lower().endswith((".nii", ".nii.gz")),
+        f"the file is empty (0 bytes). {_AGAIN}": path.is_file() and path.stat().st_size == 0,
     })  # fmt: skip
-    with path.open("rb") as stream:
-        start = stream.read(2)
-    _refuse(path.name, {
-        f"the file is empty (0 bytes). {_AGAIN}": not start,
-        "named .gz but not gzip-compressed (it may be text or plain NIfTI). Fetch or convert it "
-        "again, or give it its right name.": compressed and start != b"\x1f\x8b",
-    })  # fmt: skip
-    return gzip.open(path, "rb") if compressed else path.open("rb")
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _read_header(name: str, stream: BinaryIO) -> nib.Nifti1Header:
+def _read_header(name: str, stream: BufferedIOBase) -> nib.Nifti1Header:
     # Extensions are not read: their sizes are one more thing that a damaged file can lie about.
-    block = _read_exactly(name, stream, 348)
-    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
-    if not sizes & {348, 540}:
-        raise ScanError(f"{name}: not a NIfTI image. Fetch it again or convert it to NIfTI.")
-    kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
-    header = kind(block + _read_exactly(name, stream, kind.sizeof_hdr - 348), check=False)
+    block = _read_exactly(name, stream, nib.Nifti1Header.sizeof_hdr)
+    kind = nib.Nifti2Header if block[4:7] == nib.Nifti2Header.single_magic else nib.Nifti1Header
+    header = kind(block + _read_exactly(name, stream, kind.sizeof_hdr - len(block)), check=False)
     if header["magic"] != kind.single_magic:
-        raise ScanError(
-            f"{name}: a NIfTI pair or an Analyze header, not one file with header and data. Convert it to .nii.gz."
-        )
+        what = "not a NIfTI image with header and data in one file, but text, Analyze or half a NIfTI pair"
+        raise ScanError(f"{name}: {what}. Fetch it again, or convert it to .nii.gz.")
     # nibabel would log what it corrects (it does no harm) beside what it raises (we say it).
     sizes = header["pixdim"][1:4].copy()
     header.check_fix(logger=_QUIET, error_level=40)
     header["pixdim"][1:4] = np.abs(sizes)  # a size of 0 is no size, and not 1
     offset = float(header["vox_offset"])
-    if not (math.isfinite(offset) and kind.sizeof_hdr + 4 <= offset < 2**30):
+    if not kind.sizeof_hdr + 4 <= offset < 2**30:
         raise ScanError(f"{name}: the data cannot start at byte {offset:g}, as the header says. {_AGAIN}")
     return header
 
 
-def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, int, int]:
+def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, ...]:
     shape = tuple(int(n) for n in header.get_data_shape())
-    text = " x ".join(str(n) for n in shape)
+    text = " x ".join(map(str, shape))
     dtype = header.get_data_dtype()
     is_real = dtype.fields is None and dtype.kind in "iuf" and dtype.itemsize <= 8
+    need, bound = BYTES_PER_VOXEL * math.prod(shape) / GIB, memory_bound()
     _refuse(name, {
         f"impossible shape ({text}). {_AGAIN}": any(n < 1 for n in shape),
-        f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}":
-            math.prod(shape[3:]) > 1,
-        f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not damaged, "
-        "crop the image to the head or resample it to 0.5 mm or coarser.":
-            math.prod(shape) > MAX_VOXELS,
-        f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number "
-        "per voxel; convert it to int16 or float32.": not is_real,
+        f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}": math.prod(shape[3:]) > 1,
+        f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not damaged, crop the image to the "
+        "head or resample it to 0.5 mm or coarser.": math.prod(shape) > MAX_VOXELS,
+        f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number per voxel; convert it "
+        "to int16 or float32.": not is_real,
+        f"{text} voxels need about {need:.1f} GB of memory, and {bound.free:.1f} GB of {bound.total:.1f} are free "
+        f"({bound.source}). Give more memory, run fewer steps at once (--nprocs), or resample the image.":
+            need > bound.free,  # the kernel would kill us
     })  # fmt: skip
     return (*shape, 1, 1, 1)[:3]
 
 
-def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, int, int]) -> None:
-    fix = "If the header is wrong, correct it (fslorient, nibabel, dcm2niix); otherwise "
+def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> None:
+    fix = "If the header is wrong, correct it (fslorient, nibabel, dcm2niix); otherwise"
     sizes = voxel_sizes(affine)
     extent = sizes * shape
     finest, coarsest = VOXEL_SIZE_RANGE
     smallest, largest = FIELD_OF_VIEW_RANGE
     _refuse(name, {
-        f"the affine has absurd values. {fix}crop the image.": np.abs(affine).max() > 1e6,
-        f"the affine is strongly sheared. {fix}resample the image.":
-            voxel_volume(affine) < MIN_SQUARENESS * sizes.prod(),
-        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. "
-        f"{fix}resample the image, or {_FILTER} The unit of length counts too (xyzt_units).":
+        f"the affine is strongly sheared or has absurd values. {fix} resample the image.":
+            voxel_volume(affine) < MIN_SQUARENESS * sizes.prod() or np.abs(affine).max() > 1e6,
+        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the image, "
+        f"or {_FILTER} The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
-        f"field of view of {in_mm(extent, '.0f')}; image far too small or cropped through the brain (at least "
-        f"{smallest:g} mm along each axis). Filter it out with --bids-filter-file.": extent.min() < smallest,
-        f"field of view of {in_mm(extent, '.0f')}, far larger than a head (at most "
-        f"{largest:g} mm). {fix}crop the image.": extent.max() > largest,
+        f"field of view of {in_mm(extent, '.0f')}; that of a whole head is {smallest:g} to {largest:g} mm along each "
+        f"axis. {fix} crop the image, or {_FILTER}": extent.min() < smallest or extent.max() > largest,
     })  # fmt: skip
 
 
-def _check_memory(name: str, shape: tuple[int, int, int]) -> None:
-    """Refuse what the kernel would kill us for."""
-    need = BYTES_PER_VOXEL * math.prod(shape) / GIB
-    bound = memory_bound()
-    if need > bound.free:
-        raise ScanError(
-            f"{name}: {' x '.join(map(str, shape))} voxels need about {need:.1f} GB of memory, and "
-            f"{bound.free:.1f} GB of {bound.total:.1f} are free ({bound.source}). Give more "
-            "memory, run fewer steps at once (--nprocs), or resample the image."
-        )
-
-
-def _read_data(path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+def _read_data(path: Path, stream: BufferedIOBase, header: nib.Nifti1Header, shape: tuple[int, ...]) -> np.ndarray:
     """Values as stored."""
     dtype = header.get_data_dtype()
     n_bytes, on_disk = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if n_bytes > on_disk * (_MAX_GZIP_RATIO if isinstance(stream, gzip.GzipFile) else 1):
-        raise ScanError(
-            f"{path.name}: the header claims {n_bytes:,} bytes of data, more than the file of "
-            f"{on_disk:,} bytes can hold. It is truncated or damaged; fetch or convert it again."
-        )
+        claim = f"the header claims {n_bytes:,} bytes of data, more than the file of {on_disk:,} bytes can hold"
+        raise ScanError(f"{path.name}: {claim}. It is truncated or damaged. {_AGAIN}")
     stream.seek(int(header["vox_offset"]))
     block = _read_exactly(path.name, stream, n_bytes)
     # Reading on to the end makes gzip compare its checksum; bounded, for data that never end.
@@ -222,10 +169,10 @@ def _read_data(path: Path, stream: BinaryIO, header: nib.Nifti1Header, shape: tu
 def _check_values(name: str, data: np.ndarray) -> None:
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
     _refuse(name, {
-        f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the "
-        "head), or filter the image out with --bids-filter-file.": bad > 0,
-        f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or "
-        f"{_FILTER}": not bad and data.min() == data.max(),
+        f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
+            bad > 0,
+        f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
+            data.min() == data.max(),
     })  # fmt: skip
 
 
@@ -244,10 +191,8 @@ def _check_continuity(name: str, data: np.ndarray, raw: np.ndarray) -> None:
         )
 
 
-def _read_exactly(name: str, stream: BinaryIO, count: int) -> bytes:
+def _read_exactly(name: str, stream: BufferedIOBase, count: int) -> bytes:
     block = stream.read(count)
     if len(block) < count:
-        raise ScanError(
-            f"{name}: truncated, or not a NIfTI image (the file ends before its header and data are complete). {_AGAIN}"
-        )
+        raise ScanError(f"{name}: truncated, or not a NIfTI image (it ends before header and data do). {_AGAIN}")
     return block

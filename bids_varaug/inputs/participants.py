@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -20,54 +19,43 @@ from bids_varaug.inputs.scans import datalad_command
 from bids_varaug.inputs.tables import TableError, find_column, plain_name, read_text_table, some
 
 USUAL_COLUMNS = {
-    "age": ("age_at_scan", "age_at_mri", "scan_age", "age_years", "age_in_years"),
-    "sex": ("gender", "biological_sex", "sex_at_birth"),
-    "site": (
-        "site_id", "scan_site", "scanner_site", "scanning_site", "acquisition_site", "mri_site",
-        "study_site", "site_name", "center", "centre", "center_id", "centre_id", "institution",
-        "institution_name", "scanner", "scanner_id",
-    ),
-}  # fmt: skip
+    "age": "age_at_scan age_at_mri scan_age age_years age_in_years".split(),
+    "sex": "gender biological_sex sex_at_birth".split(),
+    "site": "site_id scan_site scanner_site scanning_site acquisition_site mri_site study_site site_name center centre "
+    "center_id centre_id institution institution_name scanner scanner_id".split(),
+}
 SESSION_COLUMNS = ("session_id", "session", "ses", "session_label")
 VISIT_COLUMNS = ("visit", "visit_id", "visit_name", "wave", "timepoint", "timepoint_id", "tp")
 
-_SEXES = {"F": "f female woman girl w", "M": "m male man boy",
-          "O": "o other intersex nonbinary diverse"}  # fmt: skip
+_SEXES = {"F": "f female woman girl w", "M": "m male man boy", "O": "o other intersex nonbinary diverse"}
 _SEX_OF = {word: sex for sex, words in _SEXES.items() for word in words.split()}
 _COLUMNS = ["participant_id", "session_id", "age", "sex", "site"]
 
-# Lengths of the Julian year, as UCUM has them.
-YEARS_PER = {"years": 1.0, "months": 1 / 12, "weeks": 7 / 365.25, "days": 1 / 365.25}
 OLDEST = 120.0  # years; more is a code such as 999, or another unit
-
+# Length in (Julian) years, as UCUM has it, and spellings.
 _UNITS = {
-    "years": "years year yrs yr y a annum yo jahre jahren ans annees anni anos jaar",
-    "months": "months month mo mos mon mths mth m monate monaten mois",
-    "weeks": "weeks week wks wk w wochen semaines",
-    "days": "days day d tage tagen jours",
+    "years": (1.0, "years year yrs yr y a annum yo jahre jahren ans annees anni anos jaar"),
+    "months": (1 / 12, "months month mo mos mon mths mth m monate monaten mois"),
+    "weeks": (7 / 365.25, "weeks week wks wk w wochen semaines"),
+    "days": (1 / 365.25, "days day d tage tagen jours"),
 }
-_UNIT_OF = {word: unit for unit, words in _UNITS.items() for word in words.split()}
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of age_months, AgeMonths
-# What may stand before a unit: "Age at scan, in completed years"; not "light years", "5-year bins".
-_BEFORE = re.compile(
-    r"(\W|\b(ages?|alter|edad|as|at|of|in|en|the|time|date|scan\w*|mri|session|visit|numbers?|units?|"
-    r"subjects?|participa\w*|s|is|full|whole|complete\w*|calendar|decimal|exact|chronological)\b)*"
+_UNIT_OF = {word: unit for unit, (_, words) in _UNITS.items() for word in words.split()}
+# What may stand beside a unit: "Age at scan, in completed years"; not "light years", "years since diagnosis".
+_FILLER = re.compile(
+    r"\b((since|date of) birth|of age|(time|day|date|numbers?) of|ages?|alter|edad|old|as|at|in|en|on|the|same|time|"
+    r"scan\w*|mri|first|session|visit|units?|is|full|whole|complete\w*|calendar|decimal|exact|chronological)\b"
 )
-# What makes another quantity of it: "year of birth", "years since diagnosis", "years - 50".
+# What makes another quantity of it in a comment: "year (of birth)", "years, mean-centered".
 _OTHER = re.compile(
-    r"^\W*(of (?!age)|(since|after|before|until|till|post)\b)|^ *(from|to (?!the|near|one|two|\d))|"
-    r"^\W{0,3}[-+−–] *\d|[*×·÷^]|/ *\d|\bx *\d|\b(birth|born|bins?\b|group|categor|decade|log|"
-    r"minus|times|divid|multipl|scor|standardi|normali|cente?red|educ|diagnos|onset|durati|predict|brain)"
+    r"birth|born|bins?\b|group|categor|decade|log|minus|plus|times|divid|multipl|scor|standardi|normali|cente?red|educ|"
+    r"diagnos|onset|durati|predict|brain|since|after|before|until|[*×·÷^/+]|(?<!\d)[-−–] *\d"
 )
 _NUMBER = re.compile(
-    r"(?P<more>>=?|≥)?\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<plus>\+)?"
-    r"\s*(?P<unit>[a-z][a-z ]*)?",
-    re.IGNORECASE,
+    r"(?i)(?P<more>>=?|≥)?\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<plus>\+)?\s*(?P<unit>[a-z][a-z ]*)?"
 )
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """What is known of a participant at a session; `reason` says why `age` is NaN."""
 
     age: float
@@ -80,21 +68,15 @@ class Person:
 class People:
     """Participants of a dataset.
 
-    Parameters
-    ----------
-    table : one row per participant and, where sessions have an age of their own, per session:
-        `participant_id` (``sub-01``), `session_id` (``ses-1``; None for all other sessions),
-        `age` in years (float64, NaN where there is none), `sex` ("F", "M", "O" or None), `site`
-        (str or None)
-    left_out : why an age is missing, by participant (``sub-01``) or session (``sub-01_ses-1``)
-    notes : values that were interpreted ("89+" as 89, ...)
-    source : the file, as messages name it
+    `table` has one row per participant and, where sessions have an age of their own, per session: `participant_id`
+    (``sub-01``), `session_id` (``ses-1``; None for all other sessions), `age` in years (float64, NaN where there is
+    none), `sex` ("F", "M", "O" or None), `site` (str or None).
     """
 
     table: pd.DataFrame
-    left_out: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    source: str = "participants.tsv"
+    left_out: dict[str, str] = field(default_factory=dict)  # why an age is missing, by ``sub-01`` or ``sub-01_ses-1``
+    notes: tuple[str, ...] = ()  # values that were interpreted ("89+" as 89, ...)
+    source: str = "participants.tsv"  # as messages name it
 
     def find(self, participant_id: str, session_id: str | None = None) -> Person | None:
         """Person at that session, else at any; None where the participant is not listed."""
@@ -109,7 +91,10 @@ class People:
     @cached_property
     def _persons(self) -> dict[tuple[str, str | None], Person]:
         rows = self.table[_COLUMNS].itertuples(index=False, name=None)
-        return {row[:2]: Person(*row[2:], self.left_out.get(_name(*row[:2]), "")) for row in rows}
+        return {
+            (participant, session): Person(age, sex, site, self.left_out.get(_name(participant, session), ""))
+            for participant, session, age, sex, site in rows
+        }
 
 
 def read_people(
@@ -121,48 +106,33 @@ def read_people(
     require_age: bool = True,
     only: str | None = None,
 ) -> People:
-    """Read participants.tsv, its sidecar, and the sessions' tables that have ages.
+    """Read participants.tsv, its sidecar, and the sessions' tables that have ages, which take precedence.
 
-    Ages are in years unless ``participants.json`` gives other Units or the column's name ends in
-    one. An age in ``sub-*/sub-*_sessions.tsv`` takes precedence over that of
-    participants.tsv. Columns are found in any case; where `sex_column` and so on are the defaults
-    and absent, the usual names are tried (gender, scanner_site, ...). Codes of the sex are read
-    where their meaning is plain, or where ``Levels`` of the sidecar explain them.
+    See `choose_column`, `read_ages` and `read_sexes` for what columns and values are understood.
 
     Parameters
     ----------
-    bids_dir : of a raw dataset; images are not looked at
-    require_age : False to read whoever is there, with or without age
+    require_age : False to read whoever is there, with or without age, and nobody where there is no participants.tsv;
+        else that is a `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`
     only : read the table of sessions of this participant (``sub-01``) and of nobody else
-
-    Raises
-    ------
-    NoInputError
-        If there is no participants.tsv (unless `require_age` is False: then there are no people).
-    TableError
-        If a table or sidecar is damaged; a participant is listed twice, or in two sites; the age
-        column is absent and required, or a column that was asked for by name is.
     """
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
         if not require_age:
             return People(pd.DataFrame(columns=_COLUMNS))
-        fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}"
-        raise NoInputError(
-            f"{path}: not found. The group level needs it, with the columns participant_id and age "
-            f"(sex and site are optional).{fetch if path.is_symlink() else ''}"
-        )
+        fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}" if path.is_symlink() else ""
+        need = "The group level needs it, with the columns participant_id and age (sex and site are optional)"
+        raise NoInputError(f"{path}: not found. {need}.{fetch}")
     table = read_text_table(path)
-    participants = _participants(path, table)
-    wanted = {"age": age_column, "sex": sex_column, "site": site_column}
     age, sex, site = (
         choose_column(path, table.columns, key, name, required=require_age and key == "age")
-        for key, name in wanted.items()
+        for key, name in {"age": age_column, "sex": sex_column, "site": site_column}.items()
     )
-    nothing = [None] * len(table)
+    participants = _participants(path, table)
+    sessions = _sessions(table, participants)
+    nothing: list[Any] = [None] * len(table)
     sites = list(table[site]) if site else nothing
     _check_sites(path, participants, sites)
-    sessions = _sessions(table, participants)
     names = list(map(_name, participants, sessions))
     _check_unique(path, names)
     notes: list[str] = []
@@ -170,28 +140,25 @@ def read_people(
     sexes = read_sexes(path, sex, table[sex], notes) if sex else nothing
     ages = read_ages(path, age, table[age], names, left_out, notes) if age else nothing
     people = list(zip(participants, sessions, ages, sexes, sites, strict=True))
-    rows = {row[:2]: row for row in people}
-    first = {row[0]: row for row in reversed(people)}
-    for participant in sorted({only} & first.keys() if only else first):
+    rows = {person[:2]: person for person in people}
+    anyway = {person[0]: person for person in reversed(people)}
+    for participant in sorted({only} & anyway.keys() if only else anyway):
         tsv = Path(bids_dir, participant, f"{participant}_sessions.tsv")
-        for session, age in _session_ages(tsv, age_column, left_out, notes):
-            rows[participant, session] = (participant, session, age, *first[participant][3:])
-            if not math.isnan(age):
+        for session, years in _session_ages(tsv, age_column, left_out, notes).items():
+            rows[participant, session] = (participant, session, years, *anyway[participant][3:])
+            if not math.isnan(years):
                 left_out.pop(participant, None)
     everybody = pd.DataFrame(list(rows.values()), columns=_COLUMNS, dtype=object)
     return People(everybody.astype({"age": "float64"}), left_out, tuple(notes))
 
 
 def choose_column(path: Path, columns: Sequence[str], key: str, wanted: str, required: bool = False) -> str | None:
-    """Column of the age, sex or site (`key`) in a table; None where it has none.
+    """Column of the age, sex or site (`key`) in a table, see `find_column`; None where it has none.
 
-    Raises
-    ------
-    TableError
-        If it is absent, and is required or was asked for by another name than the default.
+    Where `wanted` is the default, which is `key`, the usual names are tried too (gender, scanner_site, ...). Raises
+    `TableError` if the column is absent, and is required or was asked for by another name than the default.
     """
-    usual = USUAL_COLUMNS[key] if wanted == key else ()
-    found = find_column(columns, wanted, usual)
+    found = find_column(columns, wanted, USUAL_COLUMNS[key] if wanted == key else ())
     if found is None and (required or wanted != key):
         raise _missing_column(path, columns, wanted, f" Choose one with --{key}-column.")
     return found
@@ -206,31 +173,16 @@ def read_ages(
     notes: list[str],
     sidecar: Path | None = None,
 ) -> list[float]:
-    """Read a column of ages.
+    """Read a column of ages in years; NaN where the age is missing, with the reason in `left_out`, by name of the row.
 
-    Parameters
-    ----------
-    path : of the table, for messages
-    column : as the table spells it; may end in the unit
-    values : of the column, None where missing
-    names : of the rows, for messages
-    left_out : takes the reasons why ages are missing, by name
-    notes : takes units that were converted and lower bounds that were taken as ages
-    sidecar : JSON that may give the Units; default: of the table's name
-
-    Returns
-    -------
-    Years, NaN where the age is missing.
-
-    Raises
-    ------
-    TableError
-        If the sidecar is damaged or names a unit that is not known.
+    The unit is that of an age itself ("034Y"), else that of the sidecar (by default the table's), else that in the
+    column's name, else years. `notes` takes conversions and lower bounds ("89+") that were taken as ages. Raises
+    `TableError` if the sidecar is damaged or names a unit that is not known.
     """
     unit = _age_unit(column, sidecar or path.with_suffix(".json"))
     if unit != "years":
         notes.append(f"{path.name}: ages in {unit} were converted to years.")
-    ages, capped = [], []
+    ages, bounds = [], []
     for name, value in zip(names, values, strict=True):
         try:
             age, is_bound = _parse_age(value, unit)
@@ -238,17 +190,14 @@ def read_ages(
             age, is_bound = math.nan, False
             left_out[name] = f"{path.name}, column {column!r}: {error}"
         ages.append(age)
-        if is_bound:
-            capped.append(f"{name} ({value})")
-    if capped:
-        notes.append(f"{path.name}: lower bounds were taken as ages: {some(capped)}.")
+        bounds += [f"{name} ({value})"] * is_bound
+    if bounds:
+        notes.append(f"{path.name}: lower bounds were taken as ages: {some(bounds)}.")
     return ages
 
 
 def _parse_age(value: str | None, unit: str) -> tuple[float, bool]:
     """One age in years, and whether it is a lower bound; a ValueError says why it is none.
-
-    It may be followed by its own unit, as in DICOM.
 
     >>> _parse_age("30", "months"), _parse_age("89+", "years"), _parse_age("034Y", "years")
     ((2.5, False), (89.0, True), (34.0, False))
@@ -259,69 +208,54 @@ def _parse_age(value: str | None, unit: str) -> tuple[float, bool]:
     own = _read_unit(match["unit"]) if match and match["unit"] else unit
     if match is None or own is None:
         raise ValueError(f"{value!r} is not a number")
-    years = float(match["number"]) * YEARS_PER[own]
+    years = float(match["number"]) * _UNITS[own][0]
     if not 0 <= years <= OLDEST:
         raise ValueError(f"{value!r} is not an age in {own} (0 to {OLDEST:g} years)")
     return years, bool(match["more"] or match["plus"])
 
 
 def _age_unit(column: str, sidecar: Path) -> str:
-    """Key of `YEARS_PER`: Units of the sidecar; else the name's ("age_months"); else years."""
+    """Units of the sidecar; else the name's ("age_months"); else years."""
     given = _sidecar_value(sidecar, column, "units", "unit")
     if given not in (None, "", "n/a"):
         if (unit := _read_unit(str(given))) is None:
-            raise TableError(
-                f"{sidecar}: Units {given!r} of {column!r} is not known. Write years, months, weeks or days."
-            )
+            known = "Write years, months, weeks or days."
+            raise TableError(f"{sidecar}: Units {given!r} of {column!r} is not known. {known}")
         return unit
-    words = [word.lower() for word in _WORD.findall(column)]
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", column)]  # age_months, AgeMonths
     # One letter of a name is not enough to go by; a singular ("age_day1") only at its end.
-    candidates = [w for w in words[:-1] if w in YEARS_PER] + [w for w in words[-1:] if len(w) > 1]
+    candidates = [w for w in words[:-1] if w in _UNITS] + [w for w in words[-1:] if len(w) > 1]
     return next((_UNIT_OF[word] for word in reversed(candidates) if word in _UNIT_OF), "years")
 
 
 def _read_unit(text: str) -> str | None:
-    """The first unit of a text; None where the rest makes another quantity or unit of it."""
-    if (plain := re.sub("^agein|old$", "", plain_name(text))) in _UNIT_OF:
-        return _UNIT_OF[plain]
-    skipped = r"(since|from|date of) birth|(the|same|scan) (day|month)\b|\(s\)|_"
-    text = re.sub(skipped, " ", text.lower())
-    words = re.finditer(r"[^\W\d_]([^\W\d_]|[\u0300-\u036f])+", text)
-    units = {w.span(): _UNIT_OF[n] for w in words if (n := plain_name(w[0])) in _UNIT_OF}
-    start, end = next(iter(units), (0, 0))
-    is_unit = len(set(units.values())) == 1 and _BEFORE.fullmatch(text[:start])
-    return units[start, end] if is_unit and not _OTHER.search(text[end:]) else None
+    """The unit that a text begins with; None where the rest makes another quantity or unit of it."""
+    text = _FILLER.sub("", text.lower().replace("_", " ")).lstrip(" ([,.;:")
+    head, *comments = re.split(r"[(\[,.;:]", text)
+    unit, comment = _UNIT_OF.get(plain_name(head)), " ".join(comments)
+    others = {_UNIT_OF.get(word, unit) for word in re.findall(r"[^\W\d_]{2,}", comment)} - {unit}
+    return None if others or _OTHER.search(comment) else unit
 
 
 def read_sexes(path: Path, column: str, values: Sequence[str | None], notes: list[str]) -> list[str | None]:
-    """Sexes ("F", "M", "O"), None where missing or where a code could mean either.
+    """Read a column of sexes: "F", "M", "O"; None where missing or where a code could mean either.
 
-    Parameters
-    ----------
-    path : of the table, whose JSON sidecar may explain codes as ``Levels``
-    column : as the table spells it
-    values : of the column, None where missing
-    notes : takes codes of unknown meaning
-
-    Raises
-    ------
-    TableError
-        If the sidecar is damaged.
+    Codes are read where their meaning is plain, or where ``Levels`` of the table's JSON sidecar explain them. `notes`
+    takes those of unknown meaning. Raises `TableError` if the sidecar is damaged.
     """
     levels = _sidecar_value(path.with_suffix(".json"), column, "levels")
     explained = {}
     for code, meaning in levels.items() if isinstance(levels, dict) else ():
         text = meaning.get("Description") if isinstance(meaning, dict) else meaning
-        explained[str(code)] = _SEX_OF.get(plain_name(str(text)))
+        explained[code] = _SEX_OF.get(plain_name(str(text)))
     counts = Counter(value for value in values if value is not None)
     sex_of = {code: explained.get(code) or _SEX_OF.get(plain_name(code)) for code in counts}
-    unclear = [f"{code!r} ({n})" for code, n in counts.items() if sex_of[code] is None]
-    if unclear:
+    if unclear := [f"{code!r} ({n})" for code, n in counts.items() if sex_of[code] is None]:
         notes.append(
-            f"{path.name}: {column!r} has codes of unknown meaning, taken as missing: "
-            f"{some(unclear)}. Explain them as Levels in {path.with_suffix('.json').name}."
+            f"{path.name}: {column!r} has codes of unknown meaning, taken as missing: {some(unclear)}. Explain them as "
+            f"Levels in {path.with_suffix('.json').name}."
         )
-    return [sex_of.get(value) for value in values]
+    return [value and sex_of[value] for value in values]
 
 
 def _sidecar_value(path: Path, column: str, *keys: str) -> Any:
@@ -341,12 +275,14 @@ def _sidecar_value(path: Path, column: str, *keys: str) -> Any:
 def prefixed(label: str, entity: str = "sub") -> str:
     """Label with its prefix, in small letters.
 
-    Examples
-    --------
     >>> prefixed("01"), prefixed("SUB-01"), prefixed("1", "ses")
     ('sub-01', 'sub-01', 'ses-1')
     """
     return f"{entity}-{re.sub(f'^{entity}-', '', label, flags=re.IGNORECASE)}"
+
+
+def _name(participant: str, session: str | None) -> str:
+    return participant if session is None else f"{participant}_{session}"
 
 
 def _missing_column(path: Path, columns: Sequence[str], wanted: str, hint: str = "") -> TableError:
@@ -357,8 +293,7 @@ def _participants(path: Path, table: pd.DataFrame) -> list[str]:
     column = find_column(table.columns, "participant_id")
     if column is None:
         raise _missing_column(path, table.columns, "participant_id")
-    without = [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]
-    if without:
+    if without := [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]:
         raise TableError(f"{path}: no participant_id in {some(without)}.")
     return [prefixed(label) for label in table[column]]
 
@@ -369,41 +304,33 @@ def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
     # Where nobody has two rows, a column called "session" may as well count them.
     if column is None or (column != "session_id" and len(set(participants)) == len(participants)):
         return [None] * len(participants)
-    return [None if s is None else prefixed(s, "ses") for s in table[column]]
+    return [label and prefixed(label, "ses") for label in table[column]]
 
 
-def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: list[str]) -> list[tuple[str, float]]:
-    """Sessions with an age, NaN where it cannot be read; those without one are left out."""
-    if not os.path.isfile(tsv):
-        return []
+def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: list[str]) -> dict[str, float]:
+    """Ages by session, NaN where one cannot be read; sessions without one are left out."""
+    if not tsv.is_file():
+        return {}
     table = read_text_table(tsv)
     age = find_column(table.columns, age_column, USUAL_COLUMNS["age"])
     session = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
     if age is None or session is None:
-        return []
-    rows = zip(table[session], table[age], strict=True)
-    known = [(prefixed(label, "ses"), value) for label, value in rows if label and value]
-    names = [_name(tsv.parent.name, label) for label, _ in known]
+        return {}
+    table = table.dropna(subset=[session, age])
+    sessions = [prefixed(label, "ses") for label in table[session]]
+    names = [_name(tsv.parent.name, label) for label in sessions]
     _check_unique(tsv, names)
     for name in names:
         left_out.pop(name, None)  # not missing after all
     sidecar = tsv.with_suffix(".json")
     if not sidecar.is_file():
         sidecar = tsv.parents[1] / "sessions.json"  # inherited
-    ages = read_ages(tsv, age, [value for _, value in known], names, left_out, notes, sidecar)
-    return [(label, years) for (label, _), years in zip(known, ages, strict=True)]
-
-
-def _name(participant: str, session: str | None) -> str:
-    return participant if session is None else f"{participant}_{session}"
+    return dict(zip(sessions, read_ages(tsv, age, table[age], names, left_out, notes, sidecar), strict=True))
 
 
 def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -> None:
-    at: dict[str, set[str]] = {}
-    for participant, site in zip(participants, sites, strict=True):
-        at.setdefault(participant, set()).update([site] if site else [])
-    two = [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]
-    if two:
+    at = pd.Series(sites, participants, dtype=object).dropna().groupby(level=0).unique()
+    if two := [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]:
         raise TableError(
             f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
             "several sites one of them, or different ids."
@@ -411,9 +338,8 @@ def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -
 
 
 def _check_unique(path: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise TableError(
-            f"{path}: listed more than once: {some(twice)}. Keep one row of each, or name the "
-            "column that distinguishes the rows session_id."
+            f"{path}: listed more than once: {some(twice)}. Keep one row of each, or name the column that "
+            "distinguishes the rows session_id."
         )

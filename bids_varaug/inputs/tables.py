@@ -1,7 +1,6 @@
 """Tables as people write them: tabs or commas, any line end, quotes, several encodings.
 
-Small ones are read as text; large ones of numbers fast, 300 MB in seconds. Neither reader lets
-damage pass unseen.
+Small ones are read as text; large ones of numbers fast, 300 MB in seconds. Neither reader lets damage pass unseen.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import pandas as pd
 
 from bids_varaug.errors import UserError
 
-MISSING = (
-    "n/a", "", "N/A", "NA", "na", "NaN", "nan", "NAN", "NULL", "null", "None", "none", "#N/A",
-)  # fmt: skip
+MISSING = ("n/a", "", "N/A", "NA", "na", "NaN", "nan", "NAN", "NULL", "null", "None", "none", "#N/A")
 """Spellings of a missing value: BIDS's own first, then those of R, Excel, pandas and databases."""
 SHOWN = 8  # names or lines that a message lists before it says how many more there are
 _BLOCK = 1 << 24  # bytes that tell the encoding
@@ -29,42 +26,22 @@ class TableError(UserError):
 
 
 def read_text_table(path: Path) -> pd.DataFrame:
-    """Read a table such as participants.tsv whole, as text.
+    """Read a table such as participants.tsv whole, as text without quotes and surrounding blanks; None where missing.
 
-    Parameters
-    ----------
-    path : of UTF-8 with or without byte order mark, UTF-16 with one, else taken for Latin-1; lines
-        end in LF, CRLF or CR; fields are separated by tabs (by commas in a file called .csv)
-
-    Returns
-    -------
-    DataFrame of str without quotes and surrounding blanks; None where missing
-
-    Raises
-    ------
-    TableError
-        If it cannot be read, is empty, has a line with too few or too many fields, or two columns
-        of the same name.
+    It may be UTF-8 with or without byte order mark, UTF-16 with one, else it is taken for Latin-1; lines end in LF,
+    CRLF or CR; fields are separated by tabs (by commas in a file called .csv). Raises `TableError` as `read_header`
+    does, and if a line has too few or too many fields.
     """
     columns = read_header(path)
-    lines = list(_data_lines(path, columns))
-    rows = [[None if f in MISSING else f for f in _fields(path, line)] for line in lines]
+    lines = _data_lines(path, columns)
+    rows = [[None if field in MISSING else field for field in _fields(path, line)] for line in lines]
     return pd.DataFrame(rows, columns=list(columns), dtype=object)
 
 
 def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None) -> pd.DataFrame:
-    """Read columns of a large table: some as text, others to the last bit of a float64.
+    """Read columns of a large table: some as text, others (default: all) as pandas takes them, to the last bit.
 
-    Parameters
-    ----------
-    path : as of `read_text_table`
-    text : columns to read as text
-    numbers : columns to read as pandas takes them; default: all others
-
-    Raises
-    ------
-    TableError
-        As `read_text_table`, and if there are no rows.
+    Raises `TableError` as `read_text_table` does, and if there are no rows.
     """
     columns = read_header(path)
     for _ in _data_lines(path, columns):  # pandas fills up or cuts them without a word
@@ -74,8 +51,7 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
         table = pd.read_csv(
             path,
             sep=_separator(path),
-            header=None,
-            skiprows=1,
+            header=0,
             names=range(len(columns)),
             usecols=[at for at, name in enumerate(columns) if name in needed],
             index_col=False,
@@ -96,34 +72,26 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
 def read_header(path: Path) -> tuple[str, ...]:
     """Names of the columns of a table.
 
-    Raises
-    ------
-    TableError
-        If the table cannot be read, is empty, has two columns of the same name, or other
-        separators than its own name promises.
+    Raises `TableError` if it cannot be read, is empty, has two columns of the same name, or other separators than its
+    own name promises.
     """
     line = next(_lines(path), "")
     if not line.strip():
         raise TableError(f"{path}: is empty, or does not begin with a line of column names.")
     columns = _fields(path, line)
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise TableError(f"{path}: column {some(twice)} appears twice. Rename or remove one of them.")
     if _separator(path) == "\t" and (other := re.search(r"[,;]", line)) and len(columns) == 1:
-        raise TableError(
-            f"{path}: fields seem to be separated by {other[0]!r}. A .tsv file needs tabs; export it again."
-        )
+        seen = f"fields seem to be separated by {other[0]!r}"
+        raise TableError(f"{path}: {seen}. A .tsv file needs tabs; export it again.")
     return tuple(columns)
 
 
 def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) -> str | None:
     """Name, as the table spells it, of the column that is meant; None where there is none.
 
-    Looked for in this order: the very name; the name in any case, blanks and underscores left out;
-    then the usual names, in the same way, in their order.
+    Looked for in this order: the very name; its `plain_name`; then those of the usual names, in their order.
 
-    Examples
-    --------
     >>> find_column(["participant_id", "Scan Site"], "site", ["scan_site"])
     'Scan Site'
     """
@@ -136,8 +104,6 @@ def find_column(columns: Sequence[str], wanted: str, usual: Sequence[str] = ()) 
 def plain_name(name: str) -> str:
     """Name without case, accents, blanks and punctuation.
 
-    Examples
-    --------
     >>> plain_name("Scanner_Site"), plain_name("Age (years)")
     ('scannersite', 'ageyears')
     """
@@ -147,8 +113,6 @@ def plain_name(name: str) -> str:
 def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
     """First names of a list, and how many more there are, for a message.
 
-    Examples
-    --------
     >>> some(["a", "b"]), some(list("abcdefghij"), " ")
     ('a, b', 'a b c d e f g h and 2 more')
     """
@@ -159,12 +123,12 @@ def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str
 
 def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:
     """Lines below the header, without blank ones; all must have as many fields as the header."""
-    separator, wrong = _separator(path), []
+    wrong = []
     for number, line in enumerate(_lines(path), start=1):
         if number == 1 or not line.strip():
             continue
         yield line
-        if (count := line.count(separator) + 1) != len(columns):
+        if (count := line.count(_separator(path)) + 1) != len(columns):
             wrong.append(f"line {number} has {count}")
     if wrong:
         raise TableError(
@@ -195,7 +159,6 @@ def _encoding(path: Path) -> str:
 
 
 def _separator(path: Path) -> str:
-    """Tab, or a comma for files called .csv."""
     return "," if path.suffix.lower() == ".csv" else "\t"
 
 

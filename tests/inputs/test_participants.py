@@ -98,7 +98,7 @@ def test_unit_is_read_by_words(dataset, unit, years):
         "decades", "gestational weeks", "years of education", "years since diagnosis",
         "log(years)", "years/10", "year of birth", "years - 50", "years-50", "birth year",
         "years (minus 50)", "years, mean-centered", "years in bins of 5", "years; infants: months",
-        "year (of birth)", "years from onset", "dog years", "years + 2", "years x 10",
+        "month of scan", "days of life", "year (of birth)", "years from onset", "dog years", "years + 2", "years x 10",
     ],
 )  # fmt: skip
 def test_unknown_unit_is_refused(dataset, unit):

@@ -82,7 +82,7 @@ def test_no_schema_is_fetched(bids_dir, monkeypatch):
 
 
 def test_missing_validator_says_how_to_go_on(bids_dir, monkeypatch):
-    monkeypatch.setattr(validation, "find_validator", lambda: None)
+    monkeypatch.setattr(validation, "find_validator", lambda: "/there/is/none")
     with pytest.raises(InvalidBidsError, match="pip install .* --skip-bids-validation"):
         validation.validate_input(bids_dir)
 
