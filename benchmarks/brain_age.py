@@ -38,10 +38,11 @@ import pandas as pd
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.features import RelativeVolumes, derive_features
-from bids_varaug.brainage.folds import grouped_folds
-from bids_varaug.brainage.gather import ENDING, gather_cohort, read_features_table
-from bids_varaug.brainage.model import fit_estimator, predict_ages
-from bids_varaug.brainage.population import numerical_variability
+from bids_varaug.brainage.cohort import grouped_folds
+from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.gather import ENDING, gather_cohort
+from bids_varaug.brainage.models import fit_estimator, predict_ages
+from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.brainage.scoring import bootstrap_interval, sign_flip_p_values
 from bids_varaug.brainage.study import AUGMENTATIONS
 from bids_varaug.brainage.tune import closed_form_model

@@ -15,36 +15,35 @@ from bids_varaug.inputs.tables import plain_name
 # is no measure of the brain; neither is one of known words alone, at least one of them of a person
 # or a row. "Left-Hippocampus" has others, and "Cartilage" holds no word "age".
 _AGE = (
-    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|"
-    r"alters?|leeftijd|alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
+    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|alters?|leeftijd|"
+    r"alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
     r"\w*(?:возраст|年龄|年齡|年齢|나이|연령|ηλικια|عمر|גיל)\w*|"
     # predictions of other tools
-    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|"
-    r"brainpad|bagap|"
+    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|brainpad|bagap|"
     r"dob|yob|born|geboren|f[oø]dt"
 )
 _BIRTH = (  # how such words begin; "birthplace"
-    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|"
-    r"nascim|nacim|urodz|narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
+    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|nascim|nacim|urodz|"
+    r"narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
 )
 _PERSON = (
     # identifiers
-    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|"
-    r"patients?|persons?|fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|"
-    r"number|numero|nummer|idx|index|order|counters?|rows?|instance|"
+    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|patients?|persons?|"
+    r"fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|number|numero|nummer|"
+    r"idx|index|order|counters?|rows?|instance|"
     # visits and times
-    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|"
-    r"time|scanned|timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|"
-    r"annees?|annos?|anni|onset|duration|baseline|followup|"
+    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|time|scanned|"
+    r"timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|annees?|annos?|anni|onset|"
+    r"duration|baseline|followup|"
     # people
-    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|"
-    r"educ?|grade|gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
+    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|educ?|grade|"
+    r"gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
 )
 _FILLER = (
-    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|"
-    r"interview|chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|"
-    r"raw|src|source|bids|float|int|log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|"
-    r"centered|centred|inv|inverse|bio|lebens|untersuchungs?|school"
+    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|interview|"
+    r"chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|raw|src|source|bids|float|int|"
+    r"log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|centered|centred|inv|inverse|bio|lebens|"
+    r"untersuchungs?|school"
 )
 _SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
 # A single letter is no part of a word, and L and R are sides.

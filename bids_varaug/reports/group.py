@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.atomic import write_text
-from bids_varaug.brainage.evaluate import N_BOOTSTRAP
-from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, applied_tables, best_augmentation
-from bids_varaug.brainage.scoring import bootstrap_interval
-from bids_varaug.brainage.study import ALPHA, CONTROLS, Study
+from bids_varaug.brainage.augment import CONTROLS
+from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
+from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.reports import plots
@@ -107,8 +106,8 @@ class ComparedPipeline:
     Attributes
     ----------
     name : as given to --compare
-    numerics : its table of `population.numerical_variability`
-    comparison : of `population.compare_pipelines`, ours against it
+    numerics : its table of `variability.numerical_variability`
+    comparison : of `variability.compare_pipelines`, ours against it
     """
 
     name: str
@@ -116,9 +115,9 @@ class ComparedPipeline:
     comparison: pd.DataFrame
 
 
-def study_page(
+def evaluation_page(
     run: RunInfo,
-    study: Study,
+    evaluation: Evaluation,
     numerics: pd.DataFrame | None = None,
     compared: Sequence[ComparedPipeline] = (),
 ) -> Page:
@@ -127,36 +126,36 @@ def study_page(
     Parameters
     ----------
     run : RunInfo
-    study : scores and predictions
-    numerics : table of `population.numerical_variability`; None without members
+    evaluation : scores and predictions
+    numerics : table of `variability.numerical_variability`; None without members
     compared : other pipelines
     """
-    best = best_augmentation(study)
-    scores = study.scores.set_index("augmentation").to_dict("index")
-    shown = study.scores.assign(augmentation=study.scores["augmentation"].str.replace("_", " "))
-    marked = ["marked" if name == best else "" for name in study.scores["augmentation"]]
-    spread = study.predictions.loc[study.predictions["augmentation"] == best, "sd_num"].dropna()
-    gain = _gain(study, best)
+    best = best_augmentation(evaluation)
+    scores = evaluation.scores.set_index("augmentation").to_dict("index")
+    shown = evaluation.scores.assign(augmentation=evaluation.scores["augmentation"].str.replace("_", " "))
+    marked = ["marked" if name == best else "" for name in evaluation.scores["augmentation"]]
+    spread = evaluation.predictions.loc[evaluation.predictions["augmentation"] == best, "sd_num"].dropna()
+    gain = _gain(evaluation, best)
     return _page(
         "group.html",
         run,
         best=best,
         scores=scores,
         gain=gain,
-        coverage=study.settings.get("coverage", 0.9),
+        coverage=evaluation.settings.get("coverage", 0.9),
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
-        at_sites=_at_sites(study, best),
+        at_sites=_at_sites(evaluation, best),
         structures=_structures(numerics),
-        n_images=study.settings.get("n_observations", len(study.predictions)),
-        figures=_figures(study, best, numerics, compared),
-        chosen=study.chosen,
-        evaluation=study.settings,
+        n_images=evaluation.settings.get("n_observations", len(evaluation.predictions)),
+        figures=_figures(evaluation, best, numerics, compared),
+        chosen=evaluation.chosen,
+        evaluation=evaluation.settings,
         alpha=ALPHA,
         tables={
             "scores": tabulate(shown, table_columns("scores"), marked),
-            "gains": tabulate(study.gains, table_columns("gains")),
-            "sites": tabulate(study.sites, _site_columns(study.sites)),
-            "reliability": tabulate(study.reliability, table_columns("reliability")),
+            "gains": tabulate(evaluation.gains, table_columns("gains")),
+            "sites": tabulate(evaluation.sites, _site_columns(evaluation.sites)),
+            "reliability": tabulate(evaluation.reliability, table_columns("reliability")),
             "numerics": None if numerics is None else tabulate(numerics, table_columns("numerics")),
         },
         compared=[
@@ -179,7 +178,7 @@ def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]
     predicted : of `model_file.apply_model`
     model : what was applied, shown as a list of name and value
     """
-    people = applied_tables(predicted)[PHENOTYPE_TABLE]
+    people = phenotype_tables(predicted)[PHENOTYPE_TABLE]
     known = people[people["age"].notna()]
     with_age = predicted[predicted["age"].astype(float).notna()]
     errors = (known["brain_age"] - known["age"]).abs()
@@ -224,14 +223,14 @@ def _as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def _gain(study: Study, best: str) -> dict[str, Any] | None:
-    """The row of `Study.gains` that the page speaks of: of the augmentation chosen, or the largest.
+def _gain(evaluation: Evaluation, best: str) -> dict[str, Any] | None:
+    """The row of `Evaluation.gains` that the page speaks of: of the augmentation chosen, or the largest.
 
     With the number of augmentations tried, whether all of them harm, the largest gain that is not
     unlikely, and the controls that gain at least its lower limit. None where none was tried.
     """
-    is_control = study.gains["augmentation"].isin(CONTROLS)
-    tried, controls = study.gains[~is_control], study.gains[is_control]
+    is_control = evaluation.gains["augmentation"].isin(CONTROLS)
+    tried, controls = evaluation.gains[~is_control], evaluation.gains[is_control]
     if tried.empty:
         return None
     rows = tried.set_index("augmentation", drop=False)
@@ -247,12 +246,12 @@ def _gain(study: Study, best: str) -> dict[str, Any] | None:
     }
 
 
-def _at_sites(study: Study, best: str) -> dict[str, float] | None:
+def _at_sites(evaluation: Evaluation, best: str) -> dict[str, float] | None:
     """Error at sites left out of training: mean over people, smallest, largest; None without sites."""
-    if study.sites.empty or f"mae_{best}" not in study.sites:
+    if evaluation.sites.empty or f"mae_{best}" not in evaluation.sites:
         return None
-    errors = study.sites[f"mae_{best}"].astype(float)
-    mean = np.average(errors, weights=study.sites["n"].astype(float))
+    errors = evaluation.sites[f"mae_{best}"].astype(float)
+    mean = np.average(errors, weights=evaluation.sites["n"].astype(float))
     return {"mean": mean, "low": errors.min(), "high": errors.max(), "n": len(errors)}
 
 
@@ -273,14 +272,14 @@ def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:
 
 
 def _figures(
-    study: Study, best: str, numerics: pd.DataFrame | None, compared: Sequence[ComparedPipeline]
+    evaluation: Evaluation, best: str, numerics: pd.DataFrame | None, compared: Sequence[ComparedPipeline]
 ) -> dict[str, str]:
     """Data URIs of the figures that there is something to show for."""
-    drawn = {"ages": plots.draw_ages(study.predictions[study.predictions["augmentation"] == best])}
-    if not study.gains.empty:
-        drawn["gains"] = plots.draw_gains(study.gains)
-    if not study.learning_curve.empty:
-        drawn["curve"] = plots.draw_learning_curve(study.learning_curve)
+    drawn = {"ages": plots.draw_ages(evaluation.predictions[evaluation.predictions["augmentation"] == best])}
+    if not evaluation.gains.empty:
+        drawn["gains"] = plots.draw_gains(evaluation.gains)
+    if not evaluation.learning_curve.empty:
+        drawn["curve"] = plots.draw_learning_curve(evaluation.learning_curve)
     if numerics is not None and numerics["ratio"].notna().any():
         others = [(o.name, o.numerics) for o in compared if o.numerics["ratio"].notna().any()]
         drawn["ratios"] = plots.draw_ratios(numerics, others)

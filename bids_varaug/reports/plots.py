@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bids_varaug.brainage.study import CONTROLS
+from bids_varaug.brainage.augment import CONTROLS
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import p_text, signed
 from bids_varaug.reports.mosaics import to_png
@@ -57,7 +57,7 @@ def draw_ages(predictions: pd.DataFrame) -> str:
 
     Parameters
     ----------
-    predictions : rows of one augmentation of `Study.predictions`
+    predictions : rows of one augmentation of `Evaluation.predictions`
         Of more than 150 observations, intervals of 150 spread evenly over age are drawn.
 
     Returns
@@ -131,7 +131,7 @@ def draw_gains(gains: pd.DataFrame) -> str:
 
     Parameters
     ----------
-    gains : `Study.gains`
+    gains : `Evaluation.gains`
     """
     rows = gains.set_index("augmentation")
     rows = rows.loc[sorted(rows.index, key=lambda name: name in CONTROLS)]
@@ -164,7 +164,7 @@ def draw_learning_curve(curve: pd.DataFrame) -> str:
 
     Parameters
     ----------
-    curve : `Study.learning_curve`
+    curve : `Evaluation.learning_curve`
     """
     with _style():
         figure = Figure(figsize=(8.2, 4.6))
@@ -193,7 +193,7 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
 
     Parameters
     ----------
-    numerics : table of `population.numerical_variability`
+    numerics : table of `variability.numerical_variability`
     others : name and table of each pipeline to compare with
     """
     order = pair_sides(numerics["name"])[:MAX_ROWS]

@@ -17,33 +17,30 @@ from tqdm import tqdm
 
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.covariance import (
-    COVARIANCE_TABLE,
-    covariance_sidecar,
-    numerical_covariance,
-)
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.features import Asymmetries, RelativeVolumes, derive_features
-from bids_varaug.brainage.gather import gather_cohort, read_features_table
-from bids_varaug.brainage.model import BrainAgeModel, fit_brain_age
+from bids_varaug.brainage.evaluate import Evaluation, best_augmentation, evaluate_brain_age
+from bids_varaug.brainage.features import asymmetries, relative_volumes
+from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.models import BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.outputs import (
     PHENOTYPE_TABLE,
     applied_sidecar,
-    applied_tables,
-    best_augmentation,
-    phenotype_sidecar,
+    evaluated_sidecar,
+    evaluated_tables,
     phenotype_tables,
     remark_ages,
     with_bids_labels,
 )
-from bids_varaug.brainage.population import (
+from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
+from bids_varaug.brainage.variability import (
+    COVARIANCE_TABLE,
     compare_pipelines,
+    covariance_sidecar,
+    numerical_covariance,
     numerical_variability,
     read_regions,
 )
-from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
-from bids_varaug.brainage.study import Study
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import cite
 from bids_varaug.derivatives.logs import write_group_logs
@@ -51,7 +48,7 @@ from bids_varaug.derivatives.sidecars import package_versions, write_group_datas
 from bids_varaug.derivatives.write import write_table
 from bids_varaug.errors import FiltersError, UserError
 from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, load_page, study_page
+from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, evaluation_page, load_page
 from bids_varaug.settings import Settings
 
 MODEL = "models/brainage.skops"
@@ -77,7 +74,7 @@ def run_group(settings: Settings) -> Path | None:
     people = _people(settings, model)
     volumes = _select(_cohort(settings, people, model), settings)
     made = _derivation(settings, model)
-    cohort = _derive(volumes, **made)
+    cohort = _derive(volumes, made)
     notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
     notes += [
         f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
@@ -141,16 +138,12 @@ def _derivation(settings: Settings, model: BrainAgeModel | None) -> dict[str, ob
     }
 
 
-def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bool) -> Cohort:
+def _derive(cohort: Cohort, made: Mapping[str, Any]) -> Cohort:
     """Features that need nothing learnt; logarithms are only noted, the models take them."""
-    derived = cohort
-    if asymmetries:  # first, as they know no head size
-        derived = derive_features(derived, Asymmetries(derived.names))
-    if relative_to != "none":
-        derived = derive_features(derived, RelativeVolumes(derived.names, relative_to))
-    made = {"relative_to": relative_to, "asymmetries": asymmetries, "log_volumes": log_volumes}
-    source = cohort.source | made | {"measured": list(cohort.names)}
-    return replace(derived, source=source)
+    derived = asymmetries(cohort) if made["asymmetries"] else cohort  # first, as they know no head size
+    if made["relative_to"] != "none":
+        derived = relative_volumes(derived, made["relative_to"])
+    return replace(derived, source={**cohort.source, **made, "measured": list(cohort.names)})
 
 
 def _select(cohort: Cohort, settings: Settings) -> Cohort:
@@ -172,9 +165,9 @@ def _select(cohort: Cohort, settings: Settings) -> Cohort:
 
 def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequence[str]) -> Path:
     predicted = apply_model(model, cohort)
-    tables = applied_tables(predicted)
+    tables = phenotype_tables(predicted)
     notes = [*notes, *_say([*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])])]
-    _write_tables(settings, tables, applied_sidecar(model, notes=notes))
+    _write_tables(settings, tables, applied_sidecar(model, notes))
     described = {
         "file": settings.apply_model.name,
         "sha256": hashlib.sha256(settings.apply_model.read_bytes()).hexdigest(),
@@ -202,23 +195,23 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
             bar.total = total
             bar.update(done - bar.n)
 
-        study = evaluate_brain_age(
+        evaluation = evaluate_brain_age(
             cohort, model=settings.brainage_model, augmentations=augmentations,
             cv_folds=settings.cv_folds, seed=settings.random_seed,
             log_volumes=settings.log_volumes, progress=progress,
         )  # fmt: skip
     numerics, compared = _numerics(settings, volumes)
-    best = best_augmentation(study)
+    best = best_augmentation(evaluation)
     model = fit_brain_age(
         cohort, settings.brainage_model, best, settings.random_seed,
         log_volumes=settings.log_volumes,
     )  # fmt: skip
     path = settings.output_dir / MODEL
-    save_model(path, model, model_card(model, cohort, study))
-    predicted = phenotype_tables(study)
+    save_model(path, model, model_card(model, cohort, evaluation))
+    predicted = evaluated_tables(evaluation)
     notes = [*notes, *_say(remark_ages(predicted[PHENOTYPE_TABLE]))]
-    _write_tables(settings, predicted, phenotype_sidecar(study, notes=notes))
-    tables = {"scores": study.scores, "gains": study.gains, "numerics": numerics}
+    _write_tables(settings, predicted, evaluated_sidecar(evaluation, notes))
+    tables = {"scores": evaluation.scores, "gains": evaluation.gains, "numerics": numerics}
     tables |= {f"against_{other.name}": other.comparison for other in compared}
     for name, table in tables.items():
         if table is not None:
@@ -227,7 +220,7 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
         path = settings.output_dir / COVARIANCE_TABLE
         write_table(numerical_covariance(volumes), path)
         write_json(covariance_sidecar(volumes), path.with_suffix(".json"))
-    return _report(settings, cohort, study, numerics, compared, notes)
+    return _report(settings, cohort, evaluation, numerics, compared, notes)
 
 
 def _numerics(
@@ -236,17 +229,17 @@ def _numerics(
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
     if cohort.members is None:
         return None, []
-    seed, known = settings.random_seed, {}
+    known: dict[str, dict[str, float]] = {}
     if settings.features_table is None:
         observations = cohort.people.set_index("observation")["participant_id"].to_dict()
         known = read_regions(settings.output_dir, observations)
-    numerics = numerical_variability(cohort, seed, **known)
+    numerics = numerical_variability(cohort, **known)
     compared = []
     for name, path in settings.compare:
         if path.suffix == ".csv":
             other = read_minimum_dice_csv(path)
         else:
-            other = numerical_variability(read_repeated_runs(path), seed)
+            other = numerical_variability(read_repeated_runs(path))
         comparison = compare_pipelines(numerics, other)
         if comparison.empty:
             raise UserError(
@@ -278,11 +271,11 @@ def _features_text(settings: Settings, cohort: Cohort) -> str:
     return text + (", volumes as natural logarithms" if cohort.source["log_volumes"] else "")
 
 
-def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -> Path:
+def _report(settings, cohort: Cohort, evaluation: Evaluation, numerics, compared, notes) -> Path:
     versions = package_versions()
     citation = cite(
-        "group", versions, settings=study.settings, features=_features_text(settings, cohort),
-        has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
+        "group", versions, settings=evaluation.settings, features=_features_text(settings, cohort),
+        has_numerics=numerics is not None, has_reliability=not evaluation.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip
     write_group_logs(settings, citation)
@@ -290,10 +283,10 @@ def _report(settings, cohort: Cohort, study: Study, numerics, compared, notes) -
     if not np.isfinite(cohort.age).all():
         warnings.append("Some people have no age: they count for numerics, not for the model.")
     run = RunInfo(
-        citation.methods, cohort.left_out, warnings, cohort.source, {"level": "group", **study.settings}, versions,
+        citation.methods, cohort.left_out, warnings, cohort.source, {"level": "group", **evaluation.settings}, versions,
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    return _write_page(settings, study_page(run, study, numerics, compared), save=True)
+    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared), save=True)
 
 
 def _write_page(settings: Settings, page: Page, save: bool = False) -> Path:

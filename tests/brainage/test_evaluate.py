@@ -4,10 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.reliability import intraclass_correlation
-from bids_varaug.brainage.scoring import agreement_scores, bootstrap_interval, sign_flip_p_values
-from bids_varaug.brainage.study import AUGMENTATIONS, SCORE_COLUMNS
+from bids_varaug.brainage.augment import AUGMENTATIONS
+from bids_varaug.brainage.evaluate import (
+    SCORE_COLUMNS,
+    agreement_scores,
+    bootstrap_interval,
+    evaluate_brain_age,
+    intraclass_correlation,
+    sign_flip_p_values,
+)
 from bids_varaug.errors import ExitCode, UserError
 from tests.brainage.cohorts import simulated_cohort
 
@@ -118,8 +123,9 @@ def test_progress_ends_at_its_total():
 
 
 def test_scores_of_a_perfect_and_of_a_mean_prediction():
-    age, one = np.array([20.0, 40.0, 60.0]), np.ones(3)
-    perfect, mean = agreement_scores(age, age, one), agreement_scores(np.full(3, 40.0), age, one)
+    table = pd.DataFrame({"participant_id": list("abc"), "age": [20.0, 40.0, 60.0]})
+    table = table.assign(corrected=np.nan, lower=np.nan, upper=np.nan)
+    perfect, mean = (agreement_scores(table.assign(predicted=p)) for p in (table["age"], 40.0))
     assert (perfect["mae"], perfect["r2"], perfect["bias_slope"]) == (0, 1, 0)
     assert (mean["r2"], mean["bias_slope"]) == (0, -1) and np.isnan(mean["r"])
 
@@ -144,8 +150,8 @@ def test_icc_is_that_of_shrout_and_fleiss():
         [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float
     )
     found = intraclass_correlation(table.ravel(), np.repeat(np.arange(6), 4))
-    assert found.icc == pytest.approx(0.715, abs=0.001)
-    assert found.low < 0.4 and found.high > 0.9
+    assert found["icc"] == pytest.approx(0.715, abs=0.001)
+    assert found["low"] < 0.4 and found["high"] > 0.9
 
 
 def test_correction_is_withheld_from_all_where_little_is_predicted():

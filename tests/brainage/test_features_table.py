@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.assemble import CohortError
+from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.errors import UserError
 from bids_varaug.inputs.participants import People, read_people

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.assemble import CohortError
+from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.gather import ENDING, gather_cohort
 from bids_varaug.brainage.provenance import MixedDerivativesError
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE

@@ -10,8 +10,8 @@ import skops.io
 from sklearn.linear_model import Ridge
 
 from bids_varaug.brainage import model_file
-from bids_varaug.brainage.model import fit_brain_age
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.models import VALUES, fit_brain_age
 from bids_varaug.errors import NoInputError, UserError
 from tests.brainage.cohorts import simulated_cohort
 from tests.reports.group_content import make_study
@@ -124,7 +124,7 @@ def test_a_failed_write_leaves_the_old_model(model, tmp_path, monkeypatch):
 
 def test_applied_to_other_people(cohort, model):
     table = apply_model(model, cohort.take(np.arange(5)))
-    assert list(table.columns) == list(model_file.COLUMNS)
+    assert list(table.columns) == ["participant_id", "session_id", "observation", "age", *VALUES]
     assert np.allclose(table["predicted"], model.predict(cohort)[:5], rtol=1e-12)
     assert (table["lower"] < table["upper"]).all() and (table["sd_num"] > 0).all()
     assert table.attrs["notes"] == []

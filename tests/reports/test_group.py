@@ -8,10 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.outputs import best_augmentation
-from bids_varaug.brainage.population import numerical_variability
-from bids_varaug.brainage.study import Study, judge_gains
+from bids_varaug.brainage.evaluate import Evaluation, best_augmentation, evaluate_brain_age, judge_gains
+from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.reports.plots import draw_ages, draw_gains, draw_ratios
 from tests.brainage.cohorts import simulated_cohort
 from tests.reports.group_content import answer, make_numerics, make_page, make_study
@@ -67,7 +65,7 @@ def test_a_real_study_can_be_shown():
     cohort = simulated_cohort(n=24, n_members=3, n_features=3, sessions=2, n_sites=3)
     study = evaluate_brain_age(cohort, model="ridge", augmentations=("mean",), cv_folds=2,
                                curve_sizes=(10,), n_bootstrap=50, n_permutations=50)  # fmt: skip
-    numerics = numerical_variability(cohort, n_boot=50)
+    numerics = numerical_variability(cohort)
     page = make_page(study, numerics=numerics, compared=()).html()
     assert "structure2" in page and ">nan<" not in page
 
@@ -91,7 +89,7 @@ def test_words_say_what_the_numbers_do(gains, half, expected, sentence):
     assert sentence in " ".join(sentences)
 
 
-def with_p_values(study: Study, p_values) -> Study:
+def with_p_values(study: Evaluation, p_values) -> Evaluation:
     """The study had the tests found otherwise."""
     gains = study.gains[["augmentation", "gain", "low", "high"]].assign(p_value=p_values)
     return replace(study, gains=judge_gains(gains))
