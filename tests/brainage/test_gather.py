@@ -192,7 +192,7 @@ def test_one_member_alone_has_no_spread(derivatives):
         (lambda data: data[: data.index(b"rr01\trr\t53")], r"truncated.*of ieee 3, of rr01 1 rows"),
         (lambda data: data[:-6] + b"\n", "line 13 has 4 fields, not 5"),
         (lambda data: b"", "is empty"),
-        (lambda data: b"<html>\n", "has not the columns"),
+        (lambda data: b"<html>\n", "lacks the columns"),
         (lambda data: data.replace(b"\t2010", b"\tmuch"), "no number"),
         (lambda data: data.replace(b"\t2010", b"\tn/a"), "no number"),
         (lambda data: data.replace(b"\t2010", b"\t-1"), "negative"),
