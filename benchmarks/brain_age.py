@@ -35,17 +35,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.features import RelativeVolumes, derive_features
-from bids_varaug.brainage.cohort import grouped_folds
+from bids_varaug.brainage.augment import AUGMENTATIONS
+from bids_varaug.brainage.cohort import Cohort, grouped_folds
+from bids_varaug.brainage.evaluate import bootstrap_interval, evaluate_brain_age, sign_flip_p_values
+from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import ENDING, gather_cohort
-from bids_varaug.brainage.models import fit_estimator, predict_ages
+from bids_varaug.brainage.models import closed_form_model, fit_estimator, predict_ages
 from bids_varaug.brainage.variability import numerical_variability
-from bids_varaug.brainage.scoring import bootstrap_interval, sign_flip_p_values
-from bids_varaug.brainage.study import AUGMENTATIONS
-from bids_varaug.brainage.tune import closed_form_model
 from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")
@@ -116,7 +113,7 @@ def bench_transfer(options: argparse.Namespace) -> None:
         low, high = bootstrap_interval(np.abs(error)[:, None], rng, 10_000)
         print(f"{model:15} MAE {np.abs(error).mean():.3f} ({low[0]:.2f} to {high[0]:.2f})  "
               f"mean error {error.mean():+.2f}  "
-              f"{choice.as_dict()}", flush=True)  # fmt: skip
+              f"{choice}", flush=True)  # fmt: skip
 
 
 def _named_alike(path: Path, rows: str | None = None) -> Cohort:
@@ -269,7 +266,7 @@ def bench_simulated(options: argparse.Namespace) -> None:
     truth = pd.read_csv(options.bids_dir / "sourcedata" / "truth.tsv", sep="\t")
     truth = truth.set_index("participant_id").loc[measured.people["participant_id"]]
     true = truth[list(measured.names)].to_numpy(np.float64)
-    numerics = numerical_variability(measured, options.seed).set_index("name")
+    numerics = numerical_variability(measured).set_index("name")
     table = numerics[["mean", "cv", "ratio"]].assign(
         r_true=[np.corrcoef(a, b)[0, 1] for a, b in zip(measured.baseline.T, true.T, strict=True)],
         bias_percent=100 * (measured.baseline / true - 1).mean(axis=0),
@@ -307,7 +304,7 @@ def print_pairs(predictions: pd.DataFrame, seed: int) -> None:
 
 def by_brain(cohort: Cohort) -> Cohort:
     """Volumes divided by their sum."""
-    return derive_features(cohort, RelativeVolumes(cohort.names, "sum"))
+    return relative_volumes(cohort, "sum")
 
 
 def main() -> None:

@@ -76,6 +76,11 @@ class Cohort:
         sites = np.array([site if isinstance(site, str) else "" for site in first], dtype=object)
         return None if "" in sites or len(set(sites)) < MIN_SITES else sites
 
+    def missing(self) -> np.ndarray:
+        """Whether an observation lacks a feature, in the baseline or any member, (R, F) bool."""
+        bad = ~np.isfinite(self.baseline)
+        return bad if self.members is None else bad | ~np.isfinite(self.members).all(axis=1)
+
     def take(self, rows: np.ndarray) -> Cohort:
         """Return the observations at these indices (or where a mask is true)."""
         people = self.people.loc[rows].reset_index(drop=True)

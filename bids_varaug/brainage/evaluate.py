@@ -56,7 +56,7 @@ class Evaluation:
     Attributes
     ----------
     predictions : one row per observation with age and augmentation
-        augmentation, and the columns of `BrainAgeModel.predict_table`
+        augmentation, and the columns of `BrainAgeModel.predict`
     scores : one row per augmentation, and the rows ``mean_predictor`` and ``ridge`` (ridge on age, not augmented)
         augmentation, n (participants), mae, mae_low, mae_high (95 %, bootstrap over participants), rmse, r2, r,
         bias_slope (of predicted - age on age; 0 without bias), mae_corrected, bias_slope_corrected, coverage (share of
@@ -197,7 +197,7 @@ def evaluate_brain_age(
             fitted = fit_brain_age(
                 train, model, augmentation, seed + repeat, log_volumes=log_volumes, min_participants=2
             )
-            tables.append(fitted.predict_table(rest, coverage).assign(augmentation=augmentation))
+            tables.append(fitted.predict(rest, coverage).assign(augmentation=augmentation))
             tick()
         simple = {"mean_predictor": _mean_age(train), "ridge": _plain_ridge(train, rest, log_volumes)}
         if linear != model:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,9 +75,30 @@ def save_model(path: Path, model: BrainAgeModel, card: str) -> Path:
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     content = {"format": FORMAT, "bids_varaug": package_version(), "versions": versions, "model": model}
     with replacing(Path(path)) as stream:
-        stream.write(skops.io.dumps(content))
+        stream.write(_reproducible(skops.io.dumps(content)))
     write_text(card, Path(path).with_suffix(".md"))
     return Path(path)
+
+
+def _reproducible(archive: bytes) -> bytes:
+    """The archive with objects numbered in their order, not by their place in memory, and without times."""
+    numbers: dict[int, int] = {}
+    files: dict[str, str] = {}
+
+    def renumber(node: dict[str, Any]) -> dict[str, Any]:
+        if "__id__" in node:
+            node["__id__"] = numbers.setdefault(node["__id__"], len(numbers))
+        if isinstance(node.get("file"), str):
+            node["file"] = files.setdefault(node["file"], f"{len(files)}{Path(node['file']).suffix}")
+        return node
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
+        schema = json.loads(old.read("schema.json"), object_hook=renumber)
+        for name, renamed in files.items():
+            new.writestr(zipfile.ZipInfo(renamed), old.read(name))
+        new.writestr(zipfile.ZipInfo("schema.json"), json.dumps(schema))
+    return out.getvalue()
 
 
 def load_model(path: Path) -> BrainAgeModel:
@@ -133,7 +156,7 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
     Returns
     -------
     DataFrame
-        As `BrainAgeModel.predict_table`. What the reader should know is in ``attrs["notes"]``, a list of sentences
+        As `BrainAgeModel.predict`. What the reader should know is in ``attrs["notes"]``, a list of sentences
 
     Raises
     ------
@@ -145,16 +168,14 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
     """
     chosen = cohort.with_features(model.names)
     notes = _check_same_source(model, cohort)
-    bad = ~np.isfinite(chosen.baseline)
-    if chosen.members is not None:
-        bad |= ~np.isfinite(chosen.members).all(axis=1)
+    bad = chosen.missing()
     if bad.any():
         names = list(np.array(model.names, dtype=object)[bad.any(axis=0)])
         who = cohort.people["observation"][bad.any(axis=1)].tolist()
         raise ModelError(
             f"{some(names)}: missing or infinite in {some(who)}. Leave these images out, or correct the features."
         )
-    table = model.predict_table(chosen, coverage)
+    table = model.predict(chosen, coverage)
     table.attrs["notes"] = notes
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,9 @@ from bids_varaug.errors import UserError
 
 MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 LINEAR_MODELS = ("ridge", "bayesian_ridge")
-AVERAGED = ("svr", "gpr")
-AVERAGED_OVER_SITES = ("bayesian_ridge", "svr", "gpr")
-"""What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and
-linear ones extrapolate: they fail in different places."""
+# What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and linear
+# ones extrapolate: they fail in different places.
+AVERAGED, AVERAGED_OVER_SITES = ("svr", "gpr"), ("bayesian_ridge", "svr", "gpr")
 ALPHAS = np.logspace(-1, 6, 22)
 # Inverse squared width of the kernel in units of 1 / F: features are standardised, so that the squared distance of two
 # people is about 2 F.
@@ -50,8 +50,7 @@ MAX_KERNEL_ROWS = 5000
 PREDICTED_ROWS = 4096
 MIN_PARTICIPANTS = 10
 INNER_FOLDS = 5
-AGE_OFFSET = 1.0
-OLDEST = 120.0
+AGE_OFFSET, OLDEST = 1.0, 120.0
 VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 
 
@@ -59,12 +58,8 @@ VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 class Choice:
     """One model with everything that has to be decided before it is fitted.
 
-    Attributes
-    ----------
-    model : one of `MODELS` but ``auto``, or ``average`` (equal weights on several)
-    log_age : whether it predicts ``log(age + 1)`` instead of age
-    hyperparameters : name -> value; of ``average``, model -> its hyperparameters
-    inner_mae : years, of the inner folds by which it was chosen
+    `model` is one of `MODELS` but ``auto``, or ``average`` (equal weights on several; its `hyperparameters` are those of
+    each); `log_age` whether it predicts ``log(age + 1)``; `inner_mae` the error in years by which it was chosen.
     """
 
     model: str
@@ -74,9 +69,7 @@ class Choice:
 
 
 def to_scale(age: np.ndarray, log_age: bool) -> np.ndarray:
-    """Age in years on the scale a model predicts: itself, or ``log(age + 1)``.
-
-    The offset of one year keeps a newborn finite; a brain changes less per year the older it is.
+    """Age in years on the scale a model predicts: itself, or ``log(age + 1)``, which is finite for newborns.
 
     Examples
     --------
@@ -93,16 +86,17 @@ def from_scale(value: np.ndarray, log_age: bool) -> np.ndarray:
     return np.exp(value) - AGE_OFFSET if log_age else value
 
 
-def build_estimator(choice: Choice, n_features: int) -> TransformedTargetRegressor:
-    """Return the unfitted estimator: standardised features, standardised (log) age, regression."""
+def fit_weighted(choice: Choice, x: np.ndarray, age: np.ndarray, weights: np.ndarray) -> TransformedTargetRegressor:
+    """Fit features and (log) age, both standardised; (R, F), (R,) years, (R,) weights that add up to 1 per participant."""
     scale = {"log_age": choice.log_age}
     target = make_pipeline(
         FunctionTransformer(to_scale, from_scale, check_inverse=False, kw_args=scale, inv_kw_args=scale),
         StandardScaler(),
     )
-    regressor = _regressor(choice.model, choice.hyperparameters, n_features)
+    regressor = _regressor(choice.model, choice.hyperparameters, x.shape[1])
     pipeline = Pipeline([("scale", StandardScaler()), ("regress", regressor)])
-    return TransformedTargetRegressor(pipeline, transformer=target, check_inverse=False)
+    estimator = TransformedTargetRegressor(pipeline, transformer=target, check_inverse=False)
+    return estimator.fit(x, age, scale__sample_weight=weights, regress__sample_weight=weights)
 
 
 def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> RegressorMixin:
@@ -116,13 +110,11 @@ def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> Regres
     if model == "gpr":
         # The mean of a Gaussian process with noise of variance alpha / weight (Rasmussen & Williams 2006, eq. 2.23).
         return KernelRidge(kernel="rbf", gamma=values["width"] / n_features, alpha=values["alpha"])
-    if model == "average":
-        return VotingRegressor([(part, _regressor(part, theirs, n_features)) for part, theirs in values.items()])
-    raise ValueError(f"no such model: {model}; there are {', '.join(MODELS)}")
+    return VotingRegressor([(part, _regressor(part, theirs, n_features)) for part, theirs in values.items()])
 
 
 def closed_form_model(model: str) -> str:
-    """Return the model that ``analytic`` fits where this one is asked for: itself if linear, else bayesian_ridge."""
+    """Return the model that ``analytic`` fits where this one is asked for."""
     return model if model in LINEAR_MODELS else "bayesian_ridge"
 
 
@@ -136,11 +128,9 @@ class BrainAgeModel:
     estimator : predicts years from (R, F) features, of which it takes logarithms itself if asked to
     fold_estimators : one per inner fold of participants, fitted without it
     residuals : (N,) float64, absolute errors of the fold estimators on the participants held out, on the model's scale
-        of age
-    residual_folds : (N,) int64, the inner fold of each
-    residual_weights : (N,) float64, 1 in all per participant
+        of age; of which inner fold each is, `residual_folds`, and its weight, `residual_weights`, 1 per participant
     correction : of age bias, fitted to the same held-out predictions
-    chosen : model, log_age, hyperparameters, inner_mae
+    chosen : the fields of `Choice`
     augmentation : what it was trained with
     source, unit : of the features, as in `Cohort`
     training : n_participants, n_observations, age_min, age_max [year], seed
@@ -159,71 +149,39 @@ class BrainAgeModel:
     unit: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def predict(self, cohort: Cohort) -> np.ndarray:
-        """Predicted ages, not corrected for age bias; (R,) float64, years.
+    def predict(self, cohort: Cohort, coverage: float = 0.9) -> pd.DataFrame:
+        """Predict the age of each observation.
 
         From the baseline with ``none``, from the mean of the members with ``mean``, otherwise the mean of the
         predictions from each member. Features of one value per observation are predicted from as they are.
 
-        Raises
-        ------
-        CohortError
-            If the cohort lacks features of the model.
-        """
-        return predict_ages(self.estimator, cohort.with_features(self.names), self.augmentation)
-
-    def predict_members(self, cohort: Cohort) -> np.ndarray:
-        """Predicted ages from each member's features, (R, M) float64, years.
-
-        Raises
-        ------
-        CohortError
-            If the cohort lacks features of the model.
-        ValueError
-            If it has no members.
-        """
-        members = cohort.with_features(self.names).members
-        if members is None:
-            raise ValueError("the spread of predictions over members needs members; this cohort has one value per row")
-        return _predict_members(self.estimator, members)
-
-    def predict_interval(self, cohort: Cohort, coverage: float = 0.9) -> np.ndarray:
-        """Interval that contains the age with a probability of about `coverage` (CV+); (R, 2) float64, years.
-
-        Computed on the model's scale of age: wider for the old where that is the logarithm. See
-        `calibration.cross_conformal_interval` for the guarantee, which holds for people like those of training; at new
-        sites it is not one. NaN if training had too few participants for this coverage.
-        """
-        cohort = cohort.with_features(self.names)
-        log_age = bool(self.chosen["log_age"])
-        predictions = [predict_ages(one, cohort, self.augmentation) for one in self.fold_estimators]
-        interval = cross_conformal_interval(
-            to_scale(np.stack(predictions), log_age),
-            self.residuals,
-            self.residual_folds,
-            self.residual_weights,
-            coverage,
-        )
-        return from_scale(interval, log_age)
-
-    def predict_table(self, cohort: Cohort, coverage: float = 0.9) -> pd.DataFrame:
-        """All predictions of each observation.
+        Parameters
+        ----------
+        cohort : with the features of the model, in any order
+        coverage : probability with which the interval is to contain the age (CV+), see
+            `calibration.cross_conformal_interval`; computed on the model's scale of age
 
         Returns
         -------
         one row per observation
             participant_id, session_id, observation, age, predicted, corrected (for age bias, without knowing the age;
-            NaN where that is withheld), lower, upper (of the prediction interval around `predicted`), sd_num (standard
-            deviation over members, NaN without), all in years
+            NaN where that is withheld), lower, upper (of the prediction interval around `predicted`; NaN if training
+            had too few participants), sd_num (standard deviation over members, NaN without), all in years
+
+        Raises
+        ------
+        CohortError
+            If the cohort lacks features of the model.
         """
-        predicted, interval = self.predict(cohort), self.predict_interval(cohort, coverage)
-        spread = np.nan if cohort.members is None else self.predict_members(cohort).std(axis=1, ddof=1)
-        return cohort.people[["participant_id", "session_id", "observation", "age"]].assign(
-            predicted=predicted,
-            corrected=self.correction.apply(predicted),
-            lower=interval[:, 0],
-            upper=interval[:, 1],
-            sd_num=spread,
+        cohort, log_age = cohort.with_features(self.names), bool(self.chosen["log_age"])
+        predicted = predict_ages(self.estimator, cohort, self.augmentation)
+        by_fold = np.stack([predict_ages(one, cohort, self.augmentation) for one in self.fold_estimators])
+        errors = self.residuals, self.residual_folds, self.residual_weights
+        interval = from_scale(cross_conformal_interval(to_scale(by_fold, log_age), *errors, coverage), log_age)
+        spread = np.nan if cohort.members is None else predict_members(self.estimator, cohort.members).std(axis=1, ddof=1)
+        table = cohort.people[["participant_id", "session_id", "observation", "age"]].assign(predicted=predicted)
+        return table.assign(
+            corrected=self.correction.apply(predicted), lower=interval[:, 0], upper=interval[:, 1], sd_num=spread
         )
 
 
@@ -249,8 +207,7 @@ def fit_brain_age(
     ----------
     cohort : observations without age are left out
     model : one of `MODELS`
-    augmentation : one of `augment.AUGMENTATIONS`; ``analytic`` fits ``bayesian_ridge`` in place of models that are not
-        linear
+    augmentation : one of `augment.AUGMENTATIONS`; ``analytic`` fits bayesian_ridge in place of models that are not linear
     seed : of folds and drawn noise
     log_volumes : whether to take logarithms of volumes first, see `features.LogVolumes`; numerical noise is then
         augmented as it stands on the logarithmic scale
@@ -265,8 +222,7 @@ def fit_brain_age(
     cohort = check_trainable(cohort, augmentation, min_participants)
     training = _Training(cohort, augmentation, seed, log_volumes)
     chosen = training.choose(model)
-    fold_estimators = []
-    held_out = np.zeros(len(cohort))
+    fold_estimators, held_out = [], np.zeros(len(cohort))
     for k in range(training.folds.max() + 1):
         test = training.folds == k
         fold_estimators.append(training.fit(chosen, np.flatnonzero(~test)))
@@ -305,10 +261,22 @@ def fit_estimator(
 
 def predict_ages(estimator: BaseEstimator, cohort: Cohort, augmentation: str) -> np.ndarray:
     """Ages from the features that an augmentation predicts from, (R,) float64, years."""
-    if augmentation in USES_MEMBERS and cohort.members is not None:
-        return _predict_members(estimator, cohort.members).mean(axis=1)
-    x = cohort.baseline if cohort.members is None else centers(cohort, augmentation)
-    return _predict(estimator, x)
+    if cohort.members is None:
+        return _predict(estimator, cohort.baseline)
+    if augmentation in USES_MEMBERS:
+        return predict_members(estimator, cohort.members).mean(axis=1)
+    return _predict(estimator, centers(cohort, augmentation))
+
+
+def predict_members(estimator: BaseEstimator, members: np.ndarray) -> np.ndarray:
+    """Ages from each member's features; (R, M, F) to (R, M) float64, years."""
+    return _predict(estimator, members.reshape(-1, members.shape[2])).reshape(members.shape[:2])
+
+
+def _predict(estimator: BaseEstimator, x: np.ndarray) -> np.ndarray:
+    """Predict in pieces, as kernel models need memory for rows x training rows."""
+    starts = range(0, len(x), PREDICTED_ROWS)
+    return np.concatenate([estimator.predict(x[start : start + PREDICTED_ROWS]) for start in starts])
 
 
 def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) -> Cohort:
@@ -326,9 +294,7 @@ def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) ->
         raise UserError(f"All participants are {cohort.age[0]:g} years old: nothing to learn.")
     if (cohort.age < 0).any():
         raise UserError(f"Ages below zero ({cohort.age.min():g} years): correct participants.tsv.")
-    bad = ~np.isfinite(cohort.baseline).all(axis=0)
-    if cohort.members is not None:
-        bad |= ~np.isfinite(cohort.members).all(axis=(0, 1))
+    bad = cohort.missing().any(axis=0)
     if bad.any():
         names = ", ".join(np.array(cohort.names)[bad])
         raise UserError(f"Features with missing or infinite values: {names}. Leave them out.")
@@ -345,7 +311,7 @@ class _Training:
         self.logs = LogVolumes(cohort.names).fit(self.x) if log_volumes else None
         if self.logs is not None:
             self.x = self.logs.transform(self.x)
-            if augmentation in USES_MEMBERS:  # as in `predict_ages`: the mean of logarithms, not the logarithm of a mean
+            if self.members is not None and augmentation in USES_MEMBERS:  # as in `predict_ages`: the mean of logarithms
                 flat = self.members.reshape(-1, self.members.shape[2])
                 self.members = self.logs.transform(flat).reshape(self.members.shape)
                 self.x = self.members.mean(axis=1)
@@ -363,19 +329,19 @@ class _Training:
         averaged = AVERAGED if self.sites is None else AVERAGED_OVER_SITES
         options = []
         for log_age in (False, True):
-            best = [min(self._scored(name, log_age)) for name in (averaged if model == "auto" else (model,))]
+            names = averaged if model == "auto" else (model,)
+            best = [min(self._options(name, log_age), key=itemgetter(0)) for name in names]
             if model == "auto":
-                held_out = np.mean([one.held_out for one in best], axis=0)
-                parts = {one.choice.model: dict(one.choice.hyperparameters) for one in best}
+                held_out = np.mean([predictions for _, _, predictions in best], axis=0)
+                parts = {choice.model: dict(choice.hyperparameters) for _, choice, _ in best}
                 best = [self._option(Choice("average", log_age, parts), held_out)]
             options += best
-        chosen = min(options)
-        return replace(chosen.choice, inner_mae=chosen.mae)
+        mae, choice, _ = min(options, key=itemgetter(0))
+        return replace(choice, inner_mae=mae)
 
-    def _scored(self, model: str, log_age: bool) -> Iterator[_Option]:
-        """Every setting of a model with its held-out predictions."""
-        groups = self.groups if self.sites is None else self.sites
-        folds = grouped_folds(groups, INNER_FOLDS, self.seed) if self.sites is not None else self.folds
+    def _options(self, model: str, log_age: bool) -> Iterator[tuple[float, Choice, np.ndarray]]:
+        """Every setting of a model: its error in years, itself, and held-out predictions on its own scale of age."""
+        folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, self.seed)
         splits = [(np.flatnonzero(folds != k), folds == k) for k in range(folds.max() + 1)]
         if model == "ridge":
             held_out = np.zeros((len(self.x), len(ALPHAS)))
@@ -383,78 +349,44 @@ class _Training:
                 held_out[test] = self._ridge_path(train, self.x[test], log_age)
             for alpha, column in zip(ALPHAS, held_out.T, strict=True):
                 yield self._option(Choice(model, log_age, {"alpha": float(alpha)}), column)
-            return
-        if model not in GRIDS:
+        elif model in GRIDS:
+            for values in ParameterGrid(GRIDS[model]):
+                choice, column = Choice(model, log_age, values), np.zeros(len(self.x))
+                for train, test in splits:
+                    rows = self._rows(train, choice, augment=model in LINEAR_MODELS)
+                    column[test] = fit_weighted(choice, *rows).predict(self.x[test])
+                yield self._option(choice, to_scale(column, log_age))
+        else:
             raise ValueError(f"no such model: {model}; there are {', '.join(MODELS)}")
-        for values in ParameterGrid(GRIDS[model]):
-            choice = Choice(model, log_age, values)
-            column = np.zeros(len(self.x))
-            for train, test in splits:
-                column[test] = self._fit(choice, train, augment=model in LINEAR_MODELS).predict(self.x[test])
-            yield self._option(choice, to_scale(column, log_age))
 
     def _ridge_path(self, train: np.ndarray, x_test: np.ndarray, log_age: bool) -> np.ndarray:
         """Predictions of ridge with every penalty, from one fit: each is the penalty of a target of its own."""
-        x, age, weights = self._rows(train, "ridge", log_age)
+        x, age, weights = self._rows(train, Choice("ridge", log_age))
         scaler = StandardScaler().fit(x, sample_weight=weights)
         targets = np.repeat(to_scale(age, log_age)[:, None], len(ALPHAS), axis=1)
         ridge = Ridge(ALPHAS, solver="cholesky").fit(scaler.transform(x), targets, sample_weight=weights)
         return ridge.predict(scaler.transform(x_test))
 
-    def _option(self, choice: Choice, held_out: np.ndarray) -> _Option:
+    def _option(self, choice: Choice, held_out: np.ndarray) -> tuple[float, Choice, np.ndarray]:
         error = np.abs(from_scale(held_out, choice.log_age) - self.age)
-        return _Option(float(np.average(error, weights=self.weights)), choice, held_out)
+        return float(np.average(error, weights=self.weights)), choice, held_out
 
     def fit(self, choice: Choice, rows: np.ndarray) -> BaseEstimator:
         """Fit what was chosen to these observations' augmented rows."""
-        fitted = self._fit(choice, rows)
+        fitted = fit_weighted(choice, *self._rows(rows, choice))
         return fitted if self.logs is None else make_pipeline(self.logs, fitted)
 
-    def _fit(self, choice: Choice, rows: np.ndarray, augment: bool = True) -> TransformedTargetRegressor:
-        if augment:
-            x, age, weights = self._rows(rows, choice.model, choice.log_age)
-        else:
-            x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
-        estimator = build_estimator(choice, x.shape[1])
-        return estimator.fit(x, age, scale__sample_weight=weights, regress__sample_weight=weights)
-
-    def _rows(self, rows: np.ndarray, model: str, log_age: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rows(self, rows: np.ndarray, choice: Choice, augment: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, ages and weights of the training rows made from these observations."""
         x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
-        if self.augmentation not in USES_MEMBERS:
+        if self.members is None or self.augmentation not in USES_MEMBERS or not augment:
             return x, age, weights
         rng = np.random.default_rng([self.seed, len(rows)])
         members = augmented_members(self.members[rows], weights, self.groups[rows], self.augmentation, rng)
-        if model not in LINEAR_MODELS:
+        if choice.model not in LINEAR_MODELS:
             x, owner, weights = draw_rows(members, weights, MAX_KERNEL_ROWS, rng)
             return x, age[owner], weights
         pseudo_x, pseudo_weights = pseudo_rows(members, weights)
-        mean_age = from_scale(np.average(to_scale(age, log_age), weights=weights), log_age)
-        return (
-            np.concatenate([x, pseudo_x]),
-            np.concatenate([age, np.full(len(pseudo_x), mean_age)]),
-            np.concatenate([weights, pseudo_weights]),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Option:
-    """A setting, its error in years, and its held-out predictions on its own scale of age."""
-
-    mae: float
-    choice: Choice
-    held_out: np.ndarray
-
-    def __lt__(self, other: _Option) -> bool:
-        return self.mae < other.mae
-
-
-def _predict_members(estimator: BaseEstimator, members: np.ndarray) -> np.ndarray:
-    n, n_members, n_features = members.shape
-    return _predict(estimator, members.reshape(n * n_members, n_features)).reshape(n, n_members)
-
-
-def _predict(estimator: BaseEstimator, x: np.ndarray) -> np.ndarray:
-    """Predict in pieces, as kernel models need memory for rows x training rows."""
-    pieces = [estimator.predict(x[start : start + PREDICTED_ROWS]) for start in range(0, len(x), PREDICTED_ROWS)]
-    return np.concatenate(pieces)
+        mean_age = from_scale(np.average(to_scale(age, choice.log_age), weights=weights), choice.log_age)
+        ages = np.concatenate([age, np.full(len(pseudo_x), mean_age)])
+        return np.concatenate([x, pseudo_x]), ages, np.concatenate([weights, pseudo_weights])

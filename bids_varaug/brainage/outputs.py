@@ -50,7 +50,7 @@ def phenotype_tables(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     Parameters
     ----------
-    predictions : of `BrainAgeModel.predict_table`; further columns called brain_age_... are averaged too
+    predictions : of `BrainAgeModel.predict`; further columns called brain_age_... are averaged too
 
     Returns
     -------

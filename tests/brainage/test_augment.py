@@ -9,7 +9,7 @@ from bids_varaug.brainage.augment import (
     pseudo_rows,
     summed_covariances,
 )
-from bids_varaug.brainage.models import Choice, build_estimator, from_scale, to_scale
+from bids_varaug.brainage.models import Choice, fit_weighted, from_scale, to_scale
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
 
@@ -24,20 +24,15 @@ def members_of(cohort, augmentation):
     return augmented_members(cohort.members, cohort.weights, cohort.groups, augmentation, rng)
 
 
-def fit(choice, x, age, weights):
-    estimator = build_estimator(choice, x.shape[1])
-    return estimator.fit(x, age, scale__sample_weight=weights, regress__sample_weight=weights)
-
-
 @pytest.mark.parametrize("model", ["ridge", "bayesian_ridge"])
 @pytest.mark.parametrize("log_age", [False, True])
 def test_pseudo_rows_equal_training_on_every_member(cohort, model, log_age):
     choice = Choice(model, log_age, {"alpha": 3.0})
     x, owner, weights = draw_rows(cohort.members, cohort.weights, 10_000, np.random.default_rng(0))
-    members = fit(choice, x, cohort.age[owner], weights).predict(cohort.baseline)
+    members = fit_weighted(choice, x, cohort.age[owner], weights).predict(cohort.baseline)
     pseudo, pseudo_weights = pseudo_rows(cohort.members, cohort.weights)
     mean = from_scale(np.average(to_scale(cohort.age, log_age), weights=cohort.weights), log_age)
-    analytic = fit(
+    analytic = fit_weighted(
         choice,
         np.concatenate([centers(cohort, "analytic"), pseudo]),
         np.concatenate([cohort.age, np.full(len(pseudo), mean)]),
