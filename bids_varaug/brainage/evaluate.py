@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bids_varaug.brainage.augment import AUGMENTATIONS, CONTROLS
+from bids_varaug.brainage.augment import AUGMENTATIONS, USES_MEMBERS
 from bids_varaug.brainage.calibration import CONFIDENCE, weighted_line
 from bids_varaug.brainage.cohort import Cohort, grouped_folds, participant_weights
 from bids_varaug.brainage.features import LogVolumes
@@ -30,8 +30,17 @@ from bids_varaug.brainage.models import (
     predict_ages,
 )
 
-BASELINES = ("mean_predictor", "ridge")
-LINEAR_REFERENCE = "none, linear model"
+BASELINES = ("mean_predictor", "site_predictor", "ridge")
+LINEAR_MEAN = "mean, linear model"
+CONTRASTS = {
+    ("mean", "none"): "averaging",
+    ("members", "mean"): "augmentation",
+    ("analytic", "mean"): "augmentation",
+    ("members", "jitter"): "structure",
+    ("members", "shuffled"): "structure",
+}
+"""What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all predict
+from the mean of the members, so that averaging is in none of the later gains."""
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
@@ -41,9 +50,6 @@ SCORE_COLUMNS = (
     "augmentation", "n", "mae", "mae_low", "mae_high", "rmse", "r2", "r", "bias_slope", "mae_corrected",
     "bias_slope_corrected", "coverage", "interval_width",
 )  # fmt: skip
-RELIABILITY_COLUMNS = ("kind", "name", "icc", "low", "high", "n_participants", "n_observations")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +63,22 @@ class Evaluation:
     ----------
     predictions : one row per observation with age and augmentation
         augmentation, and the columns of `BrainAgeModel.predict`
-    scores : one row per augmentation, and the rows ``mean_predictor`` and ``ridge`` (ridge on age, not augmented)
-        augmentation, n (participants), mae, mae_low, mae_high (95 %, bootstrap over participants), rmse, r2, r,
-        bias_slope (of predicted - age on age; 0 without bias), mae_corrected, bias_slope_corrected, coverage (share of
-        ages in the interval), interval_width (mean)
-    gains : one row per augmentation but ``none``, against it
-        augmentation, gain (MAE of none - MAE; positive is better), low, high (95 %, bootstrap over participants),
-        p_value (two-sided sign-flip permutation over participants), against (``none``, or ``none, linear model`` for
-        ``analytic`` where the model asked for is not linear: the change of model is no effect of augmentation),
-        p_corrected and effect (of `judge_gains`)
+    scores : one row per augmentation, and of ``mean_predictor`` (the mean age), ``site_predictor`` (the mean age of the
+        site; where there are 3 or more) and ``ridge`` (ridge on age, not augmented)
+        augmentation, n (participants), mae, mae_low, mae_high (95 %, bootstrap over participants), and
+        `agreement_scores`
+    gains : one row per contrast of `CONTRASTS`
+        part ("averaging", "augmentation" or "structure"), augmentation, against (``mean, linear model`` for
+        ``analytic`` where the model asked for is not linear: the change of model is no effect of augmentation), gain
+        (MAE of against - MAE; positive is better), low, high (95 %, bootstrap over participants), p_value (two-sided
+        sign-flip permutation over participants), p_corrected and effect (of `judge_gains`)
     learning_curve : one row per number of training participants and augmentation
         n_participants, augmentation, mae, low, high; empty if not asked for
     sites : leave-one-site-out, one row per site
         site, n (participants), mae_AUGMENTATION per augmentation, mae_mean_predictor; empty without sites
     reliability : ICC(3,1) where participants have several observations, otherwise empty
         kind ("prediction" or "feature"), name (augmentation or feature), and the fields of `intraclass_correlation`
-    chosen : augmentation -> model, log_age, hyperparameters of the fit on all participants
+    chosen : augmentation -> `Choice` of the fit on all participants
     settings : how it was done: model, cv_folds, repeats, seed, coverage, n_participants, ...
     """
 
@@ -87,23 +93,23 @@ class Evaluation:
 
 
 def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
-    """Decide of each augmentation whether it helps; files and reports only repeat it.
+    """Decide of each gain whether it helps; files and reports only repeat it.
 
-    It helps where the interval of its gain lies above 0 and a test that allows for the number of augmentations tried
-    agrees: in a few dozen people the bootstrap interval alone is too narrow, and the best of several is chosen. It
-    harms where the same holds below 0.
+    It helps where its interval lies above 0 and a test that allows for the number of augmentations tried agrees: in a
+    few dozen people the bootstrap interval alone is too narrow, and the best of several is chosen. It harms where the
+    same holds below 0.
 
     Parameters
     ----------
-    gains : table with columns augmentation, low, high (95 % interval), p_value
+    gains : table with columns part, low, high (95 % interval), p_value
 
     Returns
     -------
     DataFrame
-        The same with the columns p_corrected (Bonferroni; `CONTROLS` do not count as tried) and effect ("helps",
-        "harms" or "unclear")
+        The same with the columns p_corrected (Bonferroni; comparisons with controls do not count as tried) and effect
+        ("helps", "harms" or "unclear")
     """
-    tried = (~gains["augmentation"].isin(CONTROLS)).sum()
+    tried = (gains["part"] != "structure").sum()
     p_corrected = (gains["p_value"].astype(float) * max(tried, 1)).clip(upper=1.0)
     sure = p_corrected < ALPHA
     effect = np.select([sure & (gains["low"] > 0), sure & (gains["high"] < 0)], ["helps", "harms"], "unclear")
@@ -111,17 +117,11 @@ def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_augmentation(evaluation: Evaluation) -> str:
-    """Augmentation whose predictions stand for the cohort.
-
-    ``none``, unless another one helps (`judge_gains`); then that of the largest gain. Controls are no candidates.
-    Without ``none``, the first one evaluated.
-    """
-    evaluated = [a for a in AUGMENTATIONS if (evaluation.predictions["augmentation"] == a).any()]
-    gains = evaluation.gains
-    helpful = gains[(gains["effect"] == "helps") & ~gains["augmentation"].isin(CONTROLS)]
-    if helpful.empty or "none" not in evaluated:
-        return evaluated[0]
-    return str(helpful.loc[helpful["gain"].idxmax(), "augmentation"])
+    """Augmentation whose predictions stand for the cohort: of ``none`` and those that help, that of the least error."""
+    gains, scores = evaluation.gains, evaluation.scores
+    helpful = gains[(gains["effect"] == "helps") & (gains["part"] != "structure")]
+    candidates = scores[scores["augmentation"].isin(["none", *helpful["augmentation"]])]
+    return str(candidates.loc[candidates["mae"].idxmin(), "augmentation"])
 
 
 def evaluate_brain_age(
@@ -138,7 +138,7 @@ def evaluate_brain_age(
     leave_site_out: bool = True,
     n_bootstrap: int = N_BOOTSTRAP,
     n_permutations: int = N_PERMUTATIONS,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a model with every augmentation on the same held-out participants.
 
@@ -149,8 +149,8 @@ def evaluate_brain_age(
     ----------
     cohort : observations without age are left out
     model : one of `models.MODELS`
-    augmentations : of `augment.AUGMENTATIONS`; ``none`` is always among them. All if not given and the cohort has
-        members, otherwise ``none`` alone
+    augmentations : of `augment.AUGMENTATIONS`; ``none`` is always among them, and ``mean`` where members are used. All
+        if not given and the cohort has members, otherwise ``none`` alone
     cv_folds, repeats : repeat r assigns participants to folds with ``seed + r``
     seed : of folds, drawn noise, bootstrap and permutations
     log_volumes : as `fit_brain_age`; of the row ``ridge`` too
@@ -170,9 +170,9 @@ def evaluate_brain_age(
     """
     if cv_folds < 2 or repeats < 1:
         raise ValueError(f"{cv_folds} folds, {repeats} repeats: at least 2 and 1 are needed")
-    if augmentations is None:
-        augmentations = AUGMENTATIONS if cohort.members is not None else ()
-    augmentations = tuple(dict.fromkeys(["none", *augmentations]))
+    asked = (AUGMENTATIONS if cohort.members is not None else ()) if augmentations is None else augmentations
+    wanted = ["none", *(["mean"] if set(asked) & set(USES_MEMBERS) else []), *asked]
+    augmentations = sorted(set(wanted), key=[*AUGMENTATIONS, *asked].index)
     for augmentation in augmentations:
         known = check_trainable(cohort, augmentation, MIN_PARTICIPANTS)
     cohort, groups = known, known.groups
@@ -185,50 +185,63 @@ def evaluate_brain_age(
     sites = cohort.sites if leave_site_out else None
     n_sites = 0 if sites is None else len(np.unique(sites))
     n_fits = len(augmentations) * (len(splits) + len(sizes) * len(first) + n_sites + 1)
-    tick = _Ticker(n_fits, progress)
-    fit = partial(_fit_and_predict, model=model, augmentations=augmentations, log_volumes=log_volumes, tick=tick)
-    rng = np.random.default_rng([seed, 1])
+    done = count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(next(done), n_fits)
+
+    def predict_only(train: Cohort, test: Cohort) -> pd.DataFrame:
+        """Held-out predictions of each augmentation, without intervals."""
+        tables = []
+        for augmentation in augmentations:
+            estimator, _ = fit_estimator(train, model, augmentation, seed, log_volumes=log_volumes)
+            tables.append(_labelled(test, augmentation, predict_ages(estimator, test, augmentation)))
+            tick()
+        return pd.concat(tables, ignore_index=True)
 
     held_out = []
     for repeat, test in splits:
         train, rest = cohort.take(~test), cohort.take(test)
-        tables = []
+        tables = _simple_predictions(train, rest, cohort.sites is not None, log_volumes)
+        if linear != model:
+            estimator, _ = fit_estimator(train, linear, "mean", seed + repeat, log_volumes=log_volumes)
+            tables.append(_labelled(rest, LINEAR_MEAN, predict_ages(estimator, rest, "mean")))
         for augmentation in augmentations:
             fitted = fit_brain_age(
                 train, model, augmentation, seed + repeat, log_volumes=log_volumes, min_participants=2
             )
             tables.append(fitted.predict(rest, coverage).assign(augmentation=augmentation))
             tick()
-        simple = {"mean_predictor": _mean_age(train), "ridge": _plain_ridge(train, rest, log_volumes)}
-        if linear != model:
-            estimator, _ = fit_estimator(train, linear, "none", seed + repeat, log_volumes=log_volumes)
-            simple[LINEAR_REFERENCE] = predict_ages(estimator, rest, "none")
-        tables += [rest.people[IDS].assign(predicted=p, augmentation=name) for name, p in simple.items()]
         held_out += [table.assign(repeat=repeat) for table in tables]
     table = pd.concat(held_out, ignore_index=True)
     # Withheld in one fold, from all: the gaps of some people alone would mislead.
     withheld = table["corrected"].isna().groupby(table["augmentation"]).transform("any")
     table.loc[withheld, "corrected"] = np.nan
-    predictions = _mean_predictions(table, cohort, augmentations)
-    scores, gains = _score(table, augmentations, linear != model, rng, n_bootstrap, n_permutations)
+    means = table.groupby(["augmentation", "observation"])[list(VALUES)].mean()
+    people = [cohort.people[IDS].assign(augmentation=name) for name in augmentations]
+    predictions = pd.concat(people, ignore_index=True).join(means, on=["augmentation", "observation"])
 
+    rng = np.random.default_rng([seed, 1])
+    scores, gains = _score(table, augmentations, linear != model, rng, n_bootstrap, n_permutations)
     curve = []
     for size in sizes:
         parts = []
         for k, test in enumerate(first):
-            people = np.random.default_rng([seed, k]).permutation(np.unique(groups[~test]))[:size]
-            parts.append(fit(cohort.take(np.isin(groups, people)), cohort.take(test), seed=seed))
+            drawn = np.random.default_rng([seed, k]).permutation(np.unique(groups[~test]))[:size]
+            parts.append(predict_only(cohort.take(np.isin(groups, drawn)), cohort.take(test)))
         curve += _curve_rows(size, pd.concat(parts), rng)
     if sizes:
         curve += _curve_rows(round(np.mean(training_sizes)), table[table["augmentation"].isin(augmentations)], rng)
-    site_rows = [
-        _site_row(site, cohort.take(sites != site), cohort.take(sites == site), partial(fit, seed=seed))
-        for site in (np.unique(sites) if sites is not None else ())
-    ]
+    site_rows = []
+    for site in () if sites is None else np.unique(sites):
+        train, rest = cohort.take(sites != site), cohort.take(sites == site)
+        mean = _labelled(rest, "mean_predictor", _mean_age(train))
+        errors = _errors(pd.concat([predict_only(train, rest), mean]))
+        site_rows.append({"site": site, "n": len(errors)} | errors.mean().add_prefix("mae_").to_dict())
     chosen = {}
     for augmentation in augmentations:
-        choice = fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1]
-        chosen[augmentation] = asdict(choice)
+        chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
         tick()
     return Evaluation(
         predictions=predictions,
@@ -240,7 +253,7 @@ def evaluate_brain_age(
         chosen=chosen,
         settings={
             "model": model,
-            "augmentations": list(augmentations),
+            "augmentations": augmentations,
             "cv_folds": cv_folds,
             "repeats": repeats,
             "seed": seed,
@@ -257,109 +270,79 @@ def evaluate_brain_age(
     )
 
 
-class _Ticker:
-    """Counts fits."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def __call__(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-def _fit_and_predict(
-    train: Cohort, test: Cohort, model: str, augmentations: Iterable[str], log_volumes: bool, tick: _Ticker, seed: int
-) -> pd.DataFrame:
-    """Held-out predictions of each augmentation, without intervals."""
-    tables = []
-    for augmentation in augmentations:
-        estimator, _ = fit_estimator(train, model, augmentation, seed, log_volumes=log_volumes)
-        predicted = predict_ages(estimator, test, augmentation)
-        tables.append(test.people[IDS].assign(predicted=predicted, augmentation=augmentation))
-        tick()
-    return pd.concat(tables, ignore_index=True)
+def _labelled(test: Cohort, name: str, predicted: np.ndarray | float) -> pd.DataFrame:
+    return test.people[IDS].assign(predicted=predicted, augmentation=name)
 
 
 def _mean_age(train: Cohort) -> float:
     return float(np.average(train.age, weights=train.weights))
 
 
-def _plain_ridge(train: Cohort, test: Cohort, log_volumes: bool) -> np.ndarray:
+def _simple_predictions(train: Cohort, test: Cohort, by_site: bool, log_volumes: bool) -> list[pd.DataFrame]:
+    """Held-out predictions of `BASELINES`, which are not augmented."""
     logs = [LogVolumes(train.names)] if log_volumes else []
-    plain = make_pipeline(*logs, StandardScaler(), RidgeCV(ALPHAS))
-    return plain.fit(train.baseline, train.age, ridgecv__sample_weight=train.weights).predict(test.baseline)
+    ridge = make_pipeline(*logs, StandardScaler(), RidgeCV(ALPHAS))
+    ridge.fit(train.baseline, train.age, ridgecv__sample_weight=train.weights)
+    tables = [_labelled(test, "mean_predictor", _mean_age(train))]
+    if by_site:
+        participants = train.people.groupby(["site", "participant_id"])["age"].mean()
+        at_site = test.people["site"].map(participants.groupby("site").mean()).fillna(_mean_age(train))
+        tables.append(_labelled(test, "site_predictor", at_site))
+    return [*tables, _labelled(test, "ridge", ridge.predict(test.baseline))]
 
 
 def _errors(table: pd.DataFrame) -> pd.DataFrame:
     """Absolute error of each participant (rows) by each augmentation, mean over observations and repeats."""
     table = table.assign(error=(table["predicted"] - table["age"]).abs())
-    errors = table.pivot_table(index="participant_id", columns="augmentation", values="error")
-    return errors[table["augmentation"].unique()]
-
-
-def _mean_predictions(table: pd.DataFrame, cohort: Cohort, augmentations: Iterable[str]) -> pd.DataFrame:
-    means = table.groupby(["augmentation", "observation"])[list(VALUES)].mean()
-    people = cohort.people[IDS]
-    tables = [people.join(means.loc[name], on="observation").assign(augmentation=name) for name in augmentations]
-    return pd.concat(tables, ignore_index=True)[[*IDS, "augmentation", *VALUES]]
+    return table.pivot_table(index="participant_id", columns="augmentation", values="error")
 
 
 def _score(
-    table: pd.DataFrame,
-    augmentations: Sequence[str],
-    has_reference: bool,
-    rng: np.random.Generator,
-    n_bootstrap: int,
-    n_permutations: int,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    errors = _errors(table)
-    others = [name for name in augmentations if name != "none"]
-    against = [LINEAR_REFERENCE if name == "analytic" and has_reference else "none" for name in others]
-    gains = errors[against].to_numpy() - errors[others].to_numpy()
-    low, high = bootstrap_interval(np.concatenate([errors, gains], axis=1), rng, n_bootstrap)
-    by_repeat = [
-        {"augmentation": name} | agreement_scores(part)
-        for (name, _), part in table.groupby(["augmentation", "repeat"], sort=False)
-    ]
-    scores = pd.DataFrame(by_repeat).groupby("augmentation", sort=False).mean()
-    n = errors.shape[1]
-    bounds = {"n": len(errors), "mae_low": low[:n], "mae_high": high[:n]}
-    scores = scores.assign(**bounds).drop(index=LINEAR_REFERENCE, errors="ignore").reset_index()
-    rows = {
-        "augmentation": others,
-        "gain": gains.mean(axis=0),
-        "low": low[n:],
-        "high": high[n:],
-        "p_value": sign_flip_p_values(gains, rng, n_permutations),
-        "against": against,
-    }
-    return scores[list(SCORE_COLUMNS)], judge_gains(pd.DataFrame(rows))
+    table: pd.DataFrame, augmentations: Sequence[str], has_linear: bool, rng: np.random.Generator,
+    n_bootstrap: int, n_permutations: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    names = [name for name in (*augmentations, *BASELINES, LINEAR_MEAN) if (table["augmentation"] == name).any()]
+    errors = _errors(table)[names]
+    gains = pd.DataFrame(
+        [
+            (part, name, LINEAR_MEAN if name == "analytic" and has_linear else against)
+            for (name, against), part in CONTRASTS.items()
+            if {name, against} <= set(augmentations)
+        ],
+        columns=["part", "augmentation", "against"],
+    )
+    differences = errors[gains["against"]].to_numpy() - errors[gains["augmentation"]].to_numpy()
+    low, high = bootstrap_interval(np.concatenate([errors, differences], axis=1), rng, n_bootstrap)
+    parts = table.groupby(["augmentation", "repeat"], sort=False)
+    by_repeat = [{"augmentation": name} | agreement_scores(part) for (name, _), part in parts]
+    scores = pd.DataFrame(by_repeat).groupby("augmentation").mean().loc[names]
+    scores = scores.assign(n=len(errors), mae_low=low[: len(names)], mae_high=high[: len(names)])
+    scores = scores.drop(index=LINEAR_MEAN, errors="ignore").reset_index()[list(SCORE_COLUMNS)]
+    gains = gains.assign(
+        gain=differences.mean(axis=0),
+        low=low[len(names) :],
+        high=high[len(names) :],
+        p_value=sign_flip_p_values(differences, rng, n_permutations),
+    )
+    return scores, judge_gains(gains)
 
 
 def _curve_rows(size: int, table: pd.DataFrame, rng: np.random.Generator) -> list[tuple]:
-    errors = _errors(table)
+    errors = _errors(table)[list(table["augmentation"].unique())]
     low, high = bootstrap_interval(errors.to_numpy(), rng, 500)
     return [(size, name, errors[name].mean(), low[i], high[i]) for i, name in enumerate(errors)]
 
 
-def _site_row(site: str, train: Cohort, test: Cohort, fit: Callable[[Cohort, Cohort], pd.DataFrame]) -> dict[str, Any]:
-    mean = test.people[IDS].assign(predicted=_mean_age(train), augmentation="mean_predictor")
-    errors = _errors(pd.concat([fit(train, test), mean]))
-    return {"site": site, "n": len(errors)} | errors.mean().add_prefix("mae_").to_dict()
-
-
 def _reliability(predictions: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
-    rows = []
-    if (np.bincount(cohort.groups) > 1).sum() > 1:
-        by_name = [("prediction", name, part["predicted"]) for name, part in predictions.groupby("augmentation", sort=False)]
-        by_name += [("feature", name, x) for name, x in zip(cohort.names, cohort.baseline.T, strict=True)]
-        rows = [
-            {"kind": kind, "name": name} | intraclass_correlation(np.asarray(values), cohort.groups)
-            for kind, name, values in by_name
-        ]
-    return pd.DataFrame(rows, columns=list(RELIABILITY_COLUMNS))
+    several = (np.bincount(cohort.groups) > 1).sum() > 1
+    parts = predictions.groupby("augmentation", sort=False)["predicted"]
+    values = [("prediction", name, part.to_numpy()) for name, part in parts]
+    values += [("feature", name, x) for name, x in zip(cohort.names, cohort.baseline.T, strict=True)]
+    rows = [
+        {"kind": kind, "name": name} | intraclass_correlation(x, cohort.groups) for kind, name, x in values if several
+    ]
+    columns = ["kind", "name", "icc", "low", "high", "n_participants", "n_observations"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def agreement_scores(table: pd.DataFrame) -> dict[str, float]:
@@ -373,41 +356,33 @@ def agreement_scores(table: pd.DataFrame) -> dict[str, float]:
     -------
     dict
         mae, rmse [year]; r2 (0 for the mean of these very ages, negative if worse); r (Pearson; NaN for a constant
-        prediction); bias_slope (of predicted - age on age); mae_corrected, bias_slope_corrected; coverage,
-        interval_width [year]
+        prediction); bias_slope (of predicted - age on age; 0 without bias); both after correction; coverage (share of
+        ages in the prediction interval), interval_width [year]
     """
-    age, predicted, corrected, lower, upper = table[["age", "predicted", "corrected", "lower", "upper"]].to_numpy(float).T
+    age, predicted, corrected, lower, upper = table[["age", *VALUES[:4]]].to_numpy(float).T
     weights = participant_weights(table["participant_id"])
-    spread = np.cov(predicted, age, aweights=weights)
+    covariance = np.cov(predicted, age, aweights=weights)
     varies = np.ptp(predicted) > 1e-9 and np.ptp(age) > 0
-    is_corrected = np.isfinite(corrected).all()
+    known = np.isfinite(corrected).all()
+    inside = np.average((lower <= age) & (age <= upper), weights=weights)
     return {
         "mae": mean_absolute_error(age, predicted, sample_weight=weights),
         "rmse": root_mean_squared_error(age, predicted, sample_weight=weights),
         "r2": r2_score(age, predicted, sample_weight=weights),
-        "r": spread[0, 1] / np.sqrt(spread[0, 0] * spread[1, 1]) if varies else np.nan,
+        "r": covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]) if varies else np.nan,
         "bias_slope": weighted_line(age, predicted - age, weights)[0],
-        "mae_corrected": mean_absolute_error(age, corrected, sample_weight=weights) if is_corrected else np.nan,
-        "bias_slope_corrected": weighted_line(age, corrected - age, weights)[0] if is_corrected else np.nan,
-        "coverage": np.average((lower <= age) & (age <= upper), weights=weights) if np.isfinite(lower).all() else np.nan,
+        "mae_corrected": mean_absolute_error(age, corrected, sample_weight=weights) if known else np.nan,
+        "bias_slope_corrected": weighted_line(age, corrected - age, weights)[0] if known else np.nan,
+        "coverage": inside if np.isfinite(lower).all() else np.nan,
         "interval_width": np.average(upper - lower, weights=weights),
     }
 
 
 def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, n_draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence interval (95 %, percentile bootstrap) of means over participants.
+    """Confidence interval (95 %, percentile bootstrap) of means over P participants; (P, A) to (A,), (A,).
 
     Models are not fitted again: the interval is about which people were looked at, not about which people the models
-    were trained on.
-
-    Parameters
-    ----------
-    values : (P, A) float64, one column per quantity; the same people are drawn for all
-    n_draws : number of samples
-
-    Returns
-    -------
-    low, high : (A,) float64
+    were trained on. The same people are drawn for all A quantities.
     """
     n = len(values)
     means = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) @ values / n for _ in range(n_draws)])
@@ -416,19 +391,10 @@ def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, n_draws: in
 
 
 def sign_flip_p_values(differences: np.ndarray, rng: np.random.Generator, n_permutations: int) -> np.ndarray:
-    """Two-sided p-values that paired differences are symmetric about zero.
+    """Two-sided p-values, (A,), that paired differences, (P, A), are symmetric about zero; 1 where all are zero.
 
     The sign of each participant's difference is flipped at random; the p-value is the share of flipped means at least
     as far from zero, the observed one counted in [1]_.
-
-    Parameters
-    ----------
-    differences : (P, A) float64
-
-    Returns
-    -------
-    (A,) float64
-        1 where all differences are zero.
 
     References
     ----------

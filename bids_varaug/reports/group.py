@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.atomic import write_text
-from bids_varaug.brainage.augment import CONTROLS
 from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.derivatives.citation import Citation
@@ -135,13 +134,12 @@ def evaluation_page(
     shown = evaluation.scores.assign(augmentation=evaluation.scores["augmentation"].str.replace("_", " "))
     marked = ["marked" if name == best else "" for name in evaluation.scores["augmentation"]]
     spread = evaluation.predictions.loc[evaluation.predictions["augmentation"] == best, "sd_num"].dropna()
-    gain = _gain(evaluation, best)
     return _page(
         "group.html",
         run,
         best=best,
         scores=scores,
-        gain=gain,
+        gains=_gains(evaluation.gains),
         coverage=evaluation.settings.get("coverage", 0.9),
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
         at_sites=_at_sites(evaluation, best),
@@ -223,27 +221,13 @@ def _as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def _gain(evaluation: Evaluation, best: str) -> dict[str, Any] | None:
-    """The row of `Evaluation.gains` that the page speaks of: of the augmentation chosen, or the largest.
-
-    With the number of augmentations tried, whether all of them harm, the largest gain that is not
-    unlikely, and the controls that gain at least its lower limit. None where none was tried.
-    """
-    is_control = evaluation.gains["augmentation"].isin(CONTROLS)
-    tried, controls = evaluation.gains[~is_control], evaluation.gains[is_control]
-    if tried.empty:
+def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:
+    """The rows of `Evaluation.gains` that the page speaks of, one per part; None where no augmentation was tried."""
+    first = {part: rows.iloc[0].to_dict() for part, rows in gains.groupby("part", sort=False)}
+    if not first.keys() & {"averaging", "augmentation"}:
         return None
-    rows = tried.set_index("augmentation", drop=False)
-    row = rows.loc[best if best in rows.index else rows["gain"].astype(float).idxmax()]
-    as_good = controls.loc[controls["gain"] >= row["low"], "augmentation"].tolist()
-    return {
-        **row,
-        "tried": len(tried),
-        "all_harm": (tried["effect"] == "harms").all(),
-        "largest": tried["high"].max(),
-        # "mean" takes noise away, which the controls, noise of another origin, say nothing of.
-        "as_good": [] if row["augmentation"] == "mean" else as_good,
-    }
+    row = {part: first.get(part) for part in ("averaging", "augmentation", "structure")}
+    return {**row, "tried": (gains["part"] != "structure").sum()}
 
 
 def _at_sites(evaluation: Evaluation, best: str) -> dict[str, float] | None:

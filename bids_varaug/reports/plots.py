@@ -15,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bids_varaug.brainage.augment import CONTROLS
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import p_text, signed
 from bids_varaug.reports.mosaics import to_png
@@ -127,14 +126,13 @@ def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarra
 
 
 def draw_gains(gains: pd.DataFrame) -> str:
-    """Paired gain of each augmentation with its 95 % confidence interval; controls last.
+    """Paired gain of each contrast with its 95 % confidence interval.
 
     Parameters
     ----------
     gains : `Evaluation.gains`
     """
     rows = gains.set_index("augmentation")
-    rows = rows.loc[sorted(rows.index, key=lambda name: name in CONTROLS)]
     height = 1.2 + 0.46 * len(rows)
     with _style():
         figure = Figure(figsize=(8.2, height))
@@ -147,12 +145,12 @@ def draw_gains(gains: pd.DataFrame) -> str:
             text = f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}"
             _write_beside(axes, 1.03, y, text, FONT - 0.5)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(rows)), [f"{n} (control)" if n in CONTROLS else n for n in rows.index])
+        axes.set_yticks(range(len(rows)), [f"{name} over {row['against']}" for name, row in rows.iterrows()])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         reach = np.nanmax(np.abs(rows[["low", "high", "gain"]].to_numpy(float)))
         reach = 1.1 * reach if reach > 0 else 1.0
         axes.set_xlim(-reach, reach)
-        axes.set_xlabel("gain in mean absolute error over 'none' [years]")
+        axes.set_xlabel("gain in mean absolute error [years]")
         axes.text(0.0, 1.02, "← worse", transform=axes.transAxes, color=SOFT)
         axes.text(1.0, 1.02, "better →", transform=axes.transAxes, color=SOFT, ha="right")
         _bare(axes, left=False)

@@ -27,7 +27,7 @@ def study():
 
 def test_every_augmentation_and_both_baselines_are_scored(study):
     assert tuple(study.scores.columns) == SCORE_COLUMNS
-    assert list(study.scores["augmentation"]) == [*AUGMENTATIONS, "mean_predictor", "ridge"]
+    assert list(study.scores["augmentation"]) == [*AUGMENTATIONS, "mean_predictor", "site_predictor", "ridge"]
     assert (study.scores["n"] == 80).all()
     mae = study.scores.set_index("augmentation")["mae"]
     assert (mae[list(AUGMENTATIONS)] < 0.8 * mae["mean_predictor"]).all()
@@ -43,16 +43,23 @@ def test_each_observation_is_predicted_once_per_augmentation(study):
 
 def test_gains_are_differences_of_the_scores(study):
     mae = study.scores.set_index("augmentation")["mae"]
-    gains = study.gains.set_index("augmentation")["gain"]
-    for name, gain in gains.items():
-        assert gain == pytest.approx(mae["none"] - mae[name])
-    assert "none" not in gains
+    assert list(study.gains["part"]) == ["averaging", "augmentation", "augmentation", "structure", "structure"]
+    for row in study.gains.itertuples():
+        assert row.gain == pytest.approx(mae[row.against] - mae[row.augmentation])
 
 
 def test_numerical_noise_in_the_baseline_is_averaged_away(study):
     # The noise of one member is as large as the person-to-person variation here.
-    gains = study.gains.set_index("augmentation")
-    assert gains.loc["mean", "low"] > 0 and gains.loc["mean", "p_value"] < 0.05
+    averaging = study.gains.set_index("part").loc["averaging"]
+    assert averaging["low"] > 0 and averaging["effect"] == "helps"
+
+
+def test_ages_that_differ_by_site_are_predicted_from_the_site():
+    cohort = simulated_cohort(n=60, n_members=0, sessions=2)
+    people = cohort.people.assign(site=pd.cut(cohort.people["age"], 4, labels=list("abcd")).astype(object))
+    study = evaluate_brain_age(replace(cohort, people=people), model="ridge", curve_sizes=None, **QUICK)
+    mae = study.scores.set_index("augmentation")["mae"]
+    assert mae["site_predictor"] < 0.4 * mae["mean_predictor"]
 
 
 def test_bias_is_corrected_and_coverage_near_what_is_promised(study):
@@ -96,10 +103,10 @@ def test_analytic_is_compared_with_its_own_kind_of_model():
     options = {"augmentations": ("analytic",), "curve_sizes": None, **QUICK}
     svr = evaluate_brain_age(cohort, model="svr", **options)
     linear = evaluate_brain_age(cohort, model="bayesian_ridge", **options)
-    assert svr.gains["against"].tolist() == ["none, linear model"]
-    assert linear.gains["against"].tolist() == ["none"]
-    assert svr.gains["gain"].item() == pytest.approx(linear.gains["gain"].item())
-    assert "none, linear model" not in set(svr.scores["augmentation"])
+    svr_gains, linear_gains = (one.gains.set_index("part").loc["augmentation"] for one in (svr, linear))
+    assert svr_gains["against"] == "mean, linear model" and linear_gains["against"] == "mean"
+    assert svr_gains["gain"] == pytest.approx(linear_gains["gain"])
+    assert "mean, linear model" not in set(svr.scores["augmentation"])
 
 
 def test_fewer_than_ten_participants_have_no_scores():

@@ -73,6 +73,7 @@ def test_impossible_ages_and_a_withheld_correction_are_remarked():
 def test_best_is_none_unless_a_gain_is_sure_and_no_control():
     assert best_augmentation(make_study(20)) == "members"
     assert best_augmentation(make_study(20, half=1.0)) == "none"
+    assert best_augmentation(make_study(20, {"mean": 0.5, "members": 0.4, "jitter": 0.1})) == "mean"
     assert best_augmentation(make_study(20, {"jitter": 3.0})) == "none"
     assert best_augmentation(make_study(20, {})) == "none"
 

@@ -8,7 +8,7 @@ from html import unescape
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.evaluate import BASELINES, Evaluation, judge_gains
+from bids_varaug.brainage.evaluate import BASELINES, CONTRASTS, Evaluation, judge_gains
 from bids_varaug.derivatives.citation import cite
 from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, evaluation_page
 
@@ -51,7 +51,7 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
         )
     scores = []
     for name in [*augmentations, *BASELINES]:
-        mae = {"mean_predictor": 16.4, "ridge": 5.6}.get(name, 5.0 - gains.get(name, 0.0))
+        mae = {"mean_predictor": 16.4, "site_predictor": 9.1, "ridge": 5.6}.get(name, 5.0 - gains.get(name, 0.0))
         here = name in augmentations
         scores.append(
             {"augmentation": name, "n": n, "mae": mae, "mae_low": mae - 0.4, "mae_high": mae + 0.4,
@@ -79,11 +79,7 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
     return Evaluation(
         predictions=pd.concat(tables, ignore_index=True),
         scores=pd.DataFrame(scores),
-        gains=judge_gains(pd.DataFrame(
-            [{"augmentation": a, "gain": g, "low": g - half, "high": g + half, "p_value": 0.004}
-             for a, g in gains.items()],
-            columns=["augmentation", "gain", "low", "high", "p_value"],
-        )),
+        gains=make_gains(gains, half),
         learning_curve=pd.DataFrame(curve),
         sites=sites,
         reliability=reliability,
@@ -92,6 +88,18 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
         settings={"model": "auto", "augmentations": augmentations, "cv_folds": 5, "repeats": 2,
                   "seed": 0, "coverage": 0.9, "n_participants": n, "n_observations": n},
     )  # fmt: skip
+
+
+def make_gains(gains: dict[str, float], half: float, p_value: float = 0.004) -> pd.DataFrame:
+    """Contrasts of augmentations whose gains over none are given."""
+    gains = {"none": 0.0, **gains}
+    rows = [
+        {"part": part, "augmentation": name, "against": against, "gain": gains[name] - gains[against]}
+        for (name, against), part in CONTRASTS.items()
+        if name in gains and against in gains
+    ]
+    table = pd.DataFrame(rows, columns=["part", "augmentation", "against", "gain"]).astype({"gain": float})
+    return judge_gains(table.assign(low=table["gain"] - half, high=table["gain"] + half, p_value=p_value))
 
 
 def make_numerics(factor: float = 1.0, seed: int = 1) -> pd.DataFrame:
