@@ -61,23 +61,9 @@ def centers(cohort: Cohort, augmentation: str) -> np.ndarray:
 def augmented_members(
     members: np.ndarray, weights: np.ndarray, groups: np.ndarray, augmentation: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the members, or what a control puts in their place.
+    """Return the members, or what a control puts in their place: (R, M, F) with the same mean over M.
 
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,) of the observations
-    groups : (R,) participant of each observation
-    augmentation : one of `USES_MEMBERS`
-
-    Returns
-    -------
-    (R, M, F) float64, with the same mean over M
-
-    Raises
-    ------
-    ValueError
-        If ``shuffled`` has no other participant.
+    `weights` and `groups` are the weight and the participant of each observation, (R,) each.
     """
     if augmentation not in CONTROLS:
         return members
@@ -92,11 +78,8 @@ def draw_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One training row per member, or per member drawn at random where there are more than `max_rows`.
 
-    Returns
-    -------
-    x : (N, F) features, observation by observation, the same number of rows for each
-    owner : (N,) observation of each row
-    weights : (N,); those of an observation's rows add up to its weight
+    Returns (N, F) features, observation by observation, the same number of rows for each; the observation of each row,
+    (N,); weights, (N,), those of an observation's rows add up to its own.
     """
     n, n_members, n_features = members.shape
     kept = max(1, min(n_members, max_rows // n))
@@ -110,17 +93,10 @@ def pseudo_rows(members: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, n
     """Rows that add the members' summed covariance, and nothing else, to the normal equations of a linear model.
 
     For ``sum_i w_i C_i = L L'`` and the weighted mean c of all rows they are ``c + L_f / sqrt(2 e)`` and
-    ``c - L_f / sqrt(2 e)``, each with a small weight e. Give them the mean target. A model that is fitted to the means
-    of the members and to these rows is then that of all members as rows.
+    ``c - L_f / sqrt(2 e)``, each with a small weight e; their target is the mean. A model that is fitted to the means of
+    the members and to these rows is then that of all members as rows.
 
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,)
-
-    Returns
-    -------
-    (2 F, F) rows, (2 F,) weights
+    Returns (2 F, F) rows and (2 F,) weights, for (R, M, F) members and (R,) weights.
     """
     center = np.average(members.mean(axis=1), axis=0, weights=weights)
     values, axes = np.linalg.eigh(summed_covariances(members, weights))  # a Cholesky factor that may be singular
@@ -129,18 +105,9 @@ def pseudo_rows(members: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, n
 
 
 def summed_covariances(members: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted sum of the covariances (1 / M) of the members' features over observations.
+    """Sum over R observations of the members' covariances (1 / M), weighted; (R, M, F), (R,) to (F, F).
 
     Goes through the observations in blocks, without a copy of all deviations.
-
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,) float64
-
-    Returns
-    -------
-    (F, F) float64, square of the features' unit
 
     Examples
     --------
@@ -182,5 +149,6 @@ def _other_participants(groups: np.ndarray, rng: np.random.Generator) -> np.ndar
     order = rng.permutation(len(people))
     donor = np.empty(len(people), np.int64)
     donor[order] = np.roll(order, 1)
-    by_person = [np.flatnonzero(index == person) for person in range(len(people))]
-    return np.array([rng.choice(by_person[donor[person]]) for person in index], dtype=np.int64)
+    by_person = np.argsort(index, kind="stable")
+    starts, counts = np.searchsorted(index[by_person], donor[index]), np.bincount(index)[donor[index]]
+    return by_person[starts + rng.integers(counts)]

@@ -34,10 +34,7 @@ def cross_conformal_interval(
     Parameters
     ----------
     fold_predictions : (K, P) of the model of each fold, for P new rows
-    residuals : (R,) >= 0
-    folds : (R,) held-out fold of each residual, 0 ... K - 1
-    weights : (R,), those of one participant add up to 1
-    coverage : 0 ... 1
+    residuals, folds, weights : (R,) each: errors >= 0, the held-out fold of each, 0 ... K - 1, and its weight
 
     Returns
     -------
@@ -85,12 +82,9 @@ class BiasCorrection:
     """Line through predictions against age, and its inverse.
 
     ``corrected = (predicted - intercept) / slope``, the line fitted to held-out predictions of training participants
-    [1]_. Unlike corrections that subtract a line in the true age [2]_, it never sees the age that is being predicted,
-    so that the corrected error is an honest one: less bias, and usually a larger error.
-
-    Attributes
-    ----------
-    slope, intercept : of predicted on true age; NaN where the correction is withheld, and then so is what is corrected
+    [1]_, and both NaN where the correction is withheld. Unlike corrections that subtract a line in the true age [2]_, it
+    never sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually a
+    larger error.
 
     References
     ----------
@@ -118,11 +112,6 @@ def fit_correction(predicted: np.ndarray, age: np.ndarray, weights: np.ndarray) 
       within half of it and far from 0 (Fieller's g is at most 1/4).
     - ``r^2 >= 1/2`` of prediction and age: what the line misses is divided by b too, to e / b, and below this r^2 that
       is more than the ages' own standard deviation, by which the mean age misses.
-
-    Parameters
-    ----------
-    predicted, age : (R,) years
-    weights : (R,), 1 in all per participant
     """
     slope, intercept = weighted_line(age, predicted, weights)
     n = weights.sum()

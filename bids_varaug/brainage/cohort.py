@@ -37,9 +37,7 @@ class Cohort:
     members : (R, M, F) float64, of each perturbed member, M >= 2; or None for tables of one value
     member_ids : of the M members ("mca01", ...), empty without members
     left_out : why somebody is not among the observations, by participant or observation
-    source : what the features are, for reports and models: the ensemble's name, versions and checkpoints' digests, or
-        the table's name
-    unit : of the features ("mm3"), or ""
+    source, unit : what the features are (the ensemble's name, versions and digests, or the table's name), and "mm3" or ""
     """
 
     people: pd.DataFrame
@@ -88,13 +86,7 @@ class Cohort:
         return replace(self, people=people, baseline=self.baseline[rows], members=members)
 
     def with_features(self, names: Sequence[str]) -> Cohort:
-        """Return these features in this order.
-
-        Raises
-        ------
-        CohortError
-            If some are missing; they are named.
-        """
+        """Return these features in this order; a CohortError names those that are missing."""
         if tuple(names) == tuple(self.names):
             return self
         missing = [name for name in names if name not in self.names]
@@ -109,29 +101,13 @@ class Cohort:
 
 
 def participant_weights(groups: np.ndarray | pd.Series) -> np.ndarray:
-    """Weight of each row so that the rows of one participant add up to 1, (R,) float64.
-
-    Examples
-    --------
-    >>> participant_weights(np.array([4, 7, 7])).tolist()
-    [1.0, 0.5, 0.5]
-    """
+    """Weight of each row so that the rows of one participant add up to 1, (R,) float64."""
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
     return 1.0 / counts[index]
 
 
 def grouped_folds(groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Assign groups at random to folds of nearly equal size.
-
-    Parameters
-    ----------
-    groups : (R,) what a fold must not split, at least two
-    n_folds : at most this many; fewer where there are fewer groups
-
-    Returns
-    -------
-    (R,) int64
-        The fold in which each row is held out, 0 ... n_folds - 1.
+    """Held-out fold of each row, (R,) int64, 0 ... `n_folds` - 1 or less; no group is split, folds are of nearly equal size.
 
     Examples
     --------
@@ -148,17 +124,10 @@ def grouped_folds(groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
 
 @dataclass
 class Gathered:
-    """What was found, before anything that is incomplete is left out.
+    """What was found, before anything that is incomplete is left out: (R, M, F) values, NaN where missing.
 
-    Parameters
-    ----------
-    people : one row per observation, the columns of `Cohort.people`
-    values : (R, M, F) float64, NaN where missing
-    present : (R, M) bool, whether there is that member of the observation
-    member_ids : of the M members; one, the baseline, for tables of one value
-    names : of the F features
-    left_out : reasons so far
-    age_reasons : why an age is missing, by observation, where more is known than that
+    `present`, (R, M) bool, is whether there is that member of the observation; `age_reasons` why an age is missing, by
+    observation, where more is known than that. Tables of one value have one member, the baseline.
     """
 
     people: pd.DataFrame
@@ -167,26 +136,21 @@ class Gathered:
     member_ids: tuple[str, ...]
     names: tuple[str, ...]
     left_out: dict[str, str]
-    age_reasons: Mapping[str, str] = field(default_factory=dict)
+    age_reasons: Mapping[str, str]
 
     def leave_out(self, rows: np.ndarray, reasons: Iterable[str]) -> None:
         """Leave out the observations where a mask is true, for these reasons."""
-        if rows.any():
-            self.left_out.update(zip(self.people["observation"][rows], reasons, strict=True))
-            self.people = self.people.loc[~rows].reset_index(drop=True)
-            self.values, self.present = self.values[~rows], self.present[~rows]
+        self.left_out.update(zip(self.people["observation"][rows], reasons, strict=True))
+        self.people = self.people.loc[~rows].reset_index(drop=True)
+        self.values, self.present = self.values[~rows], self.present[~rows]
 
     def drop_features(self, reasons: Mapping[int, str]) -> dict[str, str]:
         """Drop features by their place; return the reasons by name."""
-        kept = [f for f in range(len(self.names)) if f not in reasons]
         dropped = {self.names[f]: reason for f, reason in reasons.items()}
         if reasons:
-            self.names, self.values = tuple(self.names[f] for f in kept), self.values[:, :, kept]
+            self.values = np.delete(self.values, list(reasons), axis=2)
+            self.names = tuple(name for name in self.names if name not in dropped)
         return dropped
-
-    def missing(self) -> np.ndarray:
-        """Whether an observation lacks a feature in any member, (R, F) bool."""
-        return ~np.isfinite(self.values).all(axis=1)
 
 
 def nobody_left(left_out: Mapping[str, str], notes: Iterable[str]) -> CohortError:
@@ -196,13 +160,9 @@ def nobody_left(left_out: Mapping[str, str], notes: Iterable[str]) -> CohortErro
 
 
 def assemble(
-    found: Gathered,
-    source: Mapping[str, Any],
-    unit: str,
-    *,
-    features: Sequence[str] | None = None,
+    found: Gathered, source: Mapping[str, Any], unit: str, *, features: Sequence[str] | None = None,
     require_age: bool = True,
-) -> Cohort:
+) -> Cohort:  # fmt: skip
     """Leave out what is incomplete, say why, and separate baseline and members.
 
     Observations are left out, in this order: those without an age; those that lack members which most others have (the
@@ -235,23 +195,23 @@ def assemble(
         found.names = tuple(features)
     if require_age:
         ageless = found.people["age"].isna().to_numpy()
-        found.leave_out(
-            ageless, [found.age_reasons.get(name, "no age") for name in found.people["observation"][ageless]]
-        )
-    unused = _keep_common_members(found)
-    dropped = {}
-    if features is None and len(found.values):
-        counts = found.missing().sum(axis=0)
-        sparse = np.flatnonzero(counts > MAX_MISSING * len(found.values))
-        dropped = found.drop_features({f: f"missing in {counts[f]} of {len(found.values)} observations" for f in sparse})
-    gaps = found.missing()
-    rows = gaps.any(axis=1)
-    found.leave_out(rows, [f"no value of {some([found.names[f] for f in np.flatnonzero(row)])}" for row in gaps[rows]])
+        who = found.people["observation"][ageless]
+        found.leave_out(ageless, [found.age_reasons.get(name, "no age") for name in who])
+    unused = _keep_common_members(found) if len(found.values) else []
+    dropped: dict[str, str] = {}
+    gaps = ~np.isfinite(found.values).all(axis=1)
+    if features is None and len(gaps):
+        counts = gaps.sum(axis=0)
+        sparse = np.flatnonzero(counts > MAX_MISSING * len(gaps)).tolist()
+        dropped = found.drop_features({f: f"missing in {counts[f]} of {len(gaps)} observations" for f in sparse})
+        gaps = np.delete(gaps, sparse, axis=1)
+    lacking = [some([found.names[f] for f in np.flatnonzero(row)]) for row in gaps[gaps.any(axis=1)]]
+    found.leave_out(gaps.any(axis=1), [f"no value of {names}" for names in lacking])
     if not len(found.values):
         raise nobody_left(found.left_out, source.get("notes", ()))
     if features is None and len(found.values) > 1:
         low, high = found.values.min(axis=(0, 1)), found.values.max(axis=(0, 1))
-        dropped |= found.drop_features({f: f"always {low[f]:g}" for f in np.flatnonzero(low == high)})
+        dropped |= found.drop_features({f: f"always {low[f]:g}" for f in np.flatnonzero(low == high).tolist()})
     if not found.names:
         reasons = {**source.get("ignored_columns", {}), **dropped}
         raise CohortError(
@@ -260,38 +220,28 @@ def assemble(
         )
     perturbed = [m for m, name in enumerate(found.member_ids) if name != BASELINE]
     has_baseline = len(perturbed) < len(found.member_ids)
-    baseline = found.values[:, found.member_ids.index(BASELINE)] if has_baseline else found.values.mean(axis=1)
+    baseline = found.values[:, found.member_ids.index(BASELINE)].copy() if has_baseline else found.values.mean(axis=1)
     ids = tuple(found.member_ids[m] for m in perturbed) if len(perturbed) > 1 else ()
+    members = np.ascontiguousarray(found.values[:, perturbed]) if ids else None
     added = {
         "baseline": BASELINE if has_baseline else "mean of the members",
         "members": list(ids),
         "unused_members": unused,
         "dropped_features": dropped,
     }
-    return Cohort(
-        people=found.people[list(PEOPLE_COLUMNS)],
-        names=found.names,
-        baseline=baseline.copy(),
-        members=np.ascontiguousarray(found.values[:, perturbed]) if ids else None,
-        member_ids=ids,
-        left_out=found.left_out,
-        source={**source, **added},
-        unit=unit,
-    )
+    people = found.people[list(PEOPLE_COLUMNS)]
+    return Cohort(people, found.names, baseline, members, ids, found.left_out, {**source, **added}, unit)
 
 
 def _keep_common_members(found: Gathered) -> list[str]:
     """Keep the most frequent set of members, of equally frequent ones the largest; return the others' ids."""
-    if not len(found.values):
-        return []
     sets, first, counts = np.unique(found.present, axis=0, return_index=True, return_counts=True)
     common = sets[max(range(len(sets)), key=lambda i: (counts[i], sets[i].sum(), -first[i]))]
     ids = np.array(found.member_ids, dtype=object)
-    lacking = ~found.present[:, common].all(axis=1)
+    lacking = np.asarray(~found.present[:, common].all(axis=1))
     lacks = [some(list(ids[common & ~row])) for row in found.present[lacking]]
     found.leave_out(lacking, [f"lacks members that most others have: {names}" for names in lacks])
     unused = list(ids[found.present.any(axis=0) & ~common])
-    if not common.all():
-        found.values, found.present = found.values[:, common], found.present[:, common]
-        found.member_ids = tuple(ids[common])
+    found.values, found.present = found.values[:, common], found.present[:, common]
+    found.member_ids = tuple(ids[common])
     return unused

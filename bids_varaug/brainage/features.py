@@ -39,13 +39,8 @@ def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:
     Parameters
     ----------
     reference : "intracranial" or "brain": the column of that name in its usual spellings (eTIV, ICV; BrainSegVol).
-        "brain" without such a column, and "sum": the sum of all volumes, which should then be structures that do not
-        overlap. Otherwise the name of a column
-
-    Raises
-    ------
-    FeatureError
-        If there is no reference column, or no volume.
+        "brain" without such a column, and "sum": the sum of all volumes. Otherwise the name of a column. A FeatureError
+        says that there is none, or no volume
     """
     at = find_reference(cohort.names, reference)
     volumes = np.array(
@@ -65,12 +60,7 @@ def asymmetries(cohort: Cohort) -> Cohort:
     """Append left-right asymmetries ``(L - R) / (L + R)`` of all pairs (Left-/Right-, lh_/rh_, ...) to the features.
 
     0 where a structure is absent on both sides. Half of the asymmetry index of some papers, which divides by the mean
-    of both sides.
-
-    Raises
-    ------
-    FeatureError
-        If there is no pair.
+    of both sides. A FeatureError says that there is no pair.
     """
     pairs = find_pairs(cohort.names)
     if not pairs:
@@ -94,13 +84,8 @@ class LogVolumes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     Volumes are closer to log-normal than to normal, and their effects multiply. Where one is 0 for somebody in
     training, half of its smallest positive value is added first, to everybody. What is not a volume by its name (see
-    `is_volume`), has negative values, or is 0 for all stays as it is; a negative value of a volume that was never so
-    in training counts as 0.
-
-    Parameters
-    ----------
-    names : sequence of str, optional
-        Of the F features; without them, all count as volumes.
+    `is_volume`; without `names`, all are), has negative values, or is 0 for all stays as it is; a negative value of a
+    volume that was never so in training counts as 0.
 
     Examples
     --------
@@ -142,13 +127,7 @@ def is_volume(name: str) -> bool:
 
 
 def find_reference(names: Sequence[str], reference: str) -> int | None:
-    """Column to divide by; None for the sum of all volumes.
-
-    Raises
-    ------
-    FeatureError
-        If there is no such column.
-    """
+    """Column to divide by; None for the sum of all volumes; a FeatureError says that there is none."""
     if reference in names:
         return list(names).index(reference)
     plain = [_plain(name) for name in names]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,7 @@ import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
-from bids_varaug.inputs.participants import (
-    SESSION_COLUMNS,
-    People,
-    choose_column,
-    prefixed,
-    read_ages,
-    read_sexes,
-)
+from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
 from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some
 from bids_varaug.models.ensemble import BASELINE
 
@@ -54,9 +48,8 @@ def read_features_table(
 
     Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional age (in years, or as
     its name or a JSON sidecar of the table's name says), sex and site; every other column of numbers is a feature.
-    Columns of text are ignored, and so are, with a note, numbers that are no measures of the brain by their names (IQ,
-    education, body, identifiers, anything called age) or values (almost a function of age, counters, years), see
-    `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex and site
+    Columns of text are ignored, and so are, with a note, numbers that do not measure the brain by their names or values,
+    see `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex and site
     comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
     Parameters
@@ -70,7 +63,7 @@ def read_features_table(
     -------
     Cohort
         Its `source` (JSON types): "kind" ("table"), "table" (file name), "ignored_columns" (reasons by name), "notes";
-        and what `assemble` adds. Observations are in the order of their first rows.
+        and what `assemble` adds.
 
     Raises
     ------
@@ -79,7 +72,7 @@ def read_features_table(
         either; has two rows of the same participant, session, run and member; or a participant in two sites, of two
         sexes, or of two ages in one session; or ids that could mean several of `people`.
     CohortError
-        If one of `features` is missing; if nobody or no feature is left.
+        As `assemble`.
     """
     path = Path(path)
     columns = read_header(path)
@@ -168,56 +161,42 @@ def _index_rows(
 
 def _labels(column: pd.Series, entity: str = "") -> pd.Series:
     """Labels without blanks, with the entity's prefix where there is one; None where missing."""
-    labels: dict[str, str | None] = {}
-    for given in column.dropna().unique():
-        label = given.strip()
-        labels[given] = None if label in MISSING else prefixed(label, entity) if entity else label
+    known = {given: given.strip() for given in column.dropna().unique() if given.strip() not in MISSING}
+    labels = {given: prefixed(label, entity) if entity else label for given, label in known.items()}
     return pd.Series([labels.get(given) for given in column], index=column.index, dtype=object)
 
 
 def _fill_people(
-    path: Path,
-    table: pd.DataFrame,
-    rows: pd.DataFrame,
-    frame: pd.DataFrame,
-    own: Mapping[str, str | None],
-    people: People | None,
-    notes: list[str],
-) -> dict[str, str]:
+    path: Path, table: pd.DataFrame, rows: pd.DataFrame, frame: pd.DataFrame, own: Mapping[str, str | None],
+    people: People | None, notes: list[str],
+) -> dict[str, str]:  # fmt: skip
     """Add age, sex and site of each observation; return why ages are missing."""
     names = list(frame["observation"])
     reasons: dict[str, str] = {}
     ids = zip(frame["participant_id"], frame["session_id"], strict=True)
     persons = [None if people is None else people.find(*row) for row in ids]
-    for key in ("age", "sex", "site"):
-        column = own[key]
+    for key, column in own.items():
         if column is None:
             missing = np.nan if key == "age" else None
-            values = [missing if person is None else getattr(person, key) for person in persons]
+            values: list = [missing if person is None else getattr(person, key) for person in persons]
         else:
-            values = _one_each(path, key, _labels(table[column]), rows)
+            told = _one_each(path, key, _labels(table[column]), rows)
+            values = list(told)
             if key == "age":
-                values = read_ages(path, column, values, names, reasons, notes)
+                values = list(read_ages(path, column, told, names, reasons, notes))
             elif key == "sex":
-                values = read_sexes(path, column, values, notes)
+                values = list(read_sexes(path, column, told, notes))
         frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)
-    if own["age"] is None and people is not None:
-        for name, person in zip(names, persons, strict=True):
-            if person is None:
-                reasons[name] = f"not in {people.source}, and {path.name} has no ages"
-            elif np.isnan(person.age):
-                reasons[name] = person.reason or f"no age in {people.source}"
+    for name, person in zip(names, persons, strict=True) if own["age"] is None and people is not None else ():
+        if person is None:
+            reasons[name] = f"not in {people.source}, and {path.name} has no ages"
+        elif np.isnan(person.age):
+            reasons[name] = person.reason or f"no age in {people.source}"
     return reasons
 
 
 def _one_each(path: Path, key: str, values: pd.Series, rows: pd.DataFrame) -> list[str | None]:
-    """What all rows of an observation say (sex, site: of a participant); None where missing.
-
-    Raises
-    ------
-    TableError
-        If they contradict.
-    """
+    """What all rows of an observation say (sex, site: of a participant), if they agree; None where missing."""
     if key == "age":  # "30" and "30.0" are the same
         numbers = {text: pd.to_numeric(text, errors="coerce") for text in values.dropna().unique()}
         first: dict[object, str] = {}
@@ -287,16 +266,9 @@ def plain_label(label: str) -> str:
 def match_people(
     people: People | None, participants: Iterable[str], sessions: Collection[str], here: str, notes: list[str]
 ) -> dict[str, str]:
-    """Participants and sessions that `people` spells differently, with its spelling; what was matched is noted.
+    """Spelling in `people` of participants and sessions of a table called `here`, where it differs; that is noted.
 
-    Parameters
-    ----------
-    participants, sessions : the spellings of a table called `here` in messages
-
-    Raises
-    ------
-    TableError
-        If one label could be several known ones, or several could be one.
+    A TableError says that one label could be several known ones, or several could be one.
     """
     if people is None:
         return {}
@@ -314,10 +286,8 @@ def match_people(
     return same | _match_labels(sessions, known, here, people.source, notes)
 
 
-def _match_labels(
-    labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list[str]
-) -> dict[str, str]:
-    ours, theirs = _by_plain(labels), _by_plain(known)
+def _match_labels(labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list[str]) -> dict[str, str]:
+    ours, theirs = ({key: list(group) for key, group in _by_plain(side)} for side in (labels, known))
     shared = [key for key in sorted(ours.keys() & theirs.keys()) if not set(ours[key]) <= set(theirs[key])]
     said = [
         f"{' and '.join(ours[key])} here {'are' if ours[key][1:] else 'is'} {' or '.join(theirs[key])} there"
@@ -337,8 +307,5 @@ def _match_labels(
     return {ours[key][0]: theirs[key][0] for key in shared}
 
 
-def _by_plain(labels: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for label in dict.fromkeys(labels):
-        found.setdefault(plain_label(label), []).append(label)
-    return found
+def _by_plain(labels: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(sorted(dict.fromkeys(labels), key=plain_label), key=plain_label)

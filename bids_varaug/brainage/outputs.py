@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from bids_varaug.brainage.augment import AUGMENTATIONS
 from bids_varaug.brainage.calibration import WITHHELD
+from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation, best_augmentation
 from bids_varaug.brainage.models import VALUES, BrainAgeModel
 from bids_varaug.derivatives.citation import template_environment
@@ -90,24 +91,27 @@ def remark_ages(table: pd.DataFrame) -> list[str]:
 
 
 def evaluated_sidecar(evaluation: Evaluation, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Describe `evaluated_tables` of the best augmentation; `notes` are for the reader."""
+    """Describe every column of `evaluated_tables` of the best augmentation; `notes` are for the reader."""
     best = best_augmentation(evaluation)
     model = evaluation.chosen.get(best, {}).get("model", evaluation.settings.get("model", ""))
     evaluated = [name for name in AUGMENTATIONS if (evaluation.predictions["augmentation"] == name).any()]
-    return _sidecar(evaluation.settings, notes, model=model, augmentation=best, evaluated=evaluated)
+    made = {"log_volumes": evaluation.settings.get("log_volumes"), "coverage": evaluation.settings.get("coverage", 0.9)}
+    return _sidecar("brainage.json", **made, notes=notes, model=model, augmentation=best, evaluated=evaluated)
 
 
 def applied_sidecar(model: BrainAgeModel, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Describe `phenotype_tables` of a model fitted to other people (``--apply-model``)."""
-    name = model.chosen.get("model", "")
-    return _sidecar(model.source, notes, model=name, augmentation=model.augmentation, evaluated=())
+    """Describe every column of `phenotype_tables` of a model fitted to other people (``--apply-model``)."""
+    made = {"log_volumes": model.source.get("log_volumes"), "coverage": 0.9, "model": model.chosen.get("model", "")}
+    return _sidecar("brainage.json", **made, notes=notes, augmentation=model.augmentation, evaluated=())
 
 
-def _sidecar(made: Mapping[str, Any], notes: Sequence[str], **values: Any) -> dict[str, Any]:
-    """Description of every column, as BIDS wants it: the same for all tables, each needs a file of its own."""
-    template = template_environment(autoescape=False).get_template("brainage.json")
-    logs, coverage = bool(made.get("log_volumes")), made.get("coverage", 0.9)
-    return json.loads(template.render(log_volumes=logs, coverage=coverage, notes=" ".join(notes), **values))
+def covariance_sidecar(cohort: Cohort) -> dict[str, Any]:
+    """Describe every column of `variability.numerical_covariance`."""
+    return _sidecar("brainage_covariance.json", in_mm3=cohort.unit == "mm3")
+
+
+def _sidecar(template: str, **values: Any) -> dict[str, Any]:
+    return json.loads(template_environment(autoescape=False).get_template(template).render(**values))
 
 
 def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:

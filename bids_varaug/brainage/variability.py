@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +27,6 @@ def numerical_variability(
     *,
     dice_min: Mapping[str, float] = MappingProxyType({}),
     unreliable: Mapping[str, float] = MappingProxyType({}),
-    effect_size: float = EFFECT_SIZE,
 ) -> pd.DataFrame:
     """How much of each feature's spread over a group is numerical.
 
@@ -41,42 +39,33 @@ def numerical_variability(
 
     The part taken off in sd_anat is what numerical noise leaves in the mean of M members; without it the ratio could
     never exceed sqrt(M). `npv` is the numerical-to-population variability ratio of Chatelain et al. [1]_, whose
-    denominator is the spread of single runs and so holds the numerical part in full: about
-    ``ratio / sqrt(1 + ratio^2)``. sd_anat is all that differs between participants: anatomy, age, and the noise of the
-    scanner.
+    denominator holds the numerical part in full: about ``ratio / sqrt(1 + ratio^2)``. sd_anat is all that differs
+    between participants: anatomy, age, and the noise of the scanner.
 
-    The confidence interval leaves out participant after participant, with all their observations and members (jackknife
-    [2]_, t distribution), of ``log(sd_num / sd of the participants' means)``; ``u = (sd_num / sd)^2`` then gives
-    ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in 93-96 % with 8 to 100
-    participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution with n (M - 1) and M (n - 1)
-    degrees of freedom; that counts the runs of a participant as M participants, and is several times too narrow.
-    Members are taken as given, not drawn.
+    The confidence interval of the ratio leaves out participant after participant, with all their observations and
+    members, of ``log(sd_num / sd of the participants' means)`` (jackknife [2]_, t distribution); ``u = (sd_num / sd)^2``
+    then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in 93-96 % with 8
+    to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts the runs
+    of a participant as M participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Parameters
     ----------
     cohort : with members. Members absent in an observation are NaN; observations with fewer than two members of a
         feature do not count
     dice_min, unreliable : by feature, see `read_regions`
-    effect_size : for `n_needed`, see `participants_needed`
 
     Returns
     -------
     one row per feature, in the cohort's order
-        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval of the ratio),
-        npv, cv (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed (participants), n_participants,
-        n_members (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer
-        than two participants or in a feature that is constant
-
-    Raises
-    ------
-    ValueError
-        If the cohort has no members.
+        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval), npv, cv (sd_num
+        / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants, n_members
+        (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer than two
+        participants or in a feature that is constant
 
     References
     ----------
     .. [1] Chatelain et al. (2026), The practical impact of numerical variability on structural MRI measures of
-       Parkinson's disease, Scientific Reports, doi:10.1038/s41598-026-64679-2. Formulas from the notebooks
-       ``npv/*.ipynb`` of their repository yohanchatelain/livingpark-numerical-variability.
+       Parkinson's disease, Scientific Reports, doi:10.1038/s41598-026-64679-2; formulas from their notebooks.
     .. [2] Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapter 11.
     """
     if cohort.members is None:
@@ -126,7 +115,7 @@ def numerical_variability(
         cv=table["sd_num"] / table["mean"].where(table["mean"] > 0),
         dice_min=[float(dice_min.get(name, np.nan)) for name in cohort.names],
         unreliable=[float(unreliable.get(name, np.nan)) for name in cohort.names],
-        n_needed=participants_needed(ratio, effect_size),
+        n_needed=participants_needed(ratio),
         n_participants=n,
         n_members=n_members.max(axis=0, initial=0),
     )
@@ -157,42 +146,25 @@ def _single_run_variance(cohort: Cohort) -> np.ndarray:
 
 
 def participants_needed(
-    ratio: np.ndarray | float,
-    effect_size: float = EFFECT_SIZE,
-    *,
-    confidence: float = CONFIDENCE,
-    true_effect: float = 0.0,
-    n_members: int = 1,
+    ratio: np.ndarray | float, effect_size: float = EFFECT_SIZE, *, confidence: float = CONFIDENCE
 ) -> np.ndarray:
     """Participants that keep the numerical error of a group difference below an effect size.
 
-    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation s of single
-    runs. Numerical noise of standard deviation sd_num, independent between people, moves d; to first order in the noise
-    (the delta method, as [1]_ derive it) by::
-
-        sd(d)^2 = (sd_num / s)^2 (4 / n + d^2 / (n - 2)),   (sd_num / s)^2 = r^2 / (1 + r^2)
-
-    with r = sd_num / sd_anat. n is the smallest even number for which the error stays below `effect_size` with
-    probability `confidence`: ``z sd(d) <= effect_size``, z the two-sided normal quantile; for d = 0 that is
-    ``n >= 4 z^2 r^2 / ((1 + r^2) effect_size^2)``. The mean of M members has ``sd_num / sqrt(M)``. Error that all
-    participants share (a bias of the pipeline) is not in it.
+    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single runs.
+    Numerical noise, independent between people, moves a small d; by the delta method, as [1]_ derive it, with r = sd_num
+    / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for which ``z sd(d) <=
+    effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share (a bias of the
+    pipeline) is not in it.
 
     Parameters
     ----------
     ratio : any shape, sd_num / sd_anat of one member; infinity is allowed
     effect_size : largest tolerated numerical error of Cohen's d
     confidence : probability with which it holds
-    true_effect : d of the study
-    n_members : over which volumes are averaged
 
     Returns
     -------
     float64, shape of `ratio`; at least 4, NaN where the ratio is NaN
-
-    Raises
-    ------
-    ValueError
-        If the effect size is not positive, or the confidence not between 0 and 1.
 
     References
     ----------
@@ -206,14 +178,11 @@ def participants_needed(
     """
     if not effect_size > 0 or not 0 < confidence < 1:
         raise ValueError(f"effect size {effect_size} or confidence {confidence} is out of range")
-    squared = np.square(np.asarray(ratio, np.float64)) / n_members
+    squared = np.square(np.asarray(ratio, np.float64))
     with np.errstate(invalid="ignore"):
         # Of two equal infinities the limit is 1: all of the spread is numerical.
         share = np.where(np.isinf(squared), 1.0, squared / (1 + squared))
-    a = np.square(norm.ppf((1 + confidence) / 2) / effect_size) * share
-    # n^2 - (2 + a (4 + d^2)) n + 8 a >= 0, from sd(d) above
-    half = 1 + a * (4 + true_effect**2) / 2
-    n = half + np.sqrt(np.maximum(half**2 - 8 * a, 0.0))
+    n = 4 * np.square(norm.ppf((1 + confidence) / 2) / effect_size) * share
     return np.maximum(2 * np.ceil(n / 2 - 1e-9), 4.0)
 
 
@@ -225,9 +194,6 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
         covariance          = 1/R sum_i sum_m (x_im - x_i)(y_im - y_i) / (M - 1)
         relative_covariance = the same of x_im / x_i and y_im / y_i
 
-    The square root of a feature's covariance with itself is the ``sd_num`` of `numerical_variability`, for the members
-    of all families together.
-
     Parameters
     ----------
     cohort : with members, none missing; families are those of ``source["families"]`` with two members or more
@@ -235,14 +201,8 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
     Returns
     -------
     one row per family and pair of features, each pair once, a feature with itself among them
-        family ("all", then "mca", ...), name, other, covariance (square of the feature's unit, or product of both
-        units), relative_covariance (1; NaN where one is absent in somebody), correlation (of the covariance; NaN where
-        one does not vary), n_members, n_observations
-
-    Raises
-    ------
-    ValueError
-        If the cohort has no members.
+        family ("all", then "mca", ...), name, other, covariance, relative_covariance (NaN where one is absent in
+        somebody), correlation (of the covariance; NaN where one does not vary), n_members, n_observations
     """
     if cohort.members is None:
         raise ValueError("numerical covariance needs members; this cohort has one value per row")
@@ -264,27 +224,6 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
         table = table.assign(**{name: matrix[first, second] for name, matrix in columns.items()})
         tables.append(table.assign(n_members=len(ids), n_observations=len(members)))
     return pd.concat(tables, ignore_index=True)
-
-
-def covariance_sidecar(cohort: Cohort) -> dict[str, Any]:
-    """Describe the columns of `numerical_covariance`."""
-    in_mm3 = cohort.unit == "mm3"
-    texts = {
-        "family": "Members over which it is taken: all perturbed ones, or one family, see descriptions.tsv",
-        "name": "Feature, not divided by brain or head",
-        "other": "Feature it goes together with; the same one: its variance",
-        "covariance": "Covariance over the members of the family, within an image (N - 1), mean over images"
-        + ("" if in_mm3 else ", in the product of the units of both features"),
-        "relative_covariance": "As covariance, each value divided by its mean over the members of the family in that "
-        "image",
-        "correlation": "covariance over both standard deviations",
-        "n_members": "Members of the family",
-        "n_observations": "Images",
-    }
-    units = {"relative_covariance": "1", "correlation": "1"} | ({"covariance": "mm^6"} if in_mm3 else {})
-    return {
-        name: {"Description": text} | ({"Units": units[name]} if name in units else {}) for name, text in texts.items()
-    }
 
 
 def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:

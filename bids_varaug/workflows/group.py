@@ -26,6 +26,7 @@ from bids_varaug.brainage.models import BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.outputs import (
     PHENOTYPE_TABLE,
     applied_sidecar,
+    covariance_sidecar,
     evaluated_sidecar,
     evaluated_tables,
     phenotype_tables,
@@ -36,7 +37,6 @@ from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repea
 from bids_varaug.brainage.variability import (
     COVARIANCE_TABLE,
     compare_pipelines,
-    covariance_sidecar,
     numerical_covariance,
     numerical_variability,
     read_regions,

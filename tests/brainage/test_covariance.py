@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.variability import covariance_sidecar, numerical_covariance, numerical_variability
+from bids_varaug.brainage.outputs import covariance_sidecar
+from bids_varaug.brainage.variability import numerical_covariance, numerical_variability
 from tests.brainage.cohorts import simulated_cohort
 
 

@@ -111,22 +111,20 @@ def test_without_members_there_is_nothing_to_tell():
         numerical_variability(alone)
 
 
-@pytest.mark.parametrize("effect", [0.0, 0.8])
-def test_participants_needed_keep_what_they_promise(effect):
+def test_participants_needed_keep_what_they_promise():
     """Cohen's d of one cohort under 4,000 draws of numerical noise."""
     ratio, tolerance = 0.3, 0.15
-    n = int(participants_needed(ratio, tolerance, true_effect=effect))
+    n = int(participants_needed(ratio, tolerance))
     rng = np.random.default_rng(0)
 
     def errors(n):
         half = n // 2
         truth = rng.standard_normal((2, half))
         truth = (truth - truth.mean(axis=1, keepdims=True)) / truth.std(axis=1, ddof=1)[:, None]
-        truth[1] += effect * np.sqrt(1 + ratio**2)
         x = truth + ratio * rng.standard_normal((4000, 2, half))
         pooled = np.sqrt(x.var(axis=2, ddof=1).mean(axis=1))
         d = (x[:, 1].mean(axis=1) - x[:, 0].mean(axis=1)) / pooled
-        return np.abs(d - effect)
+        return np.abs(d)
 
     assert np.mean(errors(n) < tolerance) == pytest.approx(0.95, abs=0.015)
     assert np.mean(errors(n // 2 // 2 * 2) < tolerance) < 0.88
@@ -139,8 +137,7 @@ def test_participants_needed_agree_with_the_paper():
     assert participants_needed(ratio, 0.01, confidence=one_sd) == pytest.approx(1340, abs=2)
 
 
-def test_participants_needed_fall_with_members_and_refuse_nonsense():
-    assert participants_needed(0.5, n_members=10) < participants_needed(0.5) / 8
+def test_participants_needed_refuse_nonsense():
     assert np.isnan(participants_needed(np.nan))
     with pytest.raises(ValueError, match="out of range"):
         participants_needed(0.1, 0.0)
