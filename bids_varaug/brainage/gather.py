@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bids_varaug.brainage import provenance
 from bids_varaug.brainage.cohort import PEOPLE_COLUMNS, Cohort, Gathered, assemble, nobody_left
 from bids_varaug.brainage.features_table import match_people
-from bids_varaug.brainage.provenance import (
-    MixedDerivativesError,
-    Origin,
-    check_same_origin,
-    read_root,
-    read_runs,
-    sidecar_origin,
-)
+from bids_varaug.brainage.provenance import MixedDerivativesError, Origin
 from bids_varaug.derivatives import names
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.participants import People
@@ -39,14 +33,7 @@ class MorphError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class MorphTable:
-    """Volumes of one T1w image by every member (``*_desc-members_morph.tsv``).
-
-    Parameters
-    ----------
-    families : of the M members, by member, in the file's order
-    structures : of the K structures: (index, name), in the file's order
-    volumes : (M, K) float64, mm3
-    """
+    """Volumes, (M, K) float64 [mm3], of a T1w image by every member: `families` by member, `structures` (index, name)."""
 
     families: dict[str, str]
     structures: Structures
@@ -75,9 +62,8 @@ def gather_cohort(
     """Read the volumes of every image by every member (``*_desc-members_morph.tsv``).
 
     A feature is the volume of a structure in mm3. All perturbed members count alike, whether training (mca, seed) or
-    inference (rr) was perturbed; `source` says which there were. The baseline is the member `ieee`; without it, the
-    mean of the members. Images that are damaged, truncated, lack members that most others have, or belong to people
-    without age or not in participants.tsv are left out, each with a reason; so are people who have no image.
+    inference (rr) was perturbed. Images that are damaged, truncated, lack members that most others have, or belong to
+    people without age or not in participants.tsv are left out, each with a reason; so are people who have no image.
 
     Parameters
     ----------
@@ -98,20 +84,19 @@ def gather_cohort(
     NoInputError
         If this is no output of the participant level, or has no such table.
     MixedDerivativesError
-        If they were not all made by one ensemble and version, as far as that can be told, see `provenance`; each is
-        listed.
+        If they were not all made by one ensemble and version, as far as that can be told; each is listed.
     CohortError
         If nobody is left.
     """
     output_dir = Path(output_dir)
-    root = read_root(output_dir)
+    root = provenance.read_root(output_dir)
     files = [path for sub in ("sub-*/anat", "sub-*/ses-*/anat") for path in output_dir.glob(f"{sub}/sub-*{ENDING}")]
     if not files:
         raise NoInputError(f"{output_dir}: no sub-*/[ses-*/]anat/*{ENDING}. Run the participant level first.")
     files.sort(key=lambda path: (natural_key(path.name), path.name))
     left_out: dict[str, str] = {}
     images = _read_images(progress(files), output_dir, left_out)
-    origins = _check_origins(root, read_runs(output_dir), images)
+    _check_origins(root, images)
     images = _same_structures(images, left_out)
     notes: list[str] = []
     there = {path.relative_to(output_dir).parts[0]: None for path in files}
@@ -121,26 +106,16 @@ def gather_cohort(
         if participant not in {same.get(p, p) for p in there}:
             left_out[participant] = f"no *{ENDING}: the participant level gave nothing"
     found = _gathered(images, people, same, left_out, require_age, notes)
-    source = _source(root, origins, images) | {"notes": notes}
+    source = _source(root, images) | {"notes": notes}
     cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
     family_of = {member: family for image in images for member, family in image.table.families.items()}
-    families: dict[str, list[str]] = {}
-    for member in cohort.member_ids:
-        families.setdefault(family_of[member], []).append(member)
+    families = {family_of[member]: [m for m in cohort.member_ids if family_of[m] == family_of[member]]
+                for member in cohort.member_ids}  # fmt: skip
     return replace(cohort, source=cohort.source | {"families": families})
 
 
 def read_morph(path: Path) -> MorphTable:
-    """Read a table of the participant level.
-
-    Raises
-    ------
-    MorphError
-        If it is truncated or damaged: another header, a line with too few or too many fields, no line end at the end, a
-        structure that only some members have, a row twice, a volume that is no number or negative.
-    OSError
-        If it cannot be read.
-    """
+    """Read a table of the participant level; a `MorphError` says where it is truncated or damaged."""
     data = path.read_bytes().replace(b"\r\n", b"\n").removeprefix(b"\xef\xbb\xbf")
     if data.startswith(b"/annex/objects/"):
         raise MorphError("its content was not fetched (git-annex): datalad get it")
@@ -148,22 +123,20 @@ def read_morph(path: Path) -> MorphTable:
         raise MorphError("is empty")
     if not data.endswith(b"\n"):
         raise MorphError("is truncated: its last line has no end")
-    try:
-        header, *rows = [line.split("\t") for line in data.decode()[:-1].split("\n")]
-    except UnicodeDecodeError as error:
-        raise MorphError(f"a row cannot be read ({error})") from error
+    header, *rows = [line.split("\t") for line in data.decode(errors="replace")[:-1].split("\n")]
     if header != COLUMNS:
         raise MorphError(f"lacks the columns {', '.join(COLUMNS)}")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(COLUMNS):
-            raise MorphError(f"line {number} has {len(row)} fields, not {len(COLUMNS)}")
+    wrong = next((number for number, row in enumerate(rows) if len(row) != len(COLUMNS)), None)
+    if wrong is not None:
+        raise MorphError(f"line {wrong + 2} has {len(rows[wrong])} fields, not {len(COLUMNS)}")
     if not rows:
         raise MorphError("has no rows")
     members, families, indices, structures, volumes = zip(*rows, strict=True)
     try:
         pairs = list(zip(map(int, indices), structures, strict=True))
+        values = np.array(volumes).astype(np.float64)
     except ValueError as error:
-        raise MorphError(f"a row cannot be read ({error})") from error
+        raise MorphError(f"a row cannot be read, it holds no number ({error})") from error
     by_member: dict[str, list[tuple[int, str]]] = {}
     for member, pair in zip(members, pairs, strict=True):
         by_member.setdefault(member, []).append(pair)
@@ -178,10 +151,6 @@ def read_morph(path: Path) -> MorphTable:
             )
     if list(members) != [member for member in by_member for _ in first]:
         raise MorphError("rows of a member do not stand together")
-    try:
-        values = np.array(volumes).astype(np.float64)
-    except ValueError as error:
-        raise MorphError(f"a volume is no number ({error})") from error
     if not (values >= 0).all() or np.isinf(values).any():
         raise MorphError("a volume is missing, negative or infinite")
     return MorphTable(dict(zip(members, families, strict=True)), tuple(first), values.reshape(-1, len(first)))
@@ -209,36 +178,30 @@ def _read_images(files: Iterable[Path], output_dir: Path, left_out: dict[str, st
             left_out[observation] = f"{relative}: cannot be read ({error.strerror})"
             continue
         session = folders[1] if len(folders) > 1 else None
-        images.append(_Image(folders[0], session, observation, table, sidecar_origin(sidecar, observation)))
+        images.append(_Image(folders[0], session, observation, table, provenance.sidecar_origin(sidecar, observation)))
     return images
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise MorphError(f"its sidecar is damaged ({error})") from error
     return content if isinstance(content, dict) else {}
 
 
-def _check_origins(root: Origin, runs: list[Origin], images: list[_Image]) -> list[Origin]:
-    """Refuse a mixture; return what is known besides the root, most telling first."""
-    own = [image.origin for image in images]
-    # Where each table says which ensemble made it, logs of runs whose outputs were replaced since do not matter.
-    telling = bool(own) and all(origin.ensemble and origin.sha256 for origin in own)
-    others = own if telling else [*own, *runs]
-    check_same_origin([root, *others])
-    known = set(root.sha256).union(*(origin.sha256 for origin in others))
+def _check_origins(root: Origin, images: list[_Image]) -> None:
+    """Refuse a mixture of ensembles, versions or settings."""
+    origins = [root, *(image.origin for image in images)]
+    provenance.check_same_origin(origins)
+    known = set().union(*(origin.sha256 for origin in origins))
     strangers = {image.observation: [m for m in image.table.families if m not in known] for image in images}
     listed = [f"{name} ({some(members)})" for name, members in strangers.items() if members]
     if listed:
         raise MixedDerivativesError(
-            f"made by members that neither {names.DESCRIPTIONS_TABLE} nor any log knows: {some(listed, '; ')}. They "
+            f"made by members that neither {names.DESCRIPTIONS_TABLE} nor any sidecar knows: {some(listed, '; ')}. They "
             "come from another ensemble or run; give each ensemble an output directory of its own."
         )
-    return [origin for origin in others if origin.ensemble]
 
 
 def _same_structures(images: list[_Image], left_out: dict[str, str]) -> list[_Image]:
@@ -263,13 +226,9 @@ def _same_structures(images: list[_Image], left_out: dict[str, str]) -> list[_Im
 
 
 def _gathered(
-    images: list[_Image],
-    people: People,
-    same: Mapping[str, str],
-    left_out: dict[str, str],
-    require_age: bool,
+    images: list[_Image], people: People, same: Mapping[str, str], left_out: dict[str, str], require_age: bool,
     notes: list[str],
-) -> Gathered:
+) -> Gathered:  # fmt: skip
     rows, kept, age_reasons = [], [], {}
     for image in images:
         who = same.get(image.participant_id, image.participant_id)
@@ -297,13 +256,14 @@ def _gathered(
     return Gathered(frame, values, present, tuple(ids), features, left_out, age_reasons)
 
 
-def _source(root: Origin, origins: list[Origin], images: list[_Image]) -> dict[str, Any]:
-    digests = {member: sha for origin in (root, *origins) for member, sha in origin.sha256.items()}
+def _source(root: Origin, images: list[_Image]) -> dict[str, Any]:
+    origins = [root, *(image.origin for image in images)]
+    digests = {member: sha for origin in origins for member, sha in origin.sha256.items()}
     there = {member for image in images for member in image.table.families}
     return {
         "kind": "bids_varaug",
-        "ensemble": origins[0].ensemble if origins else None,
-        "ensemble_version": origins[0].version if origins else None,
+        "ensemble": next((origin.ensemble for origin in origins if origin.ensemble), None),
+        "ensemble_version": next((origin.version for origin in origins if origin.version), None),
         "bids_varaug": root.tool_version,
         "sloppy": root.sloppy,
         "sha256": {member: sha for member, sha in digests.items() if member in there},

@@ -54,24 +54,7 @@ class ModelError(UserError):
 
 
 def save_model(path: Path, model: BrainAgeModel, card: str) -> Path:
-    """Write a model, and its card beside it (``.md``); each is whole or absent.
-
-    Parameters
-    ----------
-    path : ``models/brainage.skops``
-    model : fitted
-    card : markdown, see `model_card`
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
-    """
+    """Write a model (``models/brainage.skops``), and its card beside it (``.md``); each is whole or absent."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     content = {"format": FORMAT, "bids_varaug": package_version(), "versions": versions, "model": model}
     with replacing(Path(path)) as stream:
@@ -106,11 +89,9 @@ def load_model(path: Path) -> BrainAgeModel:
 
     Raises
     ------
-    NoInputError
-        If the file is not there.
     ModelError
         If it is damaged, of another format, made with another scikit-learn (major or minor version, which may predict
-        otherwise), or holds other types, which are named.
+        otherwise), or holds other types, which are named; a NoInputError if it is not there.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,7 +130,6 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
 
     Parameters
     ----------
-    model : fitted
     cohort : with all features of the model; others are ignored
     coverage : of the prediction interval
 
@@ -160,11 +140,9 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
 
     Raises
     ------
-    CohortError
-        If features are missing; they are named.
-    ModelError
-        If features are not finite, or come from another ensemble, version, grid or set of weights than those of
-        training; each is named.
+    UserError
+        If features are missing or not finite, or come from another ensemble, version, grid or set of weights than those
+        of training; each is named.
     """
     chosen = cohort.with_features(model.names)
     notes = _check_same_source(model, cohort)
@@ -228,35 +206,25 @@ def _check_same_source(model: BrainAgeModel, cohort: Cohort) -> list[str]:
 def model_card(
     model: BrainAgeModel, cohort: Cohort, evaluation: Evaluation | None = None, title: str = "Brain age"
 ) -> str:
-    """Markdown that tells what a model is, what it was fitted to, how good it is, and its limits.
-
-    Parameters
-    ----------
-    model, cohort : the fitted model, and what it was fitted to
-    evaluation : its scores, where it was evaluated
-    title : of the card
-    """
+    """Markdown that tells what a model is, what cohort it was fitted to, how good it is, and its limits."""
     people = cohort.people[np.isfinite(cohort.age)]
     participants = people.drop_duplicates("participant_id")
     sexes = participants["sex"].fillna("not given").value_counts()
-    return (
-        template_environment(autoescape=False)
-        .get_template("model_card.md")
-        .render(
-            title=title,
-            version=package_version(),
-            model=model,
-            chosen=_items(model.chosen),
-            source=_items(model.source),
-            ages=participants["age"],
-            n_images=len(people),
-            sexes=", ".join(f"{sex} {n}" for sex, n in sexes.items()),
-            sites=sorted(participants["site"].dropna().unique()),
-            left_out=len(cohort.left_out),
-            settings=_items({} if evaluation is None else evaluation.settings),
-            scores=[] if evaluation is None else evaluation.scores.to_dict("records"),
-            withheld="" if np.isfinite(model.correction.slope) else WITHHELD,
-        )
+    template = template_environment(autoescape=False).get_template("model_card.md")
+    return template.render(
+        title=title,
+        version=package_version(),
+        model=model,
+        chosen=_items(model.chosen),
+        source=_items(model.source),
+        ages=participants["age"],
+        n_images=len(people),
+        sexes=", ".join(f"{sex} {n}" for sex, n in sexes.items()),
+        sites=sorted(participants["site"].dropna().unique()),
+        left_out=len(cohort.left_out),
+        settings=_items({} if evaluation is None else evaluation.settings),
+        scores=[] if evaluation is None else evaluation.scores.to_dict("records"),
+        withheld="" if np.isfinite(model.correction.slope) else WITHHELD,
     )
 
 

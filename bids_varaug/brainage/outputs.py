@@ -23,16 +23,8 @@ PHENOTYPE_TABLE = "phenotype/brainage.tsv"
 def evaluated_tables(evaluation: Evaluation, augmentation: str | None = None) -> dict[str, pd.DataFrame]:
     """`phenotype_tables` of an evaluation. Predictions are out of sample: nobody's own images took part in training.
 
-    Parameters
-    ----------
-    evaluation : with predictions
-    augmentation : of the columns brain_age ... sd_num; default `best_augmentation`. The predictions of every
-        augmentation follow as brain_age_AUGMENTATION
-
-    Raises
-    ------
-    ValueError
-        If there is no such augmentation.
+    Columns brain_age ... sd_num are those of one augmentation, by default `best_augmentation`; the predictions of every
+    augmentation follow as brain_age_AUGMENTATION.
     """
     chosen = augmentation or best_augmentation(evaluation)
     predictions = evaluation.predictions

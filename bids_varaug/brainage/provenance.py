@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +15,6 @@ from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ENSEMBLE_KEY = "Ensemble"
 """Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
@@ -38,16 +32,8 @@ class MixedDerivativesError(UserError):
 class Origin:
     """What one file says about how derivatives were made; None or empty where it does not say.
 
-    Parameters
-    ----------
-    file : that says so, as messages name it
-    ensemble, version : of the ensemble
-    tool_version : of bids_varaug
-    sloppy : whether made with --sloppy, on another grid
-    grids : how many sub-voxel shifts the baseline segmented
-    sha256 : digest of the weights by member
-    seeds : of the random rounding by member
-    participants : that the run was asked for; empty: all
+    `file` is its name in messages; `grids` the number of sub-voxel shifts of the baseline; `sha256` digests of the weights
+    and `seeds` of the random rounding, by member.
     """
 
     file: str
@@ -58,7 +44,6 @@ class Origin:
     grids: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
-    participants: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """What is known, by the name that messages give it."""
@@ -81,10 +66,8 @@ def read_root(output_dir: Path) -> Origin:
     ------
     NoInputError
         If there is no dataset_description.json: this is no output of bids_varaug.
-    MixedDerivativesError
-        If GeneratedBy names several versions of bids_varaug.
     UserError
-        If a file is damaged, or descriptions.tsv is missing.
+        If it names several versions of bids_varaug, a file is damaged, or descriptions.tsv is missing.
     """
     path, table_path = output_dir / names.DATASET_DESCRIPTION, output_dir / names.DESCRIPTIONS_TABLE
     try:
@@ -115,35 +98,6 @@ def read_root(output_dir: Path) -> Origin:
         sloppy=any(by.get("Description") == SLOPPY_NOTE for by in made),
         sha256=dict(zip(known["desc_id"].str.removeprefix("desc-"), known["sha256"], strict=True)),
     )
-
-
-def read_runs(output_dir: Path) -> list[Origin]:
-    """What the logs of the runs say that made derivatives (``logs/settings-*.toml``).
-
-    Raises
-    ------
-    TableError
-        If a log is damaged.
-    """
-    origins = []
-    for path in sorted(names.logs(output_dir).glob("settings-*.toml")):
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TableError(f"{path}: cannot read it ({error}). Correct or remove it.") from error
-        settings, ensemble = content.get("settings", {}), content.get("ensemble", {})
-        if settings.get("level") == "participant" and not settings.get("reports_only"):
-            origin = Origin(
-                f"logs/{path.name}",
-                ensemble=ensemble.get("name"),
-                version=ensemble.get("version"),
-                sloppy=bool(settings.get("sloppy")),
-                grids=settings.get("grids", 1),
-                sha256=ensemble.get("sha256", {}),
-                participants=tuple(f"sub-{p}" for p in settings.get("participant_labels", ())),
-            )
-            origins.append(origin)
-    return origins
 
 
 def sidecar_origin(content: Mapping[str, Any], file: str) -> Origin:
@@ -258,18 +212,11 @@ def _difference(theirs: Origin, ours: Origin) -> str:
 
 
 def check_same_origin(origins: Iterable[Origin]) -> None:
-    """Refuse what contradicts: other ensembles, versions, grids, or weights of the same member.
-
-    Raises
-    ------
-    MixedDerivativesError
-        With every value, and the files that say so.
-    """
+    """Refuse other ensembles, versions, grids, or weights of a member, with every value and the files that say so."""
     said: dict[str, dict[object, list[str]]] = {}
     for origin in origins:
-        who = f" ({some(origin.participants)})" if origin.participants else ""
         for what, value in origin.facts().items():
-            said.setdefault(what, {}).setdefault(value, []).append(origin.file + who)
+            said.setdefault(what, {}).setdefault(value, []).append(origin.file)
     # Where the ensembles differ, so do all of their weights; once is enough.
     what, values = next(((what, values) for what, values in said.items() if len(values) > 1), ("", {}))
     lines = []
@@ -279,6 +226,5 @@ def check_same_origin(origins: Iterable[Origin]) -> None:
     if lines:
         raise MixedDerivativesError(
             "the derivatives were not all made in the same way:\n" + "\n".join(lines) + "\nGive each ensemble, version "
-            "and setting an output directory of its own. If everything was made again since, remove the logs of the "
-            "runs before."
+            "and setting an output directory of its own."
         )

@@ -50,10 +50,9 @@ def read_repeated_runs(path: Path) -> Cohort:
 
     Raises
     ------
-    NoInputError
-        If there is neither.
     UserError
-        If a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or nobody has two runs.
+        If there is neither; a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or nobody
+        has two runs.
     """
     path = Path(path)
     if path.suffix == ".stats":
@@ -77,19 +76,9 @@ def read_repeated_runs(path: Path) -> Cohort:
 def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
     """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
 
-    Parameters
-    ----------
-    path : with commas; regions by FreeSurfer's names, and a column of ids (not numbers, or called ``subjectID``)
-
-    Returns
-    -------
-    one row per region, the columns of `variability.compare_pipelines`
-        name, dice_min (mean over people), n_participants; ratio and cv are NaN
-
-    Raises
-    ------
-    UserError
-        If it cannot be read, or holds anything but Dice coefficients.
+    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region, the
+    columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are NaN.
+    A UserError says that it cannot be read, or holds anything but Dice coefficients.
     """
     try:
         table = pd.read_csv(path)
@@ -111,12 +100,7 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
 
     Cortex and cerebral white matter come from the ``# Measure`` lines, where there are such; in FreeSurfer these are
     measured from the surfaces, not by counting voxels. The cortex of a table of parcels (``aseg+DKT.stats``,
-    ``lh.aparc.DKTatlas.stats``) is their sum.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or has no complete table.
+    ``lh.aparc.DKTatlas.stats``) is their sum. A UserError says that the file cannot be read, or has no complete table.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()

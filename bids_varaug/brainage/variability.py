@@ -241,11 +241,6 @@ def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None
     measure -> structure -> value
         dice_min: mean over participants (of the mean over their images); unreliable: share of the images whose volume
         has this verdict, absent in tables of older versions
-
-    Raises
-    ------
-    UserError
-        If a table cannot be read or lacks a column.
     """
     ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
     tables = []
@@ -283,21 +278,10 @@ def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     as in the papers' tables of FreeSurfer against FastSurfer; left and right of one brain are not independent, so the
     test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so that more is worse in every row.
 
-    Parameters
-    ----------
-    ours, other : tables of `numerical_variability`
-
-    Returns
-    -------
-    one row per measure that both know in two structures or more
-        measure (``ratio``: sd_num / sd_anat, ``cv``: sd_num / mean, ``1 - dice_min``), n (structures), median_ours,
-        median_other, ratio (ours / other; below 1, ours varies less), low, high (95 % confidence interval; NaN with
-        fewer than six structures, which have none), p_value
-
-    Raises
-    ------
-    UserError
-        If they share fewer than two structures.
+    Returns a row per measure that both know in two structures or more: measure (``ratio``: sd_num / sd_anat, ``cv``:
+    sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours varies
+    less), low, high (95 % confidence interval; NaN with fewer than six structures, which have none), p_value. A UserError
+    says that tables of `numerical_variability` share fewer than two structures.
 
     References
     ----------
