@@ -93,8 +93,8 @@ def pseudo_rows(members: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, n
     """Rows that add the members' summed covariance, and nothing else, to the normal equations of a linear model.
 
     For ``sum_i w_i C_i = L L'`` and the weighted mean c of all rows they are ``c + L_f / sqrt(2 e)`` and
-    ``c - L_f / sqrt(2 e)``, each with a small weight e; their target is the mean. A model that is fitted to the means of
-    the members and to these rows is then that of all members as rows.
+    ``c - L_f / sqrt(2 e)``, each with a small weight e; their target is the mean. A model that is fitted to the means
+    of the members and to these rows is then that of all members as rows.
 
     Returns (2 F, F) rows and (2 F,) weights, for (R, M, F) members and (R,) weights.
     """

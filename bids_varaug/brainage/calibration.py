@@ -82,9 +82,9 @@ class BiasCorrection:
     """Line through predictions against age, and its inverse.
 
     ``corrected = (predicted - intercept) / slope``, the line fitted to held-out predictions of training participants
-    [1]_, and both NaN where the correction is withheld. Unlike corrections that subtract a line in the true age [2]_, it
-    never sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually a
-    larger error.
+    [1]_, and both NaN where the correction is withheld. Unlike corrections that subtract a line in the true age [2]_,
+    it never sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually
+    a larger error.
 
     References
     ----------

@@ -37,7 +37,7 @@ class Cohort:
     members : (R, M, F) float64, of each perturbed member, M >= 2; or None for tables of one value
     member_ids : of the M members ("mca01", ...), empty without members
     left_out : why somebody is not among the observations, by participant or observation
-    source, unit : what the features are (the ensemble's name, versions and digests, or the table's name), and "mm3" or ""
+    source, unit : what the features are (names, versions and digests of the ensemble, or a table), and "mm3" or ""
     """
 
     people: pd.DataFrame
@@ -107,7 +107,7 @@ def participant_weights(groups: np.ndarray | pd.Series) -> np.ndarray:
 
 
 def grouped_folds(groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Held-out fold of each row, (R,) int64, 0 ... `n_folds` - 1 or less; no group is split, folds are of nearly equal size.
+    """Held-out fold of each row, (R,) int64 from 0, at most `n_folds`, of nearly equal size; no group is split.
 
     Examples
     --------

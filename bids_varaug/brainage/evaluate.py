@@ -39,8 +39,8 @@ CONTRASTS = {
     ("members", "jitter"): "structure",
     ("members", "shuffled"): "structure",
 }
-"""What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all predict
-from the mean of the members, so that averaging is in none of the later gains."""
+"""What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all are
+centred on the mean of the members, so that averaging is in none of the later gains."""
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
@@ -125,21 +125,11 @@ def best_augmentation(evaluation: Evaluation) -> str:
 
 
 def evaluate_brain_age(
-    cohort: Cohort,
-    *,
-    model: str = "auto",
-    augmentations: Sequence[str] | None = None,
-    cv_folds: int = 5,
-    repeats: int = 1,
-    seed: int = 0,
-    log_volumes: bool = False,
-    coverage: float = 0.9,
-    curve_sizes: Sequence[int] | None = CURVE_SIZES,
-    leave_site_out: bool = True,
-    n_bootstrap: int = N_BOOTSTRAP,
-    n_permutations: int = N_PERMUTATIONS,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+    cohort: Cohort, *, model: str = "auto", augmentations: Sequence[str] | None = None, cv_folds: int = 5,
+    repeats: int = 1, seed: int = 0, log_volumes: bool = False, coverage: float = 0.9,
+    curve_sizes: Sequence[int] | None = CURVE_SIZES, leave_site_out: bool = True, n_bootstrap: int = N_BOOTSTRAP,
+    n_permutations: int = N_PERMUTATIONS, progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:  # fmt: skip
     """Score a model with every augmentation on the same held-out participants.
 
     Repeated K-fold cross-validation, folds grouped by participant. Everything that is fitted (scaling, hyperparameters,
@@ -165,8 +155,6 @@ def evaluate_brain_age(
     ------
     UserError
         With fewer than 10 participants with age, or as in `fit_brain_age`.
-    ValueError
-        If `cv_folds` is below 2 or `repeats` below 1.
     """
     if cv_folds < 2 or repeats < 1:
         raise ValueError(f"{cv_folds} folds, {repeats} repeats: at least 2 and 1 are needed")
@@ -244,30 +232,19 @@ def evaluate_brain_age(
         chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
         tick()
     return Evaluation(
-        predictions=predictions,
-        scores=scores,
-        gains=gains,
+        predictions, scores, gains,
         learning_curve=pd.DataFrame(curve, columns=["n_participants", "augmentation", "mae", "low", "high"]),
         sites=pd.DataFrame(site_rows) if site_rows else pd.DataFrame(columns=["site", "n"]),
         reliability=_reliability(predictions, cohort),
         chosen=chosen,
         settings={
-            "model": model,
-            "augmentations": augmentations,
-            "cv_folds": cv_folds,
-            "repeats": repeats,
-            "seed": seed,
-            "log_volumes": log_volumes,
-            "coverage": coverage,
-            "n_participants": len(np.unique(groups)),
-            "n_observations": len(cohort),
-            "n_features": len(cohort.names),
+            "model": model, "augmentations": augmentations, "cv_folds": cv_folds, "repeats": repeats, "seed": seed,
+            "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(groups)),
+            "n_observations": len(cohort), "n_features": len(cohort.names), "n_sites": n_sites,
             "n_members": 0 if cohort.members is None else cohort.members.shape[1],
-            "n_sites": n_sites,
-            "n_bootstrap": n_bootstrap,
-            "n_permutations": n_permutations,
+            "n_bootstrap": n_bootstrap, "n_permutations": n_permutations,
         },
-    )
+    )  # fmt: skip
 
 
 def _labelled(test: Cohort, name: str, predicted: np.ndarray | float) -> pd.DataFrame:
@@ -414,17 +391,9 @@ def intraclass_correlation(values: np.ndarray, groups: np.ndarray, confidence: f
     ``(BMS - EMS) / (BMS + (k - 1) EMS)``, with the mean squares between participants and of the residual of a two-way
     model, and the interval from the F distribution [1]_.
 
-    Parameters
-    ----------
-    values : (R,) float64
-    groups : (R,) participant of each value; of participants with several, the first k in order are used, where k is the
-        least number that any of them has; others are left out
-
-    Returns
-    -------
-    dict
-        icc, low, high (of the confidence interval), n_participants, n_observations (k); NaN with fewer than two
-        participants with several values, or without any variance.
+    Of participants with several of the (R,) `values`, the first k in order are used, where k is the least number that
+    any of them has; others are left out. Returns icc, low, high (of the confidence interval), n_participants,
+    n_observations (k); NaN with fewer than two participants with several values, or without any variance.
 
     References
     ----------

@@ -48,9 +48,9 @@ def read_features_table(
 
     Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional age (in years, or as
     its name or a JSON sidecar of the table's name says), sex and site; every other column of numbers is a feature.
-    Columns of text are ignored, and so are, with a note, numbers that do not measure the brain by their names or values,
-    see `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex and site
-    comes from `people`, also where the two spell ids differently and it is clear who is meant.
+    Columns of text are ignored, and so are, with a note, numbers that do not measure the brain by their names or
+    values, see `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex
+    and site comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
     Parameters
     ----------
@@ -187,11 +187,12 @@ def _fill_people(
             elif key == "sex":
                 values = list(read_sexes(path, column, told, notes))
         frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)
-    for name, person in zip(names, persons, strict=True) if own["age"] is None and people is not None else ():
-        if person is None:
-            reasons[name] = f"not in {people.source}, and {path.name} has no ages"
-        elif np.isnan(person.age):
-            reasons[name] = person.reason or f"no age in {people.source}"
+    if own["age"] is None and people is not None:
+        for name, person in zip(names, persons, strict=True):
+            if person is None:
+                reasons[name] = f"not in {people.source}, and {path.name} has no ages"
+            elif np.isnan(person.age):
+                reasons[name] = person.reason or f"no age in {people.source}"
     return reasons
 
 
@@ -286,7 +287,7 @@ def match_people(
     return same | _match_labels(sessions, known, here, people.source, notes)
 
 
-def _match_labels(labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list[str]) -> dict[str, str]:
+def _match_labels(labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list) -> dict[str, str]:
     ours, theirs = ({key: list(group) for key, group in _by_plain(side)} for side in (labels, known))
     shared = [key for key in sorted(ours.keys() & theirs.keys()) if not set(ours[key]) <= set(theirs[key])]
     said = [

@@ -33,7 +33,7 @@ class MorphError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class MorphTable:
-    """Volumes, (M, K) float64 [mm3], of a T1w image by every member: `families` by member, `structures` (index, name)."""
+    """Volumes, (M, K) float64 [mm3], of a T1w image: `families` by member, `structures` as (index, name)."""
 
     families: dict[str, str]
     structures: Structures
@@ -199,8 +199,8 @@ def _check_origins(root: Origin, images: list[_Image]) -> None:
     listed = [f"{name} ({some(members)})" for name, members in strangers.items() if members]
     if listed:
         raise MixedDerivativesError(
-            f"made by members that neither {names.DESCRIPTIONS_TABLE} nor any sidecar knows: {some(listed, '; ')}. They "
-            "come from another ensemble or run; give each ensemble an output directory of its own."
+            f"made by members that neither {names.DESCRIPTIONS_TABLE} nor any sidecar knows: {some(listed, '; ')}. "
+            "They come from another ensemble or run; give each ensemble an output directory of its own."
         )
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from bids_varaug.inputs.tables import plain_name
 
-# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere is no measure of the
-# brain; neither is one of known words alone, at least one of them of a person or a row. "Left-Hippocampus" has others, and
-# "Cartilage" holds no word "age".
+# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere is no measure of
+# the brain; neither is one of known words alone, at least one of them of a person or a row. "Left-Hippocampus" has
+# others, and "Cartilage" holds no word "age".
 _AGE = (
     r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|alters?|leeftijd|"
     r"alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
@@ -85,13 +85,13 @@ def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str,
     """Why columns are no measures of the brain, by their values, whatever their names.
 
     A column *follows age* if its correlation with age, with its logarithm or its square (Pearson) or with its ranks
-    (Spearman) is above 0.99, and above 0.95 with near certainty: the lower bound ``tanh(atanh(r) - 3 SE)``, with Fisher's
-    ``SE = 1 / sqrt(n - 3)``, for ranks 1.22 times as large (Bonett & Wright 2000) and r less what an exchange of two
-    neighbours costs, n the number of people. Five are enough for a copy of the age; one that merely rises with it needs
-    14, as a few people's volumes are in the order of their ages by chance. It *counts* if its values are whole numbers,
-    each there once and all the same step apart (from 10 people), or nearly all numbers of a range (from 20), or number
-    each one's sessions. It *is a year* if at least 95 % are whole numbers from 1900 to 2035, three different ones or more.
-
+    (Spearman) is above 0.99, and above 0.95 with near certainty: the lower bound ``tanh(atanh(r) - 3 SE)``, with
+    Fisher's ``SE = 1 / sqrt(n - 3)``, for ranks 1.22 times as large (Bonett & Wright 2000) and r less what an exchange
+    of two neighbours costs, n the number of people. Five are enough for a copy of the age; one that merely rises with
+    it needs 14, as a few people's volumes are in the order of their ages by chance. It *counts* if its values are whole
+    numbers, each there once and all the same step apart (from 10 people), or nearly all numbers of a range (from 20),
+    or number each one's sessions. It *is a year* if at least 95 % are whole numbers from 1900 to 2035, three different
+    ones or more.
     `values` has a row per observation, `people` the columns participant_id and age [year], as of `Cohort`.
     """
     reasons = {}

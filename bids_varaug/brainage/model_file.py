@@ -27,8 +27,8 @@ from bids_varaug.inputs.tables import some
 
 FORMAT = 2
 PACKAGES = ("scikit-learn", "numpy", "scipy", "skops")
-# Everything of ours that a model may contain. skops itself trusts what numpy, scipy and scikit-learn define; nothing else
-# is loaded, whatever a file asks for.
+# Everything of ours that a model may contain. skops itself trusts what numpy, scipy and scikit-learn define; nothing
+# else is loaded, whatever a file asks for.
 TRUSTED = (
     "bids_varaug.brainage.calibration.BiasCorrection",
     "bids_varaug.brainage.features.LogVolumes",
@@ -197,8 +197,8 @@ def _check_same_source(model: BrainAgeModel, cohort: Cohort) -> list[str]:
     outside = int(((cohort.age < low) | (cohort.age > high)).sum())
     if outside:
         notes.append(
-            f"{outside} images are of people outside the ages of training, {low:g} to {high:g} years; their predictions "
-            "are extrapolated."
+            f"{outside} images are of people outside the ages of training, {low:g} to {high:g} years; their "
+            "predictions are extrapolated."
         )
     return notes
 
@@ -212,20 +212,14 @@ def model_card(
     sexes = participants["sex"].fillna("not given").value_counts()
     template = template_environment(autoescape=False).get_template("model_card.md")
     return template.render(
-        title=title,
-        version=package_version(),
-        model=model,
-        chosen=_items(model.chosen),
-        source=_items(model.source),
-        ages=participants["age"],
-        n_images=len(people),
+        title=title, version=package_version(), model=model, chosen=_items(model.chosen), source=_items(model.source),
+        ages=participants["age"], n_images=len(people), left_out=len(cohort.left_out),
         sexes=", ".join(f"{sex} {n}" for sex, n in sexes.items()),
         sites=sorted(participants["site"].dropna().unique()),
-        left_out=len(cohort.left_out),
         settings=_items({} if evaluation is None else evaluation.settings),
         scores=[] if evaluation is None else evaluation.scores.to_dict("records"),
         withheld="" if np.isfinite(model.correction.slope) else WITHHELD,
-    )
+    )  # fmt: skip
 
 
 def _items(values: Mapping[str, Any]) -> list[tuple[str, str]]:

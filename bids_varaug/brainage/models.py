@@ -34,8 +34,8 @@ from bids_varaug.errors import UserError
 
 MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 LINEAR_MODELS = ("ridge", "bayesian_ridge")
-# What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and linear
-# ones extrapolate: they fail in different places.
+# What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and
+# linear ones extrapolate: they fail in different places.
 AVERAGED, AVERAGED_OVER_SITES = ("svr", "gpr"), ("bayesian_ridge", "svr", "gpr")
 ALPHAS = np.logspace(-1, 6, 22)
 # Inverse squared width of the kernel in units of 1 / F: features are standardised, so that the squared distance of two
@@ -58,8 +58,8 @@ VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 class Choice:
     """One model with everything that has to be decided before it is fitted.
 
-    `model` is one of `MODELS` but ``auto``, or ``average`` (equal weights on several; its `hyperparameters` are those of
-    each); `log_age` whether it predicts ``log(age + 1)``; `inner_mae` the error in years by which it was chosen.
+    `model` is one of `MODELS` but ``auto``, or ``average`` (equal weights on several; its `hyperparameters` are those
+    of each); `log_age` whether it predicts ``log(age + 1)``; `inner_mae` the error in years by which it was chosen.
     """
 
     model: str
@@ -87,7 +87,7 @@ def from_scale(value: np.ndarray, log_age: bool) -> np.ndarray:
 
 
 def fit_weighted(choice: Choice, x: np.ndarray, age: np.ndarray, weights: np.ndarray) -> TransformedTargetRegressor:
-    """Fit features and (log) age, both standardised; (R, F), (R,) years, (R,) weights that add up to 1 per participant."""
+    """Fit (R, F) features and (R,) ages [year] or their logarithms, both standardised, with (R,) weights."""
     scale = {"log_age": choice.log_age}
     target = make_pipeline(
         FunctionTransformer(to_scale, from_scale, check_inverse=False, kw_args=scale, inv_kw_args=scale),
@@ -127,11 +127,10 @@ class BrainAgeModel:
     names : of the F features, in order
     estimator : predicts years from (R, F) features, of which it takes logarithms itself if asked to
     fold_estimators : one per inner fold of participants, fitted without it
-    residuals : (N,) float64, absolute errors of the fold estimators on the participants held out, on the model's scale
-        of age; of which inner fold each is, `residual_folds`, and its weight, `residual_weights`, 1 per participant
+    residuals, residual_folds, residual_weights : (N,) absolute errors of these on the participants held out, on the
+        model's scale of age; the fold of each; its weight, 1 in all per participant
     correction : of age bias, fitted to the same held-out predictions
-    chosen : the fields of `Choice`
-    augmentation : what it was trained with
+    chosen, augmentation : the fields of `Choice`, and what it was trained with
     source, unit : of the features, as in `Cohort`
     training : n_participants, n_observations, age_min, age_max [year], seed
     """
@@ -178,7 +177,8 @@ class BrainAgeModel:
         by_fold = np.stack([predict_ages(one, cohort, self.augmentation) for one in self.fold_estimators])
         errors = self.residuals, self.residual_folds, self.residual_weights
         interval = from_scale(cross_conformal_interval(to_scale(by_fold, log_age), *errors, coverage), log_age)
-        spread = np.nan if cohort.members is None else predict_members(self.estimator, cohort.members).std(axis=1, ddof=1)
+        by_member = None if cohort.members is None else predict_members(self.estimator, cohort.members)
+        spread = np.nan if by_member is None else by_member.std(axis=1, ddof=1)
         table = cohort.people[["participant_id", "session_id", "observation", "age"]].assign(predicted=predicted)
         return table.assign(
             corrected=self.correction.apply(predicted), lower=interval[:, 0], upper=interval[:, 1], sd_num=spread
@@ -186,14 +186,9 @@ class BrainAgeModel:
 
 
 def fit_brain_age(
-    cohort: Cohort,
-    model: str = "auto",
-    augmentation: str = "none",
-    seed: int = 0,
-    *,
-    log_volumes: bool = False,
+    cohort: Cohort, model: str = "auto", augmentation: str = "none", seed: int = 0, *, log_volumes: bool = False,
     min_participants: int = MIN_PARTICIPANTS,
-) -> BrainAgeModel:
+) -> BrainAgeModel:  # fmt: skip
     """Fit a model of age to a cohort.
 
     1. Scale of age and hyperparameters are chosen by the mean absolute error in held-out sites where there are 3 or
@@ -207,7 +202,7 @@ def fit_brain_age(
     ----------
     cohort : observations without age are left out
     model : one of `MODELS`
-    augmentation : one of `augment.AUGMENTATIONS`; ``analytic`` fits bayesian_ridge in place of models that are not linear
+    augmentation : one of `augment.AUGMENTATIONS`; ``analytic`` fits bayesian_ridge in place of svr, gpr and auto
     seed : of folds and drawn noise
     log_volumes : whether to take logarithms of volumes first, see `features.LogVolumes`; numerical noise is then
         augmented as it stands on the logarithmic scale
@@ -232,21 +227,14 @@ def fit_brain_age(
         estimator=training.fit(chosen, np.arange(len(cohort))),
         fold_estimators=tuple(fold_estimators),
         residuals=np.abs(to_scale(held_out, chosen.log_age) - to_scale(cohort.age, chosen.log_age)),
-        residual_folds=training.folds,
-        residual_weights=training.weights,
+        residual_folds=training.folds, residual_weights=training.weights,
         correction=fit_correction(held_out, cohort.age, training.weights),
-        chosen=asdict(chosen),
-        augmentation=augmentation,
-        source=cohort.source,
-        unit=cohort.unit,
+        chosen=asdict(chosen), augmentation=augmentation, source=cohort.source, unit=cohort.unit,
         training={
-            "n_participants": len(np.unique(cohort.groups)),
-            "n_observations": len(cohort),
-            "age_min": float(cohort.age.min()),
-            "age_max": float(cohort.age.max()),
-            "seed": seed,
+            "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
+            "age_min": float(cohort.age.min()), "age_max": float(cohort.age.max()), "seed": seed,
         },
-    )
+    )  # fmt: skip
 
 
 def fit_estimator(
@@ -311,7 +299,7 @@ class _Training:
         self.logs = LogVolumes(cohort.names).fit(self.x) if log_volumes else None
         if self.logs is not None:
             self.x = self.logs.transform(self.x)
-            if self.members is not None and augmentation in USES_MEMBERS:  # as in `predict_ages`: the mean of logarithms
+            if self.members is not None and augmentation in USES_MEMBERS:  # the mean of logarithms, as `predict_ages`
                 flat = self.members.reshape(-1, self.members.shape[2])
                 self.members = self.logs.transform(flat).reshape(self.members.shape)
                 self.x = self.members.mean(axis=1)
@@ -376,7 +364,7 @@ class _Training:
         fitted = fit_weighted(choice, *self._rows(rows, choice))
         return fitted if self.logs is None else make_pipeline(self.logs, fitted)
 
-    def _rows(self, rows: np.ndarray, choice: Choice, augment: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rows(self, rows: np.ndarray, choice: Choice, augment: bool = True) -> tuple[np.ndarray, ...]:
         """Features, ages and weights of the training rows made from these observations."""
         x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
         if self.members is None or self.augmentation not in USES_MEMBERS or not augment:

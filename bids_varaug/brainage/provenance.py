@@ -32,8 +32,8 @@ class MixedDerivativesError(UserError):
 class Origin:
     """What one file says about how derivatives were made; None or empty where it does not say.
 
-    `file` is its name in messages; `grids` the number of sub-voxel shifts of the baseline; `sha256` digests of the weights
-    and `seeds` of the random rounding, by member.
+    `file` is its name in messages; `grids` the number of sub-voxel shifts of the baseline; `sha256` digests of the
+    weights and `seeds` of the random rounding, by member.
     """
 
     file: str

@@ -12,8 +12,8 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features_table import plain_label
 from bids_varaug.errors import NoInputError, UserError
 
-# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then those
-# of FastSurfer's segmentation alone, then any other of volumes.
+# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then
+# those of FastSurfer's segmentation alone, then any other of volumes.
 STATS = ("aseg.stats", "aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats")
 _STATS = re.compile(r"(?P<side>[lr]h)?\.?(?P<kind>(?:aseg|aparc)[\w.+-]*\.stats)")
 COLUMN_HEADERS = "# ColHeaders"
@@ -65,8 +65,8 @@ def read_repeated_runs(path: Path) -> Cohort:
         tables = sorted(path.glob("*.tsv"))
         if len(tables) != 1:
             raise NoInputError(
-                f"{path}: no aseg.stats or aseg+DKT.stats in any folder below, and {len(tables)} tables (*.tsv) instead "
-                "of one. Give a folder with sub-*/run-*/stats/aseg.stats, or a table with the columns participant_id, "
+                f"{path}: no aseg.stats or aseg+DKT.stats in any folder below, and {len(tables)} tables (*.tsv), not "
+                "one. Give a folder with sub-*/run-*/stats/aseg.stats, or a table with the columns participant_id, "
                 "member and one per structure."
             )
         path = tables[0]
@@ -76,9 +76,9 @@ def read_repeated_runs(path: Path) -> Cohort:
 def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
     """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
 
-    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region, the
-    columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are NaN.
-    A UserError says that it cannot be read, or holds anything but Dice coefficients.
+    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region,
+    the columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are
+    NaN. A UserError says that it cannot be read, or holds anything but Dice coefficients.
     """
     try:
         table = pd.read_csv(path)
@@ -214,8 +214,8 @@ def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
         people.append((participant, session or None, observation))
     if not stacks:
         raise UserError(
-            f"{path}: nobody has two runs, so there is no spread to compare. Numerical variability needs the same image "
-            "processed several times."
+            f"{path}: nobody has two runs, so there is no spread to compare. Numerical variability needs the same "
+            "image processed several times."
         )
     members = np.full((len(stacks), max(map(len, stacks)), len(names)), np.nan)
     for row, stack in enumerate(stacks):

@@ -1,4 +1,4 @@
-"""Numerical against anatomical variability of a group, what it means for other studies, and other pipelines beside it."""
+"""Numerical against anatomical variability of a group, and other pipelines beside it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def numerical_variability(
     between participants: anatomy, age, and the noise of the scanner.
 
     The confidence interval of the ratio leaves out participant after participant, with all their observations and
-    members, of ``log(sd_num / sd of the participants' means)`` (jackknife [2]_, t distribution); ``u = (sd_num / sd)^2``
-    then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in 93-96 % with 8
-    to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts the runs
-    of a participant as M participants, and is several times too narrow. Members are taken as given, not drawn.
+    members, of ``log(sd_num / sd of the participants' means)`` (jackknife [2]_, t distribution); ``u = (sd_num /
+    sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in 93-96
+    % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts
+    the runs of a participant as M participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Parameters
     ----------
@@ -57,10 +57,10 @@ def numerical_variability(
     Returns
     -------
     one row per feature, in the cohort's order
-        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval), npv, cv (sd_num
-        / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants, n_members
-        (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer than two
-        participants or in a feature that is constant
+        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval), npv, cv
+        (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants,
+        n_members (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer
+        than two participants or in a feature that is constant
 
     References
     ----------
@@ -99,18 +99,12 @@ def numerical_variability(
         reach = _jackknife_reach(variance, observations, mean)
         low, high = (_ratio(sd_num**2 / between * np.exp(2 * d), of_mean / sd_num**2) for d in (-reach, reach))
         single_run = np.sqrt(_single_run_variance(cohort))
-        table = pd.DataFrame(
-            {
-                "name": cohort.names,
-                "mean": np.nanmean(mean, axis=0),
-                "sd_num": sd_num,
-                "sd_anat": sd_anat,
-                "ratio": ratio,
-                "low": np.where(np.isnan(ratio), np.nan, low),
-                "high": np.where(np.isnan(ratio), np.nan, high),
-                "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
-            }
-        )
+        columns = {
+            "name": cohort.names, "mean": np.nanmean(mean, axis=0), "sd_num": sd_num, "sd_anat": sd_anat,
+            "ratio": ratio, "low": np.where(np.isnan(ratio), np.nan, low), "high": np.where(np.isnan(ratio), np.nan,
+            high), "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
+        }  # fmt: skip
+    table = pd.DataFrame(columns)
     return table.assign(
         cv=table["sd_num"] / table["mean"].where(table["mean"] > 0),
         dice_min=[float(dice_min.get(name, np.nan)) for name in cohort.names],
@@ -150,9 +144,9 @@ def participants_needed(
 ) -> np.ndarray:
     """Participants that keep the numerical error of a group difference below an effect size.
 
-    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single runs.
-    Numerical noise, independent between people, moves a small d; by the delta method, as [1]_ derive it, with r = sd_num
-    / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for which ``z sd(d) <=
+    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single
+    runs. Numerical noise, independent between people, moves a small d; by the delta method, as [1]_ derive it, with r =
+    sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for which ``z sd(d) <=
     effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share (a bias of the
     pipeline) is not in it.
 
@@ -279,9 +273,9 @@ def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so that more is worse in every row.
 
     Returns a row per measure that both know in two structures or more: measure (``ratio``: sd_num / sd_anat, ``cv``:
-    sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours varies
-    less), low, high (95 % confidence interval; NaN with fewer than six structures, which have none), p_value. A UserError
-    says that tables of `numerical_variability` share fewer than two structures.
+    sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours
+    varies less), low, high (95 % confidence interval; NaN with fewer than six structures, which have none), p_value. A
+    UserError says that tables of `numerical_variability` share fewer than two structures.
 
     References
     ----------

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.variability import compare_pipelines, numerical_variability
 from bids_varaug.brainage.repeated_runs import (
     read_aseg_stats,
     read_minimum_dice_csv,
     read_repeated_runs,
 )
+from bids_varaug.brainage.variability import compare_pipelines, numerical_variability
 from bids_varaug.errors import NoInputError, UserError
 
 STATS = """\
