@@ -44,8 +44,8 @@ def numerical_variability(
 
     The confidence interval of the ratio leaves out participant after participant, with all their observations and
     members, of ``log(sd_num / sd of the participants' means)`` (jackknife [2]_, t distribution); ``u = (sd_num /
-    sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in 93-96
-    % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts
+    sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in
+    93-96 % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts
     the runs of a participant as M participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Parameters
@@ -101,8 +101,9 @@ def numerical_variability(
         single_run = np.sqrt(_single_run_variance(cohort))
         columns = {
             "name": cohort.names, "mean": np.nanmean(mean, axis=0), "sd_num": sd_num, "sd_anat": sd_anat,
-            "ratio": ratio, "low": np.where(np.isnan(ratio), np.nan, low), "high": np.where(np.isnan(ratio), np.nan,
-            high), "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
+            "ratio": ratio, "low": np.where(np.isnan(ratio), np.nan, low),
+            "high": np.where(np.isnan(ratio), np.nan, high),
+            "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
         }  # fmt: skip
     table = pd.DataFrame(columns)
     return table.assign(

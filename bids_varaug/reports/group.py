@@ -20,7 +20,7 @@ from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.reports import plots
 from bids_varaug.reports.html import Column, data_uri, render_page, table_columns, tabulate
 
-FORMAT = 2
+FORMAT = 3
 ADVICE = "Run the group level again without --reports-only."
 
 
