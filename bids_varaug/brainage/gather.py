@@ -102,9 +102,8 @@ def gather_cohort(
     there = {path.relative_to(output_dir).parts[0]: None for path in files}
     sessions = {part for path in files for part in path.parent.parts[-2:-1] if part.startswith("ses-")}
     same = match_people(people, there, sessions, output_dir.name, notes)
-    for participant in people.participants:
-        if participant not in {same.get(p, p) for p in there}:
-            left_out[participant] = f"no *{ENDING}: the participant level gave nothing"
+    without = set(people.participants) - {same.get(p, p) for p in there}
+    left_out |= {p: f"no *{ENDING}: the participant level gave nothing" for p in people.participants if p in without}
     found = _gathered(images, people, same, left_out, require_age, notes)
     source = _source(root, images) | {"notes": notes}
     cohort = assemble(found, source, UNIT, features=features, require_age=require_age)

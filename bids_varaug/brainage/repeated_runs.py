@@ -204,22 +204,19 @@ def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
     names = [c for c in table.columns if c not in KEYS and table[c].notna().all()]
     if not names:
         raise UserError(f"{path}: no structure has a volume in every run.")
-    people, stacks, left_out = [], [], {}
-    for (participant, session), runs in table.groupby(keys, sort=True):
-        observation = "_".join(filter(None, (participant, session)))
-        if len(runs) < 2:
-            left_out[observation] = f"one run in {path}, which has no spread"
-            continue
-        stacks.append(runs.sort_values("member")[names].to_numpy(np.float64))
-        people.append((participant, session or None, observation))
-    if not stacks:
+    table = table.sort_values([*keys, "member"])
+    table["run"] = table.groupby(keys).cumcount()
+    runs = table.groupby(keys)["run"].transform("size")
+    single = table.loc[runs < 2, keys].agg(lambda row: "_".join(filter(None, row)), axis=1)
+    left_out = {name: f"one run in {path}, which has no spread" for name in single}
+    wide = table[runs > 1].pivot(index=keys, columns="run", values=names)
+    if wide.empty:
         raise UserError(
             f"{path}: nobody has two runs, so there is no spread to compare. Numerical variability needs the same "
             "image processed several times."
         )
-    members = np.full((len(stacks), max(map(len, stacks)), len(names)), np.nan)
-    for row, stack in enumerate(stacks):
-        members[row, : len(stack)] = stack
+    members = wide.to_numpy(np.float64).reshape(len(wide), len(names), -1).transpose(0, 2, 1).copy()
+    people = [(person, session or None, "_".join(filter(None, (person, session)))) for person, session in wide.index]
     frame = pd.DataFrame(people, columns=[*keys, "observation"], dtype=object).assign(age=np.nan, sex=None, site=None)
     ids = tuple(f"run{number:02d}" for number in range(1, members.shape[1] + 1))
     baseline = np.nanmean(members, axis=1)
