@@ -12,18 +12,14 @@ members); they differ in how the copies scatter around it:
 ``analytic``
     the same for linear models in closed form: copies that scatter with covariance C_i around their mean add
     ``sum_i w_i C_i`` to the normal equations, as does the Cholesky factor of that sum, appended to the centred design
-    as 2 F pseudo-rows [1]_. Features must be transformed (log, ratios) before their covariance is taken. Kernel models
-    have no such form: ``bayesian_ridge`` is fitted in their place.
+    as 2 F pseudo-rows (Bishop 1995, Neural Computation 7(1), 108-116). Features must be transformed (log, ratios)
+    before their covariance is taken. Kernel models have no such form: ``bayesian_ridge`` is fitted in their place.
 ``jitter``
     control: Gaussian noise in place of the members' deviations, of the same total variance for each participant in
     standardised features, equal in and independent over them: the effect of regularisation alone.
 ``shuffled``
     control: the deviations of another participant. Of a linear model only the sum of all covariances matters, so that
     on one set of participants this control equals ``members`` there; it differs for kernel models.
-
-References
-----------
-.. [1] Bishop (1995), Training with noise is equivalent to Tikhonov regularization, Neural Computation 7(1), 108-116.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ def cross_conformal_interval(
     """Interval that contains a new value with a stated probability (CV+).
 
     ``lower = the level-th smallest of mu_k(i)(x) - R_i, upper = the level-th largest of mu_k(i)(x) + R_i``, where
-    mu_k(i) is the model fitted without the fold of row i, and R_i the absolute error that it made on row i [1]_. If
-    people are exchangeable, the coverage is at least ``2 coverage - 1``, and in practice about `coverage`. Rows of one
-    participant share a weight of 1, so that a participant counts once [2]_.
+    mu_k(i) is the model fitted without the fold of row i, and R_i the absolute error that it made on row i (Barber,
+    Candes, Ramdas & Tibshirani 2021, Annals of Statistics 49(1), 486-507). If people are exchangeable, the coverage is
+    at least ``2 coverage - 1``, and in practice about `coverage`. Rows of one participant share a weight of 1, so that
+    a participant counts once (Lee, Barber & Willett 2023, arXiv:2306.06342).
 
     Found by bisection, so that 40,000 residuals by 10,000 predictions are never a table.
 
@@ -40,12 +41,6 @@ def cross_conformal_interval(
     -------
     (P, 2) float64
         NaN where there are too few participants for this coverage (fewer than 9 for 0.9).
-
-    References
-    ----------
-    .. [1] Barber, Candes, Ramdas & Tibshirani (2021), Predictive inference with the jackknife+, Annals of Statistics
-       49(1), 486-507.
-    .. [2] Lee, Barber & Willett (2023), Distribution-free inference with hierarchical data, arXiv:2306.06342.
 
     Examples
     --------
@@ -82,16 +77,10 @@ class BiasCorrection:
     """Line through predictions against age, and its inverse.
 
     ``corrected = (predicted - intercept) / slope``, the line fitted to held-out predictions of training participants
-    [1]_, and both NaN where the correction is withheld. Unlike corrections that subtract a line in the true age [2]_,
-    it never sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually
-    a larger error.
-
-    References
-    ----------
-    .. [1] de Lange & Cole (2020), Commentary: Correction procedures in brain-age prediction, NeuroImage: Clinical 26,
-       102229.
-    .. [2] Beheshti et al. (2019), Bias-adjustment in neuroimaging-based brain age frameworks, NeuroImage: Clinical 24,
-       102063.
+    (de Lange & Cole 2020, NeuroImage: Clinical 26, 102229), and both NaN where the correction is withheld. Unlike
+    corrections that subtract a line in the true age (Beheshti et al. 2019, NeuroImage: Clinical 24, 102063), it never
+    sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually a larger
+    error.
     """
 
     slope: float

@@ -371,12 +371,8 @@ def sign_flip_p_values(differences: np.ndarray, rng: np.random.Generator, n_perm
     """Two-sided p-values, (A,), that paired differences, (P, A), are symmetric about zero; 1 where all are zero.
 
     The sign of each participant's difference is flipped at random; the p-value is the share of flipped means at least
-    as far from zero, the observed one counted in [1]_.
-
-    References
-    ----------
-    .. [1] Phipson & Smyth (2010), Permutation p-values should never be zero, Statistical Applications in Genetics and
-       Molecular Biology 9(1), 39.
+    as far from zero, the observed one counted in (Phipson & Smyth 2010, Statistical Applications in Genetics and
+    Molecular Biology 9(1), 39).
     """
     observed = np.abs(differences.sum(axis=0)) - 1e-9 * np.abs(differences).sum(axis=0)
     reached = np.ones(differences.shape[1])
@@ -389,16 +385,11 @@ def intraclass_correlation(values: np.ndarray, groups: np.ndarray, confidence: f
     """Consistency of single measurements of the same people, ICC(3,1).
 
     ``(BMS - EMS) / (BMS + (k - 1) EMS)``, with the mean squares between participants and of the residual of a two-way
-    model, and the interval from the F distribution [1]_.
+    model, and the interval from the F distribution (Shrout & Fleiss 1979, Psychological Bulletin 86(2), 420-428).
 
     Of participants with several of the (R,) `values`, the first k in order are used, where k is the least number that
     any of them has; others are left out. Returns icc, low, high (of the confidence interval), n_participants,
     n_observations (k); NaN with fewer than two participants with several values, or without any variance.
-
-    References
-    ----------
-    .. [1] Shrout & Fleiss (1979), Intraclass correlations: uses in assessing rater reliability, Psychological Bulletin
-       86(2), 420-428.
 
     Examples
     --------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def gather_cohort(
     output_dir: Path,
     people: People,
     *,
-    features: list[str] | None = None,
+    features: Sequence[str] | None = None,
     require_age: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Cohort:

@@ -208,7 +208,7 @@ def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
     table["run"] = table.groupby(keys).cumcount()
     runs = table.groupby(keys)["run"].transform("size")
     single = table.loc[runs < 2, keys].agg(lambda row: "_".join(filter(None, row)), axis=1)
-    left_out = {name: f"one run in {path}, which has no spread" for name in single}
+    left_out = dict.fromkeys(single, f"one run in {path}, which has no spread")
     wide = table[runs > 1].pivot(index=keys, columns="run", values=names)
     if wide.empty:
         raise UserError(

@@ -38,15 +38,16 @@ def numerical_variability(
         npv     = sd_num / sqrt(mean_m var_p(mean_i x_pim))
 
     The part taken off in sd_anat is what numerical noise leaves in the mean of M members; without it the ratio could
-    never exceed sqrt(M). `npv` is the numerical-to-population variability ratio of Chatelain et al. [1]_, whose
-    denominator holds the numerical part in full: about ``ratio / sqrt(1 + ratio^2)``. sd_anat is all that differs
-    between participants: anatomy, age, and the noise of the scanner.
+    never exceed sqrt(M). `npv` is the numerical-to-population variability ratio of Chatelain et al. (2026, Scientific
+    Reports, doi:10.1038/s41598-026-64679-2), whose denominator holds the numerical part in full: about ``ratio / sqrt(1
+    + ratio^2)``. sd_anat is all that differs between participants: anatomy, age, and the noise of the scanner.
 
     The confidence interval of the ratio leaves out participant after participant, with all their observations and
-    members, of ``log(sd_num / sd of the participants' means)`` (jackknife [2]_, t distribution); ``u = (sd_num /
+    members, of ``log(sd_num / sd of the participants' means)`` (jackknife, t distribution); ``u = (sd_num /
     sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in
-    93-96 % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. [1]_ take an F distribution that counts
-    the runs of a participant as M participants, and is several times too narrow. Members are taken as given, not drawn.
+    93-96 % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. Chatelain et al. take an F
+    distribution that counts the runs of a participant as M participants, and is several times too narrow. Members are
+    taken as given, not drawn.
 
     Parameters
     ----------
@@ -61,12 +62,6 @@ def numerical_variability(
         (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants,
         n_members (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer
         than two participants or in a feature that is constant
-
-    References
-    ----------
-    .. [1] Chatelain et al. (2026), The practical impact of numerical variability on structural MRI measures of
-       Parkinson's disease, Scientific Reports, doi:10.1038/s41598-026-64679-2; formulas from their notebooks.
-    .. [2] Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapter 11.
     """
     if cohort.members is None:
         raise ValueError("numerical variability needs members; this cohort has one value per row")
@@ -146,10 +141,10 @@ def participants_needed(
     """Participants that keep the numerical error of a group difference below an effect size.
 
     Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single
-    runs. Numerical noise, independent between people, moves a small d; by the delta method, as [1]_ derive it, with r =
-    sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for which ``z sd(d) <=
-    effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share (a bias of the
-    pipeline) is not in it.
+    runs. Numerical noise, independent between people, moves a small d; by the delta method, as Chatelain et al. (2026)
+    derive it, with r = sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for
+    which ``z sd(d) <= effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share
+    (a bias of the pipeline) is not in it.
 
     Parameters
     ----------
@@ -160,11 +155,6 @@ def participants_needed(
     Returns
     -------
     float64, shape of `ratio`; at least 4, NaN where the ratio is NaN
-
-    References
-    ----------
-    .. [1] Chatelain et al. (2026), Scientific Reports, doi:10.1038/s41598-026-64679-2. With their criterion, one
-       standard deviation below 0.01, their mean ratio of 0.183 needs about 1,340.
 
     Examples
     --------
@@ -268,20 +258,16 @@ def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None
 def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Paired comparison of two pipelines over the structures that both have.
 
-    Wilcoxon signed-rank test [1]_ on ``log(ours / other)``, and the Hodges-Lehmann estimate [2]_ of that log ratio
-    (median of the means of all pairs) with the confidence interval that belongs to the test. Structures are the units,
-    as in the papers' tables of FreeSurfer against FastSurfer; left and right of one brain are not independent, so the
-    test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so that more is worse in every row.
+    Wilcoxon signed-rank test on ``log(ours / other)``, and the Hodges-Lehmann estimate (1963, Annals of Mathematical
+    Statistics 34(2), 598-611) of that log ratio (median of the means of all pairs) with the confidence interval that
+    belongs to the test. Structures are the units, as in the papers' tables of FreeSurfer against FastSurfer; left and
+    right of one brain are not independent, so the test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so
+    that more is worse in every row.
 
     Returns a row per measure that both know in two structures or more: measure (``ratio``: sd_num / sd_anat, ``cv``:
     sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours
     varies less), low, high (95 % confidence interval; NaN with fewer than six structures, which have none), p_value. A
     UserError says that tables of `numerical_variability` share fewer than two structures.
-
-    References
-    ----------
-    .. [1] Wilcoxon (1945), Biometrics Bulletin 1(6), 80-83, doi:10.2307/3001968.
-    .. [2] Hodges & Lehmann (1963), Annals of Mathematical Statistics 34(2), 598-611, doi:10.1214/aoms/1177704172.
     """
     paired = ours.merge(other, on="name", suffixes=("_ours", "_other"))
     if len(paired) < 2:
