@@ -89,13 +89,11 @@ def read_features_table(
     table = read_columns(path, labels, features)
     notes: list[str] = []
     rows = _index_rows(path, table, keys, people, notes)
-    frame = rows.drop_duplicates("observation", ignore_index=True)[["participant_id", "session_id", "name"]]
-    frame = frame.rename(columns={"name": "observation"})
-    age_reasons = _fill_people(path, table, rows, frame, own, people, notes)
+    frame, age_reasons = _fill_people(path, table, rows, own, people, notes)
     left_out = {}
     if people is not None and require_age and own["age"] is None:
-        there = set(frame["participant_id"])
-        left_out = {name: "not in the table" for name in people.participants if name not in there}
+        absent = set(people.participants) - set(frame["participant_id"])
+        left_out = {name: "not in the table" for name in people.participants if name in absent}
     names, ignored = _feature_columns(table, labels, features is None, notes)
     member, member_ids = pd.factorize(rows["member"])
     shape = (len(frame), len(member_ids))
@@ -167,33 +165,23 @@ def _labels(column: pd.Series, entity: str = "") -> pd.Series:
 
 
 def _fill_people(
-    path: Path, table: pd.DataFrame, rows: pd.DataFrame, frame: pd.DataFrame, own: Mapping[str, str | None],
-    people: People | None, notes: list[str],
-) -> dict[str, str]:  # fmt: skip
-    """Add age, sex and site of each observation; return why ages are missing."""
-    names = list(frame["observation"])
-    reasons: dict[str, str] = {}
-    ids = zip(frame["participant_id"], frame["session_id"], strict=True)
-    persons = [None if people is None else people.find(*row) for row in ids]
+    path: Path, table: pd.DataFrame, rows: pd.DataFrame, own: Mapping[str, str | None], people: People | None,
+    notes: list[str],
+) -> tuple[pd.DataFrame, dict[str, str]]:  # fmt: skip
+    """Observations with age, sex and site, and why ages are missing."""
+    frame = rows.drop_duplicates("observation", ignore_index=True)[["participant_id", "session_id", "name"]]
+    frame, reasons = look_up_people(frame.rename(columns={"name": "observation"}), people, {})
     for key, column in own.items():
         if column is None:
-            missing = np.nan if key == "age" else None
-            values: list = [missing if person is None else getattr(person, key) for person in persons]
+            continue
+        told = _one_each(path, key, _labels(table[column]), rows)
+        if key == "age":
+            reasons = {}
+            frame["age"] = read_ages(path, column, told, list(frame["observation"]), reasons, notes)
         else:
-            told = _one_each(path, key, _labels(table[column]), rows)
-            values = list(told)
-            if key == "age":
-                values = list(read_ages(path, column, told, names, reasons, notes))
-            elif key == "sex":
-                values = list(read_sexes(path, column, told, notes))
-        frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)
-    if own["age"] is None and people is not None:
-        for name, person in zip(names, persons, strict=True):
-            if person is None:
-                reasons[name] = f"not in {people.source}, and {path.name} has no ages"
-            elif np.isnan(person.age):
-                reasons[name] = person.reason or f"no age in {people.source}"
-    return reasons
+            values = read_sexes(path, column, told, notes) if key == "sex" else told
+            frame[key] = pd.Series(values, dtype=object)
+    return frame, reasons
 
 
 def _one_each(path: Path, key: str, values: pd.Series, rows: pd.DataFrame) -> list[str | None]:
@@ -244,6 +232,27 @@ def _feature_columns(
         if name not in ignored:
             names.append(name)
     return names, ignored
+
+
+def look_up_people(
+    ids: pd.DataFrame, people: People | None, same: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Observations with the age, sex and site of `people`, and why ages are missing.
+
+    `ids` has the columns participant_id, session_id and observation; `same` is of `match_people`.
+    """
+    known, reasons = [], {}
+    participants = set() if people is None else set(people.participants)
+    for who, session, observation in ids.itertuples(index=False, name=None):
+        person = None if people is None else people.find(same.get(who, who), same.get(session, session))
+        known.append((np.nan, None, None) if person is None else (person.age, person.sex, person.site))
+        if people is not None and person is None:
+            at = f" at {session or 'no session'}" if same.get(who, who) in participants else ""
+            reasons[observation] = f"{who} is not in {people.source}{at}"
+        elif person is not None and np.isnan(person.age):
+            reasons[observation] = person.reason or f"no age in {people.source}"
+    found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)
+    return pd.concat([ids, found.astype({"age": "float64"})], axis=1), reasons
 
 
 def plain_label(label: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage import provenance
-from bids_varaug.brainage.cohort import PEOPLE_COLUMNS, Cohort, Gathered, assemble, nobody_left
-from bids_varaug.brainage.features_table import match_people
+from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
+from bids_varaug.brainage.features_table import look_up_people, match_people
 from bids_varaug.brainage.provenance import MixedDerivativesError, Origin
 from bids_varaug.derivatives import names
 from bids_varaug.errors import NoInputError
@@ -104,7 +104,10 @@ def gather_cohort(
     same = match_people(people, there, sessions, output_dir.name, notes)
     without = set(people.participants) - {same.get(p, p) for p in there}
     left_out |= {p: f"no *{ENDING}: the participant level gave nothing" for p in people.participants if p in without}
-    found = _gathered(images, people, same, left_out, require_age, notes)
+    ids = [(image.participant_id, image.session_id, image.observation) for image in images]
+    frame = pd.DataFrame(ids, columns=["participant_id", "session_id", "observation"], dtype=object)
+    frame, age_reasons = look_up_people(frame, people, same)
+    found = Gathered(frame, *_stacked([image.table for image in images]), left_out, age_reasons)
     source = _source(root, images) | {"notes": notes}
     cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
     family_of = {member: family for image in images for member, family in image.table.families.items()}
@@ -224,35 +227,15 @@ def _same_structures(images: list[_Image], left_out: dict[str, str]) -> list[_Im
     return every[usual]
 
 
-def _gathered(
-    images: list[_Image], people: People, same: Mapping[str, str], left_out: dict[str, str], require_age: bool,
-    notes: list[str],
-) -> Gathered:  # fmt: skip
-    rows, kept, age_reasons = [], [], {}
-    for image in images:
-        who = same.get(image.participant_id, image.participant_id)
-        session = image.session_id and same.get(image.session_id, image.session_id)
-        person = people.find(who, session)
-        if person is None and require_age:
-            at = f" at {image.session_id or 'no session'}" if who in people.participants else ""
-            left_out[image.observation] = f"{image.participant_id} is not in {people.source}{at}"
-            continue
-        known = (person.age, person.sex, person.site) if person else (np.nan, None, None)
-        rows.append((image.participant_id, image.session_id, image.observation, *known))
-        kept.append(image.table)
-        if person and np.isnan(person.age):
-            age_reasons[image.observation] = person.reason or f"no age in {people.source}"
-    if not kept:
-        raise nobody_left(left_out, notes)
-    most_first = sorted(kept, key=lambda table: -len(table.families))
+def _stacked(tables: list[MorphTable]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Values, which members are present, their ids, and names of the structures."""
+    most_first = sorted(tables, key=lambda table: -len(table.families))
     ids = list(dict.fromkeys(member for table in most_first for member in table.families))
-    values = np.full((len(kept), len(ids), len(kept[0].structures)), np.nan)
-    for row, table in enumerate(kept):
+    structures = tuple(name for _, name in tables[0].structures) if tables else ()
+    values = np.full((len(tables), len(ids), len(structures)), np.nan)
+    for row, table in enumerate(tables):
         values[row, [ids.index(member) for member in table.families]] = table.volumes
-    frame = pd.DataFrame(rows, columns=list(PEOPLE_COLUMNS), dtype=object).astype({"age": "float64"})
-    present = np.isfinite(values).any(axis=2)
-    features = tuple(name for _, name in kept[0].structures)
-    return Gathered(frame, values, present, tuple(ids), features, left_out, age_reasons)
+    return values, np.isfinite(values).any(axis=2), tuple(ids), structures
 
 
 def _source(root: Origin, images: list[_Image]) -> dict[str, Any]:
