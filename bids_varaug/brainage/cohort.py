@@ -89,12 +89,7 @@ class Cohort:
         """Return these features in this order; a CohortError names those that are missing."""
         if tuple(names) == tuple(self.names):
             return self
-        missing = [name for name in names if name not in self.names]
-        if missing:
-            raise CohortError(
-                f"The model needs {len(missing)} of its {len(names)} features that are not there: {some(missing)}. "
-                "Use features of the same kind as in training, or fit a model to these."
-            )
+        check_features(self.names, names)
         order = [self.names.index(name) for name in names]
         members = None if self.members is None else self.members[:, :, order]
         return replace(self, names=tuple(names), baseline=self.baseline[:, order], members=members)
@@ -153,10 +148,14 @@ class Gathered:
         return dropped
 
 
-def nobody_left(left_out: Mapping[str, str], notes: Iterable[str]) -> CohortError:
-    """Error that says why each was left out, and what was noted before."""
-    reasons = [f"{who}: {why}" for who, why in left_out.items()]
-    return CohortError(" ".join([f"nobody is left to analyse. Left out: {some(reasons, '; ')}.", *notes]))
+def check_features(names: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuse features that lack some of those of a model; they are named."""
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CohortError(
+            f"The model needs {len(missing)} of its {len(needed)} features that are missing: {some(missing)}. Use "
+            "features of the same kind as in training, or fit a model to these."
+        )
 
 
 def assemble(
@@ -185,12 +184,7 @@ def assemble(
         If one of `features` is missing; if no observation or no feature is left.
     """
     if features is not None:
-        missing = [name for name in features if name not in found.names]
-        if missing:
-            raise CohortError(
-                f"{len(missing)} of the {len(features)} features that the model needs are missing: "
-                f"{', '.join(missing)}. Give a table, or derivatives, that have them."
-            )
+        check_features(found.names, features)
         found.values = found.values[:, :, [found.names.index(name) for name in features]]
         found.names = tuple(features)
     if require_age:
@@ -208,7 +202,8 @@ def assemble(
     lacking = [some([found.names[f] for f in np.flatnonzero(row)]) for row in gaps[gaps.any(axis=1)]]
     found.leave_out(gaps.any(axis=1), [f"no value of {names}" for names in lacking])
     if not len(found.values):
-        raise nobody_left(found.left_out, source.get("notes", ()))
+        listed = some([f"{who}: {why}" for who, why in found.left_out.items()], "; ")
+        raise CohortError(" ".join([f"nobody is left to analyse. Left out: {listed}.", *source.get("notes", ())]))
     if features is None and len(found.values) > 1:
         low, high = found.values.min(axis=(0, 1)), found.values.max(axis=(0, 1))
         dropped |= found.drop_features({f: f"always {low[f]:g}" for f in np.flatnonzero(low == high).tolist()})

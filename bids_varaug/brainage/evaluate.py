@@ -46,6 +46,7 @@ CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
 N_PERMUTATIONS = 5000
 IDS = ["participant_id", "session_id", "observation", "age"]
+Predict = Callable[[Cohort, Cohort], pd.DataFrame]
 SCORE_COLUMNS = (
     "augmentation", "n", "mae", "mae_low", "mae_high", "rmse", "r2", "r", "bias_slope", "mae_corrected",
     "bias_slope_corrected", "coverage", "interval_width",
@@ -188,20 +189,21 @@ def evaluate_brain_age(
             tick()
         return pd.concat(tables, ignore_index=True)
 
-    held_out = []
-    for repeat, test in splits:
-        train, rest = cohort.take(~test), cohort.take(test)
-        tables = _simple_predictions(train, rest, cohort.sites is not None, log_volumes)
+    def predict_all(train: Cohort, test: Cohort, repeat: int) -> pd.DataFrame:
+        """Held-out predictions of each augmentation and of what they are compared with."""
+        tables = _simple_predictions(train, test, cohort.sites is not None, log_volumes)
         if linear != model:
             estimator, _ = fit_estimator(train, linear, "mean", seed + repeat, log_volumes=log_volumes)
-            tables.append(_labelled(rest, LINEAR_MEAN, predict_ages(estimator, rest, "mean")))
+            tables.append(_labelled(test, LINEAR_MEAN, predict_ages(estimator, test, "mean")))
         for augmentation in augmentations:
             fitted = fit_brain_age(
                 train, model, augmentation, seed + repeat, log_volumes=log_volumes, min_participants=2
             )
-            tables.append(fitted.predict(rest, coverage).assign(augmentation=augmentation))
+            tables.append(fitted.predict(test, coverage).assign(augmentation=augmentation))
             tick()
-        held_out += [table.assign(repeat=repeat) for table in tables]
+        return pd.concat(tables, ignore_index=True).assign(repeat=repeat)
+
+    held_out = [predict_all(cohort.take(~test), cohort.take(test), repeat) for repeat, test in splits]
     table = pd.concat(held_out, ignore_index=True)
     # Withheld in one fold, from all: the gaps of some people alone would mislead.
     withheld = table["corrected"].isna().groupby(table["augmentation"]).transform("any")
@@ -209,24 +211,12 @@ def evaluate_brain_age(
     means = table.groupby(["augmentation", "observation"])[list(VALUES)].mean()
     people = [cohort.people[IDS].assign(augmentation=name) for name in augmentations]
     predictions = pd.concat(people, ignore_index=True).join(means, on=["augmentation", "observation"])
-
     rng = np.random.default_rng([seed, 1])
     scores, gains = _score(table, augmentations, linear != model, rng, n_bootstrap, n_permutations)
-    curve = []
-    for size in sizes:
-        parts = []
-        for k, test in enumerate(first):
-            drawn = np.random.default_rng([seed, k]).permutation(np.unique(groups[~test]))[:size]
-            parts.append(predict_only(cohort.take(np.isin(groups, drawn)), cohort.take(test)))
-        curve += _curve_rows(size, pd.concat(parts), rng)
+    curve = _learning_curve(cohort, first, sizes, seed, predict_only, rng)
     if sizes:
         curve += _curve_rows(round(np.mean(training_sizes)), table[table["augmentation"].isin(augmentations)], rng)
-    site_rows = []
-    for site in () if sites is None else np.unique(sites):
-        train, rest = cohort.take(sites != site), cohort.take(sites == site)
-        mean = _labelled(rest, "mean_predictor", _mean_age(train))
-        errors = _errors(pd.concat([predict_only(train, rest), mean]))
-        site_rows.append({"site": site, "n": len(errors)} | errors.mean().add_prefix("mae_").to_dict())
+    site_rows = [] if sites is None else _leave_sites_out(cohort, sites, predict_only)
     chosen = {}
     for augmentation in augmentations:
         chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
@@ -302,6 +292,30 @@ def _score(
         p_value=sign_flip_p_values(differences, rng, n_permutations),
     )
     return scores, judge_gains(gains)
+
+
+def _learning_curve(
+    cohort: Cohort, tests: Sequence[np.ndarray], sizes: Sequence[int], seed: int, predict: Predict,
+    rng: np.random.Generator,
+) -> list[tuple]:  # fmt: skip
+    """Error against the number of training participants, always on all held-out people."""
+    rows = []
+    for size in sizes:
+        parts = []
+        for k, test in enumerate(tests):  # of one draw, smaller sizes are part of larger
+            drawn = np.random.default_rng([seed, k]).permutation(np.unique(cohort.groups[~test]))[:size]
+            parts.append(predict(cohort.take(np.isin(cohort.groups, drawn)), cohort.take(test)))
+        rows += _curve_rows(size, pd.concat(parts), rng)
+    return rows
+
+
+def _leave_sites_out(cohort: Cohort, sites: np.ndarray, predict: Predict) -> list[dict[str, Any]]:
+    rows = []
+    for site in np.unique(sites):
+        train, test = cohort.take(sites != site), cohort.take(sites == site)
+        errors = _errors(pd.concat([predict(train, test), _labelled(test, "mean_predictor", _mean_age(train))]))
+        rows.append({"site": site, "n": len(errors)} | errors.mean().add_prefix("mae_").to_dict())
+    return rows
 
 
 def _curve_rows(size: int, table: pd.DataFrame, rng: np.random.Generator) -> list[tuple]:

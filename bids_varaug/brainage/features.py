@@ -26,10 +26,6 @@ _NO_VOLUME = re.compile(
 _SIDES = (("Left-", "Right-"), ("lh_", "rh_"), ("lh.", "rh."), ("lh", "rh"), ("left_", "right_"))
 
 
-class FeatureError(UserError):
-    """The features do not allow what was asked for."""
-
-
 def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:
     """Volumes divided by intracranial or brain volume, so that head size does not count.
 
@@ -39,7 +35,7 @@ def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:
     Parameters
     ----------
     reference : "intracranial" or "brain": the column of that name in its usual spellings (eTIV, ICV; BrainSegVol).
-        "brain" without such a column, and "sum": the sum of all volumes. Otherwise the name of a column. A FeatureError
+        "brain" without such a column, and "sum": the sum of all volumes. Otherwise the name of a column. A UserError
         says that there is none, or no volume
     """
     at = find_reference(cohort.names, reference)
@@ -47,7 +43,7 @@ def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:
         [is_volume(name) and f != at and _plain(name) not in INTRACRANIAL for f, name in enumerate(cohort.names)]
     )
     if not volumes.any():
-        raise FeatureError(f"no volume among the features {some(cohort.names)}.")
+        raise UserError(f"no volume among the features {some(cohort.names)}.")
 
     def divide(x: np.ndarray) -> np.ndarray:
         total = x[..., volumes].sum(axis=-1) if at is None else x[..., at]
@@ -60,11 +56,11 @@ def asymmetries(cohort: Cohort) -> Cohort:
     """Append left-right asymmetries ``(L - R) / (L + R)`` of all pairs (Left-/Right-, lh_/rh_, ...) to the features.
 
     0 where a structure is absent on both sides. Half of the asymmetry index of some papers, which divides by the mean
-    of both sides. A FeatureError says that there is no pair.
+    of both sides. A UserError says that there is no pair.
     """
     pairs = find_pairs(cohort.names)
     if not pairs:
-        raise FeatureError(f"no left and right among the features {some(cohort.names)}.")
+        raise UserError(f"no left and right among the features {some(cohort.names)}.")
     left, right = [left for _, left, _ in pairs], [right for _, _, right in pairs]
 
     def append(x: np.ndarray) -> np.ndarray:
@@ -127,7 +123,7 @@ def is_volume(name: str) -> bool:
 
 
 def find_reference(names: Sequence[str], reference: str) -> int | None:
-    """Column to divide by; None for the sum of all volumes; a FeatureError says that there is none."""
+    """Column to divide by; None for the sum of all volumes; a UserError says that there is none."""
     if reference in names:
         return list(names).index(reference)
     plain = [_plain(name) for name in names]
@@ -136,7 +132,7 @@ def find_reference(names: Sequence[str], reference: str) -> int | None:
             return plain.index(spelling)
     if reference in ("sum", "brain"):
         return None
-    raise FeatureError(
+    raise UserError(
         f"no column of {reference} volume among the features {some(names)}. Name one, or divide by 'brain' or 'sum'."
     )
 

@@ -10,13 +10,13 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features import (
-    FeatureError,
     LogVolumes,
     asymmetries,
     find_reference,
     is_volume,
     relative_volumes,
 )
+from bids_varaug.errors import UserError
 
 NAMES = ("Left-Thalamus", "Right-Thalamus", "lh_MeanThickness", "eTIV")
 VALUES = np.array([[30.0, 10.0, 2.5, 200.0], [20.0, 20.0, 3.0, 100.0]])
@@ -55,9 +55,9 @@ def test_empty_brain_gives_no_volumes():
 
 
 def test_missing_reference_and_features_without_volumes_are_refused():
-    with pytest.raises(FeatureError, match="no column of intracranial volume"):
+    with pytest.raises(UserError, match="no column of intracranial volume"):
         relative(NAMES[:3], VALUES[:, :3], "intracranial")
-    with pytest.raises(FeatureError, match="no volume"):
+    with pytest.raises(UserError, match="no volume"):
         relative(["lh_thickness"], [[1.0]])
 
 
@@ -89,7 +89,7 @@ def test_usual_spellings_of_sides_are_paired(left, right):
 
 
 def test_features_without_sides_are_refused():
-    with pytest.raises(FeatureError, match="no left and right"):
+    with pytest.raises(UserError, match="no left and right"):
         asymmetries(cohort_of(["CSF", "Brain-Stem"], [[1.0, 2.0]]))
 
 

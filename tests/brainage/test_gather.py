@@ -255,7 +255,7 @@ def test_structure_that_nobody_has_is_dropped_with_a_note(derivatives):
 
 
 def test_features_that_a_model_needs_must_be_there(derivatives):
-    with pytest.raises(CohortError, match="needs are missing: Brain-Stem"):
+    with pytest.raises(CohortError, match="needs 1 of its 2 features that are missing: Brain-Stem"):
         derivatives.gather(features=["Brain-Stem", "3rd-Ventricle"])
 
 
