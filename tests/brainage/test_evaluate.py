@@ -45,7 +45,10 @@ def test_gains_are_differences_of_the_scores(study):
     mae = study.scores.set_index("augmentation")["mae"]
     assert list(study.gains["part"]) == ["averaging", "augmentation", "augmentation", "structure", "structure"]
     for row in study.gains.itertuples():
-        assert row.gain == pytest.approx(mae[row.against] - mae[row.augmentation])
+        assert row.gain == pytest.approx(mae[row.against] - mae[row.augmentation], abs=1e-6)
+    # Of a linear model on all participants only the sum of the members' covariances matters.
+    same = study.gains.set_index(["augmentation", "against"]).loc["members", "shuffled"]
+    assert (same["p_value"], same["effect"]) == (1.0, "unclear")
 
 
 def test_numerical_noise_in_the_baseline_is_averaged_away(study):
