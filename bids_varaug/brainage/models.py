@@ -38,13 +38,12 @@ LINEAR_MODELS = ("ridge", "bayesian_ridge")
 # linear ones extrapolate: they fail in different places.
 AVERAGED, AVERAGED_OVER_SITES = ("svr", "gpr"), ("bayesian_ridge", "svr", "gpr")
 ALPHAS = np.logspace(-1, 6, 22)
-# Inverse squared width of the kernel in units of 1 / F: features are standardised, so that the squared distance of two
-# people is about 2 F.
-WIDTHS = (0.1, 0.3)
+# Kernel exp(-WIDTH |x - x'|^2 / F): features are standardised, so that the squared distance of two people is about 2 F.
+WIDTH = 0.3
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "bayesian_ridge": {},
-    "svr": {"width": WIDTHS, "C": (1.0, 4.0)},
-    "gpr": {"width": WIDTHS, "alpha": (0.03, 0.1, 0.3, 1.0, 3.0)},
+    "svr": {"C": (1.0, 4.0)},
+    "gpr": {"alpha": (0.03, 0.1, 0.3, 1.0, 3.0)},
 }
 MAX_KERNEL_ROWS = 5000
 PREDICTED_ROWS = 4096
@@ -106,10 +105,10 @@ def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> Regres
         # The default tolerance stops so early that the same data in two forms differ.
         return BayesianRidge(tol=1e-6, max_iter=1000)
     if model == "svr":
-        return SVR(C=values["C"], gamma=values["width"] / n_features)
+        return SVR(C=values["C"], gamma=WIDTH / n_features)
     if model == "gpr":
         # The mean of a Gaussian process with noise of variance alpha / weight (Rasmussen & Williams 2006, eq. 2.23).
-        return KernelRidge(kernel="rbf", gamma=values["width"] / n_features, alpha=values["alpha"])
+        return KernelRidge(kernel="rbf", gamma=WIDTH / n_features, alpha=values["alpha"])
     return VotingRegressor([(part, _regressor(part, theirs, n_features)) for part, theirs in values.items()])
 
 

@@ -10,7 +10,7 @@ from bids_varaug.brainage.models import Choice, fit_brain_age, fit_weighted, fro
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
 
-SVR, GPR = {"C": 4.0, "width": 0.3}, {"alpha": 0.1, "width": 0.3}
+SVR, GPR = {"C": 4.0}, {"alpha": 0.1}
 CHOICES = [
     Choice("ridge", True, {"alpha": 1.0}),
     Choice("bayesian_ridge", True),
