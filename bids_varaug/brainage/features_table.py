@@ -246,10 +246,12 @@ def look_up_people(
     for who, session, observation in ids.itertuples(index=False, name=None):
         person = None if people is None else people.find(same.get(who, who), same.get(session, session))
         known.append((np.nan, None, None) if person is None else (person.age, person.sex, person.site))
-        if people is not None and person is None:
+        if people is None:
+            continue
+        if person is None:
             at = f" at {session or 'no session'}" if same.get(who, who) in participants else ""
             reasons[observation] = f"{who} is not in {people.source}{at}"
-        elif person is not None and np.isnan(person.age):
+        elif np.isnan(person.age):
             reasons[observation] = person.reason or f"no age in {people.source}"
     found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)
     return pd.concat([ids, found.astype({"age": "float64"})], axis=1), reasons
