@@ -1,12 +1,17 @@
 """The one table of outputs: names, schema status, units and meaning of each.
 
 Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new row of `OUTPUTS`.
+What the columns of tables mean is in ``data/templates/columns.tsv``.
 """
 
 from __future__ import annotations
 
+import csv
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from bids_varaug.inputs.scans import Scan
@@ -14,6 +19,57 @@ from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
 
 SEGMENTATION = "varaug"
+DATASET_DESCRIPTION = "dataset_description.json"
+DESCRIPTIONS_TABLE = "descriptions.tsv"
+LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
+GROUP_REPORT = "group_brainage.html"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes
+    ----------
+    heading, form : in reports, see `reports.html.tabulate`
+    unit : as BIDS writes it, "" where there is none
+    description : for sidecars, and for who points at the heading
+    """
+
+    heading: str
+    form: str
+    unit: str
+    description: str
+
+
+@cache
+def _all_columns() -> dict[str, dict[str, Column]]:
+    path = files("bids_varaug") / "data" / "templates" / "columns.tsv"
+    tables: dict[str, dict[str, Column]] = defaultdict(dict)
+    with path.open(encoding="utf-8") as stream:
+        for table, name, *values in list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]:
+            tables[table][name] = Column(*values)
+    return tables
+
+
+def table_columns(table: str) -> dict[str, Column]:
+    """Columns of a table in ``data/templates/columns.tsv``, by name."""
+    return dict(_all_columns()[table])
+
+
+def _region_columns() -> dict[str, Column]:
+    """Columns of the table of regions: measures over all members, then within each family, then verdicts."""
+    columns = table_columns("regions")
+    judged = {name: columns.pop(name) for name in ("verdict", "reason", "volume_low", "volume_high")}
+    within = {
+        f"{name}_{family}": Column(
+            f"{column.heading} {family}", column.form, column.unit, f"As {name}, within the {family} family"
+        )
+        for family in ("mca", "seed", "rr")
+        for name, column in columns.items()
+        if name not in ("index", "name")
+    }
+    return columns | within | judged
 
 
 @dataclass(frozen=True)
@@ -28,7 +84,7 @@ class Output:
     suffix : of the file name
     description : for the sidecar and the README
     units : of the voxels; None for labels and tables
-    columns : of a table, name to description and unit (or None)
+    columns : of a table, by name
     extension : of the file name
     """
 
@@ -37,7 +93,7 @@ class Output:
     suffix: str
     description: str
     units: str | None = None
-    columns: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    columns: Mapping[str, Column] = field(default_factory=dict)
     extension: str = ".nii.gz"
 
     @property
@@ -48,7 +104,7 @@ class Output:
     @property
     def per_member(self) -> bool:
         """Whether there is one such file for each member or family."""
-        return any("{member}" in value for value in self.entities.values())
+        return "{member}" in self.entities.values()
 
     def name(self, prefix: str, member: str | None = None) -> str:
         """File name after the prefix of a T1w image.
@@ -78,50 +134,10 @@ class Output:
         return path.with_name(path.name.removesuffix(self.extension) + ".json")
 
 
-FAMILIES = (
-    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, by random rounding)"
-)
-_ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
-_MEASURES = {
-    "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
-    "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
-    "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
-    "sigbits": (
-        "Significant bits of the volume over the perturbed members: -log2(volume_std / "
-        "volume_mean), as in the map of significant bits",
-        "bit",
-    ),
-    "sigbits_lower": (
-        "Lower confidence bound of the significant bits: those that a further member would share "
-        "with the mean with a probability of 95 %, at a confidence of 95 % (significantdigits, "
-        "centred normality hypothesis)",
-        "bit",
-    ),
-    "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
-    "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
-    "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
-}
-_REGIONS = {
-    **_ID,
-    **_MEASURES,
-    **{
-        f"{measure}_{family}": (f"As {measure}, within the {family} family", unit)
-        for family in ("mca", "seed", "rr")
-        for measure, (_, unit) in _MEASURES.items()
-    },
-    "verdict": ("How far the volume can be trusted", None),
-    "reason": ("Why the verdict is not good, the worst reason first", None),
-    "volume_low": ("Smallest plausible volume, see VolumeLimits", "mm^3"),
-    "volume_high": ("Largest plausible volume, see VolumeLimits", "mm^3"),
-}
-_MEMBERS = {
-    "member": ("Member of the ensemble, see descriptions.tsv", None),
-    "family": (FAMILIES, None),
-    **_ID,
-    "volume": ("Volume in this member's segmentation", "mm^3"),
-}
-
+OF_FAMILY = "_of_family"
+"""Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 _SEG = {"seg": SEGMENTATION}
+_FAMILY = {"desc": "{member}"}
 _ROWS = (
     Output("consensus_dseg", {**_SEG, "desc": "consensus"}, "dseg",
            "Consensus labels: largest mean posterior over the perturbed members."),
@@ -143,38 +159,19 @@ _ROWS = (
            "Standard deviation of the consensus label's posterior over the perturbed members.", "1"),
     Output("regions_tsv", {**_SEG, "desc": "consensus"}, "dseg",
            "Volumes of each structure and how much the members disagree about it.",
-           columns=_REGIONS, extension=".tsv"),
+           columns=_region_columns(), extension=".tsv"),
     Output("members_tsv", {**_SEG, "desc": "members"}, "morph",
-           "Volume of each structure in each member.", columns=_MEMBERS, extension=".tsv"),
+           "Volume of each structure in each member.", columns=table_columns("volumes"), extension=".tsv"),
+    Output("entropy_of_family", {**_SEG, "stat": "entropy", **_FAMILY}, "statmap",
+           "Shannon entropy of one family's members' votes. With --family-maps.", "bit"),
+    Output("sigbits_of_family", {**_SEG, "stat": "sigbits", **_FAMILY}, "statmap",
+           "Significant bits of the consensus label's posterior over one family's members. With --family-maps.", "bit"),
+    Output("std_of_family", {**_SEG, "stat": "std", **_FAMILY}, "statmap",
+           "Standard deviation of the consensus label's posterior over one family's members. With --family-maps.", "1"),
+    Output("unreliable_mask_of_family", {"label": "unreliable", **_FAMILY}, "mask",
+           "Voxels whose consensus label too few members of one family chose, see Threshold. With --family-maps."),
 )  # fmt: skip
 OUTPUTS: dict[str, Output] = {output.key: output for output in _ROWS}
-
-OF_FAMILY = "_of_family"
-"""Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
-for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
-    _whole = OUTPUTS[_key]
-    OUTPUTS[_key + OF_FAMILY] = replace(
-        _whole,
-        key=_key + OF_FAMILY,
-        entities={**_whole.entities, "desc": "{member}"},
-        description=_whole.description.replace("the perturbed members", "one family's members").replace(
-            "perturbed members", "members of one family"
-        )
-        + " With --family-maps.",
-    )
-
-# Label, description of the desc- entities that are no member's id.
-DESCRIPTIONS = {
-    "consensus": "Consensus of the perturbed members",
-    "mean": "Mean over the perturbed members",
-    "brain": "All structures of the consensus together",
-    "members": "One row per member and structure",
-}
-
-DATASET_DESCRIPTION = "dataset_description.json"
-DESCRIPTIONS_TABLE = "descriptions.tsv"
-LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
-GROUP_REPORT = "group_brainage.html"
 
 
 @dataclass(frozen=True)
@@ -190,11 +187,6 @@ class ScanRequest:
     def perturbed(self) -> tuple[Member, ...]:
         """Members of consensus and spread; the baseline alone where there is no other."""
         return tuple(m for m in self.members if not m.is_baseline) or self.members
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether there are two perturbed members to disagree."""
-        return len(self.perturbed) > 1
 
     def path(self, key: str, member: str | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`."""

@@ -29,6 +29,19 @@ CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
 """On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
+# The desc- entities: of members by family, and of summaries.
+_MEMBER_TEXTS = {
+    "ieee": "Baseline member, trained without perturbation",
+    "mca": "Member trained under Monte Carlo arithmetic",
+    "seed": "Member trained from another random seed",
+    "rr": "Baseline member run under random rounding",
+}
+_SUMMARY_TEXTS = {
+    "consensus": "Consensus of the perturbed members",
+    "mean": "Mean over the perturbed members",
+    "brain": "All structures of the consensus together",
+    "members": "One row per member and structure",
+}
 
 
 def package_version() -> str:
@@ -41,8 +54,7 @@ def package_version() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of what the results depend on."""
-    installed = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {TOOL: package_version()} | installed
+    return {TOOL: package_version()} | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
@@ -71,7 +83,10 @@ def dataset_description(
     sloppy : whether to warn that the results are for tests only
     environ : where to look for the container's name; default ``os.environ``
     """
-    source = _source_description(bids_dir)
+    try:
+        source = dict(json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
+        source = {}
     link = raw_link(bids_dir, output_dir)
     generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
     if sloppy:
@@ -95,15 +110,6 @@ def dataset_description(
     if isinstance(source.get("License"), str):
         description["License"] = source["License"]
     return description
-
-
-def _source_description(bids_dir: Path) -> dict[str, Any]:
-    """Description of the input; empty where it is absent or damaged (the validator's business)."""
-    try:
-        source = json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return source if isinstance(source, dict) else {}
 
 
 def _container(environ: Mapping[str, str]) -> dict[str, str]:
@@ -133,11 +139,6 @@ def sidecar(
     member : id, where the output is of one alone; or family
     skull_stripped : whether the T1w image has no skull
     extra : further keys, e.g. ``{"Threshold": 0.5}``
-
-    Raises
-    ------
-    KeyError
-        If there is no such output.
     """
     output = names.OUTPUTS[key]
     raw = f"bids:raw:{request.scan.relative}"
@@ -164,9 +165,8 @@ def sidecar(
         content[GRIDS_KEY] = request.settings.grids
     if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
-    if key == "consensus_dseg":
-        content |= _column_descriptions(names.OUTPUTS["regions_tsv"])
-    return content | _column_descriptions(output)
+    table = names.OUTPUTS["regions_tsv"] if key == "consensus_dseg" else output
+    return content | _describe_columns(table.columns)
 
 
 def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Member]:
@@ -178,37 +178,26 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     return list(request.members if key == "members_tsv" else request.perturbed)
 
 
-def _column_descriptions(output: names.Output) -> dict[str, Any]:
+def _describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
     return {
-        name: {"Description": text}
-        | ({"Units": unit} if unit else {})
+        name: {"Description": column.description}
+        | ({"Units": column.unit} if column.unit else {})
         | ({"Levels": VERDICTS} if name == "verdict" else {})
-        for name, (text, unit) in output.columns.items()
-        if name not in ("index", "name")  # BIDS defines these itself
+        for name, column in columns.items()
+        if name not in ("index", "name", "id")  # BIDS defines these itself
     }
 
 
-def lookup_table(labels: Iterable[Label]) -> pd.DataFrame:
-    """Table of label ids and names: columns ``index``, ``name``."""
-    return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
-
-
-def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
+def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
     """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
 
     Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
     ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
     """
-    what = {
-        "ieee": "Baseline member, trained without perturbation",
-        "mca": "Member trained under Monte Carlo arithmetic",
-        "seed": "Member trained from another random seed",
-        "rr": "Baseline member run under random rounding",
-    }
     rows = [
         {
             "desc_id": f"desc-{member.id}",
-            "description": what.get(member.family, f"Member of the family {member.family}"),
+            "description": _MEMBER_TEXTS.get(member.family, f"Member of the family {member.family}"),
             "family": member.family,
             "seed": str(member.seed),
             "precision": None if member.precision is None else str(member.precision),
@@ -217,33 +206,13 @@ def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
         for member in members
     ]
     families = dict.fromkeys(member.family for member in members if member.family != member.id)
-    texts = names.DESCRIPTIONS | {family: f"Members of the family {family}" for family in families}
+    texts = _SUMMARY_TEXTS | {family: f"Members of the family {family}" for family in families}
     rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
-    return pd.DataFrame(rows, columns=["desc_id", "description", "family", "seed", "precision", "sha256"])
-
-
-_DESCRIPTIONS_SIDECAR = {
-    "Description": "What each desc- entity stands for; members with their checkpoints.",
-    "family": {"Description": names.FAMILIES},
-    "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
-    "precision": {
-        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the other "
-        "operators having 24",
-        "Units": "bit",
-    },
-    "sha256": {"Description": "SHA-256 of the checkpoint file"},
-}
+    return pd.DataFrame(rows)
 
 
 def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
-    """Write what the group level needs at the root; what the participant level left stays.
-
-    Raises
-    ------
-    OutputError, DiskError
-        As `bids_varaug.atomic.replacing`.
-    """
-    output_dir = Path(output_dir)
+    """Write what the group level needs at the root; what the participant level left stays."""
     path = output_dir / names.DATASET_DESCRIPTION
     if not path.exists():  # features from a table
         write_json(dataset_description(bids_dir, output_dir), path)
@@ -255,27 +224,19 @@ def _write_bidsignore(output_dir: Path) -> None:
 
 
 def write_dataset_files(
-    bids_dir: Path,
-    output_dir: Path,
-    labels: Iterable[Label],
-    members: Collection[Member],
-    *,
-    sloppy: bool = False,
+    bids_dir: Path, output_dir: Path, labels: Iterable[Label], members: Collection[Member], *, sloppy: bool = False
 ) -> None:
     """Write what stands at the root of the derivatives.
 
     ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its sidecar, ``seg-varaug_dseg.tsv``.
-
-    Raises
-    ------
-    OutputError, DiskError
-        As `bids_varaug.atomic.replacing`.
     """
-    output_dir = Path(output_dir)
     description = dataset_description(bids_dir, output_dir, sloppy=sloppy)
     write_json(description, output_dir / names.DATASET_DESCRIPTION)
     _write_bidsignore(output_dir)
-    write_table(descriptions_table(members), output_dir / names.DESCRIPTIONS_TABLE)
-    write_json(_DESCRIPTIONS_SIDECAR, (output_dir / names.DESCRIPTIONS_TABLE).with_suffix(".json"))
+    path = output_dir / names.DESCRIPTIONS_TABLE
+    write_table(descriptions_table(members), path)
+    text = "What each desc- entity stands for; members with their checkpoints."
+    write_json({"Description": text} | _describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    write_table(lookup_table(labels), output_dir / names.LOOKUP_TABLE)
+    table = pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
+    write_table(table, output_dir / names.LOOKUP_TABLE)

@@ -129,6 +129,7 @@ def test_each_fixed_desc_has_a_row():
     assert {f"desc-{name}" for name in used - {"{member}"}} <= ids
 
 
-def test_lookup_table_has_the_columns_of_bids():
+def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
     labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
-    assert list(sidecars.lookup_table(labels).columns) == ["index", "name"]
+    sidecars.write_dataset_files(bids_dir, tmp_path, labels, MEMBERS)
+    assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"
