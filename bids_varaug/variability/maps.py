@@ -7,22 +7,18 @@ import numpy as np
 FLOAT32_BITS = 24.0
 """Significant bits of a float32: no result computed in float32 has more."""
 UNRELIABLE_BELOW = 0.75
-"""A voxel is unreliable where fewer than this share of the members chose the consensus label,
-that is, where more than a quarter of them voted otherwise."""
+"""A voxel is unreliable where fewer than this share of the members chose the consensus label."""
 
 
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     """Disagreement of the members about each voxel's label.
 
-    Shannon entropy of the empirical label distribution [1]_,
-    ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree,
-    ``log2(n_members)`` where all differ.
+    Shannon entropy of the empirical label distribution [1]_, ``H = -sum_k p_k log2(p_k)`` with
+    ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all differ.
 
     Parameters
     ----------
-    votes : (K, ...) unsigned integer
-        How many members chose each of the K labels; sums to `n_members` over K.
-    n_members : int
+    votes : (K, ...) unsigned integer, how many members chose each of the K labels; sums to `n_members` over K
 
     Returns
     -------
@@ -85,11 +81,10 @@ def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
 def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """How many leading bits of a value the perturbations leave alone.
 
-    ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where
-    all members agree exactly). This is Parker's estimate without a confidence level; the
-    ``significantdigits`` package subtracts from it a constant that depends on the number of
-    members (2.0 bits for 8 members at 95 % probability and 95 % confidence) [2]_, see
-    `regions.significant_bits_lower`. Without it, ensembles of different size can be compared.
+    ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree
+    exactly). This is Parker's estimate without a confidence level; the ``significantdigits`` package subtracts from it
+    a constant that depends on the number of members (2.0 bits for 8 members at 95 % probability and 95 % confidence)
+    [2]_, see `regions.significant_bits_lower`. Without it, ensembles of different size can be compared.
 
     Parameters
     ----------

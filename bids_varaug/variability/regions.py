@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -39,13 +38,8 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
 
     Parameters
     ----------
-    slabs : iterable of (M, n) uint8
-        Labels (class index) of all members in the voxels of a slab; any number of slabs.
+    slabs : any number of (M, n) uint8, labels (class index) of all members in the voxels of a slab
     n_members, n_classes : M, K
-
-    Returns
-    -------
-    RegionCounts
 
     Raises
     ------
@@ -94,8 +88,8 @@ def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> Non
 def pairwise_dice(counts: RegionCounts) -> np.ndarray:
     """Overlap of each structure between each two members.
 
-    ``Dice = 2 |A and B| / (|A| + |B|)`` [1]_: 1 where two members gave a structure the same
-    voxels, 0 where only one of them has it, NaN where neither has it.
+    ``Dice = 2 |A and B| / (|A| + |B|)`` [1]_: 1 where two members gave a structure the same voxels, 0 where only one of
+    them has it, NaN where neither has it.
 
     Returns
     -------
@@ -125,8 +119,7 @@ def group_members(families: Sequence[str]) -> dict[str, list[int]]:
 
     Returns
     -------
-    dict of str to list of int
-        Places in `families`.
+    Places in `families` of each group.
 
     Examples
     --------
@@ -150,12 +143,11 @@ def suffix_of(group: str) -> str:
 def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     """Lower confidence bound of the significant bits of each structure's volume.
 
-    ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative
-    to the members' mean: the number of bits that a further member would share with the mean with
-    a probability of 95 %, at a confidence of 95 % [1]_. It is `significant_bits` less a margin that
-    depends on the number of members (2.0 bits for 8). The package's standard deviation divides by
-    M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to
-    0 ... 24 bits.
+    ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative to the members' mean:
+    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of
+    95 % [1]_. It is `significant_bits` less a margin that depends on the number of members (2.0 bits for 8). The
+    package's standard deviation divides by M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8
+    members). Limited to 0 ... 24 bits.
 
     Parameters
     ----------
@@ -176,14 +168,9 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     if len(volumes) < 2 or not present.any():
         return bits
     bits[present] = significant_digits(
-        volumes[:, present],
-        reference=mean[present],
-        axis=0,
-        error=Error.Relative,
-        method=Method.CNH,
-        probability=PROBABILITY,
-        confidence=CONFIDENCE,
-    )
+        volumes[:, present], reference=mean[present], axis=0, error=Error.Relative, method=Method.CNH,
+        probability=PROBABILITY, confidence=CONFIDENCE,
+    )  # fmt: skip
     return np.clip(bits, 0.0, FLOAT32_BITS)
 
 
@@ -218,8 +205,8 @@ def region_table(
 ) -> pd.DataFrame:
     """Return the variability of each structure over the perturbed members.
 
-    If all members are of the baseline family, they take the perturbed members' place; one
-    member has a volume but no spread (NaN).
+    If all members are of the baseline family, they take the perturbed members' place; one member has a volume but no
+    spread (NaN).
 
     Parameters
     ----------
@@ -232,15 +219,12 @@ def region_table(
     Returns
     -------
     DataFrame, one row per structure
-        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits and
-        sigbits_lower [bit] of the volume, dice_min, dice_mean over all pairs of perturbed members,
-        entropy_mean [bit]; then all but the first two within each family, with ``_FAMILY`` after
-        the name. NaN where a value does not exist, as all do in a family of one member.
+        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits and sigbits_lower [bit] of the
+        volume, dice_min, dice_mean over all pairs of perturbed members, entropy_mean [bit]; then all but the first two
+        within each family, with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of
+        one member.
     """
-    columns = {
-        "index": [int(label.index) for label in labels],
-        "name": [label.name for label in labels],
-    }
+    columns = {"index": [int(label.index) for label in labels], "name": [label.name for label in labels]}
     dice = pairwise_dice(counts)
     nothing = np.full(len(labels), np.nan)
     for group, members in group_members(families).items():
@@ -264,11 +248,7 @@ def region_table(
 
 
 def members_table(
-    counts: RegionCounts,
-    members: Sequence[str],
-    families: Sequence[str],
-    labels: Sequence[Label],
-    voxel_volume: float,
+    counts: RegionCounts, members: Sequence[str], families: Sequence[str], labels: Sequence[Label], voxel_volume: float
 ) -> pd.DataFrame:
     """Return the volume of every structure by every member, baseline included.
 
@@ -287,11 +267,6 @@ def members_table(
 
 def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Least and mean Dice over the pairs of `members` that have the structure at all, (K,)."""
-    found = [dice[a, b] for a, b in combinations(members, 2)]
-    pairs = np.array(found).reshape(-1, dice.shape[2])
-    known = ~np.isnan(pairs)
-    count = known.sum(axis=0)
-    least = np.where(known, pairs, np.inf).min(axis=0, initial=np.inf)
-    total = np.where(known, pairs, 0).sum(axis=0)
-    some = np.where(count > 0, count, np.nan)
-    return np.where(count > 0, least, np.nan), total / some
+    pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]
+    count = (~np.isnan(pairs)).sum(axis=0)
+    return np.fmin.reduce(pairs, axis=0, initial=np.nan), np.nansum(pairs, axis=0) / np.where(count > 0, count, np.nan)
