@@ -16,40 +16,32 @@ from bids_varaug.settings import Settings
 
 
 def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
-    """Write ``logs/CITATION.md`` and the settings of a run of the participant level."""
-    citation = cite_participant(settings, ensemble, members)
-    _write(settings, settings_toml(settings, ensemble, members), citation, "CITATION.md")
+    """Write ``logs/CITATION.md``, and as TOML the settings of a run of the participant level and the checksums."""
+    tables = {
+        "ensemble": {"name": ensemble.name, "version": ensemble.version},
+        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in members},
+    }
+    _write(settings, tables, cite_participant(settings, ensemble, members), "CITATION.md")
 
 
 def write_group_logs(settings: Settings, citation: Citation) -> None:
     """Write ``logs/CITATION_group.md`` and the settings of a run of the group level."""
-    _write(settings, _toml_table("settings", vars(settings)), citation, "CITATION_group.md")
+    _write(settings, {}, citation, "CITATION_group.md")
 
 
-def _write(settings: Settings, text: str, citation: Citation, citation_name: str) -> None:
+def _write(settings: Settings, tables: Mapping[str, Mapping[str, str]], citation: Citation, name: str) -> None:
+    # The settings have a table of their own: "ensemble" is one of them too, as it was asked for.
+    text = "\n".join(_toml_table(*item) for item in {"settings": vars(settings), **tables}.items())
     # Several runs may share one output directory; equal requests share one file.
     folder, digest = names.logs(settings.output_dir), hashlib.sha256(text.encode()).hexdigest()[:8]
     write_text(text, folder / f"settings-{digest}.toml")
-    write_text(citation.markdown(), folder / citation_name)
+    write_text(citation.markdown(), folder / name)
 
 
 def cite_participant(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Citation:
     """How to cite a run of the participant level."""
     run = {"ensemble": ensemble, "members": members, "sloppy": settings.sloppy, "n_grids": settings.grids}
     return cite("participant", package_versions(), **run)
-
-
-def settings_toml(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> str:
-    """Return the settings, and the members' ensemble and checksums, as TOML.
-
-    The settings have a table of their own: ``ensemble`` is one of them too, as it was asked for.
-    """
-    tables = {
-        "settings": vars(settings),
-        "ensemble": {"name": ensemble.name, "version": ensemble.version},
-        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in members},
-    }
-    return "\n".join(_toml_table(name, values) for name, values in tables.items())
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> str:
@@ -70,9 +62,7 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, int | float):
-        return repr(value)
+        return str(value).lower()  # True, too
     # JSON strings are TOML strings, but for DEL, which TOML wants escaped too.
     return json.dumps(str(value)).replace("\x7f", "\\u007f")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,11 @@ import numba
 import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import FileBasedHeader
 from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.atomic import write_json
-from bids_varaug.derivatives.names import OF_FAMILY, SEGMENTATION, ScanRequest
+from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, sidecar
 from bids_varaug.derivatives.write import write_image, write_table
 from bids_varaug.errors import UserError
@@ -58,15 +59,15 @@ class Intermediate:
     posteriors: tuple[Path, ...]
 
 
+@dataclass
 class ScanWriter:
     """Writes one scan's outputs, each with its sidecar, and remembers them."""
 
-    def __init__(self, request: ScanRequest, geometry: Geometry, skull_stripped: bool):
-        self.request = request
-        self.affine = geometry.native_affine
-        self.skull_stripped = skull_stripped
-        self.header = nib.load(request.scan.path).header
-        self.written: list[Path] = []
+    request: ScanRequest
+    affine: np.ndarray
+    header: FileBasedHeader  # of the T1w
+    skull_stripped: bool
+    written: list[Path] = field(default_factory=list)
 
     def image(
         self,
@@ -79,10 +80,6 @@ class ScanWriter:
         """Write an image on the T1w's grid; `extra` goes to its sidecar."""
         self.written.append(write_image(data, self.affine, self.request.path(key, member), self.header, slope))
         self.sidecar(key, member, extra)
-
-    def table(self, key: str, table: pd.DataFrame) -> None:
-        """Write a table without a sidecar."""
-        self.written.append(write_table(table, self.request.path(key)))
 
     def sidecar(self, key: str, member: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Write the sidecar of an output."""
@@ -108,17 +105,15 @@ def write_scan(
     ids = np.array([label.index for label in ensemble.labels])
     ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
-    shape = (*geometry.native_shape, len(ids))
-    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, shape)
+    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
     consensus = _to_native(files.mean, geometry, dense, ensemble.temperature)
     brain, labels = consensus > 0, ids[consensus]
-    brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
-    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
-    writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
+    affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
+    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
+    writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
     regions, members, limits = _tables(request, files, geometry)
-    image = cast(SpatialImage, nib.load(request.scan.path))
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
-    doubts = find_warnings(voxel_sizes(geometry.native_affine), t1w, labels)
+    doubts = find_warnings(voxel_sizes(affine), t1w, labels)
     few = describe_families(Counter(member.family for member in request.perturbed))
     told = {
         "VolumeLimits": limits,
@@ -129,7 +124,7 @@ def write_scan(
     writer.image("brain_mask", brain)
     calibration = {"Temperature": ensemble.temperature, "TemperatureDescription": _TEMPERATURE_TEXT}
     writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)
-    del dense, consensus, labels, brain, t1w
+    del dense, consensus, labels, brain, t1w, image
     dense_file.unlink()
     for member, path in zip(request.members, files.posteriors, strict=True):
         if member.is_baseline:
@@ -143,10 +138,10 @@ def write_scan(
         for key in (*_OUTSIDE, "unreliable_mask"):
             request.path(key).unlink(missing_ok=True)
             request.sidecar(key).unlink(missing_ok=True)
-    writer.table("regions_tsv", regions)  # which shares the sidecar of the consensus labels
-    writer.table("members_tsv", members)
-    # The group level must not mix ensembles or versions.
-    origin = _origin(request)
+    # The table of regions shares the sidecar of the consensus labels.
+    for key, table in (("regions_tsv", regions), ("members_tsv", members)):
+        writer.written.append(write_table(table, request.path(key)))
+    origin = _origin(request)  # the group level must not mix ensembles or versions
     _remove_strangers(request, origin, writer.written)
     writer.sidecar("members_tsv", extra=origin)
     return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
@@ -186,13 +181,9 @@ def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tu
         }
     labels, voxel = request.ensemble.labels, voxel_volume(geometry.conformed_affine)
     age, sex, doubt = _age_and_sex(request)
-    regions = judge_regions(
-        region_table(counts, families, labels, voxel, entropy),
-        Counter(member.family for member in request.perturbed),
-        max(voxel, voxel_volume(geometry.native_affine)),
-        age,
-        sex,
-    )
+    table = region_table(counts, families, labels, voxel, entropy)
+    coarser = max(voxel, voxel_volume(geometry.native_affine))
+    regions = judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)
     volumes = members_table(counts, [member.id for member in request.members], families, labels, voxel)
     return regions, volumes, f"{describe_limits(age, sex)}{doubt}."
 
@@ -242,6 +233,6 @@ def _remove_strangers(request: ScanRequest, origin: Mapping[str, Any], written: 
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():
-        ours = old.name.startswith(f"{request.scan.prefix}_seg-{SEGMENTATION}_")
+        ours = old.name.startswith(f"{request.scan.prefix}_seg-varaug_")
         if ours and old.name.partition(".")[0] not in stems:
             old.unlink()

@@ -75,14 +75,7 @@ def raw_link(bids_dir: Path, output_dir: Path) -> str:
 def dataset_description(
     bids_dir: Path, output_dir: Path, *, sloppy: bool = False, environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Content of ``dataset_description.json`` of the derivatives.
-
-    Parameters
-    ----------
-    bids_dir, output_dir : absolute
-    sloppy : whether to warn that the results are for tests only
-    environ : where to look for the container's name; default ``os.environ``
-    """
+    """Content of ``dataset_description.json``; both paths are absolute, and the environment names the container."""
     try:
         source = dict(json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
@@ -146,16 +139,13 @@ def sidecar(
     if output.extension != ".tsv":
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
         content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
-    if output.suffix == "statmap":
-        content["SkullStripped"] = skull_stripped
-    if output.suffix == "dseg":
-        content["Manual"] = False
-    if output.suffix == "mask":
-        content["Type"] = "Brain" if key == "brain_mask" else "ROI"
-    if output.units:
-        content["Units"] = output.units
-    if output.suffix == "probseg":
-        content["LabelMap"] = [label.name for label in request.ensemble.labels]
+    of_suffix: dict[str, dict[str, Any]] = {
+        "dseg": {"Manual": False},
+        "mask": {"Type": "Brain" if key == "brain_mask" else "ROI"},
+        "probseg": {"LabelMap": [label.name for label in request.ensemble.labels]},
+        "statmap": {"SkullStripped": skull_stripped, "Units": output.units},
+    }
+    content |= of_suffix.get(output.suffix, {})
     members = _members_behind(request, key, member)
     content["Members"] = [m.id for m in members]
     if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
@@ -216,11 +206,7 @@ def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
     path = output_dir / names.DATASET_DESCRIPTION
     if not path.exists():  # features from a table
         write_json(dataset_description(bids_dir, output_dir), path)
-    _write_bidsignore(output_dir)
-
-
-def _write_bidsignore(output_dir: Path) -> None:
-    write_text("\n".join(names.bidsignore_lines()) + "\n", output_dir / ".bidsignore")
+    write_text(names.bidsignore(), output_dir / ".bidsignore")
 
 
 def write_dataset_files(
@@ -232,7 +218,7 @@ def write_dataset_files(
     """
     description = dataset_description(bids_dir, output_dir, sloppy=sloppy)
     write_json(description, output_dir / names.DATASET_DESCRIPTION)
-    _write_bidsignore(output_dir)
+    write_text(names.bidsignore(), output_dir / ".bidsignore")
     path = output_dir / names.DESCRIPTIONS_TABLE
     write_table(descriptions_table(members), path)
     text = "What each desc- entity stands for; members with their checkpoints."

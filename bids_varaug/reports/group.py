@@ -29,26 +29,15 @@ ADVICE = "Run the group level again without --reports-only."
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What every page says of the run.
+    """What every page says of the run."""
 
-    Attributes
-    ----------
-    methods : paragraph of a `Citation`
-    left_out : reason by participant or observation
-    warnings : sentences shown at the top
-    source : what the features are, shown as a list of name and value
-    settings, versions : of the run, and of packages
-    title : e.g. the dataset's name; by default what the page shows
-    sloppy : whether made with --sloppy
-    """
-
-    methods: str
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    methods: str  # of a `Citation`
+    left_out: Mapping[str, str] = field(default_factory=dict)  # reason by participant or observation
     warnings: Sequence[str] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)  # what the features are
     settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)  # of packages
+    title: str = ""  # e.g. the dataset's name; by default what the page shows
     sloppy: bool = False
 
 
@@ -95,29 +84,17 @@ def load_page(path: Path) -> Page:
 
 @dataclass(frozen=True, eq=False)
 class ComparedPipeline:
-    """Another pipeline's repeated runs beside ours.
+    """Another pipeline's repeated runs beside ours."""
 
-    Attributes
-    ----------
-    name : as given to --compare
-    numerics : its table of `population.numerical_variability`
-    comparison : of `population.compare_pipelines`, ours against it
-    """
-
-    name: str
-    numerics: pd.DataFrame
-    comparison: pd.DataFrame
+    name: str  # as given to --compare
+    numerics: pd.DataFrame  # of `population.numerical_variability`
+    comparison: pd.DataFrame  # of `population.compare_pipelines`, ours against it
 
 
 def study_page(
     run: RunInfo, study: Study, numerics: pd.DataFrame | None = None, compared: Sequence[ComparedPipeline] = ()
 ) -> Page:
-    """Page of a group that a model was scored in.
-
-    Parameters
-    ----------
-    numerics : table of `population.numerical_variability`; None without members
-    """
+    """Page of a group that a model was scored in; `numerics` (`population.numerical_variability`) needs members."""
     best = best_augmentation(study)
     shown = study.scores.assign(augmentation=study.scores["augmentation"].str.replace("_", " "))
     marked = ["marked" if name == best else "" for name in study.scores["augmentation"]]
@@ -165,13 +142,7 @@ def study_page(
 
 
 def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]) -> Page:
-    """Page of a model applied to other people.
-
-    Parameters
-    ----------
-    predicted : of `model_file.apply_model`
-    model : what was applied, shown as a list of name and value
-    """
+    """Page of a model applied to other people: what `model_file.apply_model` predicts, and what is known of it."""
     people = applied_tables(predicted)[PHENOTYPE_TABLE]
     known = people[people["age"].notna()]
     with_age = predicted[predicted["age"].astype(float).notna()]

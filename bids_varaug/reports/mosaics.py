@@ -48,24 +48,15 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class MapStyle:
-    """How a scalar map is coloured.
-
-    Attributes
-    ----------
-    title, unit : text of the colour bar
-    low, high : ends of the colour bar, in the map's unit
-    negligible : value at which the map is fully transparent
-    solid : value from which on it is opaque; below `negligible` where small values matter
-    colormap : perceptually uniform colormap of matplotlib
-    """
+    """How a scalar map is coloured."""
 
     title: str
     unit: str
-    low: float
+    low: float  # ends of the colour bar
     high: float
-    negligible: float
-    solid: float
-    colormap: str
+    negligible: float  # fully transparent
+    solid: float  # opaque from here on; below `negligible` where small values matter
+    colormap: str  # of matplotlib, perceptually uniform
 
 
 MAP_STYLES: dict[str, MapStyle] = {
@@ -85,12 +76,6 @@ class Mosaic:
     affine : (4, 4) float, voxel to world [mm]
     n_slices : slices per plane
     max_width : of the mosaic [px]
-
-    Attributes
-    ----------
-    zooms : voxel size along the RAS axes [mm]
-    box : first and past-the-last voxel shown along the RAS axes
-    cuts : for each RAS axis, the voxel indices of its slices
     """
 
     def __init__(
@@ -99,9 +84,9 @@ class Mosaic:
         self._shape, self._orientation = labels.shape, io_orientation(affine)
         self._labels = self._to_ras(labels)
         self._affine = affine @ inv_ornt_aff(self._orientation, labels.shape)
-        self.zooms = voxel_sizes(self._affine)
-        self.box: list[tuple[int, int]] = []
-        self.cuts: list[list[int]] = []
+        self.zooms = voxel_sizes(self._affine)  # along the RAS axes, as all that follows
+        self.box: list[tuple[int, int]] = []  # first and past-the-last voxel shown
+        self.cuts: list[list[int]] = []  # voxel indices of the slices
         for axis, (size, zoom) in enumerate(zip(self._labels.shape, self.zooms, strict=True)):
             others = tuple(a for a in range(3) if a != axis)
             inside = np.flatnonzero((self._labels > 0).any(axis=others))
@@ -189,10 +174,7 @@ class Mosaic:
         legend: Mapping[str, RGB] = MappingProxyType({}),
         bar: MapStyle | None = None,
     ) -> bytes:
-        """PNG of the grey slices, each painted over, above a legend or a colour bar.
-
-        `paint` changes a slice (height, width, 3) uint8, of which it gets the RAS axis and index.
-        """
+        """Grey slices (height, width, 3) uint8, each painted over in place, above a legend or a colour bar."""
         cell = max(gray.shape[1] for gray in self._gray.values())
         heights = {axis: self._gray[axis, self.cuts[axis][0]].shape[0] for axis in ROWS}
         width = len(self.cuts[0]) * (cell + GAP) + GAP
@@ -247,10 +229,8 @@ def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def draw_contours(rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, RGB]) -> None:
-    """Colour the pixels of each structure that touch another one, in place.
-
-    White matter touches nearly everything and gives way, so that lines stay one pixel wide.
-    """
+    """Colour the pixels of each structure that touch another one, in place."""
+    # White matter touches nearly everything and gives way, so that lines stay one pixel wide.
     edge = np.zeros(labels.shape, bool)
     gives_way = np.isin(labels, WHITE_MATTER)
     for axis in (0, 1):

@@ -35,39 +35,25 @@ NO_VERDICTS = (
     "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
 )
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
-# Settings that do not change this participant's result (place, speed, other participants), and those of the group
-# level. A job array must write the same report.
-_NOT_SHOWN = set(
-    "output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only clean_workdir "
-    "stop_on_first_crash participant_labels exclude_participant_labels skip_bids_validation bids_database_dir "
-    "age_column site_column sex_column brainage_model augmentation cv_folds features_table apply_model relative_to "
-    "asymmetries log_volumes compare".split()
-)
+# Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
+# the same report.
+_SHOWN = (
+    "bids_dir", "level", "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members",
+    "perturb_inference", "grids", "write_members", "family_maps", "random_seed", "sloppy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What is shown of one T1w image.
+    """What is shown of one T1w image."""
 
-    Attributes
-    ----------
-    prefix : e.g. "sub-01_ses-a_run-1"
-    figures : name to PNG file, in the order shown; the template explains consensus, volumes,
-        entropy, sigbits, std and unreliable; others are shown under their own name
-    regions : table as in ``desc-consensus_dseg.tsv`` (index, name, volume_mean, ...)
-    members : table as in ``desc-members_morph.tsv`` (member, family, index, name, volume)
-    warnings : sentences
-    limits : whose limits of volume apply
-    provenance : what was done to this image, shown as a list of name and value
-    """
-
-    prefix: str
-    figures: Mapping[str, bytes]
-    regions: pd.DataFrame
-    members: pd.DataFrame
+    prefix: str  # e.g. "sub-01_ses-a_run-1"
+    figures: Mapping[str, bytes]  # PNG files in the order shown; those that the template lacks under their own names
+    regions: pd.DataFrame  # as in desc-consensus_dseg.tsv
+    members: pd.DataFrame  # as in desc-members_morph.tsv
     warnings: Sequence[str] = ()
-    limits: str = ""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    limits: str = ""  # whose limits of volume apply
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # what was done to this image
 
 
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
@@ -76,9 +62,7 @@ def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     Raises
     ------
     ScanError
-        If a derivative that the report needs is missing.
-    OutputError
-        If it cannot be written.
+        If a derivative that the report needs is missing or damaged.
     """
     return write_participant_report(requests[0], [scan_report(request) for request in requests])
 
@@ -135,14 +119,11 @@ def _existing(path: Path, request: ScanRequest) -> Path:
 
 def shown_settings(settings: Settings) -> dict[str, Any]:
     """Settings that decide what the participant level writes."""
-    return {name: value for name, value in vars(settings).items() if name not in _NOT_SHOWN}
+    return {name: getattr(settings, name) for name in _SHOWN}
 
 
 def write_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> Path:
-    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
-
-    The same content gives the same bytes. Parameters are those of `render_participant_report`.
-    """
+    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path."""
     path = names.report(request.settings.output_dir, request.scan.subject)
     for scan in scans:
         for name, png in scan.figures.items():
@@ -164,13 +145,7 @@ def figure_name(prefix: str, name: str) -> str:
 
 
 def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> str:
-    """Return the report as one HTML text; every value is escaped.
-
-    Parameters
-    ----------
-    request : of any of the participant's scans: participant, settings, ensemble and members
-    scans : in the order shown
-    """
+    """Return the report on scans, of any of which `request` is, as one HTML text; every value is escaped."""
     settings, members = request.settings, request.members
     columns = table_columns("members")
     rows = pd.DataFrame([{name: getattr(member, name) for name in columns} for member in members])

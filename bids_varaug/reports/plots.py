@@ -64,24 +64,19 @@ _styled = matplotlib.style.context(["default", STYLE])
 def draw_ages(predictions: pd.DataFrame) -> str:
     """SVG of predicted against true age, with prediction intervals and numerical spread.
 
-    Parameters
-    ----------
-    predictions : rows of one augmentation of `Study.predictions`
-        Of more than 150 observations, intervals of 150 spread evenly over age are drawn.
+    Of more than `SHOWN_INTERVALS` rows of `Study.predictions`, the intervals of that many, evenly over age, are drawn.
     """
     table = predictions.sort_values("age", kind="stable")
     figure = Figure(figsize=(7.6, 6.4))
     axes = figure.add_axes((0.1, 0.1, 0.88, 0.8))
+    ages = table["age"].astype(float)
     limits = table[["age", "predicted", "lower", "upper"]].to_numpy(float)
     limits = limits[np.isfinite(limits)]
-    low, high = (limits.min(), limits.max()) if limits.size else (0.0, 100.0)
-    margin = 0.03 * (high - low) + 0.5
+    low, high = limits.min(), limits.max()
     axes.plot([low, high], [low, high], color=GREY, linewidth=1, dashes=(4, 3), zorder=1, label="predicted = true")
     chosen = np.unique(np.linspace(0, len(table) - 1, SHOWN_INTERVALS).round().astype(int))
     _draw_people(axes, table["age"], table, chosen if len(table) > SHOWN_INTERVALS else slice(None))
-    ages = table["age"].to_numpy(float)
-    pad = 0.03 * (ages.max() - ages.min()) + 0.5
-    axes.set(xlim=(ages.min() - pad, ages.max() + pad), ylim=(low - margin, high + margin))
+    axes.set(xlim=_padded(ages.min(), ages.max()), ylim=_padded(low, high))
     axes.set(xlabel="true age [years]", ylabel="predicted age, out of sample [years]")
     figure.legend(bbox_to_anchor=(0.09, 1.0), ncols=2, fontsize=FONT - 0.5)
     return _svg(figure)
@@ -89,12 +84,7 @@ def draw_ages(predictions: pd.DataFrame) -> str:
 
 @_styled
 def draw_ranked(predictions: pd.DataFrame) -> str:
-    """SVG of predicted ages in ascending order, with intervals and numerical spread; no age is needed.
-
-    Parameters
-    ----------
-    predictions : of `model_file.apply_model`
-    """
+    """SVG of predicted ages in ascending order, with intervals and numerical spread; no age is needed."""
     table = predictions.sort_values("predicted", kind="stable")
     figure = Figure(figsize=(7.6, 4.8))
     axes = figure.add_axes((0.1, 0.13, 0.88, 0.76))
@@ -102,6 +92,11 @@ def draw_ranked(predictions: pd.DataFrame) -> str:
     axes.set(xlabel="image, in the order of predicted age", ylabel="predicted age [years]")
     figure.legend(bbox_to_anchor=(0.09, 1.0), ncols=3, fontsize=FONT - 0.5)
     return _svg(figure)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.03 * (high - low) + 0.5
+    return low - margin, high + margin
 
 
 def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarray | slice = slice(None)) -> None:
@@ -124,12 +119,7 @@ def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarra
 
 @_styled
 def draw_gains(gains: pd.DataFrame) -> str:
-    """SVG of the paired gain of each augmentation with its 95 % confidence interval; controls last.
-
-    Parameters
-    ----------
-    gains : `Study.gains`
-    """
+    """SVG of the paired gain of each augmentation (`Study.gains`) with its confidence interval; controls last."""
     rows = gains.set_index("augmentation")
     rows = rows.loc[sorted(rows.index, key=lambda name: name in CONTROLS)]
     height = 1.2 + 0.46 * len(rows)
@@ -153,12 +143,7 @@ def draw_gains(gains: pd.DataFrame) -> str:
 
 @_styled
 def draw_learning_curve(curve: pd.DataFrame) -> str:
-    """SVG of the mean absolute error against the number of training participants.
-
-    Parameters
-    ----------
-    curve : `Study.learning_curve`
-    """
+    """SVG of the mean absolute error against the number of training participants (`Study.learning_curve`)."""
     figure = Figure(figsize=(8.2, 4.6))
     axes = figure.add_axes((0.09, 0.12, 0.68, 0.84))
     names = list(dict.fromkeys(curve["augmentation"]))
@@ -179,12 +164,9 @@ def draw_learning_curve(curve: pd.DataFrame) -> str:
 
 @_styled
 def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame]] = ()) -> str:
-    """SVG of the numerical against the anatomical standard deviation of each structure, with 95 % intervals.
+    """SVG of the numerical over the anatomical standard deviation of each structure, with 95 % intervals.
 
-    Parameters
-    ----------
-    numerics : table of `population.numerical_variability`
-    others : name and table of each pipeline to compare with
+    Tables of `population.numerical_variability`: ours, and with their names those of other pipelines.
     """
     order = pair_sides(numerics["name"])[:MAX_ROWS]
     series = [("this ensemble", numerics, BLUE, "o")]
@@ -220,11 +202,8 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
     """PNG of the volumes of every structure, one dot per member, relative to the mean of the members.
 
     The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond, so that structures of
-    0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis.
-
-    Parameters
-    ----------
-    members : table with columns member, family, index, name, volume [mm3]
+    0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis. Columns
+    of `members`: member, family, index, name, volume [mm3].
     """
     order = pair_sides(members.loc[members["index"] != 0, "name"].drop_duplicates())[:MAX_ROWS]
     relative = members["member"].nunique() > 1

@@ -50,14 +50,11 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
 
 
 def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
-    """Standard deviation over members from sums of squared deviations from their mean.
-
-    ``sd = sqrt(squares / (n_members - 1))``, the sample standard deviation.
+    """Sample standard deviation over members, ``sqrt(squares / (n_members - 1))``.
 
     Parameters
     ----------
     squares : (...) float, ``sum_m (x_m - mean)**2`` as Welford's recurrence [1]_ leaves it
-    n_members : int
 
     Returns
     -------
@@ -113,15 +110,11 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
 
 
 def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
-    """Voxels on whose label too many members disagree with the consensus.
+    """Voxels (...) bool, where a share below `UNRELIABLE_BELOW` of the members chose the consensus label.
 
     Parameters
     ----------
-    votes_for : (...) integer, how many members chose the consensus label
-
-    Returns
-    -------
-    (...) bool, True where their share is below `UNRELIABLE_BELOW`
+    votes_for : (...) integer, how many members chose it
 
     Examples
     --------

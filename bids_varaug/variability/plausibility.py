@@ -1,7 +1,4 @@
-"""What speaks against an image: odd voxels, a cut brain, a contrast unlike the training's.
-
-Each check returns a warning, or None. `labels` are (X, Y, Z) FreeSurfer ids, 0 = background, on the grid of `t1w`.
-"""
+"""What speaks against an image: each check returns a warning, or None."""
 
 from __future__ import annotations
 
@@ -24,12 +21,10 @@ def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -
     ----------
     zooms : (3,) voxel size [mm]
     t1w : (X, Y, Z) number, native grid
-    labels : (X, Y, Z) integer, consensus, native grid
+    labels : (X, Y, Z) integer, consensus, native grid; FreeSurfer ids, 0 = background
     """
-    checks = (
-        check_voxel_size(zooms), check_field_of_view(labels), check_contrast(t1w, labels), check_saturation(t1w, labels),
-    )  # fmt: skip
-    return [warning for warning in checks if warning]
+    found = check_contrast(t1w, labels), check_saturation(t1w, labels)
+    return [text for text in (check_voxel_size(zooms), check_field_of_view(labels), *found) if text]
 
 
 def check_voxel_size(zooms: Sequence[float]) -> str | None:

@@ -43,22 +43,18 @@ _BETWEEN = "; "  # reasons
 
 @dataclass(frozen=True)
 class Threshold:
-    """From where on a measure calls for caution, and from where on it makes a volume unreliable.
-
-    `sign` is 1 where more is worse, -1 where less is worse; `text` is filled with the measure and the threshold it has
-    passed.
-    """
+    """From where on a measure calls for caution, and from where on it makes a volume unreliable."""
 
     caution: float
     unreliable: float
-    sign: int
-    text: str
+    sign: int  # 1 where more is worse, -1 where less is worse
+    text: str  # takes the measure and the threshold it has passed
 
 
 THRESHOLDS = {
-    # A volume lies within 1.96 CV of the members' mean in 95 % of networks: 10 % is +-20 %. 5 % is what scanning one man
-    # again on other scanners gives (FreeSurfer 8 and FastSurfer: hippocampus 2.2 and 2.8 %, accumbens 3.1 and 6.9 %
-    # [4]_): above it, chance adds more than the scanner.
+    # A volume lies within 1.96 CV of the members' mean in 95 % of networks: 10 % is +-20 %. 5 % is what scanning one
+    # man again on other scanners gives (FreeSurfer 8 and FastSurfer: hippocampus 2.2 and 2.8 %, accumbens 3.1 and
+    # 6.9 % [4]_): above it, chance adds more than the scanner.
     "cv": Threshold(0.05, 0.10, 1, "CV {:.1%} (above {:.0%})"),
     # Above 0.7 agreement counts as excellent [3]_. The least Dice of FreeSurfer under Monte Carlo arithmetic, and of
     # FastSurfer over seeds, is 0.8 in the median person for the worst structure (inferior lateral ventricle 0.81,

@@ -21,13 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RegionCounts:
-    """How many voxels each member gave each structure, and each pair of members agreed on.
-
-    Attributes
-    ----------
-    volumes : (M, K) int64, voxels
-    intersections : (M, M, K) int64, voxels with class k in both; symmetric, diagonal = `volumes`
-    """
+    """Voxels that each member gave each structure, (M, K) int64, and that each two members agree on, (M, M, K) int64."""
 
     volumes: np.ndarray
     intersections: np.ndarray
@@ -111,15 +105,11 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
 
 
 def group_members(families: Sequence[str]) -> dict[str, list[int]]:
-    """Group perturbed members: `ALL` together, then those of each family.
+    """Number the perturbed members: `ALL` together, then those of each family.
 
     Parameters
     ----------
     families : (M,) family of each member; the baseline counts only where it is alone
-
-    Returns
-    -------
-    Places in `families` of each group.
 
     Examples
     --------
@@ -210,7 +200,7 @@ def region_table(
 
     Parameters
     ----------
-    counts : of all members, in the order of `families`
+    counts : of all members
     families : (M,) family of each member
     labels : K labels, background first; it is left out of the table
     voxel_volume : mm3
@@ -257,12 +247,12 @@ def members_table(
     DataFrame, one row per member and structure
         member, family, index, name, volume [mm3]
     """
-    rows = [
-        (member, family, int(label.index), label.name, float(count) * float(voxel_volume))
+    structures = pd.DataFrame({"index": [label.index for label in labels], "name": [label.name for label in labels]})
+    tables = [
+        structures.assign(member=member, family=family, volume=volumes * float(voxel_volume))[1:]
         for member, family, volumes in zip(members, families, counts.volumes, strict=True)
-        for label, count in zip(labels[1:], volumes[1:], strict=True)
     ]
-    return pd.DataFrame(rows, columns=["member", "family", "index", "name", "volume"])
+    return pd.concat(tables, ignore_index=True)[["member", "family", "index", "name", "volume"]]
 
 
 def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
