@@ -61,13 +61,10 @@ def references() -> dict[str, Reference]:
 
 
 def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
-    """How to cite a run, by the template ``data/templates/methods_<what>.md``.
+    """How to cite a run.
 
-    Parameters
-    ----------
-    what : "participant", "group" or "applied" (a model fitted to other people)
-    versions : package name to version, as `sidecars.package_versions` gives them
-    values : what the run did, as the head of the template lists it
+    By the template ``data/templates/methods_<what>.md`` ("participant", "group", or "applied": a model fitted to other
+    people), whose head lists the values that it takes, and versions as of `sidecars.package_versions`.
     """
     # Line ends and indents of the template mean nothing.
     return Citation(" ".join(render(f"methods_{what}.md", versions=versions, **values).split()))

@@ -1,6 +1,6 @@
-"""The one table of outputs: names, schema status, units and meaning of each.
+"""The one table of outputs: names, units and meaning of each.
 
-Writing, ``.bidsignore``, sidecars, the README's table and the tests read `OUTPUTS`. A new output is a new row of
+Writing, sidecars, the README's table and the tests read `OUTPUTS`. A new output is a new row of
 ``data/templates/outputs.tsv``; what the columns of tables mean is in ``columns.tsv`` beside it.
 """
 
@@ -74,13 +74,8 @@ class Output:
 
     @property
     def extension(self) -> str:
-        """ ".nii.gz" of images, ".tsv" of tables."""
+        """Of images ``.nii.gz``, of tables ``.tsv``."""
         return "." + self.pattern.partition(".")[2]
-
-    @property
-    def schema_valid(self) -> bool:
-        """Whether BIDS has such a name; otherwise ``.bidsignore`` must list it."""
-        return self.suffix not in ("statmap", "morph")
 
     @property
     def per_member(self) -> bool:
@@ -157,6 +152,5 @@ def logs(output_dir: Path) -> Path:
 
 def bidsignore() -> str:
     """Patterns of what BIDS has no name for: some outputs, reports, figures and models."""
-    suffixes = {f"*_{output.suffix}.*" for output in OUTPUTS.values() if not output.schema_valid}
     # 'figures/' would match a folder's name only, and the validator still look inside.
-    return "\n".join(["*.html", "figures", "models", *sorted(suffixes)]) + "\n"
+    return "*.html\nfigures\nmodels\n*_morph.*\n*_statmap.*\n"

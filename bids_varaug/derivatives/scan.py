@@ -26,15 +26,9 @@ from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.segmentation.posterior import load_posterior
+from bids_varaug.variability import quality
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
-from bids_varaug.variability.quality import (
-    describe_families,
-    describe_limits,
-    describe_thresholds,
-    describe_verdicts,
-    judge_regions,
-)
 from bids_varaug.variability.regions import ALL, RegionCounts, group_members, members_table, region_table, suffix_of
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
@@ -114,11 +108,11 @@ def write_scan(
     regions, members, limits = _tables(request, files, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
     doubts = find_warnings(voxel_sizes(affine), t1w, labels)
-    few = describe_families(Counter(member.family for member in request.perturbed))
+    few = quality.describe_families(Counter(member.family for member in request.perturbed))
     told = {
         "VolumeLimits": limits,
-        "VerdictThresholds": describe_thresholds(),
-        "Warnings": [*geometry.warnings, *doubts, *few, *describe_verdicts(regions)],
+        "VerdictThresholds": quality.describe_thresholds(),
+        "Warnings": [*geometry.warnings, *doubts, *few, *quality.describe_verdicts(regions)],
     }
     writer.image("consensus_dseg", labels, extra=told)
     writer.image("brain_mask", brain)
@@ -144,7 +138,7 @@ def write_scan(
     origin = _origin(request)  # the group level must not mix ensembles or versions
     _remove_strangers(request, origin, writer.written)
     writer.sidecar("members_tsv", extra=origin)
-    return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
+    return writer.written, [*doubts, *quality.describe_verdicts(regions, n_named=3)]
 
 
 def _to_native(file: Path, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
@@ -183,9 +177,9 @@ def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tu
     age, sex, doubt = _age_and_sex(request)
     table = region_table(counts, families, labels, voxel, entropy)
     coarser = max(voxel, voxel_volume(geometry.native_affine))
-    regions = judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)
+    regions = quality.judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)
     volumes = members_table(counts, [member.id for member in request.members], families, labels, voxel)
-    return regions, volumes, f"{describe_limits(age, sex)}{doubt}."
+    return regions, volumes, f"{quality.describe_limits(age, sex)}{doubt}."
 
 
 def _age_and_sex(request: ScanRequest) -> tuple[float | None, str | None, str]:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from bids_varaug import __version__
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.names import ScanRequest
@@ -25,7 +26,6 @@ TOOL = "bids_varaug"
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
-CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
 """On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
@@ -45,11 +45,8 @@ _SUMMARY_TEXTS = {
 
 
 def package_version() -> str:
-    """Version of the installed package, ``0+unknown`` where it is not installed."""
-    try:
-        return importlib.metadata.version(TOOL)
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
+    """Version of this package."""
+    return __version__
 
 
 def package_versions() -> dict[str, str]:
@@ -58,15 +55,7 @@ def package_versions() -> dict[str, str]:
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
-    """URI of the input dataset, as seen from the output: relative where they lie together.
-
-    Examples
-    --------
-    >>> raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug"))
-    '../..'
-    >>> raw_link(Path("/d/ds"), Path("/out"))
-    'file:///d/ds'
-    """
+    """URI of the input dataset, as seen from the output: relative where they lie together."""
     if bids_dir in output_dir.parents or bids_dir.parent == output_dir.parent != Path("/"):
         return quote(Path(os.path.relpath(bids_dir, output_dir)).as_posix())
     return bids_dir.as_uri()
@@ -81,16 +70,12 @@ def dataset_description(
     except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
         source = {}
     link = raw_link(bids_dir, output_dir)
+    container = _container(os.environ if environ is None else environ)
     generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
-    if sloppy:
-        generated["Description"] = SLOPPY_NOTE
-    if container := _container(os.environ if environ is None else environ):
-        generated["Container"] = container
-    origin = {"URL": link}
+    generated |= ({"Description": SLOPPY_NOTE} if sloppy else {}) | ({"Container": container} if container else {})
     doi = source.get("DatasetDOI")
-    if isinstance(doi, str) and doi:
-        bare = doi.removeprefix("doi:").removeprefix("https://doi.org/")
-        origin = {"URL": f"https://doi.org/{bare}", "DOI": bare}
+    bare = doi.removeprefix("doi:").removeprefix("https://doi.org/") if isinstance(doi, str) else ""
+    origin = {"URL": f"https://doi.org/{bare}", "DOI": bare} if bare else {"URL": link}
     description = {
         "Name": f"Numerical variability of T1w segmentation: {source.get('Name', bids_dir.name)}",
         "BIDSVersion": BIDS_VERSION,
@@ -107,7 +92,7 @@ def dataset_description(
 
 def _container(environ: Mapping[str, str]) -> dict[str, str]:
     """Container that this runs in, as far as the environment tells."""
-    tag = environ.get(CONTAINER_TAG)
+    tag = environ.get("BIDS_VARAUG_DOCKER_TAG")  # set by the Dockerfile
     # Apptainer and Singularity set these themselves, to the path of the image.
     image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
     if image:
@@ -127,10 +112,8 @@ def sidecar(
 
     Parameters
     ----------
-    request : of which scan, made by which members
     key : of `names.OUTPUTS`
     member : id, where the output is of one alone; or family
-    skull_stripped : whether the T1w image has no skull
     extra : further keys, e.g. ``{"Threshold": 0.5}``
     """
     output = names.OUTPUTS[key]
@@ -179,11 +162,7 @@ def _describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
 
 
 def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
-    """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
-
-    Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
-    ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
-    """
+    """Meaning of every ``desc-`` entity: one row per member (with its checkpoint), then summaries and families."""
     rows = [
         {
             "desc_id": f"desc-{member.id}",
@@ -212,12 +191,8 @@ def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
 def write_dataset_files(
     bids_dir: Path, output_dir: Path, labels: Iterable[Label], members: Collection[Member], *, sloppy: bool = False
 ) -> None:
-    """Write what stands at the root of the derivatives.
-
-    ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its sidecar, ``seg-varaug_dseg.tsv``.
-    """
-    description = dataset_description(bids_dir, output_dir, sloppy=sloppy)
-    write_json(description, output_dir / names.DATASET_DESCRIPTION)
+    """Write what stands at the root: descriptions of dataset and ``desc-`` entities, labels, ``.bidsignore``."""
+    write_json(dataset_description(bids_dir, output_dir, sloppy=sloppy), output_dir / names.DATASET_DESCRIPTION)
     write_text(names.bidsignore(), output_dir / ".bidsignore")
     path = output_dir / names.DESCRIPTIONS_TABLE
     write_table(descriptions_table(members), path)

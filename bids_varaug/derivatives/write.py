@@ -25,11 +25,7 @@ def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> 
 
 
 def write_image(
-    data: np.ndarray,
-    affine: np.ndarray,
-    path: Path,
-    source_header: FileBasedHeader | None = None,
-    slope: float = 1.0,
+    data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader | None = None, slope: float = 1.0
 ) -> Path:
     """Write a NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 

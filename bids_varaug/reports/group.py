@@ -100,6 +100,11 @@ def study_page(
     marked = ["marked" if name == best else "" for name in study.scores["augmentation"]]
     predicted = study.predictions[study.predictions["augmentation"] == best]
     spread = predicted["sd_num"].dropna()
+    at_sites = None
+    if f"mae_{best}" in study.sites and not study.sites.empty:
+        errors, people = study.sites[f"mae_{best}"].astype(float), study.sites["n"].astype(float)
+        mean = np.average(errors, weights=people)  # over people
+        at_sites = {"mean": mean, "low": errors.min(), "high": errors.max(), "n": len(errors)}
     figures = {"ages": plots.draw_ages(predicted)}
     if not study.gains.empty:
         figures["gains"] = plots.draw_gains(study.gains)
@@ -116,7 +121,7 @@ def study_page(
         gain=_gain(study, best),
         coverage=study.settings.get("coverage", 0.9),
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
-        at_sites=_at_sites(study, best),
+        at_sites=at_sites,
         structures=_structures(numerics),
         n_images=study.settings.get("n_observations", len(study.predictions)),
         figures={name: data_uri(svg, "svg+xml") for name, svg in figures.items()},
@@ -177,15 +182,8 @@ def _page(template: str, run: RunInfo, **values: Any) -> Page:
 
 def _as_json(value: Any) -> Any:
     """The same of JSON's types alone; NaN, which JSON lacks, becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(part) for part in value]
-    if isinstance(value, np.generic):
-        return _as_json(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None if np.isnan(value) else str(value)
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+    text = json.dumps(value, default=lambda other: other.item() if isinstance(other, np.generic) else str(other))
+    return json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get)
 
 
 def _gain(study: Study, best: str) -> dict[str, Any] | None:
@@ -209,15 +207,6 @@ def _gain(study: Study, best: str) -> dict[str, Any] | None:
         # "mean" takes noise away, which the controls, noise of another origin, say nothing of.
         "as_good": [] if row["augmentation"] == "mean" else as_good,
     }
-
-
-def _at_sites(study: Study, best: str) -> dict[str, float] | None:
-    """Error at sites left out of training: mean over people, smallest, largest; None without sites."""
-    if study.sites.empty or f"mae_{best}" not in study.sites:
-        return None
-    errors = study.sites[f"mae_{best}"].astype(float)
-    mean = np.average(errors, weights=study.sites["n"].astype(float))
-    return {"mean": mean, "low": errors.min(), "high": errors.max(), "n": len(errors)}
 
 
 def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:

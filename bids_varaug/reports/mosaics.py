@@ -88,8 +88,7 @@ class Mosaic:
         self.box: list[tuple[int, int]] = []  # first and past-the-last voxel shown
         self.cuts: list[list[int]] = []  # voxel indices of the slices
         for axis, (size, zoom) in enumerate(zip(self._labels.shape, self.zooms, strict=True)):
-            others = tuple(a for a in range(3) if a != axis)
-            inside = np.flatnonzero((self._labels > 0).any(axis=others))
+            inside = np.flatnonzero((self._labels > 0).any(axis=tuple({0, 1, 2} - {axis})))
             first, last = (inside[0], inside[-1]) if inside.size else (0, size - 1)
             pad = int(np.ceil(MARGIN_MM / zoom))
             self.box.append((int(max(0, first - pad)), int(min(size, last + 1 + pad))))
@@ -157,7 +156,7 @@ class Mosaic:
         """One slice at display resolution: (height, width), first row at the top."""
         cut = ras[(slice(None),) * axis + (index,)]  # a view; np.take would copy the whole image
         grid = []
-        for a in (a for a in range(3) if a != axis):
+        for a in sorted({0, 1, 2} - {axis}):
             start, stop = self.box[a]
             size = max(1, round((stop - start) * self.zooms[a] * self._scale))
             grid.append(start + (np.arange(size) + 0.5) / size * (stop - start) - 0.5)

@@ -32,7 +32,7 @@ from bids_varaug.variability.maps import UNRELIABLE_BELOW
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
 NO_VERDICTS = (
-    "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
+    "The table of structures is of an older version, without verdicts. Run without --reports-only to get them."
 )
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
 # Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
@@ -202,10 +202,11 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
 
 def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> pd.DataFrame:
     """One row per family: number of members, and its spread over all structures."""
-    nothing = pd.Series(np.nan, regions.index)
     rows = []
     for family, n in n_members.items():
-        cv, dice, entropy = (regions.get(f"{name}_{family}", nothing) for name in ("cv", "dice_min", "entropy_mean"))
+        cv, dice, entropy = (
+            regions.get(f"{name}_{family}", pd.Series([np.nan])) for name in ("cv", "dice_min", "entropy_mean")
+        )
         spread = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
         rows.append({"family": family, "n": n, **spread})
     return pd.DataFrame(rows)

@@ -20,9 +20,8 @@ from bids_varaug.reports.html import p_text, signed
 from bids_varaug.reports.mosaics import to_png
 
 # Okabe & Ito's palette, told apart with any kind of colour vision; each also has its own marker.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
-    "#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#777777",
-)  # fmt: skip
+BLACK, ORANGE, GREEN, BLUE, VERMILLION, PURPLE = "#000000", "#e69f00", "#009e73", "#0072b2", "#d55e00", "#cc79a7"
+GREY = "#777777"
 FAMILY_COLORS = {"mca": BLUE, "seed": VERMILLION, "rr": GREEN}
 LOOKS = {  # colour, marker and line of each augmentation and baseline
     "none": (BLACK, "o", "-"),
@@ -32,7 +31,6 @@ LOOKS = {  # colour, marker and line of each augmentation and baseline
     "jitter": (PURPLE, "v", ":"),
     "shuffled": (ORANGE, "P", ":"),
 }
-OTHER_LOOK = (SKY, "o", "-")
 PIPELINE_LOOKS = ((VERMILLION, "D"), (GREEN, "^"), (PURPLE, "s"))
 BAND = "#f5f6f8"
 MAX_ROWS = 80  # structures shown, the first ones of a table
@@ -126,11 +124,12 @@ def draw_gains(gains: pd.DataFrame) -> str:
     figure = Figure(figsize=(8.2, height))
     axes = figure.add_axes((0.2, 0.6 / height, 0.47, 1 - 1.0 / height))
     for y, (name, row) in enumerate(rows.iterrows()):
-        color, marker, _ = LOOKS.get(str(name), OTHER_LOOK)
+        color, marker, _ = LOOKS[str(name)]
         axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.4)
         axes.plot(row["gain"], y, marker, color=color, markersize=8)
         gain, low, high = (signed(row[column]) for column in ("gain", "low", "high"))
-        _write_beside(axes, 1.03, y, f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}", FONT - 0.5)
+        text = f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}"
+        axes.text(1.03, y, text, transform=axes.get_yaxis_transform(), fontsize=FONT - 0.5, va="center")
     axes.axvline(0, color=INK, linewidth=1)
     _set_rows(axes, [f"{n} (control)" if n in CONTROLS else n for n in rows.index], (len(rows) - 0.5, -0.5))
     reach = np.nanmax(np.abs(rows[["low", "high", "gain"]].to_numpy(float)))
@@ -151,7 +150,7 @@ def draw_learning_curve(curve: pd.DataFrame) -> str:
         rows = curve[curve["augmentation"] == name].sort_values("n_participants")
         # A little apart, so that limits of equal values do not hide each other.
         x = rows["n_participants"] * 1.018 ** (number - (len(names) - 1) / 2)
-        color, marker, line = LOOKS.get(name, OTHER_LOOK)
+        color, marker, line = LOOKS[name]
         axes.vlines(x, rows["low"], rows["high"], color=color, linewidth=1.2, alpha=0.6)
         axes.plot(x, rows["mae"], line, marker=marker, color=color, markersize=5.5, linewidth=1.5, label=name)
     ticks = sorted(set(curve["n_participants"]))
@@ -215,7 +214,8 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
     spread = (members if perturbed.empty else perturbed).groupby("name")["volume"].agg(["mean", "std"])
     for row, (mean, std) in enumerate(spread.loc[order].itertuples(index=False)):
         share = f"   ± {100 * std / mean:.1f} %" if relative and mean > 0 and not np.isnan(std) else ""
-        _write_beside(axes, 1.01, row, f"{mean:,.0f} mm³{share}", 7.5)
+        text = f"{mean:,.0f} mm³{share}"
+        axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), fontsize=7.5, va="center")
     # Absent in all perturbed members: nothing to be relative to.
     means = members["name"].map(spread["mean"].where(spread["mean"] > 0))
     x = 100 * (members["volume"] / means - 1) if relative else members["volume"]
@@ -235,28 +235,21 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
     _name_rows(axes, order, 8)
     axes.tick_params(axis="x", labelsize=8)
     if relative:
-        _scale_to_percent(axes)
+        reach = max(1.0, *x[y.notna()].abs().dropna()) * 1.15
+        half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
+        ticks = [*(-t for t in reversed(half)), 0, *half]
+        axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
+        axes.set_xlim(-reach, reach)
+        _set_ticks(axes, ticks, [f"{t:+g}".replace("-", "−") if t else "0" for t in ticks])
+        axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     else:
         axes.set_xscale("log")
-        axes.set_xlabel("volume [mm³]", fontsize=8.5)
+    difference = "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)"
+    axes.set_xlabel(difference if relative else "volume [mm³]", fontsize=8.5)
     figure.legend(handles=handles, bbox_to_anchor=(0.21, 1.0), fontsize=8.5, ncols=len(handles))
     heading = "mean   ± SD" if relative else "volume"
     figure.text(0.826, 1 - 0.21 / height, heading, fontsize=8.5, va="center")
     return to_png(canvas)
-
-
-def _scale_to_percent(axes: Axes) -> None:
-    low, high = axes.dataLim.intervalx if np.isfinite(axes.dataLim.intervalx).all() else (-1, 1)
-    reach = max(1.0, abs(low), abs(high)) * 1.15
-    half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
-    ticks = [-t for t in reversed(half)] + [0] + half
-    axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
-    axes.set_xlim(-reach, reach)
-    _set_ticks(axes, ticks, [f"{t:+g}".replace("-", "−") if t else "0" for t in ticks])
-    axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
-    axes.set_xlabel(
-        "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)", fontsize=8.5
-    )
 
 
 def short_name(name: str) -> str:
@@ -305,11 +298,6 @@ def _set_rows(axes: Axes, labels: Sequence[str], ends: tuple[float, float], size
     axes.spines["left"].set_visible(False)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-
-
-def _write_beside(axes: Axes, x: float, row: int, text: str, size: float) -> None:
-    """Write beside a row; `x` is 1 at the right end of the axes."""
-    axes.text(x, row, text, transform=axes.get_yaxis_transform(), fontsize=size, va="center")
 
 
 def _svg(figure: Figure) -> str:

@@ -13,8 +13,9 @@ UNRELIABLE_BELOW = 0.75
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     """Disagreement of the members about each voxel's label.
 
-    Shannon entropy of the empirical label distribution [1]_, ``H = -sum_k p_k log2(p_k)`` with
-    ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all differ.
+    Shannon entropy of the empirical label distribution (Gonzalez-Pepe et al. 2023, arXiv:2308.01939, there in nats),
+    ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all
+    differ.
 
     Parameters
     ----------
@@ -28,10 +29,6 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     ------
     ValueError
         If the votes do not sum to `n_members` everywhere.
-
-    References
-    ----------
-    .. [1] Gonzalez-Pepe et al. (2023), arXiv:2308.01939, there in nats.
 
     Examples
     --------
@@ -54,15 +51,11 @@ def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
 
     Parameters
     ----------
-    squares : (...) float, ``sum_m (x_m - mean)**2`` as Welford's recurrence [1]_ leaves it
+    squares : (...) float, ``sum_m (x_m - mean)**2`` as the recurrence of Welford (1962, Technometrics 4(3)) leaves it
 
     Returns
     -------
     (...) float64, unit of x; 0 for one member, which has no spread to speak of
-
-    References
-    ----------
-    .. [1] Welford (1962), Technometrics 4(3), 419-420.
 
     Examples
     --------
@@ -115,10 +108,5 @@ def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
     Parameters
     ----------
     votes_for : (...) integer, how many members chose it
-
-    Examples
-    --------
-    >>> unreliable(np.array([8, 6, 5]), 8).tolist()
-    [False, False, True]
     """
     return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW

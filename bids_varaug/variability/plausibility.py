@@ -34,10 +34,8 @@ def check_voxel_size(zooms: Sequence[float]) -> str | None:
     if min(zooms) >= low * 0.99 and max(zooms) <= high * 1.01:
         return None
     size = " x ".join(f"{z:.2f}" for z in zooms)
-    return (
-        f"Voxels of {size} mm are outside the range of the training ({low:g} to {high:g} mm); "
-        "small structures are not to be trusted."
-    )
+    trained = f"the range of the training ({low:g} to {high:g} mm)"
+    return f"Voxels of {size} mm are outside {trained}; small structures are not to be trusted."
 
 
 def check_field_of_view(labels: np.ndarray) -> str | None:

@@ -9,12 +9,9 @@ cortex. ``benchmarks/plausible_volumes.py`` counts how many adults of a table li
 
 References
 ----------
-.. [1] Potvin, Mouiha, Dieumegarde, Duchesne (2016). Normative data for subcortical regional volumes over the lifetime
-       of the adult human brain. NeuroImage 137, 9-20. doi:10.1016/j.neuroimage.2016.05.016
-.. [2] Potvin, Dieumegarde, Duchesne (2017). Normative morphometric data for cerebral cortical areas over the lifetime
-       of the adult human brain. NeuroImage 156, 315-339. doi:10.1016/j.neuroimage.2017.05.019
-.. [3] Zijdenbos, Dawant, Margolin, Palmer (1994). Morphometric analysis of white matter lesions in MR images: method
-       and validation. IEEE Transactions on Medical Imaging 13, 716-724.
+.. [1] Potvin, Mouiha, Dieumegarde, Duchesne (2016). NeuroImage 137, 9-20. doi:10.1016/j.neuroimage.2016.05.016
+.. [2] Potvin, Dieumegarde, Duchesne (2017). NeuroImage 156, 315-339. doi:10.1016/j.neuroimage.2017.05.019
+.. [3] Zijdenbos, Dawant, Margolin, Palmer (1994). IEEE Transactions on Medical Imaging 13, 716-724.
 .. [4] Kondrateva et al. (2025). arXiv:2504.15931.
 .. [5] Gonzalez-Pepe et al. (2025). arXiv:2509.05238.
 """
@@ -189,17 +186,13 @@ def _implausible(
 
 
 def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Plausible volumes [mm3] of structures at an age, those of all adults where it is unknown.
+    """Lower and upper plausible volume [mm3] of structures, (R,) float64 each, NaN for structures without.
 
     Parameters
     ----------
     ids : (R,) FreeSurfer ids
     age : years; below `ADULT_AGE`, NaN and None give the limits of all adults
     sex : "F" or "M"; else the limits of both
-
-    Returns
-    -------
-    low, high : (R,) float64, NaN for other structures
 
     Examples
     --------
@@ -241,11 +234,7 @@ def describe_thresholds() -> dict[str, dict[str, float]]:
 
 
 def describe_families(members: Mapping[str, int]) -> list[str]:
-    """Warn of families of perturbed members too small for their spread to be trusted.
-
-    Parameters
-    ----------
-    members : perturbed members of each family; the baseline alone gives no warning
+    """Warn of families with too few members for their spread to be trusted; the baseline alone gives no warning.
 
     Examples
     --------
@@ -261,13 +250,9 @@ def describe_families(members: Mapping[str, int]) -> list[str]:
 
 
 def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[str]:
-    """Return a sentence for each verdict but good, the worst first; none where all are good.
+    """Return a sentence for each verdict but good, the worst first, on a table of `judge_regions`.
 
-    Parameters
-    ----------
-    judged : as `judge_regions` returns it, or as it was read from the table
-    n_named : how many structures of a verdict are named, the largest CV first, each with the worst reason alone; all if
-        None
+    It names the first `n_named` structures (all if None) by CV, the largest first, each with the worst reason alone.
     """
     sentences = []
     for verdict, phrase in _PHRASES.items():

@@ -21,10 +21,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RegionCounts:
-    """Voxels that each member gave each structure, (M, K) int64, and that each two members agree on, (M, M, K) int64."""
+    """Voxels that each member gave each structure, and that each two members agree on."""
 
-    volumes: np.ndarray
-    intersections: np.ndarray
+    volumes: np.ndarray  # (M, K) int64
+    intersections: np.ndarray  # (M, M, K) int64
 
 
 def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -> RegionCounts:
@@ -39,12 +39,6 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
     ------
     ValueError
         If a slab has another number of members, or a label is not below `n_classes`.
-
-    Examples
-    --------
-    >>> counts = region_counts([np.array([[0, 1, 1], [0, 0, 1]], dtype="uint8")], 2, 2)
-    >>> counts.volumes.tolist(), counts.intersections[0, 1].tolist()
-    ([[1, 2], [2, 1]], [1, 1])
     """
     agreed = np.zeros(n_classes, np.int64)
     pairs = np.zeros((n_members, n_members, n_classes), np.int64)
@@ -80,18 +74,10 @@ def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> Non
 
 
 def pairwise_dice(counts: RegionCounts) -> np.ndarray:
-    """Overlap of each structure between each two members.
+    """Overlap of each structure between each two members, (M, M, K) float64.
 
-    ``Dice = 2 |A and B| / (|A| + |B|)`` [1]_: 1 where two members gave a structure the same voxels, 0 where only one of
-    them has it, NaN where neither has it.
-
-    Returns
-    -------
-    (M, M, K) float64
-
-    References
-    ----------
-    .. [1] Dice (1945), Ecology 26(3), 297-302.
+    ``Dice = 2 |A and B| / (|A| + |B|)`` (Dice 1945, Ecology 26(3), 297-302): 1 where two members gave a structure the
+    same voxels, 0 where only one of them has it, NaN where neither has it.
 
     Examples
     --------
@@ -105,11 +91,7 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
 
 
 def group_members(families: Sequence[str]) -> dict[str, list[int]]:
-    """Number the perturbed members: `ALL` together, then those of each family.
-
-    Parameters
-    ----------
-    families : (M,) family of each member; the baseline counts only where it is alone
+    """Number the perturbed members: `ALL` together, then those of each family; the baseline only where it is alone.
 
     Examples
     --------
@@ -131,25 +113,21 @@ def suffix_of(group: str) -> str:
 
 
 def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
-    """Lower confidence bound of the significant bits of each structure's volume.
+    """Lower confidence bound of the significant bits of each structure's volume over the perturbed members.
 
     ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative to the members' mean:
-    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of
-    95 % [1]_. It is `significant_bits` less a margin that depends on the number of members (2.0 bits for 8). The
-    package's standard deviation divides by M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8
-    members). Limited to 0 ... 24 bits.
+    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of 95
+    % (Sohier et al. 2021, ACM TOMS 47(2)). It is `significant_bits` less a margin that depends on the number of members
+    (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be ``log2(M / (M - 1)) / 2``
+    bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
 
     Parameters
     ----------
-    volumes : (M, K) any unit, perturbed members only
+    volumes : (M, K) any unit
 
     Returns
     -------
     (K,) float64, bit; NaN with fewer than two members, or where no member has the structure
-
-    References
-    ----------
-    .. [1] Sohier et al. (2021), Confidence intervals for stochastic arithmetic, ACM TOMS 47(2).
     """
     volumes = np.asarray(volumes, dtype=np.float64)
     bits = np.full(volumes.shape[1], np.nan)
@@ -165,16 +143,12 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
 
 
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
-    """Mean vote entropy over the voxels of each consensus structure.
+    """Mean vote entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
     Parameters
     ----------
     labels : (X, Y, Z) uint8, consensus
     entropy : (X, Y, Z) float32, bit
-
-    Returns
-    -------
-    (K,) float64, bit; NaN where the consensus has no voxel of the structure
 
     Examples
     --------
@@ -209,10 +183,8 @@ def region_table(
     Returns
     -------
     DataFrame, one row per structure
-        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits and sigbits_lower [bit] of the
-        volume, dice_min, dice_mean over all pairs of perturbed members, entropy_mean [bit]; then all but the first two
-        within each family, with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of
-        one member.
+        index, name and the measures that ``data/templates/columns.tsv`` describes; then the same within each family,
+        with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one member.
     """
     columns = {"index": [int(label.index) for label in labels], "name": [label.name for label in labels]}
     dice = pairwise_dice(counts)
@@ -240,13 +212,7 @@ def region_table(
 def members_table(
     counts: RegionCounts, members: Sequence[str], families: Sequence[str], labels: Sequence[Label], voxel_volume: float
 ) -> pd.DataFrame:
-    """Return the volume of every structure by every member, baseline included.
-
-    Returns
-    -------
-    DataFrame, one row per member and structure
-        member, family, index, name, volume [mm3]
-    """
+    """Return a row for every member, baseline included, and structure: member, family, index, name, volume [mm3]."""
     structures = pd.DataFrame({"index": [label.index for label in labels], "name": [label.name for label in labels]})
     tables = [
         structures.assign(member=member, family=family, volume=volumes * float(voxel_volume))[1:]

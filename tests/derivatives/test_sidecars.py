@@ -103,6 +103,10 @@ def test_container_is_recorded(bids_dir, tmp_path, environ, expected):
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
+def test_output_inside_the_dataset_is_linked_by_relative_path():
+    assert sidecars.raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug")) == "../.."
+
+
 def test_link_of_a_folder_with_a_space_is_a_uri():
     assert sidecars.raw_link(Path("/d/my data"), Path("/d/out")) == "../my%20data"
 
