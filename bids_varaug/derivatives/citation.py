@@ -84,7 +84,7 @@ def render(template: str, /, filters: Mapping[str, Callable[..., str]] | None = 
 
 
 def percent(share: float) -> str:
-    """Share as a whole percentage: 0.9 as "90 %"."""
+    """Write 0.9 as "90 %"."""
     return f"{100 * share:.0f} %"
 
 

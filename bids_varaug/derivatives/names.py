@@ -83,12 +83,7 @@ class Output:
         return "{member}" in self.pattern
 
     def name(self, prefix: str, member: str | None = None) -> str:
-        """File name after the prefix of a T1w image.
-
-        Raises
-        ------
-        ValueError
-            If `member` is missing, or given where the output is of no single member.
+        """File name after the prefix of a T1w image; ValueError if `member` is missing, or one too many.
 
         Examples
         --------

@@ -35,6 +35,7 @@ from bids_varaug.variability.regions import ALL, RegionCounts, group_members, me
 _SKULL_STRIPPED_BELOW = 1.7
 # What a map is outside the head box, where every member says background with certainty.
 _OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
+JsonObject = Mapping[str, Any]
 _TEMPERATURE_TEXT = (
     "The members' mean posterior p is given as p^(1/Temperature), scaled to sum to 1; found on images that training "
     "left out"
@@ -64,18 +65,13 @@ class ScanWriter:
     written: list[Path] = field(default_factory=list)
 
     def image(
-        self,
-        key: str,
-        data: np.ndarray,
-        member: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-        slope: float = 1.0,
+        self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None, slope: float = 1.0
     ) -> None:
         """Write an image on the T1w's grid; `extra` goes to its sidecar."""
         self.written.append(write_image(data, self.affine, self.request.path(key, member), self.header, slope))
         self.sidecar(key, member, extra)
 
-    def sidecar(self, key: str, member: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
+    def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
         """Write the sidecar of an output."""
         content = sidecar(self.request, key, member, skull_stripped=self.skull_stripped, extra=extra)
         write_json(content, self.request.sidecar(key, member))
@@ -84,15 +80,9 @@ class ScanWriter:
 def write_scan(
     request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
 ) -> tuple[list[Path], list[str]]:
-    """Bring everything to the T1w's own grid and write it.
+    """Bring everything to the T1w's own grid and write it; return the files (without sidecars) and what to warn of.
 
-    Parameters
-    ----------
-    folder : scratch space for the dense posterior, which may not fit in memory
-
-    Returns
-    -------
-    Files written, sidecars left out; what to warn of.
+    `folder` is scratch space for the dense posterior, which may not fit in memory.
     """
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set late
     geometry, ensemble = Geometry.load(files.geometry), request.ensemble

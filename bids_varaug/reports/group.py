@@ -60,15 +60,7 @@ class Page:
 
 
 def load_page(path: Path) -> Page:
-    """Read what `Page.save` wrote.
-
-    Raises
-    ------
-    NoInputError
-        If there is none.
-    UserError
-        If it is damaged, or of another format.
-    """
+    """Read what `Page.save` wrote; NoInputError if there is none, UserError if it is damaged or of another format."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:

@@ -10,7 +10,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import matplotlib.style
 import numpy as np
@@ -44,6 +43,7 @@ UNRELIABLE_RGB = (255, 77, 166)
 OUTLINE_RGB = (86, 180, 233)
 WHITE_MATTER = (2, 41)
 RGB = tuple[int, int, int]
+Painter = Callable[[np.ndarray, int, int], None]  # of a slice (height, width, 3) uint8, its RAS axis and index
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,9 @@ class Mosaic:
         return map_coordinates(filled, np.meshgrid(*grid, indexing="ij"), order=order, mode="nearest").T[::-1]
 
     @matplotlib.style.context("default")
-    def _draw(
-        self,
-        paint: Callable[[np.ndarray, int, int], None],
-        legend: Mapping[str, RGB] = MappingProxyType({}),
-        bar: MapStyle | None = None,
-    ) -> bytes:
-        """Grey slices (height, width, 3) uint8, each painted over in place, above a legend or a colour bar."""
+    def _draw(self, paint: Painter, legend: Mapping[str, RGB] | None = None, bar: MapStyle | None = None) -> bytes:
+        """Grey slices, each painted over in place, above a legend or a colour bar."""
+        legend = legend or {}
         cell = max(gray.shape[1] for gray in self._gray.values())
         heights = {axis: self._gray[axis, self.cuts[axis][0]].shape[0] for axis in ROWS}
         width = len(self.cuts[0]) * (cell + GAP) + GAP
@@ -232,10 +228,9 @@ def draw_contours(rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, RGB]
     # White matter touches nearly everything and gives way, so that lines stay one pixel wide.
     edge = np.zeros(labels.shape, bool)
     gives_way = np.isin(labels, WHITE_MATTER)
-    for axis in (0, 1):
-        for step in (1, -1):
-            neighbour = np.roll(labels, step, axis=axis)
-            edge |= (neighbour != labels) & ~(gives_way & (neighbour != 0))
+    for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        neighbour = np.roll(labels, step, axis=axis)
+        edge |= (neighbour != labels) & ~(gives_way & (neighbour != 0))
     edge[[0, -1], :] = edge[:, [0, -1]] = False
     for index in np.unique(labels[edge]).tolist():
         if index in colors:

@@ -57,13 +57,7 @@ class ScanReport:
 
 
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
-    """Write ``sub-<label>.html`` and its figures from the derivatives of a participant's scans.
-
-    Raises
-    ------
-    ScanError
-        If a derivative that the report needs is missing or damaged.
-    """
+    """Write a participant's report and figures from the derivatives of the scans; ScanError if any is missing."""
     return write_participant_report(requests[0], [scan_report(request) for request in requests])
 
 

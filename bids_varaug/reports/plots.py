@@ -253,26 +253,14 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
 
 
 def short_name(name: str) -> str:
-    """FreeSurfer name with its side behind.
-
-    Examples
-    --------
-    >>> short_name("Left-Cerebral-White-Matter"), short_name("Brain-Stem")
-    ('Cerebral White Matter  L', 'Brain Stem')
-    """
+    """FreeSurfer name with its side behind: "Left-Inf-Lat-Vent" becomes "Inf Lat Vent  L"."""
     side, _, rest = name.partition("-")
     marked = f"{rest}  {side[0]}" if side in ("Left", "Right") else name
     return marked.replace("-", " ")
 
 
 def pair_sides(names: Sequence[str] | pd.Series) -> list[str]:
-    """Names in their order, but each right structure just after its left one.
-
-    Examples
-    --------
-    >>> pair_sides(["Left-A", "Brain-Stem", "Right-A"])
-    ['Left-A', 'Right-A', 'Brain-Stem']
-    """
+    """Names in their order, but each right structure just after its left one."""
     pairs: dict[str, list[str]] = {}
     for name in names:
         pairs.setdefault(str(name).removeprefix("Left-").removeprefix("Right-"), []).append(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 FLOAT32_BITS = 24.0
-"""Significant bits of a float32: no result computed in float32 has more."""
+"""No result computed in float32 has more significant bits."""
 UNRELIABLE_BELOW = 0.75
 """A voxel is unreliable where fewer than this share of the members chose the consensus label."""
 

@@ -110,9 +110,8 @@ def judge_regions(
 
     Returns
     -------
-    DataFrame
-        The same with the columns verdict (of `VERDICTS`), reason (None where good), and volume_low, volume_high [mm3],
-        the limits (NaN where none are known).
+    The same with the columns verdict (of `VERDICTS`), reason (None where good), and the limits volume_low, volume_high
+    [mm3] (NaN where none are known).
     """
     ids, volumes = regions["index"].to_numpy(int), regions["volume_mean"].to_numpy(float)
     low, high = volume_limits(ids, age, sex)

@@ -58,12 +58,10 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
 def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> None:
     n_members = slab.shape[0]
     for v in range(slab.shape[1]):
-        same = True
         for m in range(1, n_members):
             if slab[m, v] != slab[0, v]:
-                same = False
                 break
-        if same:
+        else:
             agreed[slab[0, v]] += 1
             continue
         for a in range(n_members):
@@ -116,10 +114,10 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     """Lower confidence bound of the significant bits of each structure's volume over the perturbed members.
 
     ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative to the members' mean:
-    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of 95
-    % (Sohier et al. 2021, ACM TOMS 47(2)). It is `significant_bits` less a margin that depends on the number of members
-    (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be ``log2(M / (M - 1)) / 2``
-    bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
+    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of
+    95 % (Sohier et al. 2021, ACM TOMS 47(2)). It is `significant_bits` less a margin that depends on the number of
+    members (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be
+    ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
 
     Parameters
     ----------
