@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from bids_varaug import __version__
 from bids_varaug.cli import values
-from bids_varaug.cli.paths import check_paths
 from bids_varaug.errors import ExitCode, UsageError
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.settings import Settings
@@ -24,6 +23,7 @@ LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
+GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 
 
@@ -41,10 +41,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
-def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
-    """Parser of all flags; without the positional arguments it reads configuration files.
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all flags.
 
-    Each flag's `dest` is a field of `Settings`, which gives its default unless one stands here.
+    Each `dest` is a field of `Settings`, which gives its default unless one stands here.
     """
     parser = Parser(
         prog="bids_varaug",
@@ -54,8 +54,7 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(**{f.name: f.default for f in fields(Settings) if f.default != MISSING})
-    if positionals:
-        _add_positionals(parser)
+    _add_positionals(parser)
     _add_selection(parser.add_argument_group("images"))
     add_ensemble(parser.add_argument_group("ensemble"))
     _add_resources(parser.add_argument_group("computing"))
@@ -76,13 +75,12 @@ def _add_positionals(parser: argparse.ArgumentParser) -> None:
 
 def _add_selection(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    labels = {"nargs": "+", "metavar": "LABEL"}
-    add("--participant-label", dest="participant_labels", type=values.participant_label, **labels,
+    add("--participant-label", dest="participant_labels", type=values.bids_label("sub"), nargs="+", metavar="LABEL",
         help="participants to process, with or without sub- (default: all)")
-    add("--exclude-participant-label", dest="exclude_participant_labels",
-        type=values.participant_label, **labels, help="participants to leave out")
-    add("--session-label", "--session-id", dest="session_labels", type=values.session_label,
-        **labels, help="sessions to process, with or without ses- (default: all)")
+    add("--exclude-participant-label", dest="exclude_participant_labels", type=values.bids_label("sub"), nargs="+",
+        metavar="LABEL", help="participants to leave out")
+    add("--session-label", "--session-id", dest="session_labels", type=values.bids_label("ses"), nargs="+",
+        metavar="LABEL", help="sessions to process, with or without ses- (default: all)")
     add("--bids-filter-file", dest="bids_filters", type=values.existing_file, metavar="JSON",
         help='pybids filters as in fMRIPrep: {"t1w": {"acquisition": null}}')
     add("--bids-database-dir", type=values.absolute_path, metavar="DIR",
@@ -95,22 +93,21 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 def add_ensemble(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the ensemble and its members."""
     add = group.add_argument
-    add("--ensemble", type=values.ensemble, metavar="NAME|DIR",
+    add("--ensemble", type=values.ensemble, metavar="NAME|DIR", default=Settings.ensemble,
         help="a shipped ensemble, or the folder of one (default: %(default)s)")
-    add("--members", type=values.member_names, nargs="+", metavar="NAME",
+    add("--members", type=values.member_names, nargs="+", metavar="NAME", default=Settings.members,
         help="families (mca, seed, ieee), single members such as mca01, or all (default: all)")
-    add("--n-members", type=values.positive_int, metavar="N",
-        help="use the first N members of each family")
-    add("--perturb-inference", type=values.rounded_members, metavar="N",
+    add("--n-members", type=values.positive_int, metavar="N", help="use the first N members of each family")
+    add("--perturb-inference", type=values.rounded_members, metavar="N", default=Settings.perturb_inference,
         help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
         "%(default)s)")
-    add("--grids", choices=("auto", "1", "2", "4", "8"), default="auto",
+    add("--grids", choices=tuple(GRIDS), default="auto",
         help="number of grids, shifted by one voxel, on which the baseline segments the image. Its posteriors are "
         "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
         "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--family-maps", action="store_true", help="also write the maps of spread of each family")
-    add("--random-seed", type=values.seed, metavar="N",
+    add("--random-seed", type=values.seed, metavar="N", default=Settings.random_seed,
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
     add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
@@ -126,8 +123,8 @@ def _add_resources(group: argparse._ArgumentGroup) -> None:
         help=f"threads per task (default: --nprocs, at most {MAX_DEFAULT_THREADS})")
     add("--mem", dest="mem_gb", type=values.memory_gb, metavar="8G",
         help="memory limit: 8G, 8000M, 8 (= 8G) (default: 90 %% of what is available)")
-    add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=values.existing_file,
-        metavar="YML", help="nipype plugin settings (default: MultiProc)")
+    add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=values.existing_file, metavar="YML",
+        help="nipype plugin settings (default: MultiProc)")
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
@@ -142,17 +139,14 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--notrack", action="store_true", help="accepted for compatibility, without effect: there is no telemetry")
     add("--config-file", type=values.existing_file, metavar="TOML",
         help="default values of flags, one 'flag = value' per line; the command line wins")
-    add("-v", "--verbose", dest="verbosity", action="count",
-        help="show nipype's messages (-vv: all of them)")
-    add("--version", action="version", version=f"bids_varaug {__version__}",
-        help="show the version and exit")
+    add("-v", "--verbose", dest="verbosity", action="count", help="show nipype's messages (-vv: all of them)")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
 
 
 def _add_group_level(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     for name in ("age", "site", "sex"):
-        add(f"--{name}-column", metavar="NAME",
-            help="column of participants.tsv (default: %(default)s)")
+        add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,
@@ -187,22 +181,19 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     UsageError
         Exit code 64, or 17 (`UnknownLevelError`) for a level that does not exist.
     NoInputError, OutputError
-        As `check_paths`.
+        As `values.check_paths`.
     SystemExit
         After ``--help`` and ``--version``.
     """
     argv = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
-    config_parser = Parser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config-file", type=values.existing_file)
-    config_file = config_parser.parse_known_args(argv)[0].config_file
-    if config_file is not None:
-        parser.set_defaults(**read_config(config_file))
     given = parser.parse_args(argv)
+    if given.config_file is not None:  # the command line wins
+        given = parser.parse_args(argv, read_config(parser, given.config_file))
     if given.level not in LEVELS:
         raise UnknownLevelError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
     given.work_dir = given.work_dir or Path.cwd() / "work"
-    check_paths(given.bids_dir, given.output_dir, given.work_dir)
+    values.check_paths(given.bids_dir, given.output_dir, given.work_dir)
     given.nprocs = given.nprocs or available_processors()
     given.omp_nthreads = given.omp_nthreads or min(given.nprocs, MAX_DEFAULT_THREADS)
     if given.omp_nthreads > given.nprocs:
@@ -211,11 +202,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         )
     given.bids_filters = values.read_bids_filters(given.bids_filters) if given.bids_filters else {}
     given.plugin = values.read_plugin(given.plugin) if given.plugin else None
-    given.members = (name for names in given.members for name in names.split(","))
-    given.grids = 0 if given.grids == "auto" else int(given.grids)
-    for name in ("participant_labels", "exclude_participant_labels", "session_labels", "members",
-                 "compare"):  # fmt: skip
-        setattr(given, name, _unique(getattr(given, name)))
+    given.members = values.split_members(given.members)
+    given.grids = GRIDS[given.grids]
+    for name in ("participant_labels", "exclude_participant_labels", "session_labels", "compare"):
+        setattr(given, name, tuple(dict.fromkeys(getattr(given, name))))  # each once
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 
 
@@ -231,8 +221,8 @@ def dash_flag(argument: str) -> str:
     return name.replace("_", "-") + equals + value if re.match(r"--\w", name) else argument
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Values from a TOML file, by `dest`: names of flags without ``--``, dashes or underscores.
+def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
+    """What the flags in a TOML file say: their names without ``--``, with dashes or underscores.
 
     Raises
     ------
@@ -244,26 +234,20 @@ def read_config(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
 
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--config-file {path}: cannot read it as TOML: {error}.") from error
-    parser = build_parser(positionals=False)
     actions = parser._option_string_actions
-    arguments: list[str] = []
-    for name, value in table.items():
+    arguments = ["in", "out", "level"]  # those of the command line replace them
+    for name, value in values.read_file("--config-file", path, "TOML", tomllib.loads).items():
         flag = dash_flag(f"--{name}")
         if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
         arguments += _as_arguments(flag, value, actions[flag])
     try:
-        given = vars(parser.parse_args(arguments))
+        return parser.parse_args(arguments)
     except UsageError as error:
         raise UsageError(f"--config-file {path}: {error}") from error
-    return {dest: given[dest] for dest in (actions[dash_flag(f"--{n}")].dest for n in table)}
 
 
-def _as_arguments(flag: str, value: Any, action: argparse.Action) -> list[str]:
+def _as_arguments(flag: str, value: object, action: argparse.Action) -> list[str]:
     """Command line arguments that say what a line of a configuration file says.
 
     A value of the wrong kind becomes arguments that the parser refuses.
@@ -271,12 +255,7 @@ def _as_arguments(flag: str, value: Any, action: argparse.Action) -> list[str]:
     if isinstance(value, bool):
         return [] if action.nargs == 0 and not value else [flag]
     if isinstance(action, argparse._CountAction) and value in range(10):
-        return [flag] * value
+        return [flag] * int(value)
     if isinstance(value, list) and action.nargs == "+":
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]
-
-
-def _unique(names: Iterable[Any]) -> tuple[Any, ...]:
-    """Names in the order given, each once."""
-    return tuple(dict.fromkeys(names))

@@ -1,58 +1,63 @@
-"""Values of command line flags: text to checked Python values."""
+"""What a command line may say: values of flags, settings files, and the directories of a run."""
+
+# ruff: noqa: PTH100, PTH110, PTH111, PTH112, PTH113
+# os.path where it gives False, and pathlib an error, because a parent folder may not be looked into.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from bids_varaug.errors import UsageError
+import yaml
+
+from bids_varaug.errors import NoInputError, OutputError, UsageError
 
 _GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
-def participant_label(text: str) -> str:
-    """Participant label without ``sub-``.
+def bids_label(entity: str) -> Callable[[str], str]:
+    """Return what reads a BIDS label with or without its entity.
 
     Examples
     --------
-    >>> participant_label("sub-01")
+    >>> bids_label("sub")("sub-01")
     '01'
     """
-    return _label(text, "sub")
 
+    def read(text: str) -> str:
+        bare = text.removeprefix(f"{entity}-")
+        if not re.fullmatch("[0-9a-zA-Z+]+", bare):
+            raise ArgumentTypeError(
+                f"{text!r} is not a BIDS label: only letters and digits may follow '{entity}-'. Give labels, not "
+                "paths, separated by spaces."
+            )
+        return bare
 
-def session_label(text: str) -> str:
-    """Session label without ``ses-``."""
-    return _label(text, "ses")
-
-
-def _label(text: str, entity: str) -> str:
-    bare = text.removeprefix(f"{entity}-")
-    if not re.fullmatch("[0-9a-zA-Z+]+", bare):
-        raise UsageError(
-            f"{text!r} is not a BIDS label: only letters and digits may follow '{entity}-'. "
-            "Give labels, not paths, separated by spaces."
-        )
-    return bare
+    return read
 
 
 def member_names(text: str) -> str:
-    """Families or ids of members; commas separate several.
+    """Families or ids of members; commas separate several, see `split_members`."""
+    if not re.fullmatch(r"[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", text):
+        raise ArgumentTypeError(f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01")
+    return text
+
+
+def split_members(texts: Iterable[str]) -> tuple[str, ...]:
+    """Names of members, each once.
 
     Examples
     --------
-    >>> member_names("mca,seed01,")
-    'mca,seed01'
+    >>> split_members(["mca,seed01,", "mca"])
+    ('mca', 'seed01')
     """
-    names = [name for name in text.split(",") if name]
-    if not names or not all(re.fullmatch(r"[0-9a-zA-Z]+", name) for name in names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01")
-    return ",".join(names)
+    return tuple(dict.fromkeys(name for text in texts for name in text.split(",") if name))
 
 
 def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
@@ -70,7 +75,7 @@ def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
         except ValueError:
             number = low - 1
         if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+            raise ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return number
 
     return read
@@ -92,21 +97,21 @@ def memory_gb(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
+        raise ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
     return float(match[1]) * _GIB_PER_UNIT[match[2].upper() or "G"]
 
 
 def device(text: str) -> str:
     """Name of a computing device; whether it exists is seen when it is used."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, ...")
+        raise ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, ...")
     return text
 
 
 def absolute_path(text: str) -> Path:
     """Absolute path without ``.`` and ``..``."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path")
+        raise ArgumentTypeError("an empty path")
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
@@ -114,20 +119,18 @@ def named_path(text: str) -> tuple[str, Path]:
     """``NAME=PATH`` of an existing file or folder; the name becomes part of file names."""
     name, equals, path = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9]+", name):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: use NAME=DIR with a name of letters and digits, e.g. freesurfer=/data/fs"
-        )
+        raise ArgumentTypeError(f"{text!r}: use NAME=DIR with a name of letters and digits, e.g. freesurfer=/data/fs")
     found = absolute_path(path)
-    if not found.exists():
-        raise argparse.ArgumentTypeError(f"{found}: no such file or folder")
+    if not os.path.exists(found):
+        raise ArgumentTypeError(f"{found}: no such file or folder")
     return name, found
 
 
 def existing_file(text: str) -> Path:
     """Absolute path of an existing file."""
     path = absolute_path(text)
-    if not os.path.isfile(path):  # Path.is_file raises where a parent folder may not be entered
-        raise argparse.ArgumentTypeError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise ArgumentTypeError(f"{path}: no such file")
     return path
 
 
@@ -136,34 +139,41 @@ def ensemble(text: str) -> str:
     return str(absolute_path(text)) if os.sep in text else text
 
 
+def read_file(flag: str, path: Path, form: str, parse: Callable[[str], Any]) -> Any:
+    """Content of the settings file of a flag.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read, or not be parsed.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{flag} {path}: cannot read it as {form}: {error}.") from error
+
+
 def read_bids_filters(path: Path) -> dict[str, dict]:
     """Filters of a ``--bids-filter-file`` as nipreps write them, values unchanged.
+
+    Queries other than ``t1w`` are kept and have no effect: one file serves several tools.
 
     Raises
     ------
     UsageError
         If it is not JSON, or not a mapping of queries to mappings.
-
-    Notes
-    -----
-    Queries other than ``t1w`` are kept and have no effect: one file serves several tools.
     """
-    flag = f"--bids-filter-file {path}"
-    try:
-        filters = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{flag}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{flag}: cannot read it: {error}.") from error
+    flag = "--bids-filter-file"
+    filters = read_file(flag, path, "JSON", json.loads)
     if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
-        raise UsageError(f'{flag}: expected a form like {{"t1w": {{"session": "01"}}}}.')
+        raise UsageError(f'{flag} {path}: expected a form like {{"t1w": {{"session": "01"}}}}.')
     for name in filters:
         if name != "t1w" and difflib.get_close_matches(name.lower(), ["t1w"], cutoff=0.75):
-            raise UsageError(f"{flag}: unknown query {name!r}. The query for T1w images is 't1w'.")
+            raise UsageError(f"{flag} {path}: unknown query {name!r}. The query for T1w images is 't1w'.")
     return filters
 
 
-def read_plugin(path: Path) -> Mapping:
+def read_plugin(path: Path) -> Mapping[str, Any]:
     """Nipype plugin settings of a ``--use-plugin`` YAML file.
 
     Raises
@@ -171,14 +181,80 @@ def read_plugin(path: Path) -> Mapping:
     UsageError
         If it is not YAML, or holds no ``plugin`` name.
     """
-    import yaml
-
-    try:
-        plugin = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--use-plugin {path}: cannot read it as YAML: {error}") from error
+    plugin = read_file("--use-plugin", path, "YAML", yaml.safe_load)
     if not isinstance(plugin, dict) or not isinstance(plugin.get("plugin"), str):
         raise UsageError(f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'.")
     if not isinstance(plugin.setdefault("plugin_args", {}), dict):
         raise UsageError(f"--use-plugin {path}: plugin_args must be a mapping.")
     return plugin
+
+
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+    """Refuse directories that would lose or mix up data; nothing is created.
+
+    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do.
+
+    Raises
+    ------
+    NoInputError
+        If the input is no readable directory.
+    UsageError
+        If one directory lies in another where it must not, or the output belongs to another tool.
+    OutputError
+        If the output or work directory cannot be written.
+    """
+    if not os.path.isdir(bids_dir):
+        kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
+        raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
+    # Links are followed: two names may mean one folder.
+    source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
+    example = f"for example {bids_dir / 'derivatives' / 'bids_varaug'}"
+    if output == source:
+        raise UsageError(f"{output_dir}: the output directory is the input dataset itself. Choose another, {example}.")
+    if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+        raise UsageError(
+            f"{output_dir}: the output directory is inside the input dataset. This is allowed only below derivatives/, "
+            f"{example}."
+        )
+    if work.is_relative_to(source):
+        raise UsageError(f"{work_dir}: the work directory is inside the input dataset. Choose another -w.")
+    for name, path in (("input dataset", source), ("output directory", output)):
+        # Whoever deletes the work directory by hand must not delete these.
+        if path.is_relative_to(work):
+            raise UsageError(f"{work_dir}: the {name} is inside the work directory. Choose another -w.")
+    for name, path in (("output", output_dir), ("work", work_dir)):
+        _check_writable(name, path)
+    _check_not_foreign(output_dir)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Refuse a directory that exists and is not writable, or cannot be created."""
+    existing = path
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not os.path.isdir(existing):
+        what = "a file" if os.path.exists(existing) else "a dangling link"
+        raise OutputError(f"{existing}: the {name} directory cannot be here: this is {what}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{path}: the {name} directory cannot be written (no permission in {existing}). Change its permissions, "
+            "mount it writable, or choose another."
+        )
+
+
+def _check_not_foreign(output_dir: Path) -> None:
+    """Refuse to write into a raw dataset or the derivatives of another tool."""
+    try:
+        description = json.loads((output_dir / "dataset_description.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # absent or damaged: there is nothing worth keeping, it will be replaced
+    if not isinstance(description, dict):
+        return
+    if description.get("DatasetType", "raw") != "derivative":
+        raise UsageError(f"{output_dir}: this is a raw BIDS dataset, not an output directory.")
+    generated = description.get("GeneratedBy")
+    tools = [tool.get("Name") for tool in generated if isinstance(tool, dict)] if isinstance(generated, list) else []
+    if tools and "bids_varaug" not in tools:
+        raise UsageError(
+            f"{output_dir}: contains the derivatives of {', '.join(map(str, tools))}. Choose another output directory."
+        )

@@ -13,25 +13,25 @@ from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.models.ensemble import sha256_of
 
 RECORD = "finished.json"
-KEPT = "write"  # the step that leaves the record, and whose result nipype reads for the report
+KEPT = "write"  # the step that leaves the record
 
 
 def record_finished(request: ScanRequest, outputs: Sequence[Path], folder: Path) -> None:
-    """Note in the folder of the step what was written for which request.
-
-    Parameters
-    ----------
-    outputs : derivatives of the scan; sidecars of the same names are noted too
-    folder : of the step "write"
-    """
+    """Note in the folder of the step "write" what was written, sidecars too, for which request."""
     sidecars = (path.with_name(path.name.partition(".")[0] + ".json") for path in outputs)
     files = [*outputs, *(path for path in sidecars if path.is_file())]
-    record = {
-        "Request": _text_of(request),
-        "Outputs": [str(path) for path in outputs],
-        "SHA256": {str(path): sha256_of(path) for path in files},
-    }
+    record = {"Request": _text_of(request), "SHA256": {str(path): sha256_of(path) for path in files}}
     write_json(record, folder / RECORD)
+
+
+def is_finished(request: ScanRequest, scan_folder: Path) -> bool:
+    """Whether all that an earlier run wrote for this request is as it was."""
+    try:
+        record = json.loads((scan_folder / KEPT / RECORD).read_text(encoding="utf-8"))
+        digests = {path: sha256_of(Path(path)) for path in record["SHA256"]}
+        return (record["Request"], record["SHA256"]) == (_text_of(request), digests)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # absent or damaged: the steps run
 
 
 def remove_steps(scan_folder: Path) -> None:
@@ -42,25 +42,11 @@ def remove_steps(scan_folder: Path) -> None:
                 shutil.rmtree(step, ignore_errors=True)
 
 
-def finished_outputs(request: ScanRequest, scan_folder: Path) -> list[str] | None:
-    """Return what an earlier run wrote for this request; None if any of it is not as it was."""
-    try:
-        record = json.loads((scan_folder / KEPT / RECORD).read_text(encoding="utf-8"))
-        if record["Request"] != _text_of(request):
-            return None
-        if any(sha256_of(Path(path)) != digest for path, digest in record["SHA256"].items()):
-            return None
-        return list(record["Outputs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # absent or damaged: the steps run
-
-
 def _text_of(request: ScanRequest) -> str:
     """All that the derivatives of a scan depend on; the ensemble's text has all checksums."""
     settings, scan = request.settings, request.scan
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble,
-        request.members,
+        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

@@ -6,16 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    Bunch,
-    File,
-    InputMultiPath,
-    SimpleInterface,
-    TraitedSpec,
-    isdefined,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, TraitedSpec
+from nipype.interfaces.base.support import Bunch
+from nipype.interfaces.base.traits_extension import File, InputMultiPath, isdefined, traits
 from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
@@ -44,14 +37,14 @@ def explain(error: Exception, folder: str) -> str | None:
     if isinstance(error, OSError | SafetensorError):
         # Outputs have errors of their own; this is the work directory, full as a rule.
         return (
-            f"{folder}: cannot read or write the work directory ({error}). Free some space there "
-            "and resume with the same -w, or choose another -w."
+            f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume with the "
+            "same -w, or choose another -w."
         )
     # torch has no error of its own for this on the CPU.
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return (
-            f"{folder}: not enough memory for this step ({error}). Provide more memory, or run "
-            "fewer steps at once (--nprocs), and resume with the same -w."
+            f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at once "
+            "(--nprocs), and resume with the same -w."
         )
     return None
 
@@ -87,9 +80,7 @@ class Conform(_Step):
         from bids_varaug.images.conform import prepare_head
 
         inputs = self.inputs
-        head, geometry = prepare_head(
-            Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust
-        )
+        head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
         for doubt in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
         if isdefined(inputs.member):
@@ -124,10 +115,8 @@ class SegmentMember(_Step):
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
         offset = inputs.offset if isdefined(inputs.offset) else (0, 0, 0)
         shift = Path(inputs.shift_file) if isdefined(inputs.shift_file) else None
-        segment_with_member(
-            np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device,
-            inputs.num_threads, offset, shift,
-        )  # fmt: skip
+        where = inputs.device, inputs.num_threads
+        segment_with_member(np.load(inputs.head_file), inputs.ensemble, inputs.member, path, *where, offset, shift)
         return {"posterior_file": str(path)}
 
 
@@ -180,8 +169,8 @@ class FuseMembers(_Step):
         mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
         paths = [Path(file) for file in self.inputs.posterior_files]
         summary = summarise_members(paths, self.inputs.families, mean, self.inputs.family_maps)
-        np.savez(maps, **summary.maps)
-        np.savez(counts, **summary.counts)
+        for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
         return {"mean_file": str(mean), "maps_file": str(maps), "counts_file": str(counts)}
 
 
@@ -209,10 +198,8 @@ class WriteScan(_Step):
         from bids_varaug.derivatives.scan import Intermediate, write_scan
 
         inputs, request = self.inputs, self.inputs.request
-        intermediate = Intermediate(
-            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
-            Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
-        )  # fmt: skip
+        files = (Path(inputs.get()[f"{name}_file"]) for name in ("geometry", "mean", "maps", "counts"))
+        intermediate = Intermediate(*files, tuple(map(Path, inputs.posterior_files)))
         written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
         if doubts:
             told = f"WARNING: {request.scan.path}: {' '.join(doubts)}"

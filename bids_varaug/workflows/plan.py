@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.errors import UsageError
+from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
 from bids_varaug.models.ensemble import Ensemble, Member, check_member, load_ensemble, round_inference, select_members
 from bids_varaug.settings import Settings
@@ -16,10 +18,7 @@ from bids_varaug.workflows.plugins import LOCAL
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That of a member varies
 # between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
-STEP_GB = {
-    "conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
-    "report": 1.0,
-}  # fmt: skip
+STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6, "report": 1.0}
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
@@ -59,11 +58,9 @@ class Plan:
         """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
         return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
 
-    @property
-    def work_gb(self) -> float:
-        """What the members of one image leave in the work directory, GB."""
-        n_files = self.n_passes + (2 if self.settings.grids > 1 else 0)
-        return POSTERIOR_GB * n_files / self.voxel_size**3
+    def request(self, scan: Scan) -> ScanRequest:
+        """What is asked for of one scan."""
+        return ScanRequest(self.settings, scan, self.ensemble, self.members)
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -76,7 +73,6 @@ def make_plan(settings: Settings) -> Plan:
     """
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
-    grids = settings.grids or suitable_grids(settings, ensemble)
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -84,6 +80,7 @@ def make_plan(settings: Settings) -> Plan:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
+    grids = settings.grids or suitable_grids(settings, ensemble)
     return Plan(replace(settings, device=device, grids=grids), ensemble, members)
 
 
@@ -133,23 +130,17 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     folders : in the work directory, of images to segment; members that are there already count
     """
     settings = plan.settings
-    at_once = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
-    there = sum(
-        path.stat().st_size
-        for folder in folders
-        for step in ("segment", "grids", "average")
-        for path in (folder / step).glob("**/*.safetensors")
-    )
-    need = at_once * plan.work_gb - there / 1e9
+    n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
+    n_files = n_images * (plan.n_passes + (2 if settings.grids > 1 else 0))  # the average and the shift
+    steps = [folder / step for folder in folders for step in ("segment", "grids", "average")]
+    there = sum(path.stat().st_size for step in steps for path in step.glob("**/*.safetensors"))
+    need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
-        hint = (
-            "or use a smaller --nprocs"
-            if settings.clean_workdir
-            else "or use --clean-workdir, which removes those of an image once it is written"
-        )
+        other = "--clean-workdir, which removes those of an image once it is written"
         print(
-            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about {need:.0f} GB more there, and "
-            f"{free:.0f} GB are free. Choose another -w, {hint}.",
+            f"WARNING: {settings.work_dir}: the members of {n_images} image(s) need about {need:.0f} GB more there, "
+            f"and {free:.0f} GB are free. Choose another -w, or use "
+            f"{'a smaller --nprocs' if settings.clean_workdir else other}.",
             file=sys.stderr,
         )

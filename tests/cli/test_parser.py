@@ -281,7 +281,7 @@ def test_own_earlier_output_is_accepted(places, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{bad", "not valid JSON, line 1, column 2"),
+        ("{bad", "cannot read it as JSON: .*: line 1 column 2"),
         ("[]", "expected a form like"),
         ('{"t1w": "x"}', "expected a form like"),
         ('{"T1w": {}}', "unknown query 'T1w'"),

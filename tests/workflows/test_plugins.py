@@ -18,15 +18,13 @@ from nipype.interfaces.utility import Function
 
 from bids_varaug.errors import UsageError
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.graph import node_name
 from bids_varaug.workflows.interfaces import Conform
-from bids_varaug.workflows.participant import _remove_work
+from bids_varaug.workflows.participant import _remove_work, node_name
 from bids_varaug.workflows.plugins import (
     ProgressLog,
     WorkersPlugin,
     check_plugin,
     configure_nipype,
-    log_level,
     run_workflow,
 )
 from tests.workflows.conftest import head
@@ -147,12 +145,13 @@ def level_of_nodes():
 
 @pytest.mark.parametrize(("verbosity", "level"), [(0, logging.CRITICAL), (2, logging.DEBUG)])
 def test_workers_learn_how_much_to_log(request_for, verbosity, level):
-    plugin_args = {"n_procs": 1, "log_level": log_level(request_for(verbosity=verbosity))}
-    pool = WorkersPlugin(plugin_args).pool
+    configure_nipype(request_for(verbosity=verbosity))
+    pool = WorkersPlugin({"n_procs": 1}).pool
     try:
         assert pool.submit(level_of_nodes).result() == level
     finally:
         pool.shutdown()
+        configure_nipype(request_for())
 
 
 def test_unknown_plugin_is_refused_with_those_that_exist(request_for):
