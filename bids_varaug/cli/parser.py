@@ -254,8 +254,8 @@ def _as_arguments(flag: str, value: object, action: argparse.Action) -> list[str
     """
     if isinstance(value, bool):
         return [] if action.nargs == 0 and not value else [flag]
-    if isinstance(action, argparse._CountAction) and value in range(10):
-        return [flag] * int(value)
+    if isinstance(action, argparse._CountAction) and isinstance(value, int) and value in range(10):
+        return [flag] * value
     if isinstance(value, list) and action.nargs == "+":
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]

@@ -198,8 +198,10 @@ class WriteScan(_Step):
         from bids_varaug.derivatives.scan import Intermediate, write_scan
 
         inputs, request = self.inputs, self.inputs.request
-        files = (Path(inputs.get()[f"{name}_file"]) for name in ("geometry", "mean", "maps", "counts"))
-        intermediate = Intermediate(*files, tuple(map(Path, inputs.posterior_files)))
+        intermediate = Intermediate(
+            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file),
+            tuple(map(Path, inputs.posterior_files)),
+        )  # fmt: skip
         written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
         if doubts:
             told = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
