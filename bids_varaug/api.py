@@ -56,13 +56,12 @@ def segment(
 ) -> Segmentation:
     """Segment one T1w image with an ensemble and measure how its members disagree.
 
-    The same functions as those of ``bids_varaug BIDS_DIR OUTPUT_DIR participant``, with the same labels. Intermediate
-    results (60 MB for each member) go to a temporary folder.
+    The labels are those of ``bids_varaug BIDS_DIR OUTPUT_DIR participant``. Intermediate results (60 MB for each
+    member) go to a temporary folder.
 
     Parameters
     ----------
-    image : path of a ``.nii`` or ``.nii.gz``, or nibabel image
-        One 3D volume whose header says where left and right are; of any orientation.
+    image : path of a ``.nii`` or ``.nii.gz``, or nibabel image: one 3D volume, of any orientation
     ensemble : shipped ensemble, or the folder of one
     members : "all", families ("mca", "seed", "ieee") or single members ("mca01")
     n_members : use the first n of each family; all if None
@@ -76,14 +75,10 @@ def segment(
     random_seed : of `perturb_inference`
     sloppy : 2 mm and two members, for tests and demos only
 
-    Returns
-    -------
-    Segmentation
-
     Raises
     ------
     ScanError
-        If the image cannot be used; the message says why, and what to do.
+        If the image cannot be used.
     EnsembleError, UsageError
         If the ensemble, a member or the device does not exist.
 
@@ -93,10 +88,9 @@ def segment(
     >>> result.labels.shape  # doctest: +SKIP
     (256, 256, 256)
     >>> import numpy
-    >>> segment(numpy.zeros((64, 64, 64)))
+    >>> segment(numpy.zeros((64, 64, 64)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. \
-Pass a file, or nibabel.Nifti1Image(array, affine).
+    bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. Pass a file, ...
     """
     folder = Path(tempfile.mkdtemp(prefix="bids_varaug-"))
     try:
@@ -219,7 +213,7 @@ class Segmentation:
         Raises
         ------
         ValueError
-            If there is no such figure; the message lists those there are.
+            If there is no such figure.
         """
         from matplotlib import image, pyplot
 
@@ -232,17 +226,11 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy all images and tables to a folder, with their sidecars.
+        """Copy all images and tables with their sidecars to a new or an empty folder; return the files.
 
         Parameters
         ----------
-        output_dir : a new or an empty folder
         report : whether to write the HTML report too
-
-        Returns
-        -------
-        list of Path
-            Files written.
 
         Raises
         ------
@@ -262,7 +250,7 @@ class Segmentation:
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder for the derivatives of one image, or refuse it.
+    """Make a folder for the derivatives of one image.
 
     Raises
     ------

@@ -27,12 +27,6 @@ GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 
 
-class UnknownLevelError(UsageError):
-    """The analysis level is neither participant nor group."""
-
-    exit_code = ExitCode.UNKNOWN_LEVEL
-
-
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are `UsageError` (exit code 64 instead of argparse's 2)."""
 
@@ -169,21 +163,14 @@ def _add_group_level(group: argparse._ArgumentGroup) -> None:
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """The request that a command line makes.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments without the program's name; default ``sys.argv[1:]``.
+    """The request that a command line makes; `argv` is without the program's name.
 
     Raises
     ------
     UsageError
-        Exit code 64, or 17 (`UnknownLevelError`) for a level that does not exist.
+        Exit code 64, or 17 for a level that does not exist.
     NoInputError, OutputError
         As `values.check_paths`.
-    SystemExit
-        After ``--help`` and ``--version``.
     """
     argv = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
@@ -191,7 +178,9 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if given.config_file is not None:  # the command line wins
         given = parser.parse_args(argv, read_config(parser, given.config_file))
     if given.level not in LEVELS:
-        raise UnknownLevelError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
+        error = UsageError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
+        error.exit_code = ExitCode.UNKNOWN_LEVEL
+        raise error
     given.work_dir = given.work_dir or Path.cwd() / "work"
     values.check_paths(given.bids_dir, given.output_dir, given.work_dir)
     given.nprocs = given.nprocs or available_processors()
@@ -240,22 +229,14 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespa
         flag = dash_flag(f"--{name}")
         if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
-        arguments += _as_arguments(flag, value, actions[flag])
+        # A value of the wrong kind becomes an argument that the parser refuses.
+        if actions[flag].nargs == 0 and isinstance(value, int) and value in range(10):  # or true, false
+            arguments += [flag] * value
+        elif actions[flag].nargs == "+" and isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
     try:
         return parser.parse_args(arguments)
     except UsageError as error:
         raise UsageError(f"--config-file {path}: {error}") from error
-
-
-def _as_arguments(flag: str, value: object, action: argparse.Action) -> list[str]:
-    """Command line arguments that say what a line of a configuration file says.
-
-    A value of the wrong kind becomes arguments that the parser refuses.
-    """
-    if isinstance(value, bool):
-        return [] if action.nargs == 0 and not value else [flag]
-    if isinstance(action, argparse._CountAction) and isinstance(value, int) and value in range(10):
-        return [flag] * value
-    if isinstance(value, list) and action.nargs == "+":
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]

@@ -22,13 +22,7 @@ _GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
 def bids_label(entity: str) -> Callable[[str], str]:
-    """Return what reads a BIDS label with or without its entity.
-
-    Examples
-    --------
-    >>> bids_label("sub")("sub-01")
-    '01'
-    """
+    """Return what reads a BIDS label with or without its entity ("sub-01" or "01")."""
 
     def read(text: str) -> str:
         bare = text.removeprefix(f"{entity}-")
@@ -50,33 +44,17 @@ def member_names(text: str) -> str:
 
 
 def split_members(texts: Iterable[str]) -> tuple[str, ...]:
-    """Names of members, each once.
-
-    Examples
-    --------
-    >>> split_members(["mca,seed01,", "mca"])
-    ('mca', 'seed01')
-    """
+    """Names of members, each once; ``["mca,seed01,", "mca"]`` are mca and seed01."""
     return tuple(dict.fromkeys(name for text in texts for name in text.split(",") if name))
 
 
 def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
-    """Return what reads a whole number from `low` to `high`.
-
-    Examples
-    --------
-    >>> whole_number(1)("3")
-    3
-    """
+    """Return what reads a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if not low <= number <= high:
+        if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return number
+        return int(text)
 
     return read
 
@@ -88,13 +66,7 @@ folds = whole_number(2)
 
 
 def memory_gb(text: str) -> float:
-    """Memory in GiB (what nipype calls GB), 1 GiB = 1024 MiB as Slurm counts.
-
-    Examples
-    --------
-    >>> memory_gb("8G"), memory_gb("512M"), memory_gb("8")
-    (8.0, 0.5, 8.0)
-    """
+    """Memory in GiB (what nipype calls GB), 1 GiB = 1024 MiB as Slurm counts."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
@@ -145,7 +117,7 @@ def read_file(flag: str, path: Path, form: str, parse: Callable[[str], Any]) -> 
     Raises
     ------
     UsageError
-        If it cannot be read, or not be parsed.
+        If it cannot be read or parsed.
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
@@ -154,14 +126,9 @@ def read_file(flag: str, path: Path, form: str, parse: Callable[[str], Any]) -> 
 
 
 def read_bids_filters(path: Path) -> dict[str, dict]:
-    """Filters of a ``--bids-filter-file`` as nipreps write them, values unchanged.
+    """Filters of a ``--bids-filter-file`` as nipreps write them, values unchanged; raises as `read_file`.
 
     Queries other than ``t1w`` are kept and have no effect: one file serves several tools.
-
-    Raises
-    ------
-    UsageError
-        If it is not JSON, or not a mapping of queries to mappings.
     """
     flag = "--bids-filter-file"
     filters = read_file(flag, path, "JSON", json.loads)
@@ -174,13 +141,7 @@ def read_bids_filters(path: Path) -> dict[str, dict]:
 
 
 def read_plugin(path: Path) -> Mapping[str, Any]:
-    """Nipype plugin settings of a ``--use-plugin`` YAML file.
-
-    Raises
-    ------
-    UsageError
-        If it is not YAML, or holds no ``plugin`` name.
-    """
+    """Nipype plugin settings of a ``--use-plugin`` YAML file; raises as `read_file`."""
     plugin = read_file("--use-plugin", path, "YAML", yaml.safe_load)
     if not isinstance(plugin, dict) or not isinstance(plugin.get("plugin"), str):
         raise UsageError(f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'.")

@@ -21,32 +21,29 @@ class _Step(SimpleInterface):
     """A step that shows at once what a user can fix; its node then fails."""
 
     def _run_interface(self, runtime: Bunch) -> Bunch:
+        folder = Path(runtime.cwd)
         try:
-            self._results |= self._step(Path(runtime.cwd))
+            self._results |= self._step(folder)
         except Exception as error:
-            if message := explain(error, runtime.cwd):
-                print(f"ERROR: {message}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                message = str(error)
+            elif isinstance(error, OSError | SafetensorError):
+                # Outputs have errors of their own; this is the work directory, full as a rule.
+                message = (
+                    f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume "
+                    "with the same -w, or choose another -w."
+                )
+            # torch has no error of its own for this on the CPU.
+            elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+                message = (
+                    f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at "
+                    "once (--nprocs), and resume with the same -w."
+                )
+            else:
+                raise
+            print(f"ERROR: {message}", file=sys.stderr, flush=True)
             raise
         return runtime
-
-
-def explain(error: Exception, folder: str) -> str | None:
-    """Return what a user can do about the error of a step in `folder`; None of a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError | SafetensorError):
-        # Outputs have errors of their own; this is the work directory, full as a rule.
-        return (
-            f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume with the "
-            "same -w, or choose another -w."
-        )
-    # torch has no error of its own for this on the CPU.
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return (
-            f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at once "
-            "(--nprocs), and resume with the same -w."
-        )
-    return None
 
 
 class _NetworkInput(BaseInterfaceInputSpec):

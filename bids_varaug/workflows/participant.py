@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from nipype import MapNode, Node, Workflow
 from nipype.interfaces.base import BaseInterface
@@ -39,10 +38,7 @@ WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
 def run_participants(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select.
 
-    Raises
-    ------
-    UserError
-        If nothing can be done; what concerns one image is printed, and the others go on.
+    What concerns one image is printed, and the others go on; raises `UserError` if nothing can be done.
     """
     plugins.configure_nipype(settings)
     plan = make_plan(settings)
@@ -97,11 +93,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     folders = {scan.prefix: root / node_name(scan.prefix) for scan in scans}
     # By a run with --clean-workdir.
     finished = {scan.prefix for scan in scans if is_finished(plan.request(scan), folders[scan.prefix])}
-    print(
-        f"{len(scans)} T1w image(s), {len(plan.members)} member(s) each, on {settings.device}"
-        + (f"; {len(finished)} of them are done" if finished else ""),
-        file=sys.stderr,
-    )
+    done = f"; {len(finished)} of them are done" if finished else ""
+    print(f"{len(scans)} T1w image(s), {len(plan.members)} member(s) each, on {settings.device}{done}", file=sys.stderr)
     left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
@@ -171,11 +164,7 @@ def by_subject(scans: Iterable[Scan]) -> dict[str, list[Scan]]:
 def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection[str]) -> Workflow:
     """Segment every scan, side by side, and write one report for each participant.
 
-    Parameters
-    ----------
-    plan : members to run, baseline included, and how
-    scans : images whose content is there
-    finished : prefixes of scans that need no step any more but the report
+    Of scans whose prefix is among `finished` only the report is drawn.
     """
     workflow = Workflow(WORKFLOW_NAME, base_dir=str(plan.settings.work_dir))
     for subject, theirs in by_subject(scans).items():
@@ -195,21 +184,23 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     """Segment one T1w image with every member, one after another, and write its derivatives.
 
-    Inputs
-    ------
-    none: the scan is in the signature
-
     Outputs
     -------
     derivatives : files written for this scan
     """
     settings, ensemble, locator = plan.settings, plan.ensemble, plan.locator
     threads = settings.omp_nthreads
+    where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
     by_locator = {"member": locator, "identity": identify(ensemble, locator)}
-    grid = {"voxel_size": plan.voxel_size, "multiple": ensemble.network.multiple}
-    conform = _node(
-        Conform(in_file=str(scan.path), trust=settings.trust, **grid, **_where(plan)), "conform", threads
-    )
+
+    def segment_node(name: str, **iterated: list) -> MapNode:
+        """Node that segments once for each item of the iterated inputs."""
+        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb)
+        node.inputs.trait_set(**iterated)
+        return node
+
+    conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.network.multiple)
     if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
         conform.inputs.trait_set(**by_locator)
     posteriors = _merge_node(2, "posteriors")  # of all members, in their order
@@ -220,7 +211,7 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
 
     workflow = Workflow(name)
     if settings.grids > 1:
-        grids = _segment_node(plan, "grids", offset=list(GRIDS[settings.grids]))
+        grids = segment_node("grids", offset=list(GRIDS[settings.grids]))
         grids.inputs.trait_set(**by_locator)
         average = _node(AverageGrids(member=locator, n_grids=settings.grids), "average")
         workflow.connect(conform, "head_file", grids, "head_file")
@@ -229,7 +220,7 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
             workflow.connect(average, "posterior_file", posteriors, "in1")
     if members := plan.single_pass:
         identities = [identify(ensemble, member) for member in members]
-        segment = _segment_node(plan, "segment", member=members, identity=identities)
+        segment = segment_node("segment", member=members, identity=identities)
         workflow.connect(conform, "head_file", segment, "head_file")
         workflow.connect(segment, "posterior_file", posteriors, "in2")
         if settings.grids > 1:
@@ -250,21 +241,6 @@ def _node(interface: BaseInterface, name: str, n_procs: int = 1) -> Node:
 
 def _merge_node(n_inputs: int, name: str) -> Node:
     return Node(Merge(n_inputs), name, run_without_submitting=True)  # not worth a job
-
-
-def _segment_node(plan: Plan, name: str, **iterated: list) -> MapNode:
-    """Node that segments once for each item of the iterated inputs."""
-    resources = {"n_procs": plan.settings.omp_nthreads, "mem_gb": plan.segment_gb}
-    node = MapNode(SegmentMember(**_where(plan)), list(iterated), name, **resources)
-    node.inputs.trait_set(**iterated)
-    return node
-
-
-def _where(plan: Plan) -> dict[str, Any]:
-    """Inputs of a step that runs a network."""
-    settings = plan.settings
-    directory = str(plan.ensemble.directory)
-    return {"ensemble": directory, "device": settings.device, "num_threads": settings.omp_nthreads}
 
 
 def node_name(prefix: str) -> str:

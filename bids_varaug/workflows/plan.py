@@ -14,10 +14,8 @@ from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
 from bids_varaug.models.ensemble import Ensemble, Member, check_member, load_ensemble, round_inference, select_members
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.plugins import LOCAL
 
-# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That of a member varies
-# between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
+# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
 STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6, "report": 1.0}
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
@@ -34,7 +32,7 @@ class Plan:
 
     @property
     def voxel_size(self) -> float:
-        """Voxel size of the network grid, mm."""
+        """Of the network grid, mm."""
         return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
@@ -66,10 +64,7 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Load the ensemble, choose members, device and number of grids, and check the weights.
 
-    Raises
-    ------
-    UsageError, EnsembleError
-        As `resolve_device`, `load_ensemble`, `select_members` and `check_member`.
+    Raises `UsageError` or `EnsembleError`.
     """
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
@@ -93,19 +88,13 @@ def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
 
 
 def check_memory(plan: Plan) -> None:
-    """Refuse, before anything is written, a memory limit with which no step can run.
-
-    Raises
-    ------
-    UsageError
-        With what is needed, what there is, and who limits it.
-    """
+    """Raise a `UsageError`, before anything is written, for a memory limit with which no step can run."""
     settings, need = plan.settings, max(plan.segment_gb, STEP_GB["write"])
     if settings.mem_gb is not None and settings.mem_gb < need:
         raise UsageError(
             f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or leave it out."
         )
-    if settings.dry_run or settings.reports_only or settings.plugin_name not in LOCAL:
+    if settings.dry_run or settings.reports_only or not settings.runs_here:
         return
     bound = memory_bound()
     if bound.total < need:
@@ -123,12 +112,7 @@ def check_memory(plan: Plan) -> None:
 
 
 def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
-    """Warn, before hours of work, if they will fill the disk of the work directory.
-
-    Parameters
-    ----------
-    folders : in the work directory, of images to segment; members that are there already count
-    """
+    """Warn, before hours of work, if images (with these folders) will fill the disk of the work directory."""
     settings = plan.settings
     n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
     n_files = n_images * (plan.n_passes + (2 if settings.grids > 1 else 0))  # the average and the shift

@@ -29,7 +29,6 @@ from bids_varaug.errors import UsageError
 from bids_varaug.machine import memory_bound
 from bids_varaug.settings import Settings
 
-LOCAL = ("MultiProc", "Linear", "LegacyMultiProc", "Debug")  # the others are of batch systems
 MEMORY_SHARE = 0.9  # for the steps; the rest is for this process and what else runs
 SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")  # end when the jobs are submitted
 LOG_LEVELS = ("CRITICAL", "INFO", "DEBUG")  # of nipype, without -v, with -v and with -vv
@@ -60,20 +59,14 @@ def configure_nipype(settings: Settings) -> None:
             "create_report": False,  # its files lie where jobs that share -w would collide
             "remove_unnecessary_outputs": False,
             # A batch system is not to be flooded.
-            "poll_sleep_duration": 0.1 if settings.plugin_name in LOCAL else 2,
+            "poll_sleep_duration": 0.1 if settings.runs_here else 2,
         },
     })  # fmt: skip
     logging.update_logging(config)
 
 
 def check_plugin(settings: Settings) -> None:
-    """Refuse a ``--use-plugin`` that nipype does not have, or that cannot do what is asked for.
-
-    Raises
-    ------
-    UsageError
-        With the names that there are.
-    """
+    """Raise a `UsageError` for a ``--use-plugin`` that nipype lacks, or that cannot do what is asked for."""
     name = settings.plugin_name
     known = sorted(each.removesuffix("Plugin") for each in dir(plugins) if each.endswith("Plugin"))
     if name not in known:
@@ -86,10 +79,7 @@ def check_plugin(settings: Settings) -> None:
 
 
 def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
-    """Run the graph with MultiProc or ``--use-plugin``; return whether every node succeeded.
-
-    A failed node takes only those that depend on it along.
-    """
+    """Run the graph; return whether every node succeeded. Those that depend on a failed one do not run."""
     name, given = settings.plugin_name, dict((settings.plugin or {}).get("plugin_args", {}))
     if name not in SUBMIT_ONLY:  # else there is nobody left to call
         given = {"status_callback": progress} | given
@@ -108,8 +98,7 @@ def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) 
     try:
         workflow.run(runner, plugin_args=given)
     except Exception as error:
-        # After all other nodes are done, nipype raises what the first failed node raised, or a RuntimeError; `progress`
-        # has told that node's name and the node its error.
+        # What the first failed node raised, or a RuntimeError; `progress` has told its name, and the node its error.
         if settings.verbosity or not progress.failed:
             print(f"ERROR: {type(error).__name__}: {error}", file=sys.stderr)
         return False
@@ -167,28 +156,27 @@ class WorkersPlugin(MultiProcPlugin):
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
         future = self._task_obj[taskid]
-        error = future.exception() if future.done() else None
-        if error is None:
-            return future.result() if future.done() else None
+        if not future.done():
+            return None
+        if (error := future.exception()) is None:
+            return future.result()
         reason = KILLED if isinstance(error, BrokenProcessPool) else f"ERROR: {error!r}"
         print(reason, file=sys.stderr, flush=True)
         return {"taskid": taskid, "result": None, "traceback": [f"{reason}\n{error!r}\n"]}
 
 
 def _start_worker(folder: str, level: int) -> None:
-    """Begin a worker, which ends when the main process does, however that ended.
-
-    Otherwise it would go on writing to the work directory while the next run does too.
-    """
+    """Begin a worker; it ends when the main process was killed, and does not write beside the next run."""
     process_initializer(folder)
     logging.getLogger("nipype.workflow").setLevel(level)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class SlurmPlugin(plugins.SLURMPlugin):
@@ -251,33 +239,22 @@ class SlurmPlugin(plugins.SLURMPlugin):
 
 @dataclass
 class ProgressLog:
-    """Prints a line when a step ends: what is done, what is left, how long it may take.
+    """Prints a line when a step ends: what is done, what is left, how long it may take."""
 
-    Called by nipype in the main process with (node, status).
-
-    Parameters
-    ----------
-    root : folder of the workflow
-    scans : folder below it -> what the scan is called
-    n_passes : how many times each scan is segmented
-    on_written : called with a scan's folder when its derivatives are written
-    """
-
-    root: Path
-    scans: Mapping[str, str]
-    n_passes: int
-    on_written: Callable[[Path], None] | None = None
+    root: Path  # folder of the workflow
+    scans: Mapping[str, str]  # folder below it -> what the scan is called
+    n_passes: int  # how many times each scan is segmented
+    on_written: Callable[[Path], None] | None = None  # called with the folder of a scan whose derivatives are written
     started: float = field(default_factory=time.monotonic)
     passes_done: set[tuple[str, str]] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
 
     def __call__(self, node: Node, status: str) -> None:
-        """Take note of one node's change of status."""
+        """Take note of one node's change of status; called by nipype in the main process."""
         if status not in ("end", "exception"):
             return
-        # <root>/<scan>/<step>, and below it the members' own folders. nipype follows links, of which the work directory
-        # may be one.
+        # <root>/<scan>/<step>, and below it the members' own; nipype follows links, as the work directory may be.
         folder = Path(node.output_dir()).resolve()
         where, step = (*folder.relative_to(self.root.resolve()).parts, "")[:2]
         name = self.scans.get(where, where)
