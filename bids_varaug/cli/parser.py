@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all flags.
 
@@ -48,32 +49,18 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(**{f.name: f.default for f in fields(Settings) if f.default != MISSING})
-    _add_positionals(parser)
-    _add_selection(parser.add_argument_group("images"))
-    add_ensemble(parser.add_argument_group("ensemble"))
-    _add_resources(parser.add_argument_group("computing"))
-    _add_running(parser.add_argument_group("running"))
-    _add_group_level(parser.add_argument_group("group level"))
-    return parser
-
-
-# fmt: off
-def _add_positionals(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bids_dir", type=values.absolute_path, help="input BIDS dataset")
     add("output_dir", type=values.absolute_path,
         help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
     add("level", metavar="{participant,group}",
         help="level of the analysis: segment images, or predict age from the volumes")
-
-
-def _add_selection(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--participant-label", dest="participant_labels", type=values.bids_label("sub"), nargs="+", metavar="LABEL",
+    add = parser.add_argument_group("images").add_argument
+    add("--participant-label", dest="participant_labels", type=values.participant_label, nargs="+", metavar="LABEL",
         help="participants to process, with or without sub- (default: all)")
-    add("--exclude-participant-label", dest="exclude_participant_labels", type=values.bids_label("sub"), nargs="+",
+    add("--exclude-participant-label", dest="exclude_participant_labels", type=values.participant_label, nargs="+",
         metavar="LABEL", help="participants to leave out")
-    add("--session-label", "--session-id", dest="session_labels", type=values.bids_label("ses"), nargs="+",
+    add("--session-label", "--session-id", dest="session_labels", type=values.session_label, nargs="+",
         metavar="LABEL", help="sessions to process, with or without ses- (default: all)")
     add("--bids-filter-file", dest="bids_filters", type=values.existing_file, metavar="JSON",
         help='pybids filters as in fMRIPrep: {"t1w": {"acquisition": null}}')
@@ -82,11 +69,15 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
     add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
+    add_ensemble(parser)
+    _add_running(parser)
+    _add_group_level(parser)
+    return parser
 
 
-def add_ensemble(group: argparse._ArgumentGroup) -> None:
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the ensemble and its members."""
-    add = group.add_argument
+    add = parser.add_argument_group("ensemble").add_argument
     add("--ensemble", type=values.ensemble, metavar="NAME|DIR", default=Settings.ensemble,
         help="a shipped ensemble, or the folder of one (default: %(default)s)")
     add("--members", type=values.member_names, nargs="+", metavar="NAME", default=Settings.members,
@@ -107,8 +98,8 @@ def add_ensemble(group: argparse._ArgumentGroup) -> None:
     add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
 
 
-def _add_resources(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("computing").add_argument
     add("--device", type=values.device, metavar="auto|cpu|cuda[:N]", default="auto",
         help="where the networks run; auto uses a GPU if there is one (default: %(default)s)")
     add("--nprocs", type=values.positive_int, metavar="N", default=None,
@@ -119,10 +110,7 @@ def _add_resources(group: argparse._ArgumentGroup) -> None:
         help="memory limit: 8G, 8000M, 8 (= 8G) (default: 90 %% of what is available)")
     add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=values.existing_file, metavar="YML",
         help="nipype plugin settings (default: MultiProc)")
-
-
-def _add_running(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("running").add_argument
     add("-w", "--work-dir", type=values.absolute_path, metavar="DIR",
         help="intermediate results; to resume, pass the same folder (default: ./work)")
     add("--clean-workdir", action="store_true",
@@ -137,8 +125,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
 
 
-def _add_group_level(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def _add_group_level(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("group level").add_argument
     for name in ("age", "site", "sex"):
         add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
     add("--brainage-model", choices=BRAINAGE_MODELS,
@@ -193,8 +181,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.plugin = values.read_plugin(given.plugin) if given.plugin else None
     given.members = values.split_members(given.members)
     given.grids = GRIDS[given.grids]
-    for name in ("participant_labels", "exclude_participant_labels", "session_labels", "compare"):
-        setattr(given, name, tuple(dict.fromkeys(getattr(given, name))))  # each once
+    for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
+        labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
+        setattr(given, name, tuple(dict.fromkeys(labels)))
+    given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 
 

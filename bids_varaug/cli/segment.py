@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("image", type=values.absolute_path, help="T1w image, .nii or .nii.gz")
     add("output_dir", type=values.absolute_path, help="a new or an empty folder")
     add("--report", action="store_true", help="also write the HTML report")
-    add_ensemble(parser.add_argument_group("ensemble"))
+    add_ensemble(parser)
     add = parser.add_argument_group("computing").add_argument
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other")

@@ -21,26 +21,24 @@ from bids_varaug.errors import NoInputError, OutputError, UsageError
 _GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
-def bids_label(entity: str) -> Callable[[str], str]:
-    """Return what reads a BIDS label with or without its entity ("sub-01" or "01")."""
+def matching(pattern: str, problem: str) -> Callable[[str], str]:
+    """Return what refuses texts that do not match a pattern, and leaves others as they are."""
 
     def read(text: str) -> str:
-        bare = text.removeprefix(f"{entity}-")
-        if not re.fullmatch("[0-9a-zA-Z+]+", bare):
-            raise ArgumentTypeError(
-                f"{text!r} is not a BIDS label: only letters and digits may follow '{entity}-'. Give labels, not "
-                "paths, separated by spaces."
-            )
-        return bare
+        if not re.fullmatch(pattern, text):
+            raise ArgumentTypeError(f"{text!r} {problem}")
+        return text
 
     return read
 
 
-def member_names(text: str) -> str:
-    """Families or ids of members; commas separate several, see `split_members`."""
-    if not re.fullmatch(r"[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", text):
-        raise ArgumentTypeError(f"{text!r} is not a family (all, mca, seed, ieee) or a member such as mca01")
-    return text
+_LABEL = "is not a BIDS label of letters and digits. Give labels, not paths, separated by spaces"
+participant_label = matching("(sub-)?[0-9a-zA-Z+]+", _LABEL)
+session_label = matching("(ses-)?[0-9a-zA-Z+]+", _LABEL)
+member_names = matching(
+    "[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", "is not a family (all, mca, seed, ieee) or a member such as mca01"
+)
+device = matching(r"auto|cpu|cuda(:\d+)?", "is none of auto, cpu, cuda, cuda:0, ...")
 
 
 def split_members(texts: Iterable[str]) -> tuple[str, ...]:
@@ -71,13 +69,6 @@ def memory_gb(text: str) -> float:
     if not match or float(match[1]) <= 0:
         raise ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
     return float(match[1]) * _GIB_PER_UNIT[match[2].upper() or "G"]
-
-
-def device(text: str) -> str:
-    """Name of a computing device; whether it exists is seen when it is used."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, ...")
-    return text
 
 
 def absolute_path(text: str) -> Path:
@@ -169,20 +160,17 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
     # Links are followed: two names may mean one folder.
     source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
-    example = f"for example {bids_dir / 'derivatives' / 'bids_varaug'}"
-    if output == source:
-        raise UsageError(f"{output_dir}: the output directory is the input dataset itself. Choose another, {example}.")
     if output.is_relative_to(source) and source / "derivatives" not in output.parents:
         raise UsageError(
-            f"{output_dir}: the output directory is inside the input dataset. This is allowed only below derivatives/, "
-            f"{example}."
+            f"{output_dir}: the output directory must lie outside of the input dataset or below its derivatives/, for "
+            f"example {bids_dir / 'derivatives' / 'bids_varaug'}."
         )
-    if work.is_relative_to(source):
-        raise UsageError(f"{work_dir}: the work directory is inside the input dataset. Choose another -w.")
-    for name, path in (("input dataset", source), ("output directory", output)):
-        # Whoever deletes the work directory by hand must not delete these.
-        if path.is_relative_to(work):
-            raise UsageError(f"{work_dir}: the {name} is inside the work directory. Choose another -w.")
+    # Whoever deletes the work directory by hand must not delete the others.
+    if work.is_relative_to(source) or source.is_relative_to(work) or output.is_relative_to(work):
+        raise UsageError(
+            f"{work_dir}: the work directory must not be inside the input dataset, nor contain it or the output "
+            "directory. Choose another -w."
+        )
     for name, path in (("output", output_dir), ("work", work_dir)):
         _check_writable(name, path)
     _check_not_foreign(output_dir)

@@ -194,7 +194,7 @@ def test_output_inside_input_is_refused(places, output):
 
 def test_output_that_is_the_input_by_a_link_is_refused(places, tmp_path):
     (tmp_path / "link").symlink_to(places[0])
-    with pytest.raises(UsageError, match="the input dataset itself"):
+    with pytest.raises(UsageError, match="outside of the input dataset"):
         parser.parse_settings([places[0], str(tmp_path / "link"), "participant"])
 
 
