@@ -96,25 +96,15 @@ def segment(
     try:
         path = _as_file(image, folder)
         settings = Settings(
-            bids_dir=path.parent,
-            output_dir=folder / "derivatives",
-            level="participant",
-            work_dir=folder / "work",
-            ensemble=os.fspath(ensemble),
-            members=(members,) if isinstance(members, str) else tuple(members),
-            n_members=n_members,
-            perturb_inference=perturb_inference,
-            grids=grids,
-            write_members=write_members,
-            family_maps=family_maps,
-            device=device,
+            path.parent, folder / "derivatives", "participant", folder / "work",
+            ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
+            n_members=n_members, perturb_inference=perturb_inference, grids=grids, write_members=write_members,
+            family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
             omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
-            trust=trust,
-            random_seed=random_seed,
-            sloppy=sloppy,
-        )
+        )  # fmt: skip
         plan = make_plan(settings)
-        request = plan.request(_OneImage.of(path))
+        label = Scan(path, {}, "").prefix.removeprefix("sub-").partition("_")[0]
+        request = plan.request(Scan(path, {"subject": label}, path.name))
         settings.work_dir.mkdir()
         write_scan(request, _run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
         shutil.rmtree(settings.work_dir)
@@ -298,29 +288,6 @@ def _run_steps(plan: Plan, path: Path) -> Intermediate:
     for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
         np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
     return Intermediate(geometry_file, mean, maps, counts, posteriors)
-
-
-class _OneImage(Scan):
-    """An image that need not be named as in BIDS."""
-
-    @classmethod
-    def of(cls, path: Path) -> _OneImage:
-        """Scan whose participant is the first part of the file's name."""
-        label = cls(path, {}, "").prefix.removeprefix("sub-").partition("_")[0]
-        return cls(path, {"subject": label}, path.name)
-
-    @property
-    def prefix(self) -> str:
-        """File name without suffix and extension.
-
-        Examples
-        --------
-        >>> [_OneImage.of(Path(name)).prefix for name in ("sub-01_run-1_T1w.nii.gz", "my_head.nii")]
-        ['sub-01_run-1', 'my_head']
-        """
-        if re.search(r"_T1w\.nii(\.gz)?$", self.path.name):
-            return super().prefix
-        return re.sub(r"\.nii(\.gz)?$", "", self.path.name, flags=re.IGNORECASE)
 
 
 def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:

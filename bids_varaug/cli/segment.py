@@ -11,7 +11,7 @@ from bids_varaug import __version__
 from bids_varaug.cli import values
 from bids_varaug.cli.parser import GRIDS, Parser, add_ensemble, dash_flag
 from bids_varaug.errors import ExitCode, UsageError, UserError
-from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
+from bids_varaug.machine import MAX_DEFAULT_THREADS
 
 
 # fmt: off
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", type=values.device, metavar="auto|cpu|cuda[:N]", default="auto",
         help="where the networks run (default: %(default)s)")
     add("--omp-nthreads", dest="n_threads", type=values.positive_int, metavar="N",
-        default=min(available_processors(), MAX_DEFAULT_THREADS), help="threads (default: %(default)s)")
+        help=f"threads (default: all, at most {MAX_DEFAULT_THREADS})")
     add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
     return parser
 # fmt: on

@@ -15,7 +15,7 @@ from bids_varaug import __version__
 from bids_varaug.errors import ExitCode, UsageError, UserError
 
 if TYPE_CHECKING:
-    from bids_varaug.training.recipe import Recipe
+    from bids_varaug.training.recipe import Recipe, Stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +94,8 @@ def make_recipe(arguments: argparse.Namespace, n_classes: int) -> Recipe:
     from bids_varaug.training.recipe import STAGES, Recipe
     from bids_varaug.training.synthesis import SynthesisSettings
 
-    stages, names = STAGES, [stage.name for stage in STAGES]
+    stages: tuple[Stage, ...] = STAGES
+    names = [stage.name for stage in stages]
     for change in arguments.steps:
         name, _, steps = change.rpartition("=")
         if name not in ("", *names) or not steps.isdecimal():

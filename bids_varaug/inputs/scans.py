@@ -50,7 +50,7 @@ _GOOD_FILE = re.compile(  # no entity twice; sub- and ses- as in the folders
     r"(?!.*(_[a-z]+-).*\1)(sub-L)/(?:(ses-L)/)?anat/\2(?(3)_\3)"
     r"(?:_(?!sub-|ses-)[a-z]+-L)*_T1w\.nii(?:\.gz)?".replace("L", "[0-9a-zA-Z+]+")
 )
-_ENDING = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
+_ENDING = re.compile(r"(_T1w)?(?i:\.nii(\.gz)?)$")
 _MADE = re.compile("_(?:space|desc)-[^_]+")
 # Entities that no T1w image has, or that each output sets itself.
 _DROPPED = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")

@@ -7,6 +7,8 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from nipype import MapNode, Node, Workflow
@@ -27,9 +29,8 @@ from bids_varaug.models.ensemble import identify
 from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
-from bids_varaug.workflows.finished import is_finished, remove_steps
 from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
-from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, make_plan, warn_of_disk
+from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -143,7 +144,7 @@ def write_reports(plan: Plan, scans: Sequence[Scan]) -> bool:
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     complete = True
-    for theirs in by_subject(scans).values():
+    for _, theirs in groupby(scans, attrgetter("subject")):
         requests = [plan.request(scan) for scan in theirs]
         try:
             print(f"Wrote {write_subject_report(requests)}.", file=sys.stderr)
@@ -153,22 +154,14 @@ def write_reports(plan: Plan, scans: Sequence[Scan]) -> bool:
     return complete
 
 
-def by_subject(scans: Iterable[Scan]) -> dict[str, list[Scan]]:
-    """Scans of each participant."""
-    subjects: dict[str, list[Scan]] = {}
-    for scan in scans:
-        subjects.setdefault(scan.subject, []).append(scan)
-    return subjects
-
-
 def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection[str]) -> Workflow:
     """Segment every scan, side by side, and write one report for each participant.
 
     Of scans whose prefix is among `finished` only the report is drawn.
     """
     workflow = Workflow(WORKFLOW_NAME, base_dir=str(plan.settings.work_dir))
-    for subject, theirs in by_subject(scans).items():
-        label = node_name(f"sub-{subject}")
+    for subject, group in groupby(scans, attrgetter("subject")):
+        label, theirs = node_name(f"sub-{subject}"), list(group)
         gather = _merge_node(len(theirs), f"gather_{label}")
         report = _node(WriteReport(requests=[plan.request(scan) for scan in theirs]), f"report_{label}")
         for number, scan in enumerate(theirs, start=1):

@@ -1,18 +1,29 @@
-"""What each image is segmented with, and the memory and disk space that this takes."""
+"""What each image is segmented with, the memory and disk space that this takes, and what is done already."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bids_varaug import __version__
+from bids_varaug.atomic import write_json
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.errors import UsageError
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
-from bids_varaug.models.ensemble import Ensemble, Member, check_member, load_ensemble, round_inference, select_members
+from bids_varaug.models.ensemble import (
+    Ensemble,
+    Member,
+    check_member,
+    load_ensemble,
+    round_inference,
+    select_members,
+    sha256_of,
+)
 from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
@@ -20,6 +31,7 @@ STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write":
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
+RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
 @dataclass(frozen=True)
@@ -128,3 +140,39 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
             f"{'a smaller --nprocs' if settings.clean_workdir else other}.",
             file=sys.stderr,
         )
+
+
+def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:
+    """Note in the work directory what was written, sidecars too, for which request."""
+    sidecars = (path.with_name(path.name.partition(".")[0] + ".json") for path in outputs)
+    files = [*outputs, *(path for path in sidecars if path.is_file())]
+    record = {"Request": _text_of(request), "SHA256": {str(path): sha256_of(path) for path in files}}
+    write_json(record, scan_folder / RECORD)
+
+
+def is_finished(request: ScanRequest, scan_folder: Path) -> bool:
+    """Whether all that an earlier run wrote for this request is as it was."""
+    try:
+        record = json.loads((scan_folder / RECORD).read_text(encoding="utf-8"))
+        digests = {path: sha256_of(Path(path)) for path in record["SHA256"]}
+        return (record["Request"], record["SHA256"]) == (_text_of(request), digests)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # absent or damaged: the steps run
+
+
+def remove_steps(scan_folder: Path) -> None:
+    """Remove the steps of a scan that is written, gigabytes, but for the record."""
+    if (scan_folder / RECORD).is_file():
+        for step in scan_folder.iterdir():
+            if step.name != "write":
+                shutil.rmtree(step, ignore_errors=True)
+
+
+def _text_of(request: ScanRequest) -> str:
+    """All that the derivatives of a scan depend on; the ensemble's text has all checksums."""
+    settings, scan = request.settings, request.scan
+    status = scan.path.stat()
+    return repr((
+        __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
+        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+    ))  # fmt: skip

@@ -11,12 +11,7 @@ from bids_varaug.cli.parser import parse_settings
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.workflows.finished import (
-    RECORD,
-    is_finished,
-    record_finished,
-    remove_steps,
-)
+from bids_varaug.workflows.plan import RECORD, is_finished, record_finished, remove_steps
 from tests.workflows.conftest import Run, describe, head, write_t1w
 from tests.workflows.test_participant import digests
 
@@ -39,7 +34,7 @@ def test_work_of_a_written_scan_is_removed_and_the_next_run_goes_on(app, linear,
     assert app(out, *linear, *CLEAN) == 1
     assert not list(work.rglob("*.safetensors"))
     (kept,) = work.glob("*/sub_01/*")
-    assert kept.name == "write" and (kept / RECORD).is_file()
+    assert kept.name == "write" and (kept.parent / RECORD).is_file()
     labels = out / "sub-01" / "anat" / "sub-01_seg-varaug_desc-consensus_dseg.nii.gz"
     before = labels.stat().st_mtime_ns
 
@@ -72,7 +67,7 @@ def written(dataset, small_ensemble, tmp_path):
     folder = tmp_path / "work" / "sub_01"
     for step in ("segment", "write"):
         (folder / step).mkdir(parents=True)
-    record_finished(request, outputs, folder / "write")
+    record_finished(request, outputs, folder)
     return request, folder, outputs
 
 
@@ -111,19 +106,19 @@ def test_record_does_not_hold_for_another_image(written):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"Request": 1}'])
 def test_damaged_record_is_none(written, content):
     request, folder, _ = written
-    (folder / "write" / RECORD).write_text(content)
+    (folder / RECORD).write_text(content)
     assert not is_finished(request, folder)
 
 
 def test_steps_without_a_record_stay(written):
     _, folder, _ = written
-    (folder / "write" / RECORD).rename(folder / "aside.json")
+    (folder / RECORD).rename(folder / "aside.json")
     remove_steps(folder)
     assert (folder / "segment").is_dir()
-    (folder / "aside.json").rename(folder / "write" / RECORD)
+    (folder / "aside.json").rename(folder / RECORD)
     remove_steps(folder)
     assert os.listdir(folder) == ["write"]
-    assert json.loads((folder / "write" / RECORD).read_text())["SHA256"]
+    assert json.loads((folder / RECORD).read_text())["SHA256"]
 
 
 def test_too_little_disk_is_told_before_the_work(app, linear, tmp_path, monkeypatch, capfd):
