@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.names import DATASET_DESCRIPTION, OUTPUTS, ScanRequest
+from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest
 from bids_varaug.derivatives.scan import Intermediate, write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
@@ -45,41 +45,40 @@ def segment(
     members: str | Sequence[str] = "all",
     n_members: int | None = None,
     perturb_inference: int = 0,
+    grids: int = 0,
+    write_members: bool = False,
+    family_maps: bool = False,
     device: str = "auto",
     n_threads: int | None = None,
     trust: str | None = None,
-    family_maps: bool = False,
     random_seed: int = 0,
     sloppy: bool = False,
 ) -> Segmentation:
     """Segment one T1w image with an ensemble and measure how its members disagree.
 
-    The same functions as those of ``bids_varaug BIDS_DIR OUTPUT_DIR participant``, with the same
-    labels. Intermediate results (60 MB for each member) go to a temporary folder.
+    The labels are those of ``bids_varaug BIDS_DIR OUTPUT_DIR participant``. Intermediate results (60 MB for each
+    member) go to a temporary folder.
 
     Parameters
     ----------
-    image : path of a ``.nii`` or ``.nii.gz``, or nibabel image
-        One 3D volume whose header says where left and right are; of any orientation.
+    image : path of a ``.nii`` or ``.nii.gz``, or nibabel image: one 3D volume, of any orientation
     ensemble : shipped ensemble, or the folder of one
     members : "all", families ("mca", "seed", "ieee") or single members ("mca01")
     n_members : use the first n of each family; all if None
     perturb_inference : how often to run the baseline with random rounding too
+    grids : on how many shifted grids (1, 2, 4 or 8) the baseline segments; 0: as suits the ensemble
+    write_members, family_maps : whether `Segmentation.save` also writes the labels of each member, the maps of each
+        family
     device : "auto", "cpu", "cuda" or "cuda:N"
     n_threads : default: all processors, up to 8
     trust : "sform" or "qform", to use where the two contradict each other
-    family_maps : whether `Segmentation.save` also writes the maps of each family
     random_seed : of `perturb_inference`
     sloppy : 2 mm and two members, for tests and demos only
-
-    Returns
-    -------
-    Segmentation
 
     Raises
     ------
     ScanError
-        If the image cannot be used; the message says why, and what to do.
+        If the image cannot be used.
     EnsembleError, UsageError
         If the ensemble, a member or the device does not exist.
 
@@ -89,34 +88,30 @@ def segment(
     >>> result.labels.shape  # doctest: +SKIP
     (256, 256, 256)
     >>> import numpy
-    >>> segment(numpy.zeros((64, 64, 64)))
+    >>> segment(numpy.zeros((64, 64, 64)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. \
-Pass a file, or nibabel.Nifti1Image(array, affine).
+    bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. Pass a file, ...
     """
     folder = Path(tempfile.mkdtemp(prefix="bids_varaug-"))
-    settings = Settings(
-        bids_dir=folder,
-        output_dir=folder / "derivatives",
-        level="participant",
-        work_dir=folder / "work",
-        ensemble=os.fspath(ensemble),
-        members=(members,) if isinstance(members, str) else tuple(members),
-        n_members=n_members,
-        perturb_inference=perturb_inference,
-        grids=0,
-        family_maps=family_maps,
-        device=device,
-        omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
-        trust=trust,
-        random_seed=random_seed,
-        sloppy=sloppy,
-    )
     try:
-        result = Segmentation(segment_into(settings, _as_file(image, folder)))
+        path = _as_file(image, folder)
+        settings = Settings(
+            path.parent, folder / "derivatives", "participant", folder / "work",
+            ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
+            n_members=n_members, perturb_inference=perturb_inference, grids=grids, write_members=write_members,
+            family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
+            omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
+        )  # fmt: skip
+        plan = make_plan(settings)
+        label = Scan(path, {}, "").prefix.removeprefix("sub-").partition("_")[0]
+        request = plan.request(Scan(path, {"subject": label}, path.name))
+        settings.work_dir.mkdir()
+        write_scan(request, _run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
+        shutil.rmtree(settings.work_dir)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    result = Segmentation(request)
     weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
     return result
 
@@ -144,31 +139,38 @@ class Segmentation:
         return f"<Segmentation of {self._request.scan.path.name} by {members}>"
 
     @property
-    def labels(self) -> SpatialImage:  # noqa: D102
-        return self.image("consensus_dseg")
+    def labels(self) -> nib.Nifti1Image:  # noqa: D102
+        return self._read(self._request.path("consensus_dseg"))
 
     @property
-    def entropy(self) -> SpatialImage | None:  # noqa: D102
+    def entropy(self) -> nib.Nifti1Image | None:  # noqa: D102
         return self.image("entropy")
 
     @property
-    def unreliable(self) -> SpatialImage | None:  # noqa: D102
+    def unreliable(self) -> nib.Nifti1Image | None:  # noqa: D102
         return self.image("unreliable_mask")
 
-    def image(self, output: str) -> SpatialImage | None:
+    def image(self, output: str) -> nib.Nifti1Image | None:
         """Return any image, None if it was not made.
 
         Parameters
         ----------
-        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask",
-            "entropy", "sigbits" or "std"
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "entropy", "sigbits"
+            or "std"
         """
-        path = OUTPUTS[output].path(*self._where)
-        if not path.exists():
-            return None
-        image = nib.load(path)
-        # Read now: the file goes with this object.
-        return type(image)(_read_voxels(image), image.affine, image.header)
+        path = self._request.path(output)
+        return self._read(path) if path.exists() else None
+
+    @staticmethod
+    def _read(path: Path) -> nib.Nifti1Image:
+        """Read a file at once: it is removed with this object."""
+        image = nib.Nifti1Image.from_filename(path)
+        if image.ndim == 3:
+            return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
+        data = np.empty(image.shape, np.float32)
+        for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
+            data[..., k] = image.dataobj[..., k]
+        return nib.Nifti1Image(data, image.affine, image.header)
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102
@@ -180,10 +182,16 @@ class Segmentation:
     def regions(self) -> pd.DataFrame:  # noqa: D102
         return self._table("regions_tsv").set_index("name")
 
+    def _table(self, output: str) -> pd.DataFrame:
+        return pd.read_csv(self._request.path(output), sep="\t", na_values="n/a")
+
     @property
     def warnings(self) -> list[str]:  # noqa: D102
-        sidecar = OUTPUTS["regions_tsv"].sidecar(*self._where)
-        return json.loads(sidecar.read_text(encoding="utf-8"))["Warnings"]
+        return json.loads(self._request.sidecar("regions_tsv").read_text(encoding="utf-8"))["Warnings"]
+
+    @cached_property
+    def _figures(self) -> dict[str, bytes]:
+        return dict(scan_report(self._request).figures)
 
     def plot(self, what: str = "consensus") -> Figure:
         """Draw the consensus, a map or the volumes, as in the report.
@@ -195,7 +203,7 @@ class Segmentation:
         Raises
         ------
         ValueError
-            If there is no such figure; the message lists those there are.
+            If there is no such figure.
         """
         from matplotlib import image, pyplot
 
@@ -208,17 +216,11 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy all images and tables to a folder, with their sidecars.
+        """Copy all images and tables with their sidecars to a new or an empty folder; return the files.
 
         Parameters
         ----------
-        output_dir : a new or an empty folder
         report : whether to write the HTML report too
-
-        Returns
-        -------
-        list of Path
-            Files written.
 
         Raises
         ------
@@ -227,24 +229,18 @@ class Segmentation:
         """
         output_dir = Path(output_dir).absolute()
         check_output_dir(output_dir)
-        shutil.copytree(self._request.settings.output_dir, output_dir, dirs_exist_ok=True)
-        finish_output(self._request, output_dir, report)
+        made = self._request.settings
+        shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
+        request = replace(self._request, settings=replace(made, output_dir=output_dir))
+        labels, members = request.ensemble.labels, request.members
+        write_dataset_files(made.bids_dir, output_dir, labels, members, sloppy=made.sloppy)
+        if report:
+            write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())
-
-    @property
-    def _where(self) -> tuple[Path, Scan]:
-        return self._request.settings.output_dir, self._request.scan
-
-    def _table(self, key: str) -> pd.DataFrame:
-        return pd.read_csv(OUTPUTS[key].path(*self._where), sep="\t", na_values="n/a")
-
-    @cached_property
-    def _figures(self) -> dict[str, bytes]:
-        return dict(scan_report(self._request).figures)
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder for the derivatives of one image, or refuse it.
+    """Make a folder for the derivatives of one image.
 
     Raises
     ------
@@ -255,8 +251,8 @@ def check_output_dir(output_dir: Path) -> None:
     """
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
-            f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR "
-            "OUTPUT_DIR participant`; for one image, choose an empty folder."
+            f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
+            "for one image, choose an empty folder."
         )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -267,98 +263,31 @@ def check_output_dir(output_dir: Path) -> None:
         raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 
 
-def segment_into(settings: Settings, path: Path) -> ScanRequest:
-    """Segment one file and write its derivatives; none before everything is computed.
-
-    ``settings.work_dir`` is made and removed; ``settings.bids_dir`` becomes the file's folder.
-
-    Returns
-    -------
-    ScanRequest
-        Whose derivatives they are.
-    """
-    plan = make_plan(replace(settings, bids_dir=path.parent))
-    label = _name_of(path).removeprefix("sub-").partition("_")[0]
-    scan = _OneImage(path, {"subject": label}, path.name)
-    request = ScanRequest(plan.settings, scan, plan.ensemble, plan.members)
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    write_scan(request, _run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
-    shutil.rmtree(settings.work_dir)
-    return request
-
-
-def finish_output(request: ScanRequest, output_dir: Path, report: bool) -> None:
-    """Write what explains labels and members beside the derivatives, and the report if wanted."""
-    settings = replace(request.settings, output_dir=output_dir)
-    write_dataset_files(
-        settings.bids_dir, output_dir, request.ensemble.labels, request.members,
-        sloppy=settings.sloppy,
-    )  # fmt: skip
-    if report:
-        write_subject_report([replace(request, settings=settings)])
-
-
 def _run_steps(plan: Plan, path: Path) -> Intermediate:
-    """Run the steps of `workflows.graph.init_scan_wf` one after another, in this process."""
+    """Run the steps of `workflows.participant.init_scan_wf` one after another, in this process."""
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
-    multiple = plan.ensemble.network.multiple
-    head, geometry = prepare_head(path, plan.voxel_size, multiple, settings.trust)
+    head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.network.multiple, settings.trust)
     if not settings.sloppy:
         head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
-    posteriors = {member.id: folder / f"{member.id}.safetensors" for member in plan.members}
     shift = None
     if settings.grids > 1:
-        offsets = GRIDS[settings.grids]
+        offsets, shift = GRIDS[settings.grids], folder / "shift.safetensors"
         on_grids = [folder / f"grid{number}.safetensors" for number in range(len(offsets))]
         for offset, file in zip(offsets, on_grids, strict=True):
             segment_with_member(head, ensemble, plan.locator, file, *where, offset)
-        mean, shift = folder / f"{plan.locator.id}.safetensors", folder / "shift.safetensors"
-        average_grids(on_grids, offsets, mean, shift)
+        average_grids(on_grids, offsets, folder / f"{plan.locator.id}.safetensors", shift)
     for member in plan.single_pass:
-        segment_with_member(head, ensemble, member, posteriors[member.id], *where, shift=shift)
-    files = Intermediate(
-        folder / "geometry.json", folder / "mean.safetensors", folder / "maps.npz",
-        folder / "counts.npz", tuple(posteriors.values()),
-    )  # fmt: skip
+        segment_with_member(head, ensemble, member, folder / f"{member.id}.safetensors", *where, shift=shift)
+    posteriors = tuple(folder / f"{member.id}.safetensors" for member in plan.members)
+    mean, geometry_file = folder / "mean.safetensors", folder / "geometry.json"
+    geometry.save(geometry_file)
     families = [member.family for member in plan.members]
-    summary = summarise_members(files.posteriors, families, files.mean, settings.family_maps)
-    geometry.save(files.geometry)
-    np.savez(files.maps, **summary.maps)
-    np.savez(files.counts, **summary.counts)
-    return files
-
-
-def _read_voxels(image: SpatialImage) -> np.ndarray:
-    if image.ndim == 3:
-        return np.asanyarray(image.dataobj)
-    data = np.empty(image.shape, np.float32)
-    for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
-        data[..., k] = image.dataobj[..., k]
-    return data
-
-
-@dataclass(frozen=True)
-class _OneImage(Scan):
-    """An image that need not be named as in BIDS."""
-
-    @property
-    def prefix(self) -> str:
-        """What the names of its derivatives begin with."""
-        return _name_of(self.path)
-
-
-def _name_of(path: Path) -> str:
-    """Name of a file without suffix and extension.
-
-    Examples
-    --------
-    >>> _name_of(Path("sub-01_run-1_T1w.nii.gz")), _name_of(Path("my_head.nii"))
-    ('sub-01_run-1', 'my_head')
-    """
-    if re.search(r"_T1w\.nii(\.gz)?$", path.name):
-        return Scan(path, {}, path.name).prefix
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    summary = summarise_members(posteriors, families, mean, settings.family_maps)
+    maps, counts = folder / "maps.npz", folder / "counts.npz"
+    for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
+    return Intermediate(geometry_file, mean, maps, counts, posteriors)
 
 
 def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:
@@ -367,17 +296,17 @@ def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:
         return Path(image).absolute()
     if not isinstance(image, SpatialImage):
         raise ScanError(
-            f"{'an array' if hasattr(image, 'ndim') else type(image).__name__} has no affine, so "
-            "left and right cannot be told apart. Pass a file, or nibabel.Nifti1Image(array, "
-            "affine)."
+            f"{'an array' if hasattr(image, 'ndim') else type(image).__name__} has no affine, so left and right "
+            "cannot be told apart. Pass a file, or nibabel.Nifti1Image(array, affine)."
         )
     file = Path(image.get_filename() or "image.nii")
     if nib.is_proxy(image.dataobj) and file.name.endswith((".nii", ".nii.gz")) and file.is_file():
-        if np.array_equal(nib.load(file).affine, image.affine):
+        there = nib.load(file)
+        if isinstance(there, SpatialImage) and np.array_equal(there.affine, image.affine):
             return file.absolute()
     data = np.asanyarray(image.dataobj)
     if data.dtype.name in ("bool", "int64", "uint64", "float16"):  # that NIfTI or others lack
         data = data.astype(np.float32)
-    path = folder / f"{_name_of(file)}.nii"
+    path = folder / (re.sub(r"\.nii(\.gz)?$", "", file.name) + ".nii")
     nib.save(nib.Nifti1Image(data, image.affine), path)
     return path

@@ -62,3 +62,8 @@ class Settings:
     def plugin_name(self) -> str:
         """Nipype's plugin that runs the steps."""
         return self.plugin["plugin"] if self.plugin else "MultiProc"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the steps run on this machine, not as jobs of a batch system."""
+        return self.plugin_name in ("MultiProc", "Linear", "LegacyMultiProc", "Debug")

@@ -1,22 +1,29 @@
-"""Command line of ``bids_varaug``.
+"""Command line of ``bids_varaug``: flags, their values, settings files, and the directories of a run.
 
 Nothing heavy (torch, nipype, pybids, nibabel) is imported here, so that ``--help`` is instant.
 """
 
+# ruff: noqa: PTH100, PTH110, PTH111, PTH112, PTH113
+# os.path where it gives False, and pathlib an error, because a parent folder may not be looked into.
+
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from bids_varaug import __version__
-from bids_varaug.cli import values
-from bids_varaug.cli.paths import check_paths
-from bids_varaug.errors import ExitCode, UsageError
+from bids_varaug.errors import ExitCode, NoInputError, OutputError, UsageError
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.settings import Settings
 
@@ -24,13 +31,9 @@ LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
+GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
+GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
-
-
-class UnknownLevelError(UsageError):
-    """The analysis level is neither participant nor group."""
-
-    exit_code = ExitCode.UNKNOWN_LEVEL
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,10 +44,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
-def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
-    """Parser of all flags; without the positional arguments it reads configuration files.
+# fmt: off
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all flags.
 
-    Each flag's `dest` is a field of `Settings`, which gives its default unless one stands here.
+    Each `dest` is a field of `Settings`, which gives its default unless one stands here.
     """
     parser = Parser(
         prog="bids_varaug",
@@ -54,85 +58,90 @@ def build_parser(positionals: bool = True) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(**{f.name: f.default for f in fields(Settings) if f.default != MISSING})
-    if positionals:
-        _add_positionals(parser)
-    _add_selection(parser.add_argument_group("images"))
-    add_ensemble(parser.add_argument_group("ensemble"))
-    _add_resources(parser.add_argument_group("computing"))
-    _add_running(parser.add_argument_group("running"))
-    _add_group_level(parser.add_argument_group("group level"))
-    return parser
-
-
-# fmt: off
-def _add_positionals(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bids_dir", type=values.absolute_path, help="input BIDS dataset")
-    add("output_dir", type=values.absolute_path,
-        help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
+    add("bids_dir", type=absolute_path, help="input BIDS dataset")
+    add("output_dir", type=absolute_path, help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
     add("level", metavar="{participant,group}",
         help="level of the analysis: segment images, or predict age from the volumes")
-
-
-def _add_selection(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    labels = {"nargs": "+", "metavar": "LABEL"}
-    add("--participant-label", dest="participant_labels", type=values.participant_label, **labels,
+    add = parser.add_argument_group("images").add_argument
+    add("--participant-label", dest="participant_labels", type=participant_label, nargs="+", metavar="LABEL",
         help="participants to process, with or without sub- (default: all)")
-    add("--exclude-participant-label", dest="exclude_participant_labels",
-        type=values.participant_label, **labels, help="participants to leave out")
-    add("--session-label", "--session-id", dest="session_labels", type=values.session_label,
-        **labels, help="sessions to process, with or without ses- (default: all)")
-    add("--bids-filter-file", dest="bids_filters", type=values.existing_file, metavar="JSON",
+    add("--exclude-participant-label", dest="exclude_participant_labels", type=participant_label, nargs="+",
+        metavar="LABEL", help="participants to leave out")
+    add("--session-label", "--session-id", dest="session_labels", type=session_label, nargs="+",
+        metavar="LABEL", help="sessions to process, with or without ses- (default: all)")
+    add("--bids-filter-file", dest="bids_filters", type=existing_file, metavar="JSON",
         help='pybids filters as in fMRIPrep: {"t1w": {"acquisition": null}}')
-    add("--bids-database-dir", type=values.absolute_path, metavar="DIR",
+    add("--bids-database-dir", type=absolute_path, metavar="DIR",
         help="pybids database; created for these participants if it does not exist")
     add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
+    _add_ensemble(parser)
+    _add_running(parser)
+    _add_group_level(parser)
+    return parser
 
 
-def add_ensemble(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the ensemble and its members."""
-    add = group.add_argument
-    add("--ensemble", type=values.ensemble, metavar="NAME|DIR",
+def build_segment_parser() -> argparse.ArgumentParser:
+    """Parser of ``bids_varaug-segment``; flags that are no path are the arguments of `bids_varaug.segment`."""
+    parser = Parser(
+        prog="bids_varaug-segment",
+        description="Segment one T1w image with a numerical ensemble and map where its members disagree. For a BIDS "
+        "dataset, use bids_varaug.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("image", type=absolute_path, help="T1w image, .nii or .nii.gz")
+    add("output_dir", type=absolute_path, help="a new or an empty folder")
+    add("--report", action="store_true", help="also write the HTML report")
+    _add_ensemble(parser)
+    add = parser.add_argument_group("computing").add_argument
+    add("--trust", choices=("sform", "qform"), help="orientation to use where sform and qform contradict each other")
+    add("--device", type=device_name, metavar="auto|cpu|cuda[:N]", default="auto",
+        help="where the networks run (default: %(default)s)")
+    add("--omp-nthreads", dest="n_threads", type=whole_number(1), metavar="N",
+        help=f"threads (default: all, at most {MAX_DEFAULT_THREADS})")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
+    return parser
+
+
+def _add_ensemble(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("ensemble").add_argument
+    add("--ensemble", type=ensemble_name, metavar="NAME|DIR", default=Settings.ensemble,
         help="a shipped ensemble, or the folder of one (default: %(default)s)")
-    add("--members", type=values.member_names, nargs="+", metavar="NAME",
+    add("--members", type=member_names, nargs="+", metavar="NAME", default=Settings.members,
         help="families (mca, seed, ieee), single members such as mca01, or all (default: all)")
-    add("--n-members", type=values.positive_int, metavar="N",
-        help="use the first N members of each family")
-    add("--perturb-inference", type=values.rounded_members, metavar="N",
+    add("--n-members", type=whole_number(1), metavar="N", help="use the first N members of each family")
+    add("--perturb-inference", type=whole_number(0, 99), metavar="N", default=Settings.perturb_inference,
         help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
         "%(default)s)")
-    add("--grids", choices=("auto", "1", "2", "4", "8"), default="auto",
+    add("--grids", choices=tuple(GRIDS), default="auto",
         help="number of grids, shifted by one voxel, on which the baseline segments the image. Its posteriors are "
         "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
         "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--family-maps", action="store_true", help="also write the maps of spread of each family")
-    add("--random-seed", type=values.seed, metavar="N",
+    add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
     add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
 
 
-def _add_resources(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--device", type=values.device, metavar="auto|cpu|cuda[:N]", default="auto",
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("computing").add_argument
+    add("--device", type=device_name, metavar="auto|cpu|cuda[:N]", default="auto",
         help="where the networks run; auto uses a GPU if there is one (default: %(default)s)")
-    add("--nprocs", type=values.positive_int, metavar="N", default=None,
+    add("--nprocs", type=whole_number(1), metavar="N", default=None,
         help="number of processors (default: all available)")
-    add("--omp-nthreads", type=values.positive_int, metavar="N", default=None,
+    add("--omp-nthreads", type=whole_number(1), metavar="N", default=None,
         help=f"threads per task (default: --nprocs, at most {MAX_DEFAULT_THREADS})")
-    add("--mem", dest="mem_gb", type=values.memory_gb, metavar="8G",
+    add("--mem", dest="mem_gb", type=memory_gb, metavar="8G",
         help="memory limit: 8G, 8000M, 8 (= 8G) (default: 90 %% of what is available)")
-    add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=values.existing_file,
-        metavar="YML", help="nipype plugin settings (default: MultiProc)")
-
-
-def _add_running(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("-w", "--work-dir", type=values.absolute_path, metavar="DIR",
+    add("--use-plugin", "--nipype-plugin-file", dest="plugin", type=existing_file, metavar="YML",
+        help="nipype plugin settings (default: MultiProc)")
+    add = parser.add_argument_group("running").add_argument
+    add("-w", "--work-dir", type=absolute_path, metavar="DIR",
         help="intermediate results; to resume, pass the same folder (default: ./work)")
     add("--clean-workdir", action="store_true",
         help="remove intermediate results: an image's once it is written, the rest at the end")
@@ -140,67 +149,56 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--reports-only", action="store_true", help="rewrite the reports from existing outputs")
     add("--stop-on-first-crash", action="store_true", help="stop everything when one image fails")
     add("--notrack", action="store_true", help="accepted for compatibility, without effect: there is no telemetry")
-    add("--config-file", type=values.existing_file, metavar="TOML",
+    add("--config-file", type=existing_file, metavar="TOML",
         help="default values of flags, one 'flag = value' per line; the command line wins")
-    add("-v", "--verbose", dest="verbosity", action="count",
-        help="show nipype's messages (-vv: all of them)")
-    add("--version", action="version", version=f"bids_varaug {__version__}",
-        help="show the version and exit")
+    add("-v", "--verbose", dest="verbosity", action="count", help="show nipype's messages (-vv: all of them)")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
 
 
-def _add_group_level(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def _add_group_level(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("group level").add_argument
     for name in ("age", "site", "sex"):
-        add(f"--{name}-column", metavar="NAME",
-            help="column of participants.tsv (default: %(default)s)")
+        add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,
         help="how the members augment the training data, compared with none; all compares each way with the controls "
         "jitter and shuffled too (default: %(default)s)")
-    add("--cv-folds", type=values.folds, metavar="N",
+    add("--cv-folds", type=whole_number(2), metavar="N",
         help="folds of the cross-validation, grouped by participant (default: %(default)s)")
-    add("--features-table", type=values.existing_file, metavar="TSV",
+    add("--features-table", type=existing_file, metavar="TSV",
         help="features from another tool, one row per participant and member")
     add("--relative-to", choices=RELATIVE_TO,
         help="what to divide volumes by (default: brain, the sum of the structures; none with --features-table)")
     add("--asymmetries", action="store_true", help="add left-right asymmetries to the features")
     add("--log-volumes", action="store_true", help="use logarithms of volumes")
-    add("--apply-model", type=values.existing_file, metavar="FILE",
+    add("--apply-model", type=existing_file, metavar="FILE",
         help="predict ages with a saved model (models/brainage.skops); fit nothing")
-    add("--compare", type=values.named_path, nargs="+", metavar="NAME=DIR",
+    add("--compare", type=named_path, nargs="+", metavar="NAME=DIR",
         help="repeated runs of another pipeline to compare with: FreeSurfer stats folders, a members table, or a table "
         "of minimum Dice (.csv)")
 # fmt: on
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """The request that a command line makes.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments without the program's name; default ``sys.argv[1:]``.
+    """The request that a command line makes; `argv` is without the program's name.
 
     Raises
     ------
     UsageError
-        Exit code 64, or 17 (`UnknownLevelError`) for a level that does not exist.
+        Exit code 64, or 17 for a level that does not exist.
     NoInputError, OutputError
         As `check_paths`.
-    SystemExit
-        After ``--help`` and ``--version``.
     """
     argv = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
-    config_parser = Parser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config-file", type=values.existing_file)
-    config_file = config_parser.parse_known_args(argv)[0].config_file
-    if config_file is not None:
-        parser.set_defaults(**read_config(config_file))
     given = parser.parse_args(argv)
+    if given.config_file is not None:  # the command line wins
+        given = parser.parse_args(argv, read_config(parser, given.config_file))
     if given.level not in LEVELS:
-        raise UnknownLevelError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
+        error = UsageError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
+        error.exit_code = ExitCode.UNKNOWN_LEVEL
+        raise error
     given.work_dir = given.work_dir or Path.cwd() / "work"
     check_paths(given.bids_dir, given.output_dir, given.work_dir)
     given.nprocs = given.nprocs or available_processors()
@@ -209,13 +207,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         raise UsageError(
             f"--omp-nthreads {given.omp_nthreads} is more than --nprocs {given.nprocs}: no task could start."
         )
-    given.bids_filters = values.read_bids_filters(given.bids_filters) if given.bids_filters else {}
-    given.plugin = values.read_plugin(given.plugin) if given.plugin else None
-    given.members = (name for names in given.members for name in names.split(","))
-    given.grids = 0 if given.grids == "auto" else int(given.grids)
-    for name in ("participant_labels", "exclude_participant_labels", "session_labels", "members",
-                 "compare"):  # fmt: skip
-        setattr(given, name, _unique(getattr(given, name)))
+    given.bids_filters = read_bids_filters(given.bids_filters) if given.bids_filters else {}
+    given.plugin = read_plugin(given.plugin) if given.plugin else None
+    given.members = split_members(given.members)
+    given.grids = GRIDS[given.grids]
+    for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
+        labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
+        setattr(given, name, tuple(dict.fromkeys(labels)))
+    given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 
 
@@ -231,8 +230,8 @@ def dash_flag(argument: str) -> str:
     return name.replace("_", "-") + equals + value if re.match(r"--\w", name) else argument
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Values from a TOML file, by `dest`: names of flags without ``--``, dashes or underscores.
+def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
+    """What the flags in a TOML file say: their names without ``--``, with dashes or underscores.
 
     Raises
     ------
@@ -244,39 +243,202 @@ def read_config(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
 
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--config-file {path}: cannot read it as TOML: {error}.") from error
-    parser = build_parser(positionals=False)
     actions = parser._option_string_actions
-    arguments: list[str] = []
-    for name, value in table.items():
+    arguments = ["in", "out", "level"]  # those of the command line replace them
+    for name, value in read_file("--config-file", path, "TOML", tomllib.loads).items():
         flag = dash_flag(f"--{name}")
         if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
-        arguments += _as_arguments(flag, value, actions[flag])
+        # A value of the wrong kind becomes an argument that the parser refuses.
+        if actions[flag].nargs == 0 and isinstance(value, int) and value in range(10):  # or true, false
+            arguments += [flag] * value
+        elif actions[flag].nargs == "+" and isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
     try:
-        given = vars(parser.parse_args(arguments))
+        return parser.parse_args(arguments)
     except UsageError as error:
         raise UsageError(f"--config-file {path}: {error}") from error
-    return {dest: given[dest] for dest in (actions[dash_flag(f"--{n}")].dest for n in table)}
 
 
-def _as_arguments(flag: str, value: Any, action: argparse.Action) -> list[str]:
-    """Command line arguments that say what a line of a configuration file says.
+def matching(pattern: str, problem: str) -> Callable[[str], str]:
+    """Return what refuses texts that do not match a pattern, and leaves others as they are."""
 
-    A value of the wrong kind becomes arguments that the parser refuses.
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ArgumentTypeError(f"{text!r} {problem}")
+        return text
+
+    return read
+
+
+_LABEL = "is not a BIDS label of letters and digits. Give labels, not paths, separated by spaces"
+participant_label = matching("(sub-)?[0-9a-zA-Z+]+", _LABEL)
+session_label = matching("(ses-)?[0-9a-zA-Z+]+", _LABEL)
+member_names = matching(
+    "[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", "is not a family (all, mca, seed, ieee) or a member such as mca01"
+)
+device_name = matching(r"auto|cpu|cuda(:\d+)?", "is none of auto, cpu, cuda, cuda:0, ...")
+
+
+def split_members(texts: Iterable[str]) -> tuple[str, ...]:
+    """Names of members, each once; ``["mca,seed01,", "mca"]`` are mca and seed01."""
+    return tuple(dict.fromkeys(name for text in texts for name in text.split(",") if name))
+
+
+def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
+    """Return what reads a whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
+            raise ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def memory_gb(text: str) -> float:
+    """Memory in GiB (what nipype calls GB), 1 GiB = 1024 MiB as Slurm counts."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ArgumentTypeError(f"{text!r} is not an amount of memory such as 8G or 8000M")
+    return float(match[1]) * GIB_PER_UNIT[match[2].upper() or "G"]
+
+
+def absolute_path(text: str) -> Path:
+    """Absolute path without ``.`` and ``..``."""
+    if not text:
+        raise ArgumentTypeError("an empty path")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """``NAME=PATH`` of an existing file or folder; the name becomes part of file names."""
+    name, equals, path = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9]+", name):
+        raise ArgumentTypeError(f"{text!r}: use NAME=DIR with a name of letters and digits, e.g. freesurfer=/data/fs")
+    found = absolute_path(path)
+    if not os.path.exists(found):
+        raise ArgumentTypeError(f"{found}: no such file or folder")
+    return name, found
+
+
+def existing_file(text: str) -> Path:
+    """Absolute path of an existing file."""
+    path = absolute_path(text)
+    if not os.path.isfile(path):
+        raise ArgumentTypeError(f"{path}: no such file")
+    return path
+
+
+def ensemble_name(text: str) -> str:
+    """Name of a shipped ensemble, or the absolute path of an ensemble's folder."""
+    return str(absolute_path(text)) if os.sep in text else text
+
+
+def read_file(flag: str, path: Path, form: str, parse: Callable[[str], Any]) -> Any:
+    """Content of the settings file of a flag.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read or parsed.
     """
-    if isinstance(value, bool):
-        return [] if action.nargs == 0 and not value else [flag]
-    if isinstance(action, argparse._CountAction) and value in range(10):
-        return [flag] * value
-    if isinstance(value, list) and action.nargs == "+":
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{flag} {path}: cannot read it as {form}: {error}.") from error
 
 
-def _unique(names: Iterable[Any]) -> tuple[Any, ...]:
-    """Names in the order given, each once."""
-    return tuple(dict.fromkeys(names))
+def read_bids_filters(path: Path) -> dict[str, dict]:
+    """Filters of a ``--bids-filter-file`` as nipreps write them, values unchanged; raises as `read_file`.
+
+    Queries other than ``t1w`` are kept and have no effect: one file serves several tools.
+    """
+    flag = "--bids-filter-file"
+    filters = read_file(flag, path, "JSON", json.loads)
+    if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
+        raise UsageError(f'{flag} {path}: expected a form like {{"t1w": {{"session": "01"}}}}.')
+    for name in filters:
+        if name != "t1w" and difflib.get_close_matches(name.lower(), ["t1w"], cutoff=0.75):
+            raise UsageError(f"{flag} {path}: unknown query {name!r}. The query for T1w images is 't1w'.")
+    return filters
+
+
+def read_plugin(path: Path) -> Mapping[str, Any]:
+    """Nipype plugin settings of a ``--use-plugin`` YAML file; raises as `read_file`."""
+    plugin = read_file("--use-plugin", path, "YAML", yaml.safe_load)
+    if not isinstance(plugin, dict) or not isinstance(plugin.get("plugin"), str):
+        raise UsageError(f"--use-plugin {path}: expected 'plugin: NAME' and 'plugin_args: {{...}}'.")
+    if not isinstance(plugin.setdefault("plugin_args", {}), dict):
+        raise UsageError(f"--use-plugin {path}: plugin_args must be a mapping.")
+    return plugin
+
+
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+    """Refuse directories that would lose or mix up data; nothing is created.
+
+    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do.
+
+    Raises
+    ------
+    NoInputError
+        If the input is no readable directory.
+    UsageError
+        If one directory lies in another where it must not, or the output belongs to another tool.
+    OutputError
+        If the output or work directory cannot be written.
+    """
+    if not os.path.isdir(bids_dir):
+        kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
+        raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
+    # Links are followed: two names may mean one folder.
+    source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
+    if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+        raise UsageError(
+            f"{output_dir}: the output directory must lie outside of the input dataset or below its derivatives/, for "
+            f"example {bids_dir / 'derivatives' / 'bids_varaug'}."
+        )
+    # Whoever deletes the work directory by hand must not delete the others.
+    if work.is_relative_to(source) or source.is_relative_to(work) or output.is_relative_to(work):
+        raise UsageError(
+            f"{work_dir}: the work directory must not be inside the input dataset, nor contain it or the output "
+            "directory. Choose another -w."
+        )
+    for name, path in (("output", output_dir), ("work", work_dir)):
+        _check_writable(name, path)
+    _check_not_foreign(output_dir)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Refuse a directory that exists and is not writable, or cannot be created."""
+    existing = path
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not os.path.isdir(existing):
+        what = "a file" if os.path.exists(existing) else "a dangling link"
+        raise OutputError(f"{existing}: the {name} directory cannot be here: this is {what}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{path}: the {name} directory cannot be written (no permission in {existing}). Change its permissions, "
+            "mount it writable, or choose another."
+        )
+
+
+def _check_not_foreign(output_dir: Path) -> None:
+    """Refuse to write into a raw dataset or the derivatives of another tool."""
+    try:
+        description = json.loads((output_dir / "dataset_description.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # absent or damaged: there is nothing worth keeping, it will be replaced
+    if not isinstance(description, dict):
+        return
+    if description.get("DatasetType", "raw") != "derivative":
+        raise UsageError(f"{output_dir}: this is a raw BIDS dataset, not an output directory.")
+    generated = description.get("GeneratedBy")
+    tools = [tool.get("Name") for tool in generated if isinstance(tool, dict)] if isinstance(generated, list) else []
+    if tools and "bids_varaug" not in tools:
+        raise UsageError(
+            f"{output_dir}: contains the derivatives of {', '.join(map(str, tools))}. Choose another output directory."
+        )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from bids_varaug.cli.parser import parse_settings
 from bids_varaug.errors import ExitCode, OutputError, UserError
@@ -42,20 +43,15 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def run(settings: Settings) -> ExitCode:
     """Run the level of analysis that is asked for."""
-    os.environ.setdefault("NO_ET", "1")
-    run_level = run_group_level if settings.level == "group" else run_participant_level
     # A dry run leaves nothing in the work directory.
     place = tempfile.TemporaryDirectory() if settings.dry_run else nullcontext(settings.work_dir)
     with place as folder:
         keep_caches_below(Path(folder))
-        return run_level(settings)
+        if settings.level == "participant":
+            return run_participant_level(settings)
+        from bids_varaug.workflows.group import run_group  # --help must not wait for pandas
 
-
-def run_group_level(settings: Settings) -> ExitCode:
-    """Score, fit or apply the brain-age model on what the participant level left."""
-    from bids_varaug.workflows.group import run_group  # --help must not wait for pandas
-
-    page = run_group(settings)
+        page = run_group(settings)
     if page is not None:
         print(f"Done. Open {page}.", file=sys.stderr)
     return ExitCode.DONE
@@ -65,10 +61,12 @@ def run_participant_level(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select."""
     # With `docker -u` and a user id that the image has no name for, pybids and the validator, which look for the home
     # directory, do not start.
-    if os.path.expanduser("~") == "~":
+    try:
+        Path.home()
+    except RuntimeError:
         os.environ["HOME"] = tempfile.gettempdir()
     _start_workers_server(settings)
-    # At the same time as the server imports torch, which takes as long.
+    # While the server imports torch, which takes as long.
     from bids_varaug.workflows.participant import run_participants
 
     return run_participants(settings)
@@ -78,10 +76,8 @@ def _start_workers_server(settings: Settings) -> None:
     """Start the server that worker processes are forked from, if there will be any."""
     if settings.dry_run or settings.reports_only or settings.plugin_name != "MultiProc":
         return
-    multiprocessing.set_forkserver_preload(
-        ["bids_varaug.segmentation.member", "bids_varaug.workflows.plugins",
-         "bids_varaug.workflows.interfaces"]
-    )  # fmt: skip
+    loaded = ("segmentation.member", "workflows.plugins", "workflows.interfaces")
+    multiprocessing.set_forkserver_preload([f"bids_varaug.{name}" for name in loaded])
     try:
         forkserver.ensure_running()
     except OSError as error:  # a socket's path holds about 100 bytes
@@ -92,14 +88,13 @@ def _start_workers_server(settings: Settings) -> None:
 
 
 def _kill_workers() -> None:
-    """End workers at once, and the server that they are forked from.
+    """End workers and the server that they are forked from.
 
-    Python would wait for the steps that they are in, longer than docker does, and the server would finish its imports
-    first.
+    Python would wait for their steps, longer than docker does, and the server would finish its imports first.
     """
     for worker in multiprocessing.active_children():
         worker.kill()
-    server = forkserver._forkserver  # multiprocessing has no public way
+    server: Any = forkserver._forkserver  # multiprocessing has no public way
     if server._forkserver_pid is not None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
         server._stop()

@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line of the trainer."""
     parser = argparse.ArgumentParser(
         "bids_varaug-train",
-        description="Train a numerical ensemble from label maps. To resume, run the same command "
-        "again: training continues from the last checkpoint and ends with the same bits.",
+        description="Train a numerical ensemble from label maps. To resume, run the same command again: training "
+        "continues from the last checkpoint and ends with the same bits.",
     )
     parser.add_argument("labels_dir", type=Path, help="label maps (*.nii.gz or *_dseg.nii.gz)")
     parser.add_argument("ensemble_dir", type=Path, help="output: manifest and weights")
@@ -43,29 +43,28 @@ def build_parser() -> argparse.ArgumentParser:
     add("--members", default="ieee,mca01..mca10,seed01..seed10",
         help="members to train, and ranges of them (default: %(default)s)")
     add("--member-index", type=int, metavar="I",
-        help="train only member number I of --members, counted from 0, as in a Slurm array; "
-        "afterwards run once without this flag to calibrate")
+        help="train only member number I of --members, counted from 0, as in a Slurm array; afterwards run once "
+        "without this flag to calibrate")
     add("--name", help="name of the ensemble (default: the folder's)")
     add = parser.add_argument_group("data").add_argument
     add("--label-table", type=Path, metavar="TSV",
         help="label ids (default: *dseg.tsv in LABELS_DIR, else FreeSurfer's)")
     add("--hold-out", type=int, default=0, metavar="N",
-        help="leave the last N label maps out of training and calibrate the posteriors on images "
-        "synthesised from them (default: %(default)s)")
+        help="leave the last N label maps out of training and calibrate the posteriors on images synthesised from them "
+        "(default: %(default)s)")
     add("--real-share", type=_share, default=0.0, metavar="SHARE",
-        help="share of the images (0 to 1) that are the T1w image beside the label map instead of "
-        "a synthetic one (default: %(default)s)")
+        help="share of the images (0 to 1) that are the T1w image beside the label map instead of a synthetic one "
+        "(default: %(default)s)")
     add("--monitor", type=Path, metavar="DIR", help="log the Dice on T1w images with *_dseg files")
     add("--monitor-every", type=int, default=200, metavar="STEPS",
         help="steps between two looks (default: %(default)s)")
     add = parser.add_argument_group("recipe").add_argument
-    add("--steps", nargs="+", metavar="[STAGE=]N",
+    add("--steps", nargs="+", metavar="[STAGE=]N", default=[],
         help="steps of each stage, or of one: coarse and medium (the body alone), fine, decay")
     add("--channels", type=int, nargs="+", help="network width at each level")
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto",
-        help="auto, cpu, cuda, cuda:N, or several, comma-separated, which share the members "
-        "(default: %(default)s)")
+        help="auto, cpu, cuda, cuda:N, or several, comma-separated, which share the members (default: %(default)s)")
     add("--jobs", type=int, default=1, metavar="N",
         help="members trained at once on each device (default: %(default)s)")
     add("--omp-nthreads", type=int, default=0, metavar="N", help="threads per job (default: all)")
@@ -84,58 +83,59 @@ def _share(text: str) -> float:
 
 
 def make_recipe(arguments: argparse.Namespace, n_classes: int) -> Recipe:
-    """Return the standard recipe with the changes that the command line asks for."""
-    from bids_varaug.models.ensemble import NetworkShape
-    from bids_varaug.training.recipe import STAGES, Recipe
-    from bids_varaug.training.synthesis import SynthesisSettings
-
-    shape = NetworkShape(n_classes)
-    if arguments.channels:
-        shape = replace(shape, channels=tuple(arguments.channels))
-    synthesis = SynthesisSettings(real_share=arguments.real_share)
-    return Recipe(shape, with_steps(STAGES, arguments.steps or []), synthesis=synthesis)
-
-
-def with_steps(stages: tuple[Stage, ...], changes: list[str]) -> tuple[Stage, ...]:
-    """Return the stages with other numbers of steps, ``N`` of all or ``STAGE=N`` of one.
+    """Return the standard recipe with the changes that the command line asks for.
 
     Raises
     ------
     UsageError
-        If there is no such stage, or N is no number.
+        If ``--steps`` names no stage, or gives no number.
     """
+    from bids_varaug.models.ensemble import NetworkShape
+    from bids_varaug.training.recipe import STAGES, Recipe
+    from bids_varaug.training.synthesis import SynthesisSettings
+
+    stages: tuple[Stage, ...] = STAGES
     names = [stage.name for stage in stages]
-    for change in changes:
+    for change in arguments.steps:
         name, _, steps = change.rpartition("=")
-        if (name and name not in names) or not steps.isdecimal():
-            raise UsageError(
-                f"--steps {change}: use N, or STAGE=N with one of {', '.join(names)} as STAGE."
-            )
-        stages = tuple(
-            replace(stage, steps=int(steps)) if name in ("", stage.name) else stage
-            for stage in stages
-        )
-    return stages
+        if name not in ("", *names) or not steps.isdecimal():
+            raise UsageError(f"--steps {change}: use N, or STAGE=N with one of {', '.join(names)} as STAGE.")
+        stages = tuple(replace(s, steps=int(steps)) if name in ("", s.name) else s for s in stages)
+    shape = NetworkShape(n_classes)
+    if arguments.channels:
+        shape = replace(shape, channels=tuple(arguments.channels))
+    return Recipe(shape, stages, synthesis=SynthesisSettings(real_share=arguments.real_share))
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Load the label maps and train every member asked for."""
+    """Load the label maps and train every member asked for.
+
+    Raises
+    ------
+    UserError
+        If there are no label maps, or none to train on.
+    """
     import torch
 
     from bids_varaug.machine import keep_freed_memory, resolve_device, use_threads
     from bids_varaug.training.labels import find_label_table, load_scheme
     from bids_varaug.training.members import train_in_parallel
     from bids_varaug.training.monitor import TrainingMonitor, find_labelled_images
-    from bids_varaug.training.subjects import load_subjects
+    from bids_varaug.training.subjects import find_label_maps, load_subjects
     from bids_varaug.training.train import Trainer, delete_ensemble, unfinished
 
     keep_freed_memory()
     # Also without --omp-nthreads: numba does not know OMP_NUM_THREADS.
     use_threads(arguments.omp_nthreads or torch.get_num_threads())
     ids = choose_members(arguments)
-    devices = [resolve_device(name) for name in arguments.device.split(",")]
-    devices *= max(1, arguments.jobs)
-    to_train, left_out = split_label_maps(arguments.labels_dir, arguments.hold_out)
+    devices = [resolve_device(name) for name in arguments.device.split(",")] * max(1, arguments.jobs)
+    label_maps = find_label_maps(arguments.labels_dir)
+    n_train = len(label_maps) - arguments.hold_out
+    if not 0 < n_train <= len(label_maps):
+        raise UserError(
+            f"{arguments.labels_dir}: {len(label_maps)} label map(s), --hold-out {arguments.hold_out} leaves none to "
+            "train on."
+        )
     scheme = load_scheme(arguments.label_table or find_label_table(arguments.labels_dir))
     recipe = make_recipe(arguments, len(scheme.target_ids))
     if not arguments.resume:
@@ -143,24 +143,20 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     logs = arguments.ensemble_dir / "logs"
     names = dict(zip(scheme.target_ids, scheme.target_names, strict=True))
     images = find_labelled_images(arguments.monitor, names) if arguments.monitor else []
-    monitor = TrainingMonitor(
-        logs, images, arguments.monitor_every, scheme.target_ids, recipe.voxel_size
-    )
+    monitor = TrainingMonitor(logs, images, arguments.monitor_every, scheme.target_ids, recipe.voxel_size)
     with closing(monitor):
-        subjects = load_subjects(to_train, scheme, devices[0], arguments.real_share > 0)
-        trainer = Trainer(
-            arguments.ensemble_dir, recipe, scheme, subjects, devices[0], monitor.on_step
-        )
+        subjects = load_subjects(label_maps[:n_train], scheme, devices[0], arguments.real_share > 0)
+        trainer = Trainer(arguments.ensemble_dir, recipe, scheme, subjects, devices[0], monitor.on_step)
         name = arguments.name or arguments.ensemble_dir.resolve().name
         apart = len(devices) > 1  # other processes train the members; this one waits
         ensemble = trainer.train_ensemble(name, () if apart else ids)
     if apart:
         train_in_parallel(partial(member_command, argv), unfinished(ensemble, ids), devices, logs)
-    if left_out and arguments.member_index is None:
+    held_out = label_maps[n_train:]
+    if held_out and arguments.member_index is None:
         print("Calibrating the posteriors on the held-out label maps", file=sys.stderr)
-        ensemble = trainer.calibrate_ensemble(
-            load_subjects(left_out, scheme, devices[0]), [path.name for path in left_out]
-        )
+        subjects = load_subjects(held_out, scheme, devices[0])
+        ensemble = trainer.calibrate_ensemble(subjects, [path.name for path in held_out])
         print(f"Temperature {ensemble.temperature}", file=sys.stderr)
 
 
@@ -179,8 +175,8 @@ def choose_members(arguments: argparse.Namespace) -> tuple[str, ...]:
         return ids
     if not arguments.resume:
         raise UsageError(
-            "--no-resume --member-index: this would delete the members of the other tasks. Empty "
-            "the folder before the array starts."
+            "--no-resume --member-index: this would delete the members of the other tasks. Empty the folder before the "
+            "array starts."
         )
     if not 0 <= index < len(ids):
         raise UsageError(
@@ -190,33 +186,8 @@ def choose_members(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (ids[index],)
 
 
-def split_label_maps(directory: Path, hold_out: int) -> tuple[list[Path], list[Path]]:
-    """Return the label maps to train on, and the last `hold_out`, which are held out.
-
-    Raises
-    ------
-    UserError
-        If there are no label maps, or none to train on.
-    """
-    from bids_varaug.training.subjects import find_label_maps
-
-    paths = find_label_maps(directory)
-    n_train = len(paths) - hold_out
-    if not 0 < n_train <= len(paths):
-        raise UserError(
-            f"{directory}: {len(paths)} label map(s), --hold-out {hold_out} leaves none to train "
-            "on."
-        )
-    return paths[:n_train], paths[n_train:]
-
-
 def member_command(argv: Sequence[str], member_id: str, device: str) -> list[str]:
-    """Return the command that trains one member of the same ensemble, for ``python -m``.
-
-    Parameters
-    ----------
-    argv : arguments of this command, which the new ones follow and overrule
-    """
+    """Arguments of ``python -m`` that train one member of the same ensemble: `argv`, partly overruled."""
     one = ["--members", member_id, "--member-index", "0", "--device", device, "--jobs", "1"]
     return ["bids_varaug.cli.train", *argv, *one, "--resume"]
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import jinja2
-
-VENUES = ("journal", "booktitle", "institution", "howpublished")
-"""BibTeX's names of the place of publication."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,10 @@ class Citation:
 
     def markdown(self) -> str:
         """Content of CITATION.md: paragraph, references, BibTeX."""
-        return _render("citation.md", citation=self) + "\n"
+        return render("citation.md", citation=self) + "\n"
 
 
-@lru_cache(maxsize=1)
+@cache
 def references() -> dict[str, Reference]:
     """All works of ``data/references.bib`` by key: one field per line, as BibTeX writes them."""
     content = (files("bids_varaug") / "data" / "references.bib").read_text(encoding="utf-8")
@@ -55,7 +52,7 @@ def references() -> dict[str, Reference]:
         key = entry.partition("{")[2].partition(",")[0]
         fields = dict(re.findall(r"^  (\w+) = \{(.*)\},?$", entry, re.MULTILINE))
         authors = fields["author"].replace(" and ", "; ").replace("; others", "; et al.")
-        venue = next(fields[name] for name in VENUES if name in fields)
+        venue = next(fields[name] for name in ("journal", "booktitle", "institution", "howpublished") if name in fields)
         text = f"{authors} ({fields['year']}). {fields['title'].strip('{}')}. {venue}."
         for scheme, name in (("doi", "doi"), ("arXiv", "eprint")):
             text += f" {scheme}:{fields[name]}." if name in fields else ""
@@ -64,34 +61,31 @@ def references() -> dict[str, Reference]:
 
 
 def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
-    """How to cite a run, by the template ``data/templates/methods_<what>.md``.
+    """How to cite a run.
 
-    Parameters
-    ----------
-    what : "participant", "group" or "applied" (a model fitted to other people)
-    versions : package name to version, as `sidecars.package_versions` gives them
-    values : what the run did, as the head of the template lists it
+    By the template ``data/templates/methods_<what>.md`` ("participant", "group", or "applied": a model fitted to other
+    people), whose head lists the values that it takes, and versions as of `sidecars.package_versions`.
     """
     # Line ends and indents of the template mean nothing.
-    return Citation(" ".join(_render(f"methods_{what}.md", versions=versions, **values).split()))
+    return Citation(" ".join(render(f"methods_{what}.md", versions=versions, **values).split()))
 
 
-def template_environment(autoescape: bool) -> jinja2.Environment:
-    """Return what fills the templates of ``data/templates``; no value may be missing."""
-    return jinja2.Environment(
+def render(template: str, /, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """Fill a template of ``data/templates``: values in HTML are escaped, none may be missing."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bids_varaug", "data/templates"),
-        autoescape=autoescape,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _render(template: str, **values: Any) -> str:
-    """Fill a template of plain text."""
-    environment = template_environment(autoescape=False)
-    environment.filters |= {"listed": _listed, "percent": lambda share: f"{100 * share:.0f} %"}
+    environment.filters |= {"listed": _listed, "percent": percent, **(filters or {})}
     return environment.get_template(template).render(**values)
+
+
+def percent(share: float) -> str:
+    """Write 0.9 as "90 %"."""
+    return f"{100 * share:.0f} %"
 
 
 def _listed(items: Sequence[str]) -> str:

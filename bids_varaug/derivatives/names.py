@@ -1,62 +1,89 @@
-"""The one table of outputs: names, schema status, units and meaning of each.
+"""The one table of outputs: names, units and meaning of each.
 
-Writing, ``.bidsignore``, sidecars, the README's table and the tests read it; a new output is a new row of `OUTPUTS`.
+Writing, sidecars, the README's table and the tests read `OUTPUTS`. A new output is a new row of
+``data/templates/outputs.tsv``; what the columns of tables mean is in ``columns.tsv`` beside it.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
 
-SEGMENTATION = "varaug"
+DATASET_DESCRIPTION = "dataset_description.json"
+DESCRIPTIONS_TABLE = "descriptions.tsv"
+LOOKUP_TABLE = "seg-varaug_dseg.tsv"
+GROUP_REPORT = "group_brainage.html"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    heading: str  # in reports
+    form: str  # how reports write it, see `reports.html.tabulate`
+    unit: str  # as BIDS writes it, "" where there is none
+    description: str  # for sidecars, and for who points at the heading
+
+
+def _read_table(name: str) -> list[list[str]]:
+    with (files("bids_varaug") / "data" / "templates" / name).open(encoding="utf-8") as stream:
+        return list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+
+
+def table_columns(table: str) -> dict[str, Column]:
+    """Columns of a table in ``data/templates/columns.tsv``, by name."""
+    return {name: Column(*values) for of, name, *values in _read_table("columns.tsv") if of == table}
+
+
+def _columns_of(table: str) -> dict[str, Column]:
+    """Columns in the order of the file; of regions, measures over all members, within each family, then verdicts."""
+    columns = table_columns(table)
+    if table != "regions":
+        return columns
+    judged = {name: columns.pop(name) for name in ("verdict", "reason", "volume_low", "volume_high")}
+    within = {
+        f"{name}_{family}": replace(column, description=f"As {name}, within the {family} family")
+        for family in ("mca", "seed", "rr")
+        for name, column in columns.items()
+        if name not in ("index", "name")
+    }
+    return columns | within | judged
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file that is written for each T1w image.
+    """One file that is written for each T1w image."""
 
-    Attributes
-    ----------
-    key : name in the code
-    entities : those that follow the T1w's own, in BIDS order; ``{member}`` stands for the id of a member, or
-        of a family
-    suffix : of the file name
-    description : for the sidecar and the README
-    units : of the voxels; None for labels and tables
-    columns : of a table, name to description and unit (or None)
-    extension : of the file name
-    """
-
-    key: str
-    entities: Mapping[str, str]
-    suffix: str
-    description: str
-    units: str | None = None
-    columns: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
-    extension: str = ".nii.gz"
+    key: str  # name in the code
+    pattern: str  # of the name, after the T1w's own entities; {member} is the id of a member, or of a family
+    description: str  # for the sidecar and the README
+    units: str  # of the voxels; "" for labels and tables
+    columns: Mapping[str, Column]  # of a table
 
     @property
-    def schema_valid(self) -> bool:
-        """Whether BIDS has such a name; otherwise ``.bidsignore`` must list it."""
-        return self.suffix not in ("statmap", "morph")
+    def suffix(self) -> str:
+        """As BIDS calls the last part of the name, e.g. "dseg"."""
+        return self.pattern.rpartition("_")[2].partition(".")[0]
+
+    @property
+    def extension(self) -> str:
+        """Of images ``.nii.gz``, of tables ``.tsv``."""
+        return "." + self.pattern.partition(".")[2]
 
     @property
     def per_member(self) -> bool:
         """Whether there is one such file for each member or family."""
-        return any("{member}" in value for value in self.entities.values())
+        return "{member}" in self.pattern
 
     def name(self, prefix: str, member: str | None = None) -> str:
-        """File name after the prefix of a T1w image.
-
-        Raises
-        ------
-        ValueError
-            If `member` is missing, or given where the output is of no single member.
+        """File name after the prefix of a T1w image; ValueError if `member` is missing, or one too many.
 
         Examples
         --------
@@ -65,8 +92,7 @@ class Output:
         """
         if self.per_member != (member is not None):
             raise ValueError(f"{self.key}: member={member!r}, but per_member={self.per_member}")
-        middle = "".join(f"_{name}-{value}" for name, value in self.entities.items())
-        return f"{prefix}{middle.format(member=member)}_{self.suffix}{self.extension}"
+        return f"{prefix}_{self.pattern.format(member=member)}"
 
     def path(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
         """Absolute path of the output of one T1w image."""
@@ -78,103 +104,12 @@ class Output:
         return path.with_name(path.name.removesuffix(self.extension) + ".json")
 
 
-FAMILIES = (
-    "What was perturbed: ieee (nothing), mca and seed (training), rr (inference of the baseline, by random rounding)"
-)
-_ID = {"index": ("FreeSurfer label id", None), "name": ("Structure", None)}
-_MEASURES = {
-    "volume_mean": ("Mean volume over the perturbed members", "mm^3"),
-    "volume_std": ("Standard deviation of the volume over the perturbed members (N - 1)", "mm^3"),
-    "cv": ("Coefficient of variation of the volume: volume_std / volume_mean", None),
-    "sigbits": (
-        "Significant bits of the volume over the perturbed members: -log2(volume_std / "
-        "volume_mean), as in the map of significant bits",
-        "bit",
-    ),
-    "sigbits_lower": (
-        "Lower confidence bound of the significant bits: those that a further member would share "
-        "with the mean with a probability of 95 %, at a confidence of 95 % (significantdigits, "
-        "centred normality hypothesis)",
-        "bit",
-    ),
-    "dice_min": ("Smallest Dice coefficient over pairs of perturbed members", None),
-    "dice_mean": ("Mean Dice coefficient over pairs of perturbed members", None),
-    "entropy_mean": ("Mean vote entropy inside the consensus structure", "bit"),
-}
-_REGIONS = {
-    **_ID,
-    **_MEASURES,
-    **{
-        f"{measure}_{family}": (f"As {measure}, within the {family} family", unit)
-        for family in ("mca", "seed", "rr")
-        for measure, (_, unit) in _MEASURES.items()
-    },
-    "verdict": ("How far the volume can be trusted", None),
-    "reason": ("Why the verdict is not good, the worst reason first", None),
-    "volume_low": ("Smallest plausible volume, see VolumeLimits", "mm^3"),
-    "volume_high": ("Largest plausible volume, see VolumeLimits", "mm^3"),
-}
-_MEMBERS = {
-    "member": ("Member of the ensemble, see descriptions.tsv", None),
-    "family": (FAMILIES, None),
-    **_ID,
-    "volume": ("Volume in this member's segmentation", "mm^3"),
-}
-
-_SEG = {"seg": SEGMENTATION}
-_ROWS = (
-    Output("consensus_dseg", {**_SEG, "desc": "consensus"}, "dseg",
-           "Consensus labels: largest mean posterior over the perturbed members."),
-    Output("ieee_dseg", {**_SEG, "desc": "ieee"}, "dseg",
-           "Labels of the unperturbed baseline member."),
-    Output("member_dseg", {**_SEG, "desc": "{member}"}, "dseg",
-           "Labels of one member (with --write-members)."),
-    Output("mean_probseg", {**_SEG, "desc": "mean"}, "probseg",
-           "Mean posterior over the perturbed members, one volume per label of LabelMap."),
-    Output("brain_mask", {"desc": "brain"}, "mask",
-           "Voxels of any structure of the consensus."),
-    Output("unreliable_mask", {"label": "unreliable"}, "mask",
-           "Voxels whose consensus label too few perturbed members chose, see Threshold."),
-    Output("entropy", {**_SEG, "stat": "entropy"}, "statmap",
-           "Shannon entropy of the perturbed members' votes.", "bit"),
-    Output("sigbits", {**_SEG, "stat": "sigbits"}, "statmap",
-           "Significant bits of the consensus label's posterior over the perturbed members.", "bit"),
-    Output("std", {**_SEG, "stat": "std"}, "statmap",
-           "Standard deviation of the consensus label's posterior over the perturbed members.", "1"),
-    Output("regions_tsv", {**_SEG, "desc": "consensus"}, "dseg",
-           "Volumes of each structure and how much the members disagree about it.",
-           columns=_REGIONS, extension=".tsv"),
-    Output("members_tsv", {**_SEG, "desc": "members"}, "morph",
-           "Volume of each structure in each member.", columns=_MEMBERS, extension=".tsv"),
-)  # fmt: skip
-OUTPUTS: dict[str, Output] = {output.key: output for output in _ROWS}
-
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
-for _key in ("entropy", "sigbits", "std", "unreliable_mask"):
-    _whole = OUTPUTS[_key]
-    OUTPUTS[_key + OF_FAMILY] = replace(
-        _whole,
-        key=_key + OF_FAMILY,
-        entities={**_whole.entities, "desc": "{member}"},
-        description=_whole.description.replace("the perturbed members", "one family's members").replace(
-            "perturbed members", "members of one family"
-        )
-        + " With --family-maps.",
-    )
-
-# Label, description of the desc- entities that are no member's id.
-DESCRIPTIONS = {
-    "consensus": "Consensus of the perturbed members",
-    "mean": "Mean over the perturbed members",
-    "brain": "All structures of the consensus together",
-    "members": "One row per member and structure",
+OUTPUTS: dict[str, Output] = {
+    key: Output(key, pattern, description, units, _columns_of(columns))
+    for key, pattern, units, columns, description in _read_table("outputs.tsv")
 }
-
-DATASET_DESCRIPTION = "dataset_description.json"
-DESCRIPTIONS_TABLE = "descriptions.tsv"
-LOOKUP_TABLE = f"seg-{SEGMENTATION}_dseg.tsv"
-GROUP_REPORT = "group_brainage.html"
 
 
 @dataclass(frozen=True)
@@ -190,11 +125,6 @@ class ScanRequest:
     def perturbed(self) -> tuple[Member, ...]:
         """Members of consensus and spread; the baseline alone where there is no other."""
         return tuple(m for m in self.members if not m.is_baseline) or self.members
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether there are two perturbed members to disagree."""
-        return len(self.perturbed) > 1
 
     def path(self, key: str, member: str | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`."""
@@ -215,8 +145,7 @@ def logs(output_dir: Path) -> Path:
     return Path(output_dir) / "logs"
 
 
-def bidsignore_lines() -> list[str]:
+def bidsignore() -> str:
     """Patterns of what BIDS has no name for: some outputs, reports, figures and models."""
-    suffixes = {output.suffix for output in OUTPUTS.values() if not output.schema_valid}
     # 'figures/' would match a folder's name only, and the validator still look inside.
-    return ["*.html", "figures", "models", *(f"*_{suffix}.*" for suffix in sorted(suffixes))]
+    return "*.html\nfigures\nmodels\n*_morph.*\n*_statmap.*\n"

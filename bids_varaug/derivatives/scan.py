@@ -4,55 +4,43 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numba
 import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import FileBasedHeader
+from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.atomic import write_json
-from bids_varaug.derivatives.names import OF_FAMILY, SEGMENTATION, ScanRequest
-from bids_varaug.derivatives.sidecars import GRIDS_KEY, package_version, sidecar
-from bids_varaug.derivatives.write import write_image, write_image_series, write_table
+from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
+from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, sidecar
+from bids_varaug.derivatives.write import write_image, write_table
 from bids_varaug.errors import UserError
 from bids_varaug.images.affine import voxel_volume
-from bids_varaug.images.conform import (
-    POSTERIOR_SCALE,
-    Geometry,
-    resample_map,
-    resample_posterior,
-)
+from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map, resample_posterior
 from bids_varaug.inputs.participants import prefixed, read_people
-from bids_varaug.machine import compiled
-from bids_varaug.segmentation.posterior import SparsePosterior, load_posterior
+from bids_varaug.segmentation.posterior import load_posterior
+from bids_varaug.variability import quality
 from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
 from bids_varaug.variability.plausibility import find_warnings
-from bids_varaug.variability.quality import (
-    describe_families,
-    describe_limits,
-    describe_thresholds,
-    describe_verdicts,
-    judge_regions,
-)
-from bids_varaug.variability.regions import (
-    ALL,
-    RegionCounts,
-    group_members,
-    members_table,
-    region_table,
-    suffix_of,
-)
+from bids_varaug.variability.regions import ALL, RegionCounts, group_members, members_table, region_table, suffix_of
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
-_TURNED = 8  # classes at once
 # What a map is outside the head box, where every member says background with certainty.
 _OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
+JsonObject = Mapping[str, Any]
+_TEMPERATURE_TEXT = (
+    "The members' mean posterior p is given as p^(1/Temperature), scaled to sum to 1; found on images that training "
+    "left out"
+)
+_THRESHOLD_TEXT = "Share of the members that vote for the consensus label, below which a voxel counts as unreliable"
 
 
 @dataclass(frozen=True)
@@ -66,102 +54,25 @@ class Intermediate:
     posteriors: tuple[Path, ...]
 
 
+@dataclass
 class ScanWriter:
     """Writes one scan's outputs, each with its sidecar, and remembers them."""
 
-    def __init__(self, request: ScanRequest, geometry: Geometry, skull_stripped: bool):
-        self.request = request
-        self.geometry = geometry
-        self.skull_stripped = skull_stripped
-        self.header = nib.load(request.scan.path).header
-        self.written: list[Path] = []
-        self.ids = np.array([label.index for label in request.ensemble.labels], np.int32)
+    request: ScanRequest
+    affine: np.ndarray
+    header: FileBasedHeader  # of the T1w
+    skull_stripped: bool
+    written: list[Path] = field(default_factory=list)
 
-    def labels(self, key: str, classes: np.ndarray, member: str | None = None, **extra: Any) -> None:
-        """Write class indices (X, Y, Z) uint8 as label ids."""
-        dtype = np.int16 if self.ids.max() < 2**15 else np.int32
-        self._image(key, self.ids.astype(dtype)[classes], member, **extra)
+    def image(
+        self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None, slope: float = 1.0
+    ) -> None:
+        """Write an image on the T1w's grid; `extra` goes to its sidecar."""
+        self.written.append(write_image(data, self.affine, self.request.path(key, member), self.header, slope))
+        self.sidecar(key, member, extra)
 
-    def mask(self, key: str, mask: np.ndarray, member: str | None = None, **extra: Any) -> None:
-        """Write a mask (X, Y, Z) bool."""
-        self._image(key, mask.astype(np.uint8), member, **extra)
-
-    def scalar_map(self, key: str, values: np.ndarray, family: str | None = None) -> None:
-        """Bring a map of the head box to the native grid and write it."""
-        fill = _OUTSIDE[key.removesuffix(OF_FAMILY)]
-        self._image(key, resample_map(values, self.geometry, fill=fill), family)
-
-    def posterior(self, key: str, quantised: np.ndarray) -> None:
-        """Write (X, Y, Z, K) uint8 steps of `POSTERIOR_SCALE`, a volume a label."""
-        path = self.request.path(key)
-        write_image_series(
-            _volumes(quantised), quantised.shape, self.geometry.native_affine, path, np.uint8,
-            self.header, POSTERIOR_SCALE,
-        )  # fmt: skip
-        self._sidecar(
-            key,
-            Temperature=self.request.ensemble.temperature,
-            TemperatureDescription="The members' mean posterior p is given as p^(1/Temperature), scaled to sum to 1; "
-            "found on images that training left out",
-        )
-        self.written.append(path)
-
-    def table(self, key: str, table: pd.DataFrame) -> None:
-        """Write a TSV; that of the regions shares the sidecar of the consensus labels."""
-        path = self.request.path(key)
-        write_table(table, path)
-        if key == "members_tsv":  # the group level must not mix ensembles or versions
-            self._remove_strangers()
-            self._sidecar(key, **self._origin())
-        self.written.append(path)
-
-    def _origin(self) -> dict:
-        """Which weights and which version of the package made the numbers."""
-        ensemble, members = self.request.ensemble, self.request.members
-        seeds = {member.id: member.seed for member in members if member.is_rounded}
-        return {
-            "Ensemble": {
-                "Name": ensemble.name,
-                "Version": ensemble.version,
-                "SHA256": {member.id: member.sha256 for member in members},
-                **({"Seed": seeds} if seeds else {}),
-            },
-            "GeneratedBy": [{"Name": "bids_varaug", "Version": package_version()}],
-        }
-
-    def _remove_strangers(self) -> None:
-        """Remove what a run with another ensemble left of this image, and this run did not replace.
-
-        Labels of members would be taken for those of this run.
-        """
-        settings, scan = self.request.settings, self.request.scan
-        path = self.request.sidecar("members_tsv")
-        try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            return  # nothing was finished before
-        now = self._origin() | {GRIDS_KEY: settings.grids, "Sloppy": settings.sloppy}
-        before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
-        if all(before.get(key) == value for key, value in now.items()):
-            return
-        stems = {_stem(path) for path in self.written} | {_stem(path)}
-        for old in path.parent.iterdir():
-            ours = old.name.startswith(f"{scan.prefix}_seg-{SEGMENTATION}_")
-            if ours and _stem(old) not in stems:
-                old.unlink()
-
-    def remove(self, key: str) -> None:
-        """Remove an output of an earlier run, and its sidecar."""
-        self.request.path(key).unlink(missing_ok=True)
-        self.request.sidecar(key).unlink(missing_ok=True)
-
-    def _image(self, key: str, data: np.ndarray, member: str | None = None, **extra: Any) -> None:
-        path = self.request.path(key, member)
-        write_image(data, self.geometry.native_affine, path, source_header=self.header)
-        self._sidecar(key, member, **extra)
-        self.written.append(path)
-
-    def _sidecar(self, key: str, member: str | None = None, **extra: Any) -> None:
+    def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
+        """Write the sidecar of an output."""
         content = sidecar(self.request, key, member, skull_stripped=self.skull_stripped, extra=extra)
         write_json(content, self.request.sidecar(key, member))
 
@@ -169,114 +80,99 @@ class ScanWriter:
 def write_scan(
     request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
 ) -> tuple[list[Path], list[str]]:
-    """Bring everything to the T1w's own grid and write it.
+    """Bring everything to the T1w's own grid and write it; return the files (without sidecars) and what to warn of.
 
-    Parameters
-    ----------
-    folder : scratch space for the dense posterior, which may not fit in memory
-
-    Returns
-    -------
-    Files written, sidecars left out; what to warn of.
+    `folder` is scratch space for the dense posterior, which may not fit in memory.
     """
-    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
-    geometry = Geometry.load(files.geometry)
-    mean = load_posterior(files.mean)
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set late
+    geometry, ensemble = Geometry.load(files.geometry), request.ensemble
+    ids = np.array([label.index for label in ensemble.labels])
+    ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
-    n_classes = mean.rows.shape[1]
-    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, n_classes))
-    consensus = _to_native(mean, geometry, dense, request.ensemble.temperature)
-    brain = consensus > 0
-    brain_volume = float(brain.sum()) * voxel_volume(geometry.native_affine)
-    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * brain_volume
-    writer = ScanWriter(request, geometry, skull_stripped=bool(stripped))
-    regions, members, basis = _tables(request, files, geometry)
-    t1w = np.asanyarray(nib.load(request.scan.path).dataobj).reshape(geometry.native_shape)
-    doubts = find_warnings(voxel_sizes(geometry.native_affine), t1w, writer.ids[consensus])
+    dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
+    consensus = _to_native(files.mean, geometry, dense, ensemble.temperature)
+    brain, labels = consensus > 0, ids[consensus]
+    affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
+    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
+    writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
+    regions, members, limits = _tables(request, files, geometry)
+    t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
+    doubts = find_warnings(voxel_sizes(affine), t1w, labels)
+    few = quality.describe_families(Counter(member.family for member in request.perturbed))
     told = {
-        "VolumeLimits": basis,
-        "VerdictThresholds": describe_thresholds(),
-        "Warnings": [
-            *geometry.warnings,
-            *doubts,
-            *describe_families(Counter(member.family for member in request.perturbed)),
-            *describe_verdicts(regions),
-        ],
+        "VolumeLimits": limits,
+        "VerdictThresholds": quality.describe_thresholds(),
+        "Warnings": [*geometry.warnings, *doubts, *few, *quality.describe_verdicts(regions)],
     }
-    writer.labels("consensus_dseg", consensus, **told)
-    writer.mask("brain_mask", brain)
-    writer.posterior("mean_probseg", dense)
-    del dense, consensus, mean, t1w
+    writer.image("consensus_dseg", labels, extra=told)
+    writer.image("brain_mask", brain)
+    calibration = {"Temperature": ensemble.temperature, "TemperatureDescription": _TEMPERATURE_TEXT}
+    writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)
+    del dense, consensus, labels, brain, t1w, image
     dense_file.unlink()
-    _write_members(writer, request, files, geometry)
-    if request.has_spread:
+    for member, path in zip(request.members, files.posteriors, strict=True):
+        if member.is_baseline:
+            writer.image("ieee_dseg", ids[_to_native(path, geometry)])
+        elif request.settings.write_members:
+            writer.image("member_dseg", ids[_to_native(path, geometry)], member.id)
+    if len(request.perturbed) > 1:
         _write_spread(writer, files, geometry)
     else:
         # The spread of an earlier run's members would be taken for that of this consensus.
         for key in (*_OUTSIDE, "unreliable_mask"):
-            writer.remove(key)
-    writer.table("regions_tsv", regions)
-    writer.table("members_tsv", members)
-    return writer.written, [*doubts, *describe_verdicts(regions, n_named=3)]
+            request.path(key).unlink(missing_ok=True)
+            request.sidecar(key).unlink(missing_ok=True)
+    # The table of regions shares the sidecar of the consensus labels.
+    for key, table in (("regions_tsv", regions), ("members_tsv", members)):
+        writer.written.append(write_table(table, request.path(key)))
+    origin = _origin(request)  # the group level must not mix ensembles or versions
+    _remove_strangers(request, origin, writer.written)
+    writer.sidecar("members_tsv", extra=origin)
+    return writer.written, [*doubts, *quality.describe_verdicts(regions, n_named=3)]
 
 
-def _to_native(sparse: SparsePosterior, geometry: Geometry, *out) -> np.ndarray:
-    parts = sparse.offsets, sparse.voxels, sparse.posterior
-    return resample_posterior(*parts, geometry, *out)
+def _to_native(file: Path, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
+    """Class indices (X, Y, Z) uint8 of a posterior on the native grid; the posterior goes to `out`."""
+    sparse = load_posterior(file)
+    return resample_posterior(sparse.offsets, sparse.voxels, sparse.posterior, geometry, out, temperature)
 
 
-def _write_members(writer, request: ScanRequest, files: Intermediate, geometry: Geometry) -> None:
-    for member, path in zip(request.members, files.posteriors, strict=True):
-        if member.is_baseline:
-            writer.labels("ieee_dseg", _to_native(load_posterior(path), geometry))
-        elif request.settings.write_members:
-            labels = _to_native(load_posterior(path), geometry)
-            writer.labels("member_dseg", labels, member.id)
-
-
-def _write_spread(writer: ScanWriter, files: Intermediate, g: Geometry) -> None:
+def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -> None:
     """Write the maps of all perturbed members, and of the families for which there are maps."""
-    families = [member.family for member in writer.request.members]
+    threshold = {"Threshold": UNRELIABLE_BELOW, "ThresholdDescription": _THRESHOLD_TEXT}
     with np.load(files.maps) as maps:
-        for group in group_members(families):
-            if f"entropy{suffix_of(group)}" not in maps:
+        for group in group_members([member.family for member in writer.request.members]):
+            ending = suffix_of(group)
+            if f"entropy{ending}" not in maps:
                 continue
-            family, ending = (None, "") if group == ALL else (group, OF_FAMILY)
-            for key in _OUTSIDE:
-                writer.scalar_map(key + ending, maps[key + suffix_of(group)], family)
-            mask = maps["unreliable" + suffix_of(group)]
-            native = resample_map(mask, g, order=0)
-            writer.mask("unreliable_mask" + ending, native, family, Threshold=UNRELIABLE_BELOW,
-                        ThresholdDescription="Share of the members that vote for the consensus "
-                        "label, below which a voxel counts as unreliable")  # fmt: skip
+            family, of_family = (None, "") if group == ALL else (group, OF_FAMILY)
+            for key, fill in _OUTSIDE.items():
+                values = resample_map(maps[key + ending], geometry, fill=fill)
+                writer.image(key + of_family, values, family)
+            mask = resample_map(maps["unreliable" + ending], geometry, order=0)
+            writer.image("unreliable_mask" + of_family, mask, family, threshold)
 
 
-def _tables(request: ScanRequest, files: Intermediate, g: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
+    families = [member.family for member in request.members]
     with np.load(files.counts) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
-        families = [member.family for member in request.members]
         entropy = {
             group: arrays[f"entropy_mean{suffix_of(group)}"]
             for group, members in group_members(families).items()
             if group == ALL or len(members) > 1
         }
-    labels, voxel = request.ensemble.labels, voxel_volume(g.conformed_affine)
-    regions = region_table(counts, families, labels, voxel, entropy)
-    age, sex, doubt = _who(request)
-    regions = judge_regions(
-        regions,
-        Counter(member.family for member in request.perturbed),
-        max(voxel, voxel_volume(g.native_affine)),
-        age,
-        sex,
-    )
-    ids = [member.id for member in request.members]
-    members = members_table(counts, ids, families, labels, voxel)
-    return regions, members, f"{describe_limits(age, sex)}{doubt}."
+    labels, voxel = request.ensemble.labels, voxel_volume(geometry.conformed_affine)
+    age, sex, doubt = _age_and_sex(request)
+    table = region_table(counts, families, labels, voxel, entropy)
+    coarser = max(voxel, voxel_volume(geometry.native_affine))
+    regions = quality.judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)
+    volumes = members_table(counts, [member.id for member in request.members], families, labels, voxel)
+    return regions, volumes, f"{quality.describe_limits(age, sex)}{doubt}."
 
 
-def _who(request: ScanRequest) -> tuple[float | None, str | None, str]:
+def _age_and_sex(request: ScanRequest) -> tuple[float | None, str | None, str]:
     """Age and sex at the scan, None where the dataset's tables do not tell, and their error."""
     settings, scan = request.settings, request.scan
     subject = prefixed(scan.subject)
@@ -293,26 +189,34 @@ def _who(request: ScanRequest) -> tuple[float | None, str | None, str]:
     return person.age, person.sex, f" ({person.reason})" if person.reason else ""
 
 
-def _stem(path: Path) -> str:
-    """Name that an output shares with its sidecar."""
-    return path.name.partition(".")[0]
+def _origin(request: ScanRequest) -> dict[str, Any]:
+    """Which weights and which version of the package made the numbers."""
+    ensemble = {
+        "Name": request.ensemble.name,
+        "Version": request.ensemble.version,
+        "SHA256": {member.id: member.sha256 for member in request.members},
+    }
+    if seeds := {member.id: member.seed for member in request.members if member.is_rounded}:
+        ensemble["Seed"] = seeds
+    return {"Ensemble": ensemble, "GeneratedBy": [{"Name": TOOL, "Version": package_version()}]}
 
 
-def _volumes(quantised: np.ndarray) -> Iterator[np.ndarray]:
-    """One class at a time, x fastest as in the file; some together, since K runs fastest here."""
-    n_x, n_y, n_z, n_classes = quantised.shape
-    for start in range(0, n_classes, _TURNED):
-        turned = np.empty((min(_TURNED, n_classes - start), n_z, n_y, n_x), quantised.dtype)
-        _turn(quantised, start, turned)
-        for volume in turned:
-            yield volume.T
+def _remove_strangers(request: ScanRequest, origin: Mapping[str, Any], written: list[Path]) -> None:
+    """Remove what a run with another ensemble left of this image, and this run did not replace.
 
-
-@compiled(parallel=True)
-def _turn(quantised, start, turned):
-    """Turn (X, Y, Z, K) to (K', Z, Y, X); what a thread does at once fits its cache."""
-    for y in numba.prange(turned.shape[2]):
-        for x in range(turned.shape[3]):
-            for z in range(turned.shape[1]):
-                for k in range(turned.shape[0]):
-                    turned[k, z, y, x] = quantised[x, y, z, start + k]
+    Labels of members would be taken for those of this run.
+    """
+    path = request.sidecar("members_tsv")
+    try:
+        before = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return  # nothing was finished before
+    now = {**origin, GRIDS_KEY: request.settings.grids, "Sloppy": request.settings.sloppy}
+    before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
+    if all(before.get(key) == value for key, value in now.items()):
+        return
+    stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
+    for old in path.parent.iterdir():
+        ours = old.name.startswith(f"{request.scan.prefix}_seg-varaug_")
+        if ours and old.name.partition(".")[0] not in stems:
+            old.unlink()

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from bids_varaug import __version__
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.names import ScanRequest
@@ -25,36 +26,36 @@ TOOL = "bids_varaug"
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
-CONTAINER_TAG = "BIDS_VARAUG_DOCKER_TAG"  # set in the image by the Dockerfile
 GRIDS_KEY = "Grids"
 """On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
+# The desc- entities: of members by family, and of summaries.
+_MEMBER_TEXTS = {
+    "ieee": "Baseline member, trained without perturbation",
+    "mca": "Member trained under Monte Carlo arithmetic",
+    "seed": "Member trained from another random seed",
+    "rr": "Baseline member run under random rounding",
+}
+_SUMMARY_TEXTS = {
+    "consensus": "Consensus of the perturbed members",
+    "mean": "Mean over the perturbed members",
+    "brain": "All structures of the consensus together",
+    "members": "One row per member and structure",
+}
 
 
 def package_version() -> str:
-    """Version of the installed package, ``0+unknown`` where it is not installed."""
-    try:
-        return importlib.metadata.version(TOOL)
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
+    """Version of this package."""
+    return __version__
 
 
 def package_versions() -> dict[str, str]:
     """Versions of what the results depend on."""
-    installed = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {TOOL: package_version()} | installed
+    return {TOOL: package_version()} | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
-    """URI of the input dataset, as seen from the output: relative where they lie together.
-
-    Examples
-    --------
-    >>> raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug"))
-    '../..'
-    >>> raw_link(Path("/d/ds"), Path("/out"))
-    'file:///d/ds'
-    """
+    """URI of the input dataset, as seen from the output: relative where they lie together."""
     if bids_dir in output_dir.parents or bids_dir.parent == output_dir.parent != Path("/"):
         return quote(Path(os.path.relpath(bids_dir, output_dir)).as_posix())
     return bids_dir.as_uri()
@@ -63,26 +64,18 @@ def raw_link(bids_dir: Path, output_dir: Path) -> str:
 def dataset_description(
     bids_dir: Path, output_dir: Path, *, sloppy: bool = False, environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Content of ``dataset_description.json`` of the derivatives.
-
-    Parameters
-    ----------
-    bids_dir, output_dir : absolute
-    sloppy : whether to warn that the results are for tests only
-    environ : where to look for the container's name; default ``os.environ``
-    """
-    source = _source_description(bids_dir)
+    """Content of ``dataset_description.json``; both paths are absolute, and the environment names the container."""
+    try:
+        source = dict(json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
+        source = {}
     link = raw_link(bids_dir, output_dir)
+    container = _container(os.environ if environ is None else environ)
     generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
-    if sloppy:
-        generated["Description"] = SLOPPY_NOTE
-    if container := _container(os.environ if environ is None else environ):
-        generated["Container"] = container
-    origin = {"URL": link}
+    generated |= ({"Description": SLOPPY_NOTE} if sloppy else {}) | ({"Container": container} if container else {})
     doi = source.get("DatasetDOI")
-    if isinstance(doi, str) and doi:
-        bare = doi.removeprefix("doi:").removeprefix("https://doi.org/")
-        origin = {"URL": f"https://doi.org/{bare}", "DOI": bare}
+    bare = doi.removeprefix("doi:").removeprefix("https://doi.org/") if isinstance(doi, str) else ""
+    origin = {"URL": f"https://doi.org/{bare}", "DOI": bare} if bare else {"URL": link}
     description = {
         "Name": f"Numerical variability of T1w segmentation: {source.get('Name', bids_dir.name)}",
         "BIDSVersion": BIDS_VERSION,
@@ -97,18 +90,9 @@ def dataset_description(
     return description
 
 
-def _source_description(bids_dir: Path) -> dict[str, Any]:
-    """Description of the input; empty where it is absent or damaged (the validator's business)."""
-    try:
-        source = json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return source if isinstance(source, dict) else {}
-
-
 def _container(environ: Mapping[str, str]) -> dict[str, str]:
     """Container that this runs in, as far as the environment tells."""
-    tag = environ.get(CONTAINER_TAG)
+    tag = environ.get("BIDS_VARAUG_DOCKER_TAG")  # set by the Dockerfile
     # Apptainer and Singularity set these themselves, to the path of the image.
     image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
     if image:
@@ -128,16 +112,9 @@ def sidecar(
 
     Parameters
     ----------
-    request : of which scan, made by which members
     key : of `names.OUTPUTS`
     member : id, where the output is of one alone; or family
-    skull_stripped : whether the T1w image has no skull
     extra : further keys, e.g. ``{"Threshold": 0.5}``
-
-    Raises
-    ------
-    KeyError
-        If there is no such output.
     """
     output = names.OUTPUTS[key]
     raw = f"bids:raw:{request.scan.relative}"
@@ -145,16 +122,13 @@ def sidecar(
     if output.extension != ".tsv":
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
         content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
-    if output.suffix == "statmap":
-        content["SkullStripped"] = skull_stripped
-    if output.suffix == "dseg":
-        content["Manual"] = False
-    if output.suffix == "mask":
-        content["Type"] = "Brain" if key == "brain_mask" else "ROI"
-    if output.units:
-        content["Units"] = output.units
-    if output.suffix == "probseg":
-        content["LabelMap"] = [label.name for label in request.ensemble.labels]
+    of_suffix: dict[str, dict[str, Any]] = {
+        "dseg": {"Manual": False},
+        "mask": {"Type": "Brain" if key == "brain_mask" else "ROI"},
+        "probseg": {"LabelMap": [label.name for label in request.ensemble.labels]},
+        "statmap": {"SkullStripped": skull_stripped, "Units": output.units},
+    }
+    content |= of_suffix.get(output.suffix, {})
     members = _members_behind(request, key, member)
     content["Members"] = [m.id for m in members]
     if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
@@ -164,9 +138,8 @@ def sidecar(
         content[GRIDS_KEY] = request.settings.grids
     if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
-    if key == "consensus_dseg":
-        content |= _column_descriptions(names.OUTPUTS["regions_tsv"])
-    return content | _column_descriptions(output)
+    table = names.OUTPUTS["regions_tsv"] if key == "consensus_dseg" else output
+    return content | _describe_columns(table.columns)
 
 
 def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Member]:
@@ -178,37 +151,22 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     return list(request.members if key == "members_tsv" else request.perturbed)
 
 
-def _column_descriptions(output: names.Output) -> dict[str, Any]:
+def _describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
     return {
-        name: {"Description": text}
-        | ({"Units": unit} if unit else {})
+        name: {"Description": column.description}
+        | ({"Units": column.unit} if column.unit else {})
         | ({"Levels": VERDICTS} if name == "verdict" else {})
-        for name, (text, unit) in output.columns.items()
-        if name not in ("index", "name")  # BIDS defines these itself
+        for name, column in columns.items()
+        if name not in ("index", "name", "id")  # BIDS defines these itself
     }
 
 
-def lookup_table(labels: Iterable[Label]) -> pd.DataFrame:
-    """Table of label ids and names: columns ``index``, ``name``."""
-    return pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
-
-
-def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
-    """Meaning of every ``desc-`` entity: one row per member, then summaries and families.
-
-    Columns ``desc_id`` (``desc-mca01``, as BIDS wants it) and ``description``; for members also
-    ``family``, ``seed``, ``precision`` and ``sha256`` of the checkpoint.
-    """
-    what = {
-        "ieee": "Baseline member, trained without perturbation",
-        "mca": "Member trained under Monte Carlo arithmetic",
-        "seed": "Member trained from another random seed",
-        "rr": "Baseline member run under random rounding",
-    }
+def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
+    """Meaning of every ``desc-`` entity: one row per member (with its checkpoint), then summaries and families."""
     rows = [
         {
             "desc_id": f"desc-{member.id}",
-            "description": what.get(member.family, f"Member of the family {member.family}"),
+            "description": _MEMBER_TEXTS.get(member.family, f"Member of the family {member.family}"),
             "family": member.family,
             "seed": str(member.seed),
             "precision": None if member.precision is None else str(member.precision),
@@ -217,65 +175,29 @@ def descriptions_table(members: Collection[Member]) -> pd.DataFrame:
         for member in members
     ]
     families = dict.fromkeys(member.family for member in members if member.family != member.id)
-    texts = names.DESCRIPTIONS | {family: f"Members of the family {family}" for family in families}
+    texts = _SUMMARY_TEXTS | {family: f"Members of the family {family}" for family in families}
     rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
-    return pd.DataFrame(rows, columns=["desc_id", "description", "family", "seed", "precision", "sha256"])
-
-
-_DESCRIPTIONS_SIDECAR = {
-    "Description": "What each desc- entity stands for; members with their checkpoints.",
-    "family": {"Description": names.FAMILIES},
-    "seed": {"Description": "Random seed of the training; of rr members, of the rounding"},
-    "precision": {
-        "Description": "Virtual precision of the perturbation; 8: that of bfloat16 layers, the other "
-        "operators having 24",
-        "Units": "bit",
-    },
-    "sha256": {"Description": "SHA-256 of the checkpoint file"},
-}
+    return pd.DataFrame(rows)
 
 
 def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
-    """Write what the group level needs at the root; what the participant level left stays.
-
-    Raises
-    ------
-    OutputError, DiskError
-        As `bids_varaug.atomic.replacing`.
-    """
-    output_dir = Path(output_dir)
+    """Write what the group level needs at the root; what the participant level left stays."""
     path = output_dir / names.DATASET_DESCRIPTION
     if not path.exists():  # features from a table
         write_json(dataset_description(bids_dir, output_dir), path)
-    _write_bidsignore(output_dir)
-
-
-def _write_bidsignore(output_dir: Path) -> None:
-    write_text("\n".join(names.bidsignore_lines()) + "\n", output_dir / ".bidsignore")
+    write_text(names.bidsignore(), output_dir / ".bidsignore")
 
 
 def write_dataset_files(
-    bids_dir: Path,
-    output_dir: Path,
-    labels: Iterable[Label],
-    members: Collection[Member],
-    *,
-    sloppy: bool = False,
+    bids_dir: Path, output_dir: Path, labels: Iterable[Label], members: Collection[Member], *, sloppy: bool = False
 ) -> None:
-    """Write what stands at the root of the derivatives.
-
-    ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` with its sidecar, ``seg-varaug_dseg.tsv``.
-
-    Raises
-    ------
-    OutputError, DiskError
-        As `bids_varaug.atomic.replacing`.
-    """
-    output_dir = Path(output_dir)
-    description = dataset_description(bids_dir, output_dir, sloppy=sloppy)
-    write_json(description, output_dir / names.DATASET_DESCRIPTION)
-    _write_bidsignore(output_dir)
-    write_table(descriptions_table(members), output_dir / names.DESCRIPTIONS_TABLE)
-    write_json(_DESCRIPTIONS_SIDECAR, (output_dir / names.DESCRIPTIONS_TABLE).with_suffix(".json"))
+    """Write what stands at the root: descriptions of dataset and ``desc-`` entities, labels, ``.bidsignore``."""
+    write_json(dataset_description(bids_dir, output_dir, sloppy=sloppy), output_dir / names.DATASET_DESCRIPTION)
+    write_text(names.bidsignore(), output_dir / ".bidsignore")
+    path = output_dir / names.DESCRIPTIONS_TABLE
+    write_table(descriptions_table(members), path)
+    text = "What each desc- entity stands for; members with their checkpoints."
+    write_json({"Description": text} | _describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    write_table(lookup_table(labels), output_dir / names.LOOKUP_TABLE)
+    table = pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
+    write_table(table, output_dir / names.LOOKUP_TABLE)

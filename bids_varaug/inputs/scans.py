@@ -52,7 +52,7 @@ _T1W_PATH = re.compile(  # no entity twice; sub- and ses- as in the folders
     r"(?!.*(_[a-z]+-).*\1)(sub-L)/(?:(ses-L)/)?anat/\2(?(3)_\3)"
     r"(?:_(?!sub-|ses-)[a-z]+-L)*_T1w\.nii(?:\.gz)?".replace("L", "[0-9a-zA-Z+]+")
 )
-_SUFFIX = re.compile(r"_[0-9a-zA-Z]+\.nii(\.gz)?$")
+_SUFFIX = re.compile(r"(_T1w)?(?i:\.nii(\.gz)?)$")
 _DERIVATIVE_ENTITY = re.compile("_(?:space|desc)-[^_]+")
 # Entities that no T1w image has, or that each output sets itself.
 _DROPPED_ENTITY = re.compile(r"_(?!(?:ses|task|acq|ce|rec|run|echo|part|space|chunk)-)[a-z]+-[^_]+")

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bids_varaug.derivatives.citation import template_environment
+from bids_varaug.derivatives.citation import render
+from bids_varaug.derivatives.names import Column
 
 
 def render_page(template: str, **values: Any) -> str:
     """Fill a template of ``data/templates``; every value is escaped, none may be missing."""
-    environment = template_environment(autoescape=True)
-    environment.filters |= {
-        "fixed": lambda value, digits=2: f"{value:,.{digits}f}",
-        "general": lambda value: f"{value:.3g}",
-        "p": p_text,
-        "percent": percent,
-        "plain": plain,
-        "signed": signed,
-    }
-    return environment.get_template(template).render(**values)
+    return render(template, FILTERS, **values)
 
 
 def data_uri(content: bytes | str, kind: str) -> str:
@@ -35,81 +24,53 @@ def data_uri(content: bytes | str, kind: str) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Attributes
-    ----------
-    heading, tooltip : what it is called, and what that means
-    form : of numbers, a format or a name in `FORMS`; of text, the class of its cells: "text",
-        "text long" (may be broken into lines), "text hash"
-    order : texts in the order in which they are sorted; alphabetically if empty
-    """
-
-    heading: str
-    tooltip: str = ""
-    form: str = "{:.2f}"
-    order: Sequence[str] = ()
-
-    @property
-    def is_text(self) -> bool:
-        """Whether its cells hold text."""
-        return self.form.startswith("text")
-
-    def cell(self, value: Any) -> dict[str, str]:
-        """Text, sort key and class of one cell."""
-        if self.is_text or isinstance(value, str):
-            text = "" if pd.isna(value) else str(value)
-            key = str(self.order.index(text)) if text in self.order else text
-            return {"text": text, "key": key, "class": self.form if self.is_text else "text"}
-        if pd.isna(value):
-            return {"text": "n/a", "key": "", "class": ""}
-        write = FORMS.get(self.form, self.form.format)
-        text = "∞" if np.isinf(value) else write(float(value)).replace("-", "−")
-        return {"text": text, "key": repr(float(value)), "class": ""}
-
-
-@lru_cache(maxsize=1)
-def _all_columns() -> dict[str, dict[str, Column]]:
-    path = files("bids_varaug") / "data" / "templates" / "columns.tsv"
-    with path.open(encoding="utf-8") as stream:
-        rows = pd.read_csv(stream, sep="\t", dtype=str, keep_default_na=False)
-    return {
-        str(table): {row.column: Column(row.heading, row.tooltip, row.form) for row in group.itertuples()}
-        for table, group in rows.groupby("table")
-    }
-
-
-def table_columns(table: str) -> dict[str, Column]:
-    """Columns of one of the reports' tables in ``data/templates/columns.tsv``, in the order shown."""
-    return dict(_all_columns()[table])
-
-
 def tabulate(
-    table: pd.DataFrame, columns: Mapping[str, Column], row_classes: Iterable[str] | None = None
+    table: pd.DataFrame,
+    columns: Mapping[str, Column],
+    row_classes: Iterable[str] | None = None,
+    orders: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Headings and rows of a table as ``parts.table`` of the templates takes them.
 
     Parameters
     ----------
     table : columns without a `Column`, and those of numbers of which none is known, are left out
-    columns : name to `Column`, in the order shown
+    columns : name to `Column`, in the order shown; its form is of numbers a format or a name in `FORMS`, of text the
+        class of its cells: "text", "text long" (may be broken into lines), "text hash"
     row_classes : class of each row, "" for none
+    orders : column to its texts in the order in which they are sorted, where that is not alphabetical
     """
     shown = {
         name: column
         for name, column in columns.items()
-        if name in table.columns and (column.is_text or table.empty or table[name].notna().any())
+        if name in table.columns and (_is_text(column) or table.empty or table[name].notna().any())
     }
+    orders = orders or {}
     rows = [
-        {"class": class_, "cells": [column.cell(row[name]) for name, column in shown.items()]}
+        {"class": class_, "cells": [_cell(row[name], c, orders.get(name, ())) for name, c in shown.items()]}
         for class_, row in zip(row_classes or [""] * len(table), table.to_dict("records"), strict=True)
     ]
     headings = [
-        {"heading": c.heading, "tooltip": c.tooltip, "class": "text" if c.is_text else ""} for c in shown.values()
+        {"heading": c.heading, "tooltip": c.description, "class": "text" if _is_text(c) else ""} for c in shown.values()
     ]
     return {"columns": headings, "rows": rows}
+
+
+def _is_text(column: Column) -> bool:
+    return column.form.startswith("text")
+
+
+def _cell(value: Any, column: Column, order: Sequence[str]) -> dict[str, str]:
+    """Text, sort key and class of one cell."""
+    if _is_text(column) or isinstance(value, str):
+        text = "" if pd.isna(value) else str(value)
+        key = str(order.index(text)) if text in order else text
+        return {"text": text, "key": key, "class": column.form if _is_text(column) else "text"}
+    if pd.isna(value):
+        return {"text": "n/a", "key": "", "class": ""}
+    write = FORMS.get(column.form, column.form.format)
+    text = "∞" if np.isinf(value) else write(float(value)).replace("-", "−")
+    return {"text": text, "key": repr(float(value)), "class": ""}
 
 
 def plain(value: Any) -> str:
@@ -127,21 +88,10 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(plain(part) for part in value)
+        return ", ".join(map(plain, value))
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {plain(part)}" for key, part in value.items())
     return str(value)
-
-
-def percent(share: float) -> str:
-    """Share as a whole percentage.
-
-    Examples
-    --------
-    >>> percent(0.9)
-    '90 %'
-    """
-    return f"{100 * share:.0f} %"
 
 
 def signed(value: float) -> str:
@@ -164,12 +114,17 @@ def p_text(p_value: float | None) -> str:
     >>> p_text(0.0002), p_text(0.034)
     ('< 0.001', '= 0.034')
     """
-    if pd.isna(p_value):
+    if p_value is None or np.isnan(p_value):
         return "n/a"
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
 
 
-FORMS = {
+def _fixed(value: float, digits: int = 2) -> str:
+    return f"{value:,.{digits}f}"
+
+
+FILTERS: dict[str, Callable[..., str]] = {"fixed": _fixed, "p": p_text, "plain": plain, "signed": signed}
+FORMS: dict[str, Callable[[float], str]] = {
     "p": lambda value: p_text(value).removeprefix("= "),
     "percent": lambda share: f"{100 * share:.2f}",
     "signed": signed,

@@ -4,89 +4,74 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
+from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.atomic import replacing, write_text
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.citation import percent
 from bids_varaug.derivatives.logs import cite_participant
-from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.names import Column, ScanRequest, table_columns
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
 from bids_varaug.images.load import load_t1w
 from bids_varaug.models.ensemble import BASELINE
-from bids_varaug.reports import mosaics
-from bids_varaug.reports.html import Column, data_uri, percent, render_page, table_columns, tabulate
+from bids_varaug.reports.html import data_uri, render_page, tabulate
+from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes
 from bids_varaug.settings import Settings
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
 NO_VERDICTS = (
-    "The table of structures has no verdicts: an older version wrote it. Run without --reports-only to get them."
+    "The table of structures is of an older version, without verdicts. Run without --reports-only to get them."
 )
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
-# Settings that do not change this participant's result (place, speed, other participants), and those of the group
-# level. A job array must write the same report.
-_NOT_SHOWN = set(
-    "output_dir work_dir device nprocs omp_nthreads mem_gb plugin verbosity dry_run reports_only clean_workdir "
-    "stop_on_first_crash participant_labels exclude_participant_labels skip_bids_validation bids_database_dir "
-    "age_column site_column sex_column brainage_model augmentation cv_folds features_table apply_model relative_to "
-    "asymmetries log_volumes compare".split()
-)
+# Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
+# the same report.
+_SHOWN = (
+    "bids_dir", "level", "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members",
+    "perturb_inference", "grids", "write_members", "family_maps", "random_seed", "sloppy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What is shown of one T1w image.
+    """What is shown of one T1w image."""
 
-    Attributes
-    ----------
-    prefix : e.g. "sub-01_ses-a_run-1"
-    figures : name to PNG file, in the order shown; the template explains consensus, volumes,
-        entropy, sigbits, std and unreliable; others are shown under their own name
-    regions : table as in ``desc-consensus_dseg.tsv`` (index, name, volume_mean, ...)
-    members : table as in ``desc-members_morph.tsv`` (member, family, index, name, volume)
-    warnings : sentences
-    limits : whose limits of volume apply
-    provenance : what was done to this image, shown as a list of name and value
-    """
-
-    prefix: str
-    figures: Mapping[str, bytes]
-    regions: pd.DataFrame
-    members: pd.DataFrame
+    prefix: str  # e.g. "sub-01_ses-a_run-1"
+    figures: Mapping[str, bytes]  # PNG files in the order shown; those that the template lacks under their own names
+    regions: pd.DataFrame  # as in desc-consensus_dseg.tsv
+    members: pd.DataFrame  # as in desc-members_morph.tsv
     warnings: Sequence[str] = ()
-    limits: str = ""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    limits: str = ""  # whose limits of volume apply
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # what was done to this image
 
 
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
-    """Write ``sub-<label>.html`` and its figures from the derivatives of a participant's scans.
-
-    Raises
-    ------
-    ScanError
-        If a derivative that the report needs is missing.
-    OutputError
-        If it cannot be written.
-    """
+    """Write a participant's report and figures from the derivatives of the scans; ScanError if any is missing."""
     return write_participant_report(requests[0], [scan_report(request) for request in requests])
 
 
 def scan_report(request: ScanRequest) -> ScanReport:
     """Draw one scan's figures and collect its tables and warnings."""
     t1w = load_t1w(request.scan.path, request.settings.trust)
-    zooms = voxel_sizes(t1w.affine)
-    told = _read_sidecar(request, "regions_tsv")
+    sidecar = _existing(request.sidecar("regions_tsv"), request)
+    try:
+        told = dict(json.loads(sidecar.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ScanError(f"{sidecar}: damaged ({error}). Run without --reports-only.") from error
     members = _read_table(request, "members_tsv")
+    shape = " x ".join(str(n) for n in t1w.data.shape)
+    size = " x ".join(f"{zoom:.2f}" for zoom in voxel_sizes(t1w.affine))
     return ScanReport(
         prefix=request.scan.prefix,
         figures=dict(_draw(request, t1w.data, t1w.affine, members)),
@@ -94,11 +79,7 @@ def scan_report(request: ScanRequest) -> ScanReport:
         members=members,
         warnings=told.get("Warnings", [NO_VERDICTS]),
         limits=told.get("VolumeLimits", ""),
-        provenance={
-            "T1w": request.scan.relative,
-            "Grid": f"{' x '.join(str(n) for n in t1w.data.shape)} voxels of "
-            f"{' x '.join(f'{zoom:.2f}' for zoom in zooms)} mm",
-        },
+        provenance={"T1w": request.scan.relative, "Grid": f"{shape} voxels of {size} mm"},
     )
 
 
@@ -106,31 +87,22 @@ def _draw(
     request: ScanRequest, t1w: np.ndarray, affine: np.ndarray, members: pd.DataFrame
 ) -> Iterator[tuple[str, bytes]]:
     """Name and PNG of each figure that there is something to show for, in the order shown."""
-    labels = _read_image(request, "consensus_dseg")
-    view = mosaics.plan_view(labels, affine)
-    yield "consensus", mosaics.draw_labels(t1w, labels, view, request.ensemble.labels)
+    mosaic = Mosaic(t1w, _read_image(request, "consensus_dseg"), affine)
+    yield "consensus", mosaic.draw_labels(request.ensemble.labels)
     yield "volumes", draw_volumes(members)
-    for key, style in mosaics.MAP_STYLES.items():
+    for key, style in MAP_STYLES.items():
         if request.path(key).exists():
-            yield key, mosaics.draw_map(t1w, _read_image(request, key), labels, view, style)
+            yield key, mosaic.draw_map(_read_image(request, key), style)
     if request.path("unreliable_mask").exists():
-        yield "unreliable", mosaics.draw_mask(t1w, _read_image(request, "unreliable_mask"), labels, view)
+        yield "unreliable", mosaic.draw_mask(_read_image(request, "unreliable_mask"))
 
 
 def _read_image(request: ScanRequest, key: str) -> np.ndarray:
-    return np.asanyarray(nib.load(_existing(request.path(key), request)).dataobj)
+    return np.asanyarray(cast(SpatialImage, nib.load(_existing(request.path(key), request))).dataobj)
 
 
 def _read_table(request: ScanRequest, key: str) -> pd.DataFrame:
     return pd.read_csv(_existing(request.path(key), request), sep="\t", na_values=["n/a"])
-
-
-def _read_sidecar(request: ScanRequest, key: str) -> dict[str, Any]:
-    path = _existing(request.sidecar(key), request)
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ScanError(f"{path}: damaged ({error}). Run without --reports-only.") from error
 
 
 def _existing(path: Path, request: ScanRequest) -> Path:
@@ -141,23 +113,15 @@ def _existing(path: Path, request: ScanRequest) -> Path:
 
 def shown_settings(settings: Settings) -> dict[str, Any]:
     """Settings that decide what the participant level writes."""
-    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _NOT_SHOWN}
+    return {name: getattr(settings, name) for name in _SHOWN}
 
 
 def write_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> Path:
-    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
-
-    The same content gives the same bytes. Parameters are those of `render_participant_report`.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
-    """
+    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path."""
     path = names.report(request.settings.output_dir, request.scan.subject)
     for scan in scans:
         for name, png in scan.figures.items():
-            with replacing(path.parent / path.stem / "figures" / figure_name(scan.prefix, name)) as stream:
+            with replacing(path.with_suffix("") / "figures" / figure_name(scan.prefix, name)) as stream:
                 stream.write(png)
     return write_text(render_participant_report(request, scans), path)
 
@@ -175,13 +139,7 @@ def figure_name(prefix: str, name: str) -> str:
 
 
 def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> str:
-    """Return the report as one HTML text; every value is escaped.
-
-    Parameters
-    ----------
-    request : of any of the participant's scans: participant, settings, ensemble and members
-    scans : in the order shown
-    """
+    """Return the report on scans, of any of which `request` is, as one HTML text; every value is escaped."""
     settings, members = request.settings, request.members
     columns = table_columns("members")
     rows = pd.DataFrame([{name: getattr(member, name) for name in columns} for member in members])
@@ -203,29 +161,30 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
 
 def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     """What the template shows of a scan; measures within families have tables of their own."""
-    regions, texts = scan.regions, names.OUTPUTS["regions_tsv"].columns
-    known = {
-        name: replace(column, tooltip=texts[name][0])
-        for name, column in table_columns("regions").items()
-        if name in texts
-    }
+    columns = table_columns("regions")
+    columns = {name: columns[name] for name in ("index", "name", "verdict", "reason", *columns)}
     perturbed = scan.members[scan.members["family"] != BASELINE]
-    verdicts = list(regions["verdict"]) if "verdict" in regions else ["good"] * len(regions)
-    if "verdict" in regions:
-        regions = regions.assign(verdict=regions["verdict"].map(lambda verdict: MARKS.get(verdict, verdict)))
-        known["verdict"] = replace(known["verdict"], order=tuple(MARKS.values()))
-    classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
     n_members = perturbed.groupby("family", sort=False)["member"].nunique().to_dict()
-    within = _family_columns(regions, known, n_members)
-    others = {name: Column(name, name, "{:.4g}") for name in regions if name not in known and name not in within}
+    within = {
+        f"{name}_{family}": replace(
+            column, heading=f"{column.heading} {family}", description=f"{column.description}, family {family} only"
+        )
+        for name, column in columns.items()
+        for family in n_members
+        if f"{name}_{family}" in scan.regions
+    }
+    others = {name: Column(name, "{:.4g}", "", name) for name in scan.regions if name not in columns | within}
+    verdicts = scan.regions.get("verdict", pd.Series("good", scan.regions.index))
+    classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
+    regions = scan.regions.replace({"verdict": MARKS})
     has_spread = regions[list(within)].notna().to_numpy().any()
     return {
         "anchor": f"scan-{number}",
         "prefix": scan.prefix,
         "figures": [(name, data_uri(png, "png")) for name, png in scan.figures.items()],
-        "regions": tabulate(regions, known | others, classes),
+        "regions": tabulate(regions, columns | others, classes, {"verdict": list(MARKS.values())}),
         "has_unreliable": "unreliable" in classes,
-        "within": tabulate(regions, {"name": known["name"], **within}, classes) if has_spread else None,
+        "within": tabulate(regions, {"name": columns["name"], **within}, classes) if has_spread else None,
         "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
         "few_members": describe_families(n_members),
         "limits": scan.limits.rstrip("."),
@@ -235,25 +194,15 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     }
 
 
-def _family_columns(regions: pd.DataFrame, known: Mapping[str, Column], families: Iterable[str]) -> dict[str, Column]:
-    """Columns like ``dice_min_mca``: each measure with all families side by side."""
-    columns = {}
-    for measure, column in known.items():
-        for family in families:
-            if (name := f"{measure}_{family}") in regions:
-                tooltip = f"{column.tooltip}, family {family} only"
-                columns[name] = replace(column, heading=f"{column.heading} {family}", tooltip=tooltip)
-    return columns
-
-
 def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> pd.DataFrame:
     """One row per family: number of members, and its spread over all structures."""
-    nothing = pd.Series(np.nan, regions.index)
     rows = []
     for family, n in n_members.items():
-        cv, dice, entropy = (regions.get(f"{name}_{family}", nothing) for name in ("cv", "dice_min", "entropy_mean"))
-        row = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
-        rows.append({"family": family, "n": n, **row})
+        cv, dice, entropy = (
+            regions.get(f"{name}_{family}", pd.Series([np.nan])) for name in ("cv", "dice_min", "entropy_mean")
+        )
+        spread = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
+        rows.append({"family": family, "n": n, **spread})
     return pd.DataFrame(rows)
 
 
@@ -262,5 +211,6 @@ def _volume_table(members: pd.DataFrame) -> dict[str, Any] | None:
     if members.empty:
         return None
     wide = members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
-    columns = {name: Column(str(name), form="{:,.0f}") for name in wide.columns}
-    return tabulate(wide.reset_index(), {"name": table_columns("regions")["name"], **columns})
+    columns = table_columns("volumes")
+    shown = {name: replace(columns["volume"], heading=str(name), description="") for name in wide.columns}
+    return tabulate(wide.reset_index(), {"name": columns["name"], **shown})

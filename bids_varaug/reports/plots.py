@@ -6,7 +6,6 @@ import io
 import re
 from collections.abc import Sequence
 
-import matplotlib
 import matplotlib.style
 import numpy as np
 import pandas as pd
@@ -20,9 +19,8 @@ from bids_varaug.reports.html import p_text, signed
 from bids_varaug.reports.mosaics import to_png
 
 # Okabe & Ito's palette, told apart with any kind of colour vision; each also has its own marker.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
-    "#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#777777",
-)  # fmt: skip
+BLACK, ORANGE, GREEN, BLUE, VERMILLION, PURPLE = "#000000", "#e69f00", "#009e73", "#0072b2", "#d55e00", "#cc79a7"
+GREY = "#777777"
 FAMILY_COLORS = {"mca": BLUE, "seed": VERMILLION, "rr": GREEN}
 LOOKS = {  # colour, marker and line of each augmentation and baseline
     "none": (BLACK, "o", "-"),
@@ -32,7 +30,6 @@ LOOKS = {  # colour, marker and line of each augmentation and baseline
     "jitter": (PURPLE, "v", ":"),
     "shuffled": (ORANGE, "P", ":"),
 }
-OTHER_LOOK = (SKY, "o", "-")
 PIPELINE_LOOKS = ((VERMILLION, "D"), (GREEN, "^"), (PURPLE, "s"))
 BAND = "#f5f6f8"
 MAX_ROWS = 80  # structures shown, the first ones of a table
@@ -41,69 +38,63 @@ SHOWN_INTERVALS = 150
 FONT = 10
 INK = "#1b1f24"
 SOFT = "#57606a"
-GRID = "#dddddd"
 STYLE = {
     "svg.hashsalt": "bids_varaug",
     "font.size": FONT,
+    "axes.axisbelow": True,
     "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.loc": "upper left",
     "text.parse_math": False,
     "savefig.dpi": 150,
 }
+# "default" first, so that a user's matplotlibrc does not change the bytes.
+_styled = matplotlib.style.context(["default", STYLE])
 
 
+@_styled
 def draw_ages(predictions: pd.DataFrame) -> str:
-    """Predicted against true age, with prediction intervals and numerical spread.
+    """SVG of predicted against true age, with prediction intervals and numerical spread.
 
-    Parameters
-    ----------
-    predictions : rows of one augmentation of `Evaluation.predictions`
-        Of more than 150 observations, intervals of 150 spread evenly over age are drawn.
-
-    Returns
-    -------
-    SVG
+    Of more than `SHOWN_INTERVALS` rows of `Evaluation.predictions`, the intervals of that many, evenly over age, are
+    drawn.
     """
     table = predictions.sort_values("age", kind="stable")
-    with _style():
-        figure = Figure(figsize=(7.6, 6.4))
-        axes = figure.add_axes((0.1, 0.1, 0.88, 0.8))
-        limits = table[["age", "predicted", "lower", "upper"]].to_numpy(float)
-        limits = limits[np.isfinite(limits)]
-        low, high = (limits.min(), limits.max()) if limits.size else (0.0, 100.0)
-        margin = 0.03 * (high - low) + 0.5
-        axes.plot([low, high], [low, high], color=GREY, linewidth=1, dashes=(4, 3), zorder=1, label="predicted = true")
-        chosen = np.unique(np.linspace(0, len(table) - 1, SHOWN_INTERVALS).round().astype(int))
-        _draw_people(axes, table["age"], table, chosen if len(table) > SHOWN_INTERVALS else slice(None))
-        ages = table["age"].to_numpy(float)
-        pad = 0.03 * (ages.max() - ages.min()) + 0.5
-        axes.set_xlim(ages.min() - pad, ages.max() + pad)
-        axes.set_ylim(low - margin, high + margin)
-        axes.set_xlabel("true age [years]")
-        axes.set_ylabel("predicted age, out of sample [years]")
-        figure.legend(loc="upper left", bbox_to_anchor=(0.09, 1.0), ncols=2, frameon=False, fontsize=FONT - 0.5)
-        return _svg(figure)
+    figure = Figure(figsize=(7.6, 6.4))
+    axes = figure.add_axes((0.1, 0.1, 0.88, 0.8))
+    ages = table["age"].astype(float)
+    limits = table[["age", "predicted", "lower", "upper"]].to_numpy(float)
+    limits = limits[np.isfinite(limits)]
+    low, high = limits.min(), limits.max()
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1, dashes=(4, 3), zorder=1, label="predicted = true")
+    chosen = np.unique(np.linspace(0, len(table) - 1, SHOWN_INTERVALS).round().astype(int))
+    _draw_people(axes, table["age"], table, chosen if len(table) > SHOWN_INTERVALS else slice(None))
+    axes.set(xlim=_padded(ages.min(), ages.max()), ylim=_padded(low, high))
+    axes.set(xlabel="true age [years]", ylabel="predicted age, out of sample [years]")
+    figure.legend(bbox_to_anchor=(0.09, 1.0), ncols=2, fontsize=FONT - 0.5)
+    return _svg(figure)
 
 
+@_styled
 def draw_ranked(predictions: pd.DataFrame) -> str:
-    """Predicted ages in ascending order, with intervals and numerical spread; no age is needed.
-
-    Parameters
-    ----------
-    predictions : of `model_file.apply_model`
-
-    Returns
-    -------
-    SVG
-    """
+    """SVG of predicted ages in ascending order, with intervals and numerical spread; no age is needed."""
     table = predictions.sort_values("predicted", kind="stable")
-    with _style():
-        figure = Figure(figsize=(7.6, 4.8))
-        axes = figure.add_axes((0.1, 0.13, 0.88, 0.76))
-        _draw_people(axes, pd.Series(np.arange(1, len(table) + 1)), table)
-        axes.set_xlabel("image, in the order of predicted age")
-        axes.set_ylabel("predicted age [years]")
-        figure.legend(loc="upper left", bbox_to_anchor=(0.09, 1.0), ncols=3, frameon=False, fontsize=FONT - 0.5)
-        return _svg(figure)
+    figure = Figure(figsize=(7.6, 4.8))
+    axes = figure.add_axes((0.1, 0.13, 0.88, 0.76))
+    _draw_people(axes, pd.Series(np.arange(1, len(table) + 1)), table)
+    axes.set(xlabel="image, in the order of predicted age", ylabel="predicted age [years]")
+    figure.legend(bbox_to_anchor=(0.09, 1.0), ncols=3, fontsize=FONT - 0.5)
+    return _svg(figure)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.03 * (high - low) + 0.5
+    return low - margin, high + margin
 
 
 def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarray | slice = slice(None)) -> None:
@@ -122,259 +113,181 @@ def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarra
         ends = part["predicted"] - part["sd_num"], part["predicted"] + part["sd_num"]
         label = f"± numerical standard deviation{some}"
         axes.vlines(at, *ends, color=VERMILLION, linewidth=1.8, zorder=4, label=label)
-    _bare(axes)
 
 
+@_styled
 def draw_gains(gains: pd.DataFrame) -> str:
-    """Paired gain of each contrast with its 95 % confidence interval.
-
-    Parameters
-    ----------
-    gains : `Evaluation.gains`
-    """
+    """SVG of the paired gain of each comparison (`Evaluation.gains`) with its confidence interval."""
     rows = gains.set_index("augmentation")
     height = 1.2 + 0.46 * len(rows)
-    with _style():
-        figure = Figure(figsize=(8.2, height))
-        axes = figure.add_axes((0.2, 0.6 / height, 0.47, 1 - 1.0 / height))
-        for y, (name, row) in enumerate(rows.iterrows()):
-            color, marker, _ = LOOKS.get(name, OTHER_LOOK)
-            axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.4)
-            axes.plot(row["gain"], y, marker, color=color, markersize=8)
-            gain, low, high = (signed(row[column]) for column in ("gain", "low", "high"))
-            text = f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}"
-            _write_beside(axes, 1.03, y, text, FONT - 0.5)
-        axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(rows)), [f"{name} over {row['against']}" for name, row in rows.iterrows()])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        reach = np.nanmax(np.abs(rows[["low", "high", "gain"]].to_numpy(float)))
-        reach = 1.1 * reach if reach > 0 else 1.0
-        axes.set_xlim(-reach, reach)
-        axes.set_xlabel("gain in mean absolute error [years]")
-        axes.text(0.0, 1.02, "← worse", transform=axes.transAxes, color=SOFT)
-        axes.text(1.0, 1.02, "better →", transform=axes.transAxes, color=SOFT, ha="right")
-        _bare(axes, left=False)
-        return _svg(figure)
+    figure = Figure(figsize=(8.2, height))
+    axes = figure.add_axes((0.2, 0.6 / height, 0.47, 1 - 1.0 / height))
+    for y, (name, row) in enumerate(rows.iterrows()):
+        color, marker, _ = LOOKS[str(name)]
+        axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.4)
+        axes.plot(row["gain"], y, marker, color=color, markersize=8)
+        gain, low, high = (signed(row[column]) for column in ("gain", "low", "high"))
+        text = f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}"
+        axes.text(1.03, y, text, transform=axes.get_yaxis_transform(), fontsize=FONT - 0.5, va="center")
+    axes.axvline(0, color=INK, linewidth=1)
+    _set_rows(axes, [f"{name} over {row['against']}" for name, row in rows.iterrows()], (len(rows) - 0.5, -0.5))
+    reach = np.nanmax(np.abs(rows[["low", "high", "gain"]].to_numpy(float)))
+    reach = 1.1 * reach if reach > 0 else 1.0
+    axes.set(xlim=(-reach, reach), xlabel="gain in mean absolute error [years]")
+    axes.text(0.0, 1.02, "← worse", transform=axes.transAxes, color=SOFT)
+    axes.text(1.0, 1.02, "better →", transform=axes.transAxes, color=SOFT, ha="right")
+    return _svg(figure)
 
 
+@_styled
 def draw_learning_curve(curve: pd.DataFrame) -> str:
-    """Mean absolute error against the number of training participants.
-
-    Parameters
-    ----------
-    curve : `Evaluation.learning_curve`
-    """
-    with _style():
-        figure = Figure(figsize=(8.2, 4.6))
-        axes = figure.add_axes((0.09, 0.12, 0.68, 0.84))
-        names = list(dict.fromkeys(curve["augmentation"]))
-        for number, name in enumerate(names):
-            rows = curve[curve["augmentation"] == name].sort_values("n_participants")
-            # A little apart, so that limits of equal values do not hide each other.
-            x = rows["n_participants"] * 1.018 ** (number - (len(names) - 1) / 2)
-            color, marker, line = LOOKS.get(name, OTHER_LOOK)
-            axes.vlines(x, rows["low"], rows["high"], color=color, linewidth=1.2, alpha=0.6)
-            axes.plot(x, rows["mae"], line, marker=marker, color=color, markersize=5.5, linewidth=1.5, label=name)
-        ticks = sorted(set(curve["n_participants"]))
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("training participants (logarithmic)")
-        axes.set_ylabel("mean absolute error [years]")
-        _bare(axes)
-        figure.legend(loc="upper left", bbox_to_anchor=(0.78, 0.97), frameon=False)
-        return _svg(figure)
+    """SVG of the mean absolute error against the number of training participants (`Evaluation.learning_curve`)."""
+    figure = Figure(figsize=(8.2, 4.6))
+    axes = figure.add_axes((0.09, 0.12, 0.68, 0.84))
+    names = list(dict.fromkeys(curve["augmentation"]))
+    for number, name in enumerate(names):
+        rows = curve[curve["augmentation"] == name].sort_values("n_participants")
+        # A little apart, so that limits of equal values do not hide each other.
+        x = rows["n_participants"] * 1.018 ** (number - (len(names) - 1) / 2)
+        color, marker, line = LOOKS[name]
+        axes.vlines(x, rows["low"], rows["high"], color=color, linewidth=1.2, alpha=0.6)
+        axes.plot(x, rows["mae"], line, marker=marker, color=color, markersize=5.5, linewidth=1.5, label=name)
+    ticks = sorted(set(curve["n_participants"]))
+    axes.set_xscale("log")
+    _set_ticks(axes, ticks, [f"{t:,.0f}" for t in ticks])
+    axes.set(xlabel="training participants (logarithmic)", ylabel="mean absolute error [years]")
+    figure.legend(bbox_to_anchor=(0.78, 0.97))
+    return _svg(figure)
 
 
+@_styled
 def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame]] = ()) -> str:
-    """Numerical against anatomical standard deviation of each structure, with 95 % intervals.
+    """SVG of the numerical over the anatomical standard deviation of each structure, with 95 % intervals.
 
-    Parameters
-    ----------
-    numerics : table of `variability.numerical_variability`
-    others : name and table of each pipeline to compare with
+    Tables of `variability.numerical_variability`: ours, and with their names those of other pipelines.
     """
     order = pair_sides(numerics["name"])[:MAX_ROWS]
     series = [("this ensemble", numerics, BLUE, "o")]
     series += [(name, other, *PIPELINE_LOOKS[n % len(PIPELINE_LOOKS)]) for n, (name, other) in enumerate(others)]
     height = 1.4 + 0.25 * len(order)
-    shown = []
-    with _style():
-        figure = Figure(figsize=(8.8, height))
-        axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
-        for number, (label, data, color, marker) in enumerate(series):
-            rows = data.set_index("name").reindex(order)[["ratio", "low", "high"]]
-            values = rows.replace([np.inf, 0], np.nan).to_numpy(float)
-            y = np.arange(len(order)) + 0.2 * (number - (len(series) - 1) / 2)
-            axes.hlines(y, values[:, 1], values[:, 2], color=color, linewidth=1.6, alpha=0.7)
-            axes.plot(values[:, 0], y, marker, color=color, markersize=5, label=label, linestyle="none")
-            shown.append(values[np.isfinite(values)])
-        shown = np.concatenate(shown)
-        axes.set_xscale("log")
-        if shown.size:
-            axes.set_xlim(0.9 * shown.min(), 1.1 * max(shown.max(), 1.0))
-        low, high = axes.get_xlim()
-        ticks = [m * 10.0**e for e in range(-3, 2) for m in (1, 2, 5) if low <= m * 10.0**e <= min(high, 10)]
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set_xticks([], minor=True)
-        axes.axvline(1, color=GREY, linewidth=1, dashes=(4, 3))
-        _name_rows(axes, order, FONT - 1)
-        axes.set_xlabel("numerical / anatomical standard deviation (logarithmic; 1: equal)")
-        _bare(axes, left=False)
-        if len(series) > 1:
-            figure.legend(loc="upper left", bbox_to_anchor=(0.26, 1.0), ncols=len(series), frameon=False)
-        return _svg(figure)
+    figure = Figure(figsize=(8.8, height))
+    axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
+    found = []
+    for number, (label, data, color, marker) in enumerate(series):
+        rows = data.set_index("name").reindex(order)[["ratio", "low", "high"]]
+        values = rows.replace([np.inf, 0], np.nan).to_numpy(float)
+        y = np.arange(len(order)) + 0.2 * (number - (len(series) - 1) / 2)
+        axes.hlines(y, values[:, 1], values[:, 2], color=color, linewidth=1.6, alpha=0.7)
+        axes.plot(values[:, 0], y, marker, color=color, markersize=5, label=label, linestyle="none")
+        found.append(values[np.isfinite(values)])
+    shown = np.concatenate(found)
+    axes.set_xscale("log")
+    if shown.size:
+        axes.set_xlim(0.9 * shown.min(), 1.1 * max(shown.max(), 1.0))
+    low, high = axes.get_xlim()
+    ticks = [m * 10.0**e for e in range(-3, 2) for m in (1, 2, 5) if low <= m * 10.0**e <= min(high, 10)]
+    _set_ticks(axes, ticks, [f"{t:g}" for t in ticks])
+    axes.axvline(1, color=GREY, linewidth=1, dashes=(4, 3))
+    _name_rows(axes, order, FONT - 1)
+    axes.set_xlabel("numerical / anatomical standard deviation (logarithmic; 1: equal)")
+    if others:
+        figure.legend(bbox_to_anchor=(0.26, 1.0), ncols=len(series))
+    return _svg(figure)
 
 
+@matplotlib.style.context(["default", STYLE, {"axes.edgecolor": BLACK}])
 def draw_volumes(members: pd.DataFrame) -> bytes:
-    """Volumes of every structure, one dot per member, relative to the mean of the members.
+    """PNG of the volumes of every structure, one dot per member, relative to the mean of the members.
 
     The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond, so that structures of
-    0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis.
-
-    Parameters
-    ----------
-    members : table with columns member, family, index, name, volume [mm3]
-
-    Returns
-    -------
-    PNG file
+    0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis. Columns
+    of `members`: member, family, index, name, volume [mm3].
     """
     order = pair_sides(members.loc[members["index"] != 0, "name"].drop_duplicates())[:MAX_ROWS]
     relative = members["member"].nunique() > 1
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=(10.5, 1.05 + 0.235 * len(order)), dpi=130, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
-        height = figure.get_figheight()
-        axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
-        for row, name in enumerate(order):
-            _draw_volumes_of(axes, row, members[members["name"] == name], relative)
-        _name_rows(axes, order, 8)
-        _bare(axes, left=False)
-        axes.tick_params(axis="x", labelsize=8)
-        _scale_volume_axis(axes, relative)
-        families = sorted(set(members["family"]) - {BASELINE})
-        handles = [
-            axes.plot([], [], "o", color=FAMILY_COLORS.get(f, PURPLE), label=f"{f} members")[0] for f in families
-        ]
-        if (members["family"] == BASELINE).any():
-            empty = {"markerfacecolor": "none", "markeredgecolor": "black"}
-            handles += axes.plot([], [], "D", label="ieee (unperturbed)", **empty)
-        figure.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(0.21, 1.0), fontsize=8.5, ncols=len(handles),
-            frameon=False,
-        )  # fmt: skip
-        heading = "mean   ± SD" if relative else "volume"
-        figure.text(0.826, 1 - 0.21 / height, heading, fontsize=8.5, va="center")
-        return to_png(canvas)
-
-
-def _draw_volumes_of(axes: Axes, row: int, table: pd.DataFrame, relative: bool) -> None:
-    """One structure: dots and the numbers at the right."""
-    table = table.sort_values("member", kind="stable")
-    perturbed = table[table["family"] != BASELINE]
-    base = perturbed if len(perturbed) else table
-    mean = float(base["volume"].mean())
-    text = f"{mean:,.0f} mm³"
-    if relative and mean > 0 and len(base) > 1:
-        text += f"   ± {100 * base['volume'].std(ddof=1) / mean:.1f} %"
-    _write_beside(axes, 1.01, row, text, 7.5)
-    if relative and not mean > 0:
-        return  # absent in all perturbed members: nothing to be relative to
-
-    def draw(family: str, shift: float, marker: str, **style) -> None:
-        volume = table.loc[table["family"] == family, "volume"].to_numpy(float)
-        shown = 100 * (volume / mean - 1) if relative else volume
-        axes.plot(shown, np.full(len(volume), row + shift), marker, **style)
-
+    figure = Figure(figsize=(10.5, 1.05 + 0.235 * len(order)), dpi=130)
+    canvas = FigureCanvasAgg(figure)
+    height = figure.get_figheight()
+    axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
+    perturbed = members[members["family"] != BASELINE]
+    spread = (members if perturbed.empty else perturbed).groupby("name")["volume"].agg(["mean", "std"])
+    for row, (mean, std) in enumerate(spread.loc[order].itertuples(index=False)):
+        share = f"   ± {100 * std / mean:.1f} %" if relative and mean > 0 and not np.isnan(std) else ""
+        text = f"{mean:,.0f} mm³{share}"
+        axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), fontsize=7.5, va="center")
+    # Absent in all perturbed members: nothing to be relative to.
+    means = members["name"].map(spread["mean"].where(spread["mean"] > 0))
+    x = 100 * (members["volume"] / means - 1) if relative else members["volume"]
+    y = members["name"].map({name: row for row, name in enumerate(order)})
     families = sorted(set(perturbed["family"]))
+    handles = []
     for number, family in enumerate(families):
         # Families a little apart, so that equal volumes do not hide each other.
         shift = 0.16 * (2 * number - (len(families) - 1)) / max(1, len(families) - 1)
-        color = FAMILY_COLORS.get(family, PURPLE)
-        draw(family, shift, "o", markersize=4.2, alpha=0.8, color=color, markeredgewidth=0)
-    draw(BASELINE, 0, "D", markersize=4.6, markerfacecolor="none", markeredgecolor="black", zorder=4)
-
-
-def _scale_volume_axis(axes: Axes, relative: bool) -> None:
-    if not relative:
+        mine, color = members["family"] == family, FAMILY_COLORS.get(family, PURPLE)
+        axes.plot(x[mine], y[mine] + shift, "o", markersize=4.2, alpha=0.8, color=color, markeredgewidth=0)
+        handles += axes.plot([], [], "o", color=color, label=f"{family} members")
+    mine = members["family"] == BASELINE
+    if mine.any():
+        axes.plot(x[mine], y[mine], "D", markersize=4.6, mfc="none", mec=BLACK, zorder=4)
+        handles += axes.plot([], [], "D", label="ieee (unperturbed)", mfc="none", mec=BLACK)
+    _name_rows(axes, order, 8)
+    axes.tick_params(axis="x", labelsize=8)
+    if relative:
+        reach = max(1.0, *x[y.notna()].abs().dropna()) * 1.15
+        half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
+        ticks = [*(-t for t in reversed(half)), 0, *half]
+        axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
+        axes.set_xlim(-reach, reach)
+        _set_ticks(axes, ticks, [f"{t:+g}".replace("-", "−") if t else "0" for t in ticks])
+        axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
+    else:
         axes.set_xscale("log")
-        axes.set_xlabel("volume [mm³]", fontsize=8.5)
-        return
-    low, high = axes.dataLim.intervalx if np.isfinite(axes.dataLim.intervalx).all() else (-1, 1)
-    reach = max(1.0, abs(low), abs(high)) * 1.15
-    axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
-    axes.set_xlim(-reach, reach)
-    half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
-    ticks = [-t for t in reversed(half)] + [0] + half
-    axes.set_xticks(ticks, [f"{t:+g}".replace("-", "−") if t else "0" for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
-    axes.set_xlabel(
-        "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)", fontsize=8.5
-    )
+    difference = "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)"
+    axes.set_xlabel(difference if relative else "volume [mm³]", fontsize=8.5)
+    figure.legend(handles=handles, bbox_to_anchor=(0.21, 1.0), fontsize=8.5, ncols=len(handles))
+    heading = "mean   ± SD" if relative else "volume"
+    figure.text(0.826, 1 - 0.21 / height, heading, fontsize=8.5, va="center")
+    return to_png(canvas)
 
 
 def short_name(name: str) -> str:
-    """FreeSurfer name with its side behind.
-
-    Examples
-    --------
-    >>> short_name("Left-Cerebral-White-Matter"), short_name("Brain-Stem")
-    ('Cerebral White Matter  L', 'Brain Stem')
-    """
+    """FreeSurfer name with its side behind: "Left-Inf-Lat-Vent" becomes "Inf Lat Vent  L"."""
     side, _, rest = name.partition("-")
     marked = f"{rest}  {side[0]}" if side in ("Left", "Right") else name
     return marked.replace("-", " ")
 
 
-def pair_sides(names: Sequence[str]) -> list[str]:
-    """Names in their order, but each right structure just after its left one.
+def pair_sides(names: Sequence[str] | pd.Series) -> list[str]:
+    """Names in their order, but each right structure just after its left one."""
+    pairs: dict[str, list[str]] = {}
+    for name in names:
+        pairs.setdefault(str(name).removeprefix("Left-").removeprefix("Right-"), []).append(name)
+    return [name for pair in pairs.values() for name in pair]
 
-    Examples
-    --------
-    >>> pair_sides(["Left-A", "Brain-Stem", "Right-A"])
-    ['Left-A', 'Right-A', 'Brain-Stem']
-    """
-    first: dict[str, int] = {}
-    ranks = [
-        (first.setdefault(str(name).removeprefix("Left-").removeprefix("Right-"), place), place, name)
-        for place, name in enumerate(names)
-    ]
-    return [name for *_, name in sorted(ranks, key=lambda rank: rank[:2])]
+
+def _set_ticks(axes: Axes, ticks: Sequence[float], labels: Sequence[str]) -> None:
+    axes.set_xticks(ticks, labels)
+    axes.set_xticks([], minor=True)
 
 
 def _name_rows(axes: Axes, names: Sequence[str], size: float) -> None:
     """A row for each structure, every other one shaded."""
     for row in range(1, len(names), 2):
         axes.axhspan(row - 0.5, row + 0.5, color=BAND, zorder=0)
-    labels = [short_name(str(name)) for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=size, parse_math=False)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    _set_rows(axes, [short_name(str(name)) for name in names], (len(names) - 0.4, -0.6), size)
 
 
-def _write_beside(axes: Axes, x: float, row: int, text: str, size: float) -> None:
-    """Write beside a row; `x` is 1 at the right end of the axes."""
-    where = axes.get_yaxis_transform()
-    axes.text(x, row, text, transform=where, fontsize=size, va="center", parse_math=False)
-
-
-def _bare(axes: Axes, left: bool = True) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines["left"].set_visible(left)
-    axes.grid(axis="both" if left else "x", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    if not left:
-        axes.tick_params(axis="y", length=0)
-
-
-def _style():
-    # "default" first, so that a user's matplotlibrc does not change the bytes.
-    return matplotlib.style.context(["default", STYLE])
+def _set_rows(axes: Axes, labels: Sequence[str], ends: tuple[float, float], size: float = FONT) -> None:
+    """Label rows at the left, without an axis."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    axes.set_ylim(*ends)
+    axes.spines["left"].set_visible(False)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def _svg(figure: Figure) -> str:
-    figure.set_facecolor("white")
     stream = io.StringIO()
     FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     # The document type names a file on the network; browsers do not need it.

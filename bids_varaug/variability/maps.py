@@ -5,24 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 FLOAT32_BITS = 24.0
-"""Significant bits of a float32: no result computed in float32 has more."""
+"""No result computed in float32 has more significant bits."""
 UNRELIABLE_BELOW = 0.75
-"""A voxel is unreliable where fewer than this share of the members chose the consensus label,
-that is, where more than a quarter of them voted otherwise."""
+"""A voxel is unreliable where fewer than this share of the members chose the consensus label."""
 
 
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     """Disagreement of the members about each voxel's label.
 
-    Shannon entropy of the empirical label distribution [1]_,
-    ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree,
-    ``log2(n_members)`` where all differ.
+    Shannon entropy of the empirical label distribution (Gonzalez-Pepe et al. 2023, arXiv:2308.01939, there in nats),
+    ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all
+    differ.
 
     Parameters
     ----------
-    votes : (K, ...) unsigned integer
-        How many members chose each of the K labels; sums to `n_members` over K.
-    n_members : int
+    votes : (K, ...) unsigned integer, how many members chose each of the K labels; sums to `n_members` over K
 
     Returns
     -------
@@ -32,10 +29,6 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     ------
     ValueError
         If the votes do not sum to `n_members` everywhere.
-
-    References
-    ----------
-    .. [1] Gonzalez-Pepe et al. (2023), arXiv:2308.01939, there in nats.
 
     Examples
     --------
@@ -54,22 +47,15 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
 
 
 def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
-    """Standard deviation over members from sums of squared deviations from their mean.
-
-    ``sd = sqrt(squares / (n_members - 1))``, the sample standard deviation.
+    """Sample standard deviation over members, ``sqrt(squares / (n_members - 1))``.
 
     Parameters
     ----------
-    squares : (...) float, ``sum_m (x_m - mean)**2`` as Welford's recurrence [1]_ leaves it
-    n_members : int
+    squares : (...) float, ``sum_m (x_m - mean)**2`` as the recurrence of Welford (1962, Technometrics 4(3)) leaves it
 
     Returns
     -------
     (...) float64, unit of x; 0 for one member, which has no spread to speak of
-
-    References
-    ----------
-    .. [1] Welford (1962), Technometrics 4(3), 419-420.
 
     Examples
     --------
@@ -85,11 +71,10 @@ def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
 def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """How many leading bits of a value the perturbations leave alone.
 
-    ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where
-    all members agree exactly). This is Parker's estimate without a confidence level; the
-    ``significantdigits`` package subtracts from it a constant that depends on the number of
-    members (2.0 bits for 8 members at 95 % probability and 95 % confidence) [2]_, see
-    `regions.significant_bits_lower`. Without it, ensembles of different size can be compared.
+    ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree
+    exactly). This is Parker's estimate without a confidence level; the ``significantdigits`` package subtracts from it
+    a constant that depends on the number of members (2.0 bits for 8 members at 95 % probability and 95 % confidence)
+    [2]_, see `regions.significant_bits_lower`. Without it, ensembles of different size can be compared.
 
     Parameters
     ----------
@@ -118,19 +103,10 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
 
 
 def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
-    """Voxels on whose label too many members disagree with the consensus.
+    """Voxels (...) bool, where a share below `UNRELIABLE_BELOW` of the members chose the consensus label.
 
     Parameters
     ----------
-    votes_for : (...) integer, how many members chose the consensus label
-
-    Returns
-    -------
-    (...) bool, True where their share is below `UNRELIABLE_BELOW`
-
-    Examples
-    --------
-    >>> unreliable(np.array([8, 6, 5]), 8).tolist()
-    [False, False, True]
+    votes_for : (...) integer, how many members chose it
     """
     return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW

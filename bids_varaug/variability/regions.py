@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -22,16 +21,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RegionCounts:
-    """How many voxels each member gave each structure, and each pair of members agreed on.
+    """Voxels that each member gave each structure, and that each two members agree on."""
 
-    Attributes
-    ----------
-    volumes : (M, K) int64, voxels
-    intersections : (M, M, K) int64, voxels with class k in both; symmetric, diagonal = `volumes`
-    """
-
-    volumes: np.ndarray
-    intersections: np.ndarray
+    volumes: np.ndarray  # (M, K) int64
+    intersections: np.ndarray  # (M, M, K) int64
 
 
 def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -> RegionCounts:
@@ -39,24 +32,13 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
 
     Parameters
     ----------
-    slabs : iterable of (M, n) uint8
-        Labels (class index) of all members in the voxels of a slab; any number of slabs.
+    slabs : any number of (M, n) uint8, labels (class index) of all members in the voxels of a slab
     n_members, n_classes : M, K
-
-    Returns
-    -------
-    RegionCounts
 
     Raises
     ------
     ValueError
         If a slab has another number of members, or a label is not below `n_classes`.
-
-    Examples
-    --------
-    >>> counts = region_counts([np.array([[0, 1, 1], [0, 0, 1]], dtype="uint8")], 2, 2)
-    >>> counts.volumes.tolist(), counts.intersections[0, 1].tolist()
-    ([[1, 2], [2, 1]], [1, 1])
     """
     agreed = np.zeros(n_classes, np.int64)
     pairs = np.zeros((n_members, n_members, n_classes), np.int64)
@@ -76,12 +58,10 @@ def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -
 def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> None:
     n_members = slab.shape[0]
     for v in range(slab.shape[1]):
-        same = True
         for m in range(1, n_members):
             if slab[m, v] != slab[0, v]:
-                same = False
                 break
-        if same:
+        else:
             agreed[slab[0, v]] += 1
             continue
         for a in range(n_members):
@@ -92,18 +72,10 @@ def _count_pairs(slab: np.ndarray, agreed: np.ndarray, pairs: np.ndarray) -> Non
 
 
 def pairwise_dice(counts: RegionCounts) -> np.ndarray:
-    """Overlap of each structure between each two members.
+    """Overlap of each structure between each two members, (M, M, K) float64.
 
-    ``Dice = 2 |A and B| / (|A| + |B|)`` [1]_: 1 where two members gave a structure the same
-    voxels, 0 where only one of them has it, NaN where neither has it.
-
-    Returns
-    -------
-    (M, M, K) float64
-
-    References
-    ----------
-    .. [1] Dice (1945), Ecology 26(3), 297-302.
+    ``Dice = 2 |A and B| / (|A| + |B|)`` (Dice 1945, Ecology 26(3), 297-302): 1 where two members gave a structure the
+    same voxels, 0 where only one of them has it, NaN where neither has it.
 
     Examples
     --------
@@ -117,16 +89,7 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
 
 
 def group_members(families: Sequence[str]) -> dict[str, list[int]]:
-    """Group perturbed members: `ALL` together, then those of each family.
-
-    Parameters
-    ----------
-    families : (M,) family of each member; the baseline counts only where it is alone
-
-    Returns
-    -------
-    dict of str to list of int
-        Places in `families`.
+    """Number the perturbed members: `ALL` together, then those of each family; the baseline only where it is alone.
 
     Examples
     --------
@@ -148,26 +111,21 @@ def suffix_of(group: str) -> str:
 
 
 def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
-    """Lower confidence bound of the significant bits of each structure's volume.
+    """Lower confidence bound of the significant bits of each structure's volume over the perturbed members.
 
-    ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative
-    to the members' mean: the number of bits that a further member would share with the mean with
-    a probability of 95 %, at a confidence of 95 % [1]_. It is `significant_bits` less a margin that
-    depends on the number of members (2.0 bits for 8). The package's standard deviation divides by
-    M; with M - 1 there would be ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to
-    0 ... 24 bits.
+    ``significantdigits.significant_digits`` with the centred normality hypothesis (CNH), relative to the members' mean:
+    the number of bits that a further member would share with the mean with a probability of 95 %, at a confidence of
+    95 % (Sohier et al. 2021, ACM TOMS 47(2)). It is `significant_bits` less a margin that depends on the number of
+    members (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be
+    ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
 
     Parameters
     ----------
-    volumes : (M, K) any unit, perturbed members only
+    volumes : (M, K) any unit
 
     Returns
     -------
     (K,) float64, bit; NaN with fewer than two members, or where no member has the structure
-
-    References
-    ----------
-    .. [1] Sohier et al. (2021), Confidence intervals for stochastic arithmetic, ACM TOMS 47(2).
     """
     volumes = np.asarray(volumes, dtype=np.float64)
     bits = np.full(volumes.shape[1], np.nan)
@@ -176,28 +134,19 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     if len(volumes) < 2 or not present.any():
         return bits
     bits[present] = significant_digits(
-        volumes[:, present],
-        reference=mean[present],
-        axis=0,
-        error=Error.Relative,
-        method=Method.CNH,
-        probability=PROBABILITY,
-        confidence=CONFIDENCE,
-    )
+        volumes[:, present], reference=mean[present], axis=0, error=Error.Relative, method=Method.CNH,
+        probability=PROBABILITY, confidence=CONFIDENCE,
+    )  # fmt: skip
     return np.clip(bits, 0.0, FLOAT32_BITS)
 
 
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
-    """Mean vote entropy over the voxels of each consensus structure.
+    """Mean vote entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
     Parameters
     ----------
     labels : (X, Y, Z) uint8, consensus
     entropy : (X, Y, Z) float32, bit
-
-    Returns
-    -------
-    (K,) float64, bit; NaN where the consensus has no voxel of the structure
 
     Examples
     --------
@@ -218,12 +167,12 @@ def region_table(
 ) -> pd.DataFrame:
     """Return the variability of each structure over the perturbed members.
 
-    If all members are of the baseline family, they take the perturbed members' place; one
-    member has a volume but no spread (NaN).
+    If all members are of the baseline family, they take the perturbed members' place; one member has a volume but no
+    spread (NaN).
 
     Parameters
     ----------
-    counts : of all members, in the order of `families`
+    counts : of all members
     families : (M,) family of each member
     labels : K labels, background first; it is left out of the table
     voxel_volume : mm3
@@ -232,15 +181,10 @@ def region_table(
     Returns
     -------
     DataFrame, one row per structure
-        index, name, volume_mean [mm3], volume_std [mm3, n - 1], cv (std / mean), sigbits and
-        sigbits_lower [bit] of the volume, dice_min, dice_mean over all pairs of perturbed members,
-        entropy_mean [bit]; then all but the first two within each family, with ``_FAMILY`` after
-        the name. NaN where a value does not exist, as all do in a family of one member.
+        index, name and the measures that ``data/templates/columns.tsv`` describes; then the same within each family,
+        with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one member.
     """
-    columns = {
-        "index": [int(label.index) for label in labels],
-        "name": [label.name for label in labels],
-    }
+    columns = {"index": [int(label.index) for label in labels], "name": [label.name for label in labels]}
     dice = pairwise_dice(counts)
     nothing = np.full(len(labels), np.nan)
     for group, members in group_members(families).items():
@@ -264,34 +208,19 @@ def region_table(
 
 
 def members_table(
-    counts: RegionCounts,
-    members: Sequence[str],
-    families: Sequence[str],
-    labels: Sequence[Label],
-    voxel_volume: float,
+    counts: RegionCounts, members: Sequence[str], families: Sequence[str], labels: Sequence[Label], voxel_volume: float
 ) -> pd.DataFrame:
-    """Return the volume of every structure by every member, baseline included.
-
-    Returns
-    -------
-    DataFrame, one row per member and structure
-        member, family, index, name, volume [mm3]
-    """
-    rows = [
-        (member, family, int(label.index), label.name, float(count) * float(voxel_volume))
+    """Return a row for every member, baseline included, and structure: member, family, index, name, volume [mm3]."""
+    structures = pd.DataFrame({"index": [label.index for label in labels], "name": [label.name for label in labels]})
+    tables = [
+        structures.assign(member=member, family=family, volume=volumes * float(voxel_volume))[1:]
         for member, family, volumes in zip(members, families, counts.volumes, strict=True)
-        for label, count in zip(labels[1:], volumes[1:], strict=True)
     ]
-    return pd.DataFrame(rows, columns=["member", "family", "index", "name", "volume"])
+    return pd.concat(tables, ignore_index=True)[["member", "family", "index", "name", "volume"]]
 
 
 def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Least and mean Dice over the pairs of `members` that have the structure at all, (K,)."""
-    found = [dice[a, b] for a, b in combinations(members, 2)]
-    pairs = np.array(found).reshape(-1, dice.shape[2])
-    known = ~np.isnan(pairs)
-    count = known.sum(axis=0)
-    least = np.where(known, pairs, np.inf).min(axis=0, initial=np.inf)
-    total = np.where(known, pairs, 0).sum(axis=0)
-    some = np.where(count > 0, count, np.nan)
-    return np.where(count > 0, least, np.nan), total / some
+    pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]
+    count = (~np.isnan(pairs)).sum(axis=0)
+    return np.fmin.reduce(pairs, axis=0, initial=np.nan), np.nansum(pairs, axis=0) / np.where(count > 0, count, np.nan)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.evaluate import Evaluation, best_augmentation, evaluate_brain_age
+from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
 from bids_varaug.brainage.features import asymmetries, relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
@@ -42,12 +41,13 @@ from bids_varaug.brainage.variability import (
     read_regions,
 )
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import cite
+from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
 from bids_varaug.derivatives.write import write_table
 from bids_varaug.errors import FiltersError, UserError
-from bids_varaug.inputs.participants import People, read_people
+from bids_varaug.inputs.participants import read_people
+from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, evaluation_page, load_page
 from bids_varaug.settings import Settings
 
@@ -58,8 +58,8 @@ REPORT_CONTENT = "group_brainage.json"  # in the folder of logs
 def run_group(settings: Settings) -> Path | None:
     """Score the augmented brain-age model, or apply one; return the file to look at first.
 
-    With ``--dry-run`` nothing is fitted or written, and there is no such file. With
-    ``--reports-only`` the page of the last run is rewritten from what that run left.
+    With ``--dry-run`` nothing is fitted or written, and there is no such file. With ``--reports-only`` the page of the
+    last run is rewritten from what that run left.
 
     Raises
     ------
@@ -71,23 +71,22 @@ def run_group(settings: Settings) -> Path | None:
         page = load_page(names.logs(settings.output_dir) / REPORT_CONTENT)
         return None if settings.dry_run else _write_page(settings, page)
     model = None if settings.apply_model is None else load_model(settings.apply_model)
-    people = _people(settings, model)
-    volumes = _select(_cohort(settings, people, model), settings)
-    made = _derivation(settings, model)
-    cohort = _derive(volumes, made)
-    notes = [*(people.notes if people else ()), *cohort.source.get("notes", ())]
+    everybody, notes = _read(settings, model)
+    volumes = _select(everybody, settings)
+    how = _how_made(settings, model)
+    cohort = _derive(volumes, how)
     notes += [
         f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
-        for name, value in made.items()
+        for name, value in how.items()
         if getattr(settings, name) not in (None, False, value)
     ]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
-    _say(notes)
+    _print_notes(notes)
     if settings.dry_run:
-        people = cohort.people["participant_id"].nunique()
+        n_people = cohort.people["participant_id"].nunique()
         print(
-            f"{len(cohort)} image(s) of {people} participant(s), {len(cohort.names)} features by "
+            f"{len(cohort)} image(s) of {n_people} participant(s), {len(cohort.names)} features by "
             f"{len(cohort.member_ids)} perturbed member(s)"
         )
         return None
@@ -97,53 +96,27 @@ def run_group(settings: Settings) -> Path | None:
     return _score(settings, cohort, volumes, notes)
 
 
-def _say(notes: Sequence[str]) -> Sequence[str]:
+def _print_notes(notes: Iterable[str]) -> None:
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
-    return notes
 
 
-def _people(settings: Settings, model: BrainAgeModel | None) -> People | None:
-    """Ages, sex and site; None where a table of features may have its own."""
-    if settings.features_table and not (settings.bids_dir / "participants.tsv").exists():
-        return None
-    return read_people(
-        settings.bids_dir, age_column=settings.age_column, sex_column=settings.sex_column,
-        site_column=settings.site_column,
-        require_age=model is None and settings.features_table is None,
-    )  # fmt: skip
-
-
-def _cohort(settings: Settings, people: People | None, model: BrainAgeModel | None) -> Cohort:
-    wanted = None if model is None else model.source.get("measured", model.names)
-    asked = {"features": wanted, "require_age": model is None}
-    if settings.features_table is None:
-        progress = partial(tqdm, desc="Reading tables", unit="file", disable=None)
-        return gather_cohort(settings.output_dir, people, progress=progress, **asked)
-    return read_features_table(
-        settings.features_table, people, age_column=settings.age_column,
-        sex_column=settings.sex_column, site_column=settings.site_column, **asked,
-    )  # fmt: skip
-
-
-def _derivation(settings: Settings, model: BrainAgeModel | None) -> dict[str, object]:
-    """How features are made of volumes: as asked for, or as those of the model were."""
+def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, list[str]]:
+    """Volumes, or features of a table, of people with their age, sex and site; what to note about them."""
+    columns = {name: getattr(settings, name) for name in ("age_column", "sex_column", "site_column")}
+    asked: dict[str, Any] = {"require_age": model is None}
     if model is not None:
-        made = {"relative_to": "none", "asymmetries": False, "log_volumes": False}
-        return {key: model.source.get(key, default) for key, default in made.items()}
-    return {
-        "relative_to": settings.relative_to or ("none" if settings.features_table else "brain"),
-        "asymmetries": settings.asymmetries,
-        "log_volumes": settings.log_volumes,
-    }
-
-
-def _derive(cohort: Cohort, made: Mapping[str, Any]) -> Cohort:
-    """Features that need nothing learnt; logarithms are only noted, the models take them."""
-    derived = asymmetries(cohort) if made["asymmetries"] else cohort  # first, as they know no head size
-    if made["relative_to"] != "none":
-        derived = relative_volumes(derived, made["relative_to"])
-    return replace(derived, source={**cohort.source, **made, "measured": list(cohort.names)})
+        asked["features"] = model.source.get("measured", model.names)
+    people = None  # a table of features may have its own
+    if settings.features_table is None:
+        people = read_people(settings.bids_dir, **columns, require_age=model is None)
+        progress = partial(tqdm, desc="Reading tables", unit="file", disable=None)
+        cohort = gather_cohort(settings.output_dir, people, progress=progress, **asked)
+    else:
+        if (settings.bids_dir / "participants.tsv").exists():
+            people = read_people(settings.bids_dir, **columns, require_age=False)
+        cohort = read_features_table(settings.features_table, people, **columns, **asked)
+    return cohort, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
 
 
 def _select(cohort: Cohort, settings: Settings) -> Cohort:
@@ -157,37 +130,52 @@ def _select(cohort: Cohort, settings: Settings) -> Cohort:
         chosen &= sessions.isin(settings.session_labels)
     if not chosen.any():
         raise FiltersError(
-            f"{settings.output_dir}: the participant and session labels leave nobody of "
-            f"{len(cohort)} image(s). Check the spelling, or leave the filters out."
+            f"{settings.output_dir}: the participant and session labels leave nobody of {len(cohort)} image(s). "
+            "Check the spelling, or leave the filters out."
         )
     return cohort if chosen.all() else cohort.take(chosen.to_numpy())
 
 
-def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: Sequence[str]) -> Path:
+def _how_made(settings: Settings, model: BrainAgeModel | None) -> dict[str, Any]:
+    """How features are made of volumes: as asked for, or as those of the model were."""
+    how = {"relative_to": "none", "asymmetries": False, "log_volumes": False}
+    if model is not None:
+        return {name: model.source.get(name, default) for name, default in how.items()}
+    how = {name: getattr(settings, name) for name in how}
+    return how | {"relative_to": how["relative_to"] or ("none" if settings.features_table else "brain")}
+
+
+def _derive(cohort: Cohort, how: Mapping[str, Any]) -> Cohort:
+    """Features that need nothing learnt; logarithms are only noted, the models take them."""
+    derived = asymmetries(cohort) if how["asymmetries"] else cohort  # first, as they know no head size
+    if how["relative_to"] != "none":
+        derived = relative_volumes(derived, how["relative_to"])
+    return replace(derived, source={**cohort.source, **how, "measured": list(cohort.names)})
+
+
+def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list[str]) -> Path:
     predicted = apply_model(model, cohort)
     tables = phenotype_tables(predicted)
-    notes = [*notes, *_say([*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])])]
+    news = [*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])]
+    _print_notes(news)
+    notes = notes + news
     _write_tables(settings, tables, applied_sidecar(model, notes))
+    file = Path(str(settings.apply_model))
+    trained_on = ("table", "ensemble", "ensemble_version", "bids_varaug", "members")
     described = {
-        "file": settings.apply_model.name,
-        "sha256": hashlib.sha256(settings.apply_model.read_bytes()).hexdigest(),
+        "file": file.name,
+        "sha256": sha256_of(file),
         **model.chosen,
         "augmentation": model.augmentation,
         **model.training,
-        **{f"trained on: {key}": value for key, value in model.source.items()
-           if key in ("table", "ensemble", "ensemble_version", "bids_varaug", "members")},
-    }  # fmt: skip
-    versions = package_versions()
-    citation = cite("applied", versions, model=described, features=_features_text(settings, cohort))
-    write_group_logs(settings, citation)
-    run = RunInfo(
-        citation.methods, cohort.left_out, notes, cohort.source, {"level": "group"}, versions,
-        sloppy=bool(cohort.source.get("sloppy")),
-    )  # fmt: skip
+        **{f"trained on: {key}": value for key, value in model.source.items() if key in trained_on},
+    }
+    citation = cite("applied", package_versions(), model=described, features=_features_text(settings, cohort))
+    run = _run_info(settings, cohort, notes, citation, {})
     return _write_page(settings, applied_page(run, predicted, described), save=True)
 
 
-def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[str]) -> Path:
+def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]) -> Path:
     augmentations = None if settings.augmentation == "all" else (settings.augmentation,)
     with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
 
@@ -196,20 +184,20 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
             bar.update(done - bar.n)
 
         evaluation = evaluate_brain_age(
-            cohort, model=settings.brainage_model, augmentations=augmentations,
-            cv_folds=settings.cv_folds, seed=settings.random_seed,
-            log_volumes=settings.log_volumes, progress=progress,
+            cohort, model=settings.brainage_model, augmentations=augmentations, cv_folds=settings.cv_folds,
+            seed=settings.random_seed, log_volumes=settings.log_volumes, progress=progress,
         )  # fmt: skip
     numerics, compared = _numerics(settings, volumes)
     best = best_augmentation(evaluation)
     model = fit_brain_age(
-        cohort, settings.brainage_model, best, settings.random_seed,
-        log_volumes=settings.log_volumes,
-    )  # fmt: skip
+        cohort, settings.brainage_model, best, settings.random_seed, log_volumes=settings.log_volumes
+    )
     path = settings.output_dir / MODEL
     save_model(path, model, model_card(model, cohort, evaluation))
     predicted = evaluated_tables(evaluation)
-    notes = [*notes, *_say(remark_ages(predicted[PHENOTYPE_TABLE]))]
+    news = remark_ages(predicted[PHENOTYPE_TABLE])
+    _print_notes(news)
+    notes = notes + news
     _write_tables(settings, predicted, evaluated_sidecar(evaluation, notes))
     tables = {"scores": evaluation.scores, "gains": evaluation.gains, "numerics": numerics}
     tables |= {f"against_{other.name}": other.comparison for other in compared}
@@ -220,12 +208,18 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: Sequence[
         path = settings.output_dir / COVARIANCE_TABLE
         write_table(numerical_covariance(volumes), path)
         write_json(covariance_sidecar(volumes), path.with_suffix(".json"))
-    return _report(settings, cohort, evaluation, numerics, compared, notes)
+    citation = cite(
+        "group", package_versions(), settings=evaluation.settings, features=_features_text(settings, cohort),
+        has_numerics=numerics is not None, has_reliability=not evaluation.reliability.empty,
+        compared_with=[other.name for other in compared],
+    )  # fmt: skip
+    if not np.isfinite(cohort.age).all():
+        notes = [*notes, "Some people have no age: they count for numerics, not for the model."]
+    run = _run_info(settings, cohort, notes, citation, evaluation.settings)
+    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared), save=True)
 
 
-def _numerics(
-    settings: Settings, cohort: Cohort
-) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
+def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
     if cohort.members is None:
         return None, []
@@ -243,23 +237,20 @@ def _numerics(
         comparison = compare_pipelines(numerics, other)
         if comparison.empty:
             raise UserError(
-                f"--compare {name}={path}: holds minimum Dice alone, which these features lack. "
-                "Compare it with the volumes of the participant level."
+                f"--compare {name}={path}: holds minimum Dice alone, which these features lack. Compare it with the "
+                "volumes of the participant level."
             )
         compared.append(ComparedPipeline(name, other, comparison))
     return numerics, compared
 
 
-def _write_tables(
-    settings: Settings, tables: Mapping[str, pd.DataFrame], sidecar: dict[str, Any]
-) -> None:
+def _write_tables(settings: Settings, tables: Mapping[str, pd.DataFrame], sidecar: dict[str, Any]) -> None:
     """Write phenotype tables, each with the sidecar."""
     for name, table in tables.items():
         table = with_bids_labels(table)
         path = write_table(table, settings.output_dir / name)
-        texts = {"source_id": {"Description": "participant_id as the features table has it"}}
-        extra = texts if "source_id" in table else {}
-        write_json(sidecar | extra, path.with_suffix(".json"))
+        source_id = {"source_id": {"Description": "participant_id as the features table has it"}}
+        write_json(sidecar | (source_id if "source_id" in table else {}), path.with_suffix(".json"))
 
 
 def _features_text(settings: Settings, cohort: Cohort) -> str:
@@ -271,22 +262,15 @@ def _features_text(settings: Settings, cohort: Cohort) -> str:
     return text + (", volumes as natural logarithms" if cohort.source["log_volumes"] else "")
 
 
-def _report(settings, cohort: Cohort, evaluation: Evaluation, numerics, compared, notes) -> Path:
-    versions = package_versions()
-    citation = cite(
-        "group", versions, settings=evaluation.settings, features=_features_text(settings, cohort),
-        has_numerics=numerics is not None, has_reliability=not evaluation.reliability.empty,
-        compared_with=[other.name for other in compared],
-    )  # fmt: skip
+def _run_info(
+    settings: Settings, cohort: Cohort, notes: Sequence[str], citation: Citation, shown: Mapping[str, Any]
+) -> RunInfo:
+    """Write the logs; what the page says of the run."""
     write_group_logs(settings, citation)
-    warnings = list(notes)
-    if not np.isfinite(cohort.age).all():
-        warnings.append("Some people have no age: they count for numerics, not for the model.")
-    run = RunInfo(
-        citation.methods, cohort.left_out, warnings, cohort.source, {"level": "group", **evaluation.settings}, versions,
+    return RunInfo(
+        citation.methods, cohort.left_out, notes, cohort.source, {"level": "group", **shown}, package_versions(),
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared), save=True)
 
 
 def _write_page(settings: Settings, page: Page, save: bool = False) -> Path:

@@ -6,20 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    Bunch,
-    File,
-    InputMultiPath,
-    SimpleInterface,
-    TraitedSpec,
-    isdefined,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, TraitedSpec
+from nipype.interfaces.base.support import Bunch
+from nipype.interfaces.base.traits_extension import File, InputMultiPath, isdefined, traits
 from safetensors import SafetensorError
 
 from bids_varaug.errors import UserError
-from bids_varaug.workflows.finished import record_finished
+from bids_varaug.workflows.plan import record_finished
 
 # Torch takes seconds to import: what needs it is imported in the worker that runs the step.
 
@@ -28,32 +21,29 @@ class _Step(SimpleInterface):
     """A step that shows at once what a user can fix; its node then fails."""
 
     def _run_interface(self, runtime: Bunch) -> Bunch:
+        folder = Path(runtime.cwd)
         try:
-            self._results |= self._step(Path(runtime.cwd))
+            self._results |= self._step(folder)
         except Exception as error:
-            if message := explain(error, runtime.cwd):
-                print(f"ERROR: {message}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                message = str(error)
+            elif isinstance(error, OSError | SafetensorError):
+                # Outputs have errors of their own; this is the work directory, full as a rule.
+                message = (
+                    f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume "
+                    "with the same -w, or choose another -w."
+                )
+            # torch has no error of its own for this on the CPU.
+            elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+                message = (
+                    f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at "
+                    "once (--nprocs), and resume with the same -w."
+                )
+            else:
+                raise
+            print(f"ERROR: {message}", file=sys.stderr)
             raise
         return runtime
-
-
-def explain(error: Exception, folder: str) -> str | None:
-    """Return what a user can do about the error of a step in `folder`; None of a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError | SafetensorError):
-        # Outputs have errors of their own; this is the work directory, full as a rule.
-        return (
-            f"{folder}: cannot read or write the work directory ({error}). Free some space there "
-            "and resume with the same -w, or choose another -w."
-        )
-    # torch has no error of its own for this on the CPU.
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return (
-            f"{folder}: not enough memory for this step ({error}). Provide more memory, or run "
-            "fewer steps at once (--nprocs), and resume with the same -w."
-        )
-    return None
 
 
 class _NetworkInput(BaseInterfaceInputSpec):
@@ -83,15 +73,13 @@ class Conform(_Step):
 
     input_spec, output_spec = _ConformInput, _ConformOutput
 
-    def _step(self, folder: Path) -> dict[str, str]:
+    def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.images.conform import prepare_head
 
         inputs = self.inputs
-        head, geometry = prepare_head(
-            Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust
-        )
+        head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
         for doubt in geometry.warnings:
-            print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr, flush=True)
+            print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr)
         if isdefined(inputs.member):
             from bids_varaug.segmentation.member import crop_with_member
 
@@ -100,7 +88,7 @@ class Conform(_Step):
         head_file, geometry_file = folder / "head.npy", folder / "geometry.json"
         np.save(head_file, head)
         geometry.save(geometry_file)
-        return {"head_file": str(head_file), "geometry_file": str(geometry_file)}
+        return {"head_file": head_file, "geometry_file": geometry_file}
 
 
 class _SegmentInput(_NetworkInput):
@@ -118,17 +106,15 @@ class SegmentMember(_Step):
 
     input_spec, output_spec = _SegmentInput, _PosteriorOutput
 
-    def _step(self, folder: Path) -> dict[str, str]:
+    def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.member import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
-        offset = inputs.offset if isdefined(inputs.offset) else (0, 0, 0)
-        shift = Path(inputs.shift_file) if isdefined(inputs.shift_file) else None
         segment_with_member(
-            np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device,
-            inputs.num_threads, offset, shift,
+            np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device, inputs.num_threads,
+            offset=inputs.offset or (0, 0, 0), shift=Path(inputs.shift_file) if inputs.shift_file else None,
         )  # fmt: skip
-        return {"posterior_file": str(path)}
+        return {"posterior_file": path}
 
 
 class _AverageInput(BaseInterfaceInputSpec):
@@ -146,7 +132,7 @@ class AverageGrids(_Step):
 
     input_spec, output_spec = _AverageInput, _AverageOutput
 
-    def _step(self, folder: Path) -> dict[str, str]:
+    def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.member import describe_member
         from bids_varaug.segmentation.shifts import GRIDS, average_grids
 
@@ -154,7 +140,7 @@ class AverageGrids(_Step):
         mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
         offsets = GRIDS[self.inputs.n_grids]
         average_grids(list(paths), offsets, mean, shift, describe_member(member))
-        return {"posterior_file": str(mean), "shift_file": str(shift)}
+        return {"posterior_file": mean, "shift_file": shift}
 
 
 class _FuseInput(BaseInterfaceInputSpec):
@@ -174,15 +160,15 @@ class FuseMembers(_Step):
 
     input_spec, output_spec = _FuseInput, _FuseOutput
 
-    def _step(self, folder: Path) -> dict[str, str]:
+    def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
 
         mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
         paths = [Path(file) for file in self.inputs.posterior_files]
         summary = summarise_members(paths, self.inputs.families, mean, self.inputs.family_maps)
-        np.savez(maps, **summary.maps)
-        np.savez(counts, **summary.counts)
-        return {"mean_file": str(mean), "maps_file": str(maps), "counts_file": str(counts)}
+        for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
+        return {"mean_file": mean, "maps_file": maps, "counts_file": counts}
 
 
 class _WriteInput(BaseInterfaceInputSpec):
@@ -205,21 +191,21 @@ class WriteScan(_Step):
     input_spec, output_spec = _WriteInput, _WriteOutput
     always_run = True  # the output folder may have been emptied since
 
-    def _step(self, folder: Path) -> dict[str, list[str]]:
+    def _step(self, folder: Path) -> dict[str, list[Path]]:
         from bids_varaug.derivatives.scan import Intermediate, write_scan
 
         inputs, request = self.inputs, self.inputs.request
         intermediate = Intermediate(
-            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file),
-            Path(inputs.counts_file), tuple(Path(f) for f in inputs.posterior_files),
+            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file),
+            tuple(map(Path, inputs.posterior_files)),
         )  # fmt: skip
         written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
         if doubts:
             told = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
-            print(told, f"See sub-{request.scan.subject}.html.", file=sys.stderr, flush=True)
+            print(told, f"See sub-{request.scan.subject}.html.", file=sys.stderr)
         if request.settings.clean_workdir:
-            record_finished(request, written, folder)
-        return {"out_files": [str(path) for path in written]}
+            record_finished(request, written, folder.parent)
+        return {"out_files": written}
 
 
 class _ReportInput(BaseInterfaceInputSpec):
@@ -227,17 +213,13 @@ class _ReportInput(BaseInterfaceInputSpec):
     derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
 
 
-class _ReportOutput(TraitedSpec):
-    out_file = File(exists=True, desc="sub-<label>.html")
-
-
 class WriteReport(_Step):
     """Draw a participant's report from the derivatives."""
 
-    input_spec, output_spec = _ReportInput, _ReportOutput
-    always_run = True
+    input_spec, always_run = _ReportInput, True
 
-    def _step(self, folder: Path) -> dict[str, str]:
+    def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.reports.participant import write_subject_report
 
-        return {"out_file": str(write_subject_report(self.inputs.requests))}
+        write_subject_report(self.inputs.requests)
+        return {}

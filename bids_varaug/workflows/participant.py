@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
+from nipype import MapNode, Node, Workflow
+from nipype.interfaces.base import BaseInterface
+from nipype.interfaces.utility import IdentityInterface, Merge
+
+from bids_varaug import __version__
 from bids_varaug.brainage.provenance import check_rerun, run_origin
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.logs import write_logs
-from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
 from bids_varaug.locks import hold_participants
 from bids_varaug.machine import caches_below
+from bids_varaug.models.ensemble import identify
+from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
-from bids_varaug.workflows.finished import finished_outputs, remove_steps
-from bids_varaug.workflows.graph import WORKFLOW_NAME, init_participants_wf, node_name
-from bids_varaug.workflows.plan import Plan, check_memory, make_plan, warn_of_disk
+from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
+from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
+
+# With the version: what another one left in the work directory may be of another kind.
+WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
 
 
 def run_participants(settings: Settings) -> ExitCode:
     """Segment every T1w image that the settings select.
 
-    Raises
-    ------
-    UserError
-        If nothing can be done; what concerns one image is printed, and the others go on.
+    What concerns one image is printed, and the others go on; raises `UserError` if nothing can be done.
     """
     plugins.configure_nipype(settings)
     plan = make_plan(settings)
@@ -47,10 +55,8 @@ def run_participants(settings: Settings) -> ExitCode:
         for scan in selection.scans:
             print(f"  {scan.relative}")
         return ExitCode.SUBJECT_FAILED if selection.complaints else ExitCode.DONE
-    write_dataset_files(
-        settings.bids_dir, settings.output_dir, plan.ensemble.labels, plan.members,
-        sloppy=settings.sloppy,
-    )  # fmt: skip
+    labels = plan.ensemble.labels
+    write_dataset_files(settings.bids_dir, settings.output_dir, labels, plan.members, sloppy=settings.sloppy)
     write_logs(settings, plan.ensemble, plan.members)
     step = write_reports if settings.reports_only else _segment
     complete = step(plan, selection.scans) and not selection.complaints
@@ -86,23 +92,14 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     settings = plan.settings
     root = settings.work_dir / WORKFLOW_NAME
     folders = {scan.prefix: root / node_name(scan.prefix) for scan in scans}
-    finished = {}  # derivatives that a run with --clean-workdir wrote
-    for scan in scans:
-        request = ScanRequest(settings, scan, plan.ensemble, plan.members)
-        outputs = finished_outputs(request, folders[scan.prefix])
-        if outputs is not None:
-            finished[scan.prefix] = outputs
-    print(
-        f"{len(scans)} T1w image(s), {len(plan.members)} member(s) each, on {settings.device}"
-        + (f"; {len(finished)} of them are done" if finished else ""),
-        file=sys.stderr,
-    )
-    left = {folders[s.prefix]: s.prefix for s in scans if s.prefix not in finished}
-    warn_of_disk(plan, list(left))
-    progress = plugins.ProgressLog(
-        root, {folder.name: prefix for folder, prefix in left.items()}, plan.n_passes,
-        remove_steps if settings.clean_workdir else None,
-    )  # fmt: skip
+    # By a run with --clean-workdir.
+    finished = {scan.prefix for scan in scans if is_finished(plan.request(scan), folders[scan.prefix])}
+    done = f"; {len(finished)} of them are done" if finished else ""
+    print(f"{len(scans)} T1w image(s), {len(plan.members)} member(s) each, on {settings.device}{done}", file=sys.stderr)
+    left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
+    warn_of_disk(plan, [root / name for name in left])
+    on_written = remove_steps if settings.clean_workdir else None
+    progress = plugins.ProgressLog(root, left, plan.n_passes, on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
@@ -114,12 +111,13 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
         if settings.clean_workdir:
             steps = {name.partition(".")[0] for name in workflow.list_node_names()}
             _remove_work(root, steps | {folder.name for folder in folders.values()})
-        _print_done(settings, scans)
+        subjects = sorted({scan.subject for scan in scans})
+        more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
+        print(f"Done. Open {names.report(settings.output_dir, subjects[0])}{more}.", file=sys.stderr)
         return True
     # A participant's report waits for all of their scans: without the failed ones it is made here.
     hit = {scan.subject for scan in scans if scan.prefix in failed}
-    rest = [scan for scan in scans if scan.subject in hit and scan.prefix not in failed]
-    write_reports(plan, rest)
+    write_reports(plan, [scan for scan in scans if scan.subject in hit and scan.prefix not in failed])
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
     print(
         f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {others}; details are in "
@@ -127,12 +125,6 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
         file=sys.stderr,
     )
     return False
-
-
-def _print_done(settings: Settings, scans: Sequence[Scan]) -> None:
-    subjects = sorted({scan.subject for scan in scans})
-    more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
-    print(f"Done. Open {names.report(settings.output_dir, subjects[0])}{more}.", file=sys.stderr)
 
 
 def _remove_work(root: Path, folders: Iterable[str]) -> None:
@@ -152,12 +144,105 @@ def write_reports(plan: Plan, scans: Sequence[Scan]) -> bool:
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     complete = True
-    for subject in dict.fromkeys(scan.subject for scan in scans):
-        theirs = [scan for scan in scans if scan.subject == subject]
-        requests = [ScanRequest(plan.settings, scan, plan.ensemble, plan.members) for scan in theirs]
+    for _, theirs in groupby(scans, attrgetter("subject")):
+        requests = [plan.request(scan) for scan in theirs]
         try:
             print(f"Wrote {write_subject_report(requests)}.", file=sys.stderr)
         except UserError as error:
             print(f"ERROR: {error}", file=sys.stderr)
             complete = False
     return complete
+
+
+def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection[str]) -> Workflow:
+    """Segment every scan, side by side, and write one report for each participant.
+
+    Of scans whose prefix is among `finished` only the report is drawn.
+    """
+    workflow = Workflow(WORKFLOW_NAME, base_dir=str(plan.settings.work_dir))
+    for subject, group in groupby(scans, attrgetter("subject")):
+        label, theirs = node_name(f"sub-{subject}"), list(group)
+        gather = _merge_node(len(theirs), f"gather_{label}")
+        report = _node(WriteReport(requests=[plan.request(scan) for scan in theirs]), f"report_{label}")
+        for number, scan in enumerate(theirs, start=1):
+            if scan.prefix in finished:
+                gather.inputs.trait_set(**{f"in{number}": []})
+            else:
+                scan_wf = init_scan_wf(plan, scan, node_name(scan.prefix))
+                workflow.connect(scan_wf, "outputnode.derivatives", gather, f"in{number}")
+        workflow.connect(gather, "out", report, "derivatives")
+    return workflow
+
+
+def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
+    """Segment one T1w image with every member, one after another, and write its derivatives.
+
+    Outputs
+    -------
+    derivatives : files written for this scan
+    """
+    settings, ensemble, locator = plan.settings, plan.ensemble, plan.locator
+    threads = settings.omp_nthreads
+    where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
+    by_locator = {"member": locator, "identity": identify(ensemble, locator)}
+
+    def segment_node(name: str, **iterated: list) -> MapNode:
+        """Node that segments once for each item of the iterated inputs."""
+        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb)
+        node.inputs.trait_set(**iterated)
+        return node
+
+    conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.network.multiple)
+    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+        conform.inputs.trait_set(**by_locator)
+    posteriors = _merge_node(2, "posteriors")  # of all members, in their order
+    families = [member.family for member in plan.members]
+    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
+    write = _node(WriteScan(request=plan.request(scan), num_threads=threads), "write", threads)
+    outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
+
+    workflow = Workflow(name)
+    if settings.grids > 1:
+        grids = segment_node("grids", offset=list(GRIDS[settings.grids]))
+        grids.inputs.trait_set(**by_locator)
+        average = _node(AverageGrids(member=locator, n_grids=settings.grids), "average")
+        workflow.connect(conform, "head_file", grids, "head_file")
+        workflow.connect(grids, "posterior_file", average, "posterior_files")
+        if locator in plan.members:
+            workflow.connect(average, "posterior_file", posteriors, "in1")
+    if members := plan.single_pass:
+        identities = [identify(ensemble, member) for member in members]
+        segment = segment_node("segment", member=members, identity=identities)
+        workflow.connect(conform, "head_file", segment, "head_file")
+        workflow.connect(segment, "posterior_file", posteriors, "in2")
+        if settings.grids > 1:
+            workflow.connect(average, "shift_file", segment, "shift_file")
+    workflow.connect([
+        (conform, write, [("geometry_file", "geometry_file")]),
+        (posteriors, fuse, [("out", "posterior_files")]),
+        (posteriors, write, [("out", "posterior_files")]),
+        (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"), ("counts_file", "counts_file")]),
+        (write, outputnode, [("out_files", "derivatives")]),
+    ])  # fmt: skip
+    return workflow
+
+
+def _node(interface: BaseInterface, name: str, n_procs: int = 1) -> Node:
+    return Node(interface, name, n_procs=n_procs, mem_gb=STEP_GB[name.partition("_")[0]])
+
+
+def _merge_node(n_inputs: int, name: str) -> Node:
+    return Node(Merge(n_inputs), name, run_without_submitting=True)  # not worth a job
+
+
+def node_name(prefix: str) -> str:
+    """A scan's prefix as nipype wants it: letters, digits and underscores, still unique.
+
+    Examples
+    --------
+    >>> node_name("sub-01_acq-a+b")
+    'sub_01_acq_a_x2b_b'
+    """
+    bare = prefix.replace("-", "_")
+    return re.sub(r"[^0-9a-zA-Z_]", lambda character: f"_x{ord(character[0]):x}_", bare)

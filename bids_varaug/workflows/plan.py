@@ -1,28 +1,37 @@
-"""What each image is segmented with, and the memory and disk space that this takes."""
+"""What each image is segmented with, the memory and disk space that this takes, and what is done already."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bids_varaug import __version__
+from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.errors import UsageError
+from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
-from bids_varaug.models.ensemble import Ensemble, Member, check_member, load_ensemble, round_inference, select_members
+from bids_varaug.models.ensemble import (
+    Ensemble,
+    Member,
+    check_member,
+    load_ensemble,
+    round_inference,
+    select_members,
+    sha256_of,
+)
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.plugins import LOCAL
 
-# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up. That of a member varies
-# between processes, 2.4 to 3.0; under random rounding it was 2.2 to 2.4.
-STEP_GB = {
-    "conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6,
-    "report": 1.0,
-}  # fmt: skip
+# Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
+STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6, "report": 1.0}
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
+RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Plan:
 
     @property
     def voxel_size(self) -> float:
-        """Voxel size of the network grid, mm."""
+        """Of the network grid, mm."""
         return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
@@ -59,24 +68,18 @@ class Plan:
         """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
         return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
 
-    @property
-    def work_gb(self) -> float:
-        """What the members of one image leave in the work directory, GB."""
-        n_files = self.n_passes + (2 if self.settings.grids > 1 else 0)
-        return POSTERIOR_GB * n_files / self.voxel_size**3
+    def request(self, scan: Scan) -> ScanRequest:
+        """What is asked for of one scan."""
+        return ScanRequest(self.settings, scan, self.ensemble, self.members)
 
 
 def make_plan(settings: Settings) -> Plan:
     """Load the ensemble, choose members, device and number of grids, and check the weights.
 
-    Raises
-    ------
-    UsageError, EnsembleError
-        As `resolve_device`, `load_ensemble`, `select_members` and `check_member`.
+    Raises `UsageError` or `EnsembleError`.
     """
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
-    grids = settings.grids or suitable_grids(settings, ensemble)
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -84,6 +87,7 @@ def make_plan(settings: Settings) -> Plan:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
+    grids = settings.grids or suitable_grids(settings, ensemble)
     return Plan(replace(settings, device=device, grids=grids), ensemble, members)
 
 
@@ -96,19 +100,13 @@ def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
 
 
 def check_memory(plan: Plan) -> None:
-    """Refuse, before anything is written, a memory limit with which no step can run.
-
-    Raises
-    ------
-    UsageError
-        With what is needed, what there is, and who limits it.
-    """
+    """Raise a `UsageError`, before anything is written, for a memory limit with which no step can run."""
     settings, need = plan.settings, max(plan.segment_gb, STEP_GB["write"])
     if settings.mem_gb is not None and settings.mem_gb < need:
         raise UsageError(
             f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or leave it out."
         )
-    if settings.dry_run or settings.reports_only or settings.plugin_name not in LOCAL:
+    if settings.dry_run or settings.reports_only or not settings.runs_here:
         return
     bound = memory_bound()
     if bound.total < need:
@@ -126,30 +124,55 @@ def check_memory(plan: Plan) -> None:
 
 
 def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
-    """Warn, before hours of work, if they will fill the disk of the work directory.
-
-    Parameters
-    ----------
-    folders : in the work directory, of images to segment; members that are there already count
-    """
+    """Warn, before hours of work, if images (with these folders) will fill the disk of the work directory."""
     settings = plan.settings
-    at_once = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
-    there = sum(
-        path.stat().st_size
-        for folder in folders
-        for step in ("segment", "grids", "average")
-        for path in (folder / step).glob("**/*.safetensors")
-    )
-    need = at_once * plan.work_gb - there / 1e9
+    n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
+    n_files = n_images * (plan.n_passes + (2 if settings.grids > 1 else 0))  # the average and the shift
+    steps = [folder / step for folder in folders for step in ("segment", "grids", "average")]
+    there = sum(path.stat().st_size for step in steps for path in step.glob("**/*.safetensors"))
+    need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
-        hint = (
-            "or use a smaller --nprocs"
-            if settings.clean_workdir
-            else "or use --clean-workdir, which removes those of an image once it is written"
-        )
+        other = "--clean-workdir, which removes those of an image once it is written"
         print(
-            f"WARNING: {settings.work_dir}: the members of {at_once} image(s) need about {need:.0f} GB more there, and "
-            f"{free:.0f} GB are free. Choose another -w, {hint}.",
+            f"WARNING: {settings.work_dir}: the members of {n_images} image(s) need about {need:.0f} GB more there, "
+            f"and {free:.0f} GB are free. Choose another -w, or use "
+            f"{'a smaller --nprocs' if settings.clean_workdir else other}.",
             file=sys.stderr,
         )
+
+
+def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:
+    """Note in the work directory what was written, sidecars too, for which request."""
+    sidecars = (path.with_name(path.name.partition(".")[0] + ".json") for path in outputs)
+    files = [*outputs, *(path for path in sidecars if path.is_file())]
+    record = {"Request": _text_of(request), "SHA256": {str(path): sha256_of(path) for path in files}}
+    write_json(record, scan_folder / RECORD)
+
+
+def is_finished(request: ScanRequest, scan_folder: Path) -> bool:
+    """Whether all that an earlier run wrote for this request is as it was."""
+    try:
+        record = json.loads((scan_folder / RECORD).read_text(encoding="utf-8"))
+        digests = {path: sha256_of(Path(path)) for path in record["SHA256"]}
+        return (record["Request"], record["SHA256"]) == (_text_of(request), digests)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # absent or damaged: the steps run
+
+
+def remove_steps(scan_folder: Path) -> None:
+    """Remove the steps of a scan that is written, gigabytes, but for the record."""
+    if (scan_folder / RECORD).is_file():
+        for step in scan_folder.iterdir():
+            if step.name != "write":
+                shutil.rmtree(step, ignore_errors=True)
+
+
+def _text_of(request: ScanRequest) -> str:
+    """All that the derivatives of a scan depend on; the ensemble's text has all checksums."""
+    settings, scan = request.settings, request.scan
+    status = scan.path.stat()
+    return repr((
+        __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
+        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+    ))  # fmt: skip

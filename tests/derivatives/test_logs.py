@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bids_varaug.derivatives.logs import settings_toml, write_logs
+from bids_varaug.derivatives.logs import write_logs
 from bids_varaug.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -30,16 +30,23 @@ def settings(tmp_path):
     )
 
 
+def written(settings):
+    """Settings as they stand in the folder of logs."""
+    write_logs(settings, ENSEMBLE, MEMBERS)
+    (path,) = (settings.output_dir / "logs").glob("settings-*.toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\x7fb", "µ ü"])
 def test_settings_are_toml_whatever_the_folders_are_called(settings, name):
     settings = replace(settings, bids_dir=Path("/data") / name, bids_filters={"t1w": {name: [1]}})
-    values = tomllib.loads(settings_toml(settings, ENSEMBLE, MEMBERS))
+    values = written(settings)
     assert values["settings"]["bids_dir"] == f"/data/{name}"
     assert values["settings"]["bids_filters"] == {"t1w": {name: [1]}}
 
 
 def test_checksums_stand_under_the_members_ids(settings):
-    values = tomllib.loads(settings_toml(settings, ENSEMBLE, MEMBERS))
+    values = written(settings)
     assert values["ensemble"]["sha256"] == {"ieee": "a" * 64, "mca.01": "b" * 64}
 
 

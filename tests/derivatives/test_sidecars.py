@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,10 @@ def test_container_is_recorded(bids_dir, tmp_path, environ, expected):
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
+def test_output_inside_the_dataset_is_linked_by_relative_path():
+    assert sidecars.raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug")) == "../.."
+
+
 def test_link_of_a_folder_with_a_space_is_a_uri():
     assert sidecars.raw_link(Path("/d/my data"), Path("/d/out")) == "../my%20data"
 
@@ -125,10 +130,11 @@ def test_rounded_members_have_a_row_with_seed_and_baseline_checksum():
 
 def test_each_fixed_desc_has_a_row():
     ids = set(sidecars.descriptions_table(MEMBERS)["desc_id"])
-    used = {o.entities["desc"] for o in names.OUTPUTS.values() if "desc" in o.entities}
-    assert {f"desc-{name}" for name in used - {"{member}"}} <= ids
+    used = re.findall(r"desc-\w+(?=_)", " ".join(output.pattern for output in names.OUTPUTS.values()))
+    assert len(used) > 4 and set(used) <= ids
 
 
-def test_lookup_table_has_the_columns_of_bids():
+def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
     labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
-    assert list(sidecars.lookup_table(labels).columns) == ["index", "name"]
+    sidecars.write_dataset_files(bids_dir, tmp_path, labels, MEMBERS)
+    assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"

@@ -47,11 +47,9 @@ def _write_outputs(output_dir, scan):
                 row |= {"member": "mca01", "family": "mca"}
             write.write_table(pd.DataFrame([row]), path)
         else:
-            n_volumes = 2 if key == "mean_probseg" else 1
-            shape = (8, 8, 8, 2)[: 3 + (n_volumes > 1)]
+            shape = (8, 8, 8, 2) if key == "mean_probseg" else (8, 8, 8)
             dtype = "uint8" if output.suffix in ("mask", "dseg") else "float32"
-            volumes = [np.ones((8, 8, 8), dtype)] * n_volumes
-            write.write_image_series(volumes, shape, affine, path, dtype)
+            write.write_image(np.ones(shape, dtype), affine, path)
         # The table shares the sidecar of the consensus labels, which describes both.
         if key != "regions_tsv":
             content = sidecars.sidecar(request_of(scan), key, member, extra={"Threshold": 0.5})

@@ -45,4 +45,4 @@ def test_right_structures_follow_their_left_ones():
 
 
 def test_side_stands_behind_the_name():
-    assert short_name("Right-Inf-Lat-Vent") == "Inf Lat Vent  R"
+    assert short_name("Right-Inf-Lat-Vent") == "Inf Lat Vent  R" and short_name("Brain-Stem") == "Brain Stem"

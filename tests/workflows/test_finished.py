@@ -11,12 +11,7 @@ from bids_varaug.cli.parser import parse_settings
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.workflows.finished import (
-    RECORD,
-    finished_outputs,
-    record_finished,
-    remove_steps,
-)
+from bids_varaug.workflows.plan import RECORD, is_finished, record_finished, remove_steps
 from tests.workflows.conftest import Run, describe, head, write_t1w
 from tests.workflows.test_participant import digests
 
@@ -39,7 +34,7 @@ def test_work_of_a_written_scan_is_removed_and_the_next_run_goes_on(app, linear,
     assert app(out, *linear, *CLEAN) == 1
     assert not list(work.rglob("*.safetensors"))
     (kept,) = work.glob("*/sub_01/*")
-    assert kept.name == "write" and (kept / RECORD).is_file()
+    assert kept.name == "write" and (kept.parent / RECORD).is_file()
     labels = out / "sub-01" / "anat" / "sub-01_seg-varaug_desc-consensus_dseg.nii.gz"
     before = labels.stat().st_mtime_ns
 
@@ -72,15 +67,15 @@ def written(dataset, small_ensemble, tmp_path):
     folder = tmp_path / "work" / "sub_01"
     for step in ("segment", "write"):
         (folder / step).mkdir(parents=True)
-    record_finished(request, outputs, folder / "write")
+    record_finished(request, outputs, folder)
     return request, folder, outputs
 
 
 def test_record_holds_for_the_same_request_alone(written):
-    request, folder, outputs = written
-    assert finished_outputs(request, folder) == [str(path) for path in outputs]
+    request, folder, _ = written
+    assert is_finished(request, folder)
     slower = replace(request, settings=replace(request.settings, nprocs=7, clean_workdir=True))
-    assert finished_outputs(slower, folder) is not None
+    assert is_finished(slower, folder)
     for other in (
         replace(request, members=request.members[:1]),
         replace(request, ensemble=replace(request.ensemble, temperature=2.0)),
@@ -89,7 +84,7 @@ def test_record_holds_for_the_same_request_alone(written):
         replace(request, settings=replace(request.settings, grids=2)),
         replace(request, settings=replace(request.settings, output_dir=folder)),
     ):
-        assert finished_outputs(other, folder) is None
+        assert not is_finished(other, folder)
 
 
 @pytest.mark.parametrize("name", ["a_dseg.nii.gz", "a_dseg.tsv", "a_dseg.json"])
@@ -97,33 +92,33 @@ def test_record_does_not_hold_for_outputs_that_are_changed_or_gone(written, name
     request, folder, outputs = written
     path = outputs[0].with_name(name)
     path.write_text("changed")
-    assert finished_outputs(request, folder) is None
+    assert not is_finished(request, folder)
     path.unlink()
-    assert finished_outputs(request, folder) is None
+    assert not is_finished(request, folder)
 
 
 def test_record_does_not_hold_for_another_image(written):
     request, folder, _ = written
     request.scan.path.write_bytes(b"another")
-    assert finished_outputs(request, folder) is None
+    assert not is_finished(request, folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"Request": 1}'])
 def test_damaged_record_is_none(written, content):
     request, folder, _ = written
-    (folder / "write" / RECORD).write_text(content)
-    assert finished_outputs(request, folder) is None
+    (folder / RECORD).write_text(content)
+    assert not is_finished(request, folder)
 
 
 def test_steps_without_a_record_stay(written):
     _, folder, _ = written
-    (folder / "write" / RECORD).rename(folder / "aside.json")
+    (folder / RECORD).rename(folder / "aside.json")
     remove_steps(folder)
     assert (folder / "segment").is_dir()
-    (folder / "aside.json").rename(folder / "write" / RECORD)
+    (folder / "aside.json").rename(folder / RECORD)
     remove_steps(folder)
     assert os.listdir(folder) == ["write"]
-    assert json.loads((folder / "write" / RECORD).read_text())["Outputs"]
+    assert json.loads((folder / RECORD).read_text())["SHA256"]
 
 
 def test_too_little_disk_is_told_before_the_work(app, linear, tmp_path, monkeypatch, capfd):

@@ -18,15 +18,13 @@ from nipype.interfaces.utility import Function
 
 from bids_varaug.errors import UsageError
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.graph import node_name
 from bids_varaug.workflows.interfaces import Conform
-from bids_varaug.workflows.participant import _remove_work
+from bids_varaug.workflows.participant import _remove_work, node_name
 from bids_varaug.workflows.plugins import (
     ProgressLog,
     WorkersPlugin,
     check_plugin,
     configure_nipype,
-    log_level,
     run_workflow,
 )
 from tests.workflows.conftest import head
@@ -128,6 +126,41 @@ def test_worker_ends_when_the_main_process_is_killed():
         time.sleep(0.1)
 
 
+def test_scans_are_done_one_after_another(request_for, patience):
+    """Of an interrupted run of hundreds, the first are done; nipype would do the first step of all."""
+    configure_nipype(request_for())
+    workflow = Workflow("flow", base_dir=str(request_for().work_dir))
+    for scan in ("sub_01", "sub_02"):
+        first, second = (Node(Function(["number"], ["out"], give), name) for name in ("first", "second"))
+        first.inputs.number = 1
+        steps = Workflow(scan)
+        steps.connect(first, "out", second, "number")
+        workflow.add_nodes([steps])
+    done = []
+    ended = lambda node, status: done.append(node.fullname) if status == "end" else None  # noqa: E731
+    workflow.run(WorkersPlugin({"n_procs": 1, "status_callback": ended}))
+    assert done == [f"flow.{scan}.{step}" for scan in ("sub_01", "sub_02") for step in ("first", "second")]
+
+
+JUMPING_CLOCK = """
+import itertools, sys, time
+real, jumps = time.time, itertools.cycle([0, -3e8, 3e8, -3600])
+time.time = lambda: real() + next(jumps)
+from pathlib import Path
+from bids_varaug.settings import Settings
+from tests.workflows.test_plugins import give, run
+folder = Path(sys.argv[1])
+complete, *_ = run(Settings(folder, folder / "out", "participant", folder / "work"), one=give, two=give)
+sys.exit(not complete)
+"""
+
+
+def test_clock_that_jumps_stops_nothing(tmp_path, root):
+    """nipype's loop would sleep until a time of day, which may be years ahead."""
+    command = [sys.executable, "-c", JUMPING_CLOCK, str(tmp_path)]
+    subprocess.run(command, cwd=root, timeout=60, check=True)
+
+
 def test_step_that_fails_in_this_process_is_no_crash(request_for, capfd):
     complete, progress, root = run(request_for(plugin={"plugin": "Linear"}), bad=fail, good=give)
     assert not complete and progress.failed == {"bad"}
@@ -147,12 +180,13 @@ def level_of_nodes():
 
 @pytest.mark.parametrize(("verbosity", "level"), [(0, logging.CRITICAL), (2, logging.DEBUG)])
 def test_workers_learn_how_much_to_log(request_for, verbosity, level):
-    plugin_args = {"n_procs": 1, "log_level": log_level(request_for(verbosity=verbosity))}
-    pool = WorkersPlugin(plugin_args).pool
+    configure_nipype(request_for(verbosity=verbosity))
+    pool = WorkersPlugin({"n_procs": 1}).pool
     try:
         assert pool.submit(level_of_nodes).result() == level
     finally:
         pool.shutdown()
+        configure_nipype(request_for())
 
 
 def test_unknown_plugin_is_refused_with_those_that_exist(request_for):
