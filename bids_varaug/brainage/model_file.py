@@ -20,7 +20,7 @@ from bids_varaug.brainage.calibration import WITHHELD
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation
 from bids_varaug.brainage.models import BrainAgeModel
-from bids_varaug.derivatives.citation import template_environment
+from bids_varaug.derivatives.citation import render
 from bids_varaug.derivatives.sidecars import package_version
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.tables import some
@@ -210,8 +210,8 @@ def model_card(
     people = cohort.people[np.isfinite(cohort.age)]
     participants = people.drop_duplicates("participant_id")
     sexes = participants["sex"].fillna("not given").value_counts()
-    template = template_environment(autoescape=False).get_template("model_card.md")
-    return template.render(
+    return render(
+        "model_card.md",
         title=title, version=package_version(), model=model, chosen=_items(model.chosen), source=_items(model.source),
         ages=participants["age"], n_images=len(people), left_out=len(cohort.left_out),
         sexes=", ".join(f"{sex} {n}" for sex, n in sexes.items()),

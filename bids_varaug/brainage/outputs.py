@@ -13,7 +13,7 @@ from bids_varaug.brainage.calibration import WITHHELD
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation, best_augmentation
 from bids_varaug.brainage.models import VALUES, BrainAgeModel
-from bids_varaug.derivatives.citation import template_environment
+from bids_varaug.derivatives.citation import render
 from bids_varaug.inputs.participants import OLDEST
 from bids_varaug.inputs.tables import some
 
@@ -88,22 +88,20 @@ def evaluated_sidecar(evaluation: Evaluation, notes: Sequence[str] = ()) -> dict
     model = evaluation.chosen.get(best, {}).get("model", evaluation.settings.get("model", ""))
     evaluated = [name for name in AUGMENTATIONS if (evaluation.predictions["augmentation"] == name).any()]
     made = {"log_volumes": evaluation.settings.get("log_volumes"), "coverage": evaluation.settings.get("coverage", 0.9)}
-    return _sidecar("brainage.json", **made, notes=notes, model=model, augmentation=best, evaluated=evaluated)
+    text = render("brainage.json", **made, notes=notes, model=model, augmentation=best, evaluated=evaluated)
+    return json.loads(text)
 
 
 def applied_sidecar(model: BrainAgeModel, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Describe every column of `phenotype_tables` of a model fitted to other people (``--apply-model``)."""
     made = {"log_volumes": model.source.get("log_volumes"), "coverage": 0.9, "model": model.chosen.get("model", "")}
-    return _sidecar("brainage.json", **made, notes=notes, augmentation=model.augmentation, evaluated=())
+    text = render("brainage.json", **made, notes=notes, augmentation=model.augmentation, evaluated=())
+    return json.loads(text)
 
 
 def covariance_sidecar(cohort: Cohort) -> dict[str, Any]:
     """Describe every column of `variability.numerical_covariance`."""
-    return _sidecar("brainage_covariance.json", in_mm3=cohort.unit == "mm3")
-
-
-def _sidecar(template: str, **values: Any) -> dict[str, Any]:
-    return json.loads(template_environment(autoescape=False).get_template(template).render(**values))
+    return json.loads(render("brainage_covariance.json", in_mm3=cohort.unit == "mm3"))
 
 
 def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
