@@ -35,16 +35,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.features import RelativeVolumes, derive_features
-from bids_varaug.brainage.folds import grouped_folds
-from bids_varaug.brainage.gather import ENDING, gather_cohort, read_features_table
-from bids_varaug.brainage.model import fit_estimator, predict_ages
-from bids_varaug.brainage.population import numerical_variability
-from bids_varaug.brainage.scoring import bootstrap_interval, sign_flip_p_values
-from bids_varaug.brainage.study import AUGMENTATIONS
-from bids_varaug.brainage.tune import closed_form_model
+from bids_varaug.brainage.augment import AUGMENTATIONS
+from bids_varaug.brainage.cohort import Cohort, grouped_folds
+from bids_varaug.brainage.evaluate import CONTRASTS, bootstrap_interval, evaluate_brain_age, sign_flip_p_values
+from bids_varaug.brainage.features import relative_volumes
+from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.gather import ENDING, gather_cohort
+from bids_varaug.brainage.models import closed_form_model, fit_estimator, predict_ages
+from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")
@@ -115,7 +113,7 @@ def bench_transfer(options: argparse.Namespace) -> None:
         low, high = bootstrap_interval(np.abs(error)[:, None], rng, 10_000)
         print(f"{model:15} MAE {np.abs(error).mean():.3f} ({low[0]:.2f} to {high[0]:.2f})  "
               f"mean error {error.mean():+.2f}  "
-              f"{choice.as_dict()}", flush=True)  # fmt: skip
+              f"{choice}", flush=True)  # fmt: skip
 
 
 def _named_alike(path: Path, rows: str | None = None) -> Cohort:
@@ -176,7 +174,7 @@ def transplant(
 def paired_study(
     cohort: Cohort, model: str, sizes: list[int], repeats: int, seed: int
 ) -> pd.DataFrame:
-    """Errors and paired gains against ``none`` for each number of training participants."""
+    """Errors and paired gains of each contrast for each number of training participants."""
     rows = []
     for size in sizes:
         errors = np.zeros((repeats, len(cohort), len(AUGMENTATIONS)))
@@ -192,27 +190,28 @@ def paired_study(
                     predicted = predict_ages(estimator, test, name)
                     errors[repeat, folds == k, a] = np.abs(predicted - test.age)
                 # `analytic` is linear: compared with the linear model without augmentation.
-                estimator, _ = fit_estimator(train, closed_form_model(model), "none", seed + repeat)
-                predicted = predict_ages(estimator, test, "none")
+                estimator, _ = fit_estimator(train, closed_form_model(model), "mean", seed + repeat)
+                predicted = predict_ages(estimator, test, "mean")
                 linear[repeat, folds == k] = np.abs(predicted - test.age)
-        paired = errors[:, :, [0]] - errors
-        analytic = AUGMENTATIONS.index("analytic")
-        paired[:, :, analytic] = linear - errors[:, :, analytic]
-        by_person, gains = errors.mean(axis=0), paired.mean(axis=0)
+        by_name = dict(zip(AUGMENTATIONS, np.moveaxis(errors, 2, 0), strict=True))
+        bases = [linear if name == "analytic" else by_name[against] for name, against in CONTRASTS]
+        paired = np.stack(bases, axis=2) - np.stack([by_name[name] for name, _ in CONTRASTS], axis=2)
+        gains = paired.mean(axis=0)
         rng = np.random.default_rng([seed, size])
         low, high = bootstrap_interval(gains, rng, 2000)
         p_values = sign_flip_p_values(gains, rng, 5000)
         over_repeats = paired.mean(axis=1)
-        for a, name in enumerate(AUGMENTATIONS):
+        for a, ((name, against), part) in enumerate(CONTRASTS.items()):
             rows.append(
                 {
-                    "model": model, "n": size or round(len(cohort) * 0.8), "augmentation": name,
-                    "mae": by_person[:, a].mean(), "gain": gains[:, a].mean(), "low": low[a],
+                    "model": model, "n": size or round(len(cohort) * 0.8), "part": part,
+                    "contrast": f"{name} over {against}", "mae": by_name[name].mean(),
+                    "mae_none": by_name["none"].mean(), "gain": gains[:, a].mean(), "low": low[a],
                     "high": high[a], "p_value": p_values[a],
                     "sd_over_repeats": over_repeats[:, a].std(ddof=1) if repeats > 1 else np.nan,
                 }
             )  # fmt: skip
-        print(pd.DataFrame(rows[-len(AUGMENTATIONS) :]).round(4).to_string(index=False), flush=True)
+        print(pd.DataFrame(rows[-len(CONTRASTS) :]).round(4).to_string(index=False), flush=True)
     return pd.DataFrame(rows)
 
 
@@ -224,8 +223,7 @@ def draw_gains(table: pd.DataFrame, path: Path) -> None:
     )
     for axis, ((model, scale), part) in zip(axes[0], panels, strict=True):
         ranks = {n: i for i, n in enumerate(sorted(part["n"].unique()))}
-        for a, name in enumerate(AUGMENTATIONS[1:]):
-            one = part[part["augmentation"] == name]
+        for a, (name, one) in enumerate(part.groupby("contrast", sort=False)):
             x = one["n"].map(ranks) + (a - 2) * 0.12
             error = [one["gain"] - one["low"], one["high"] - one["gain"]]
             axis.errorbar(x, one["gain"], error, fmt="o", markersize=4, capsize=2, label=name)
@@ -233,7 +231,7 @@ def draw_gains(table: pd.DataFrame, path: Path) -> None:
         axis.set_xticks(list(ranks.values()), [str(n) for n in ranks])
         axis.set_xlabel("training participants")
         axis.set_title(f"{model}, noise x {scale:g}")
-    axes[0, 0].set_ylabel("gain in MAE over none [years], 95 % interval")
+    axes[0, 0].set_ylabel("gain in MAE [years], 95 % interval")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
@@ -268,7 +266,7 @@ def bench_simulated(options: argparse.Namespace) -> None:
     truth = pd.read_csv(options.bids_dir / "sourcedata" / "truth.tsv", sep="\t")
     truth = truth.set_index("participant_id").loc[measured.people["participant_id"]]
     true = truth[list(measured.names)].to_numpy(np.float64)
-    numerics = numerical_variability(measured, options.seed).set_index("name")
+    numerics = numerical_variability(measured).set_index("name")
     table = numerics[["mean", "cv", "ratio"]].assign(
         r_true=[np.corrcoef(a, b)[0, 1] for a, b in zip(measured.baseline.T, true.T, strict=True)],
         bias_percent=100 * (measured.baseline / true - 1).mean(axis=0),
@@ -287,26 +285,11 @@ def bench_simulated(options: argparse.Namespace) -> None:
             shown = study.scores[["augmentation", "n", "mae", "mae_low", "mae_high", "r"]]
             print(shown.round(3).to_string(index=False))
             print(study.gains.round(3).to_string(index=False), flush=True)
-            if one.members is not None:
-                print_pairs(study.predictions, options.seed)
-
-
-def print_pairs(predictions: pd.DataFrame, seed: int) -> None:
-    """Print by how much ``members`` is better than what averages or regularises alone, paired.
-
-    The errors are those of each person's mean prediction over the repeats.
-    """
-    table = predictions.assign(error=(predictions["predicted"] - predictions["age"]).abs())
-    errors = table.pivot_table(index="participant_id", columns="augmentation", values="error")
-    for other in ("mean", "jitter", "shuffled"):
-        gain = (errors[other] - errors["members"]).to_numpy()
-        low, high = bootstrap_interval(gain[:, None], np.random.default_rng(seed), 2000)
-        print(f"members better than {other} by {gain.mean():.3f} ({low[0]:.3f} to {high[0]:.3f})")
 
 
 def by_brain(cohort: Cohort) -> Cohort:
     """Volumes divided by their sum."""
-    return derive_features(cohort, RelativeVolumes(cohort.names, "sum"))
+    return relative_volumes(cohort, "sum")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Numerical augmentation: the members' versions of a participant as further training rows.
 
-Every augmentation keeps each participant's weight and, but for ``none``, the participant's centre
-(the mean of the members); they differ in how the copies scatter around it:
+Every augmentation keeps each participant's weight and, but for ``none``, the participant's centre (the mean of the
+members); they differ in how the copies scatter around it:
 
 ``none``
     one row, the unperturbed baseline.
@@ -10,57 +10,31 @@ Every augmentation keeps each participant's weight and, but for ``none``, the pa
 ``members``
     one row per member.
 ``analytic``
-    the same for linear models in closed form: copies that scatter with covariance C_i around
-    their mean add ``sum_i w_i C_i`` to the ridge penalty [1]_, with no row more than ``mean``.
-    Features are standardised, so the penalty is ``S^-1 (sum_i w_i C_i) S^-1`` there, and S
-    contains the scatter too; the scale of age does not matter, as copies share one age. Features
-    must be transformed (log, ratios) before their covariance is taken. Kernel models have no
-    such form: with ``svr`` and ``gpr`` it fits ``bayesian_ridge``, with ``auto`` the better of
-    the linear models, and says so in `chosen`.
+    the same for linear models in closed form: copies that scatter with covariance C_i around their mean add
+    ``sum_i w_i C_i`` to the normal equations, as does the Cholesky factor of that sum, appended to the centred design
+    as 2 F pseudo-rows (Bishop 1995, Neural Computation 7(1), 108-116). Features must be transformed (log, ratios)
+    before their covariance is taken. Kernel models have no such form: ``bayesian_ridge`` is fitted in their place.
 ``jitter``
-    control: Gaussian noise in place of the members' deviations, of the same total variance for
-    each participant in standardised features, equal in and independent over them: what mere
-    regularisation does.
+    control: Gaussian noise in place of the members' deviations, of the same total variance for each participant in
+    standardised features, equal in and independent over them: the effect of regularisation alone.
 ``shuffled``
-    control: the deviations of another participant. Of a linear model only the sum of all
-    covariances matters (see ``analytic``), so that on one set of participants this control
-    equals ``members`` there; it tells them apart for kernel models.
-
-References
-----------
-.. [1] Bishop (1995), Training with noise is equivalent to Tikhonov regularization, Neural
-   Computation 7(1), 108-116.
+    control: the deviations of another participant. Of a linear model only the sum of all covariances matters, so that
+    on one set of participants this control equals ``members`` there; it differs for kernel models.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.study import AUGMENTATIONS
 from bids_varaug.errors import UserError
 
-ROW_AUGMENTATIONS = ("members", "jitter", "shuffled")
+AUGMENTATIONS = ("none", "mean", "members", "analytic", "jitter", "shuffled")
+CONTROLS = ("jitter", "shuffled")
+"""Augmentations by noise of another origin: what others are compared with, never chosen."""
 USES_MEMBERS = ("members", "analytic", "jitter", "shuffled")
 BLOCK = 2048
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Training rows made from observations.
-
-    Attributes
-    ----------
-    x : (N, F) float64 features
-    owner : (N,) int64, index of the observation that each row is a version of
-    weights : (N,) float64; those of an observation's rows add up to its weight
-    """
-
-    x: np.ndarray
-    owner: np.ndarray
-    weights: np.ndarray
+PSEUDO_WEIGHT = 1e-9  # of a pseudo-row: none to speak of in means and counts
 
 
 def check_augmentation(cohort: Cohort, augmentation: str) -> None:
@@ -69,39 +43,67 @@ def check_augmentation(cohort: Cohort, augmentation: str) -> None:
         raise ValueError(f"no such augmentation: {augmentation}")
     if augmentation != "none" and cohort.members is None:
         raise UserError(
-            f"augmentation {augmentation!r} needs the features of at least two members, and "
-            "these features have one value per observation. Use --augmentation none, or a table "
-            "with a member column."
+            f"augmentation {augmentation!r} needs the features of at least two members, and these features have one "
+            "value per observation. Use --augmentation none, or a table with a member column."
         )
 
 
 def centers(cohort: Cohort, augmentation: str) -> np.ndarray:
-    """Return the one row that stands for each observation: baseline, or mean of the members.
-
-    Returns
-    -------
-    (R, F) float64
-    """
+    """Return the one row that stands for each observation: baseline, or mean of the members; (R, F) float64."""
     check_augmentation(cohort, augmentation)
-    return cohort.baseline if augmentation == "none" else cohort.members.mean(axis=1)
+    return cohort.baseline if augmentation == "none" or cohort.members is None else cohort.members.mean(axis=1)
 
 
-def summed_covariances(
-    members: np.ndarray, weights: np.ndarray, rows: np.ndarray | None = None
+def augmented_members(
+    members: np.ndarray, weights: np.ndarray, groups: np.ndarray, augmentation: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Weighted sum of the covariances (1 / M) of the members' features over observations.
+    """Return the members, or what a control puts in their place: (R, M, F) with the same mean over M.
+
+    `weights` and `groups` are the weight and the participant of each observation, (R,) each.
+    """
+    if augmentation not in CONTROLS:
+        return members
+    center = members.mean(axis=1, keepdims=True)
+    if augmentation == "shuffled":
+        return center + (members - center)[_other_participants(groups, rng)]
+    return center + _isotropic(members - center, center[:, 0], weights, rng)
+
+
+def draw_rows(
+    members: np.ndarray, weights: np.ndarray, max_rows: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One training row per member, or per member drawn at random where there are more than `max_rows`.
+
+    Returns (N, F) features, observation by observation, the same number of rows for each; the observation of each row,
+    (N,); weights, (N,), those of an observation's rows add up to its own.
+    """
+    n, n_members, n_features = members.shape
+    kept = max(1, min(n_members, max_rows // n))
+    if kept < n_members:
+        drawn = rng.permuted(np.tile(np.arange(n_members), (n, 1)), axis=1)[:, :kept]
+        members = np.take_along_axis(members, np.sort(drawn, axis=1)[:, :, None], axis=1)
+    return members.reshape(n * kept, n_features), np.repeat(np.arange(n), kept), np.repeat(weights / kept, kept)
+
+
+def pseudo_rows(members: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that add the members' summed covariance, and nothing else, to the normal equations of a linear model.
+
+    For ``sum_i w_i C_i = L L'`` and the weighted mean c of all rows they are ``c + L_f / sqrt(2 e)`` and
+    ``c - L_f / sqrt(2 e)``, each with a small weight e; their target is the mean. A model that is fitted to the means
+    of the members and to these rows is then that of all members as rows.
+
+    Returns (2 F, F) rows and (2 F,) weights, for (R, M, F) members and (R,) weights.
+    """
+    center = np.average(members.mean(axis=1), axis=0, weights=weights)
+    values, axes = np.linalg.eigh(summed_covariances(members, weights))  # a Cholesky factor that may be singular
+    factor = (axes * np.sqrt(np.clip(values, 0, None))).T / np.sqrt(2 * PSEUDO_WEIGHT)
+    return np.concatenate([center + factor, center - factor]), np.full(2 * len(factor), PSEUDO_WEIGHT)
+
+
+def summed_covariances(members: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sum over R observations of the members' covariances (1 / M), weighted; (R, M, F), (R,) to (F, F).
 
     Goes through the observations in blocks, without a copy of all deviations.
-
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,) float64
-    rows : indices of the observations to sum over, all if not given
-
-    Returns
-    -------
-    (F, F) float64, square of the features' unit
 
     Examples
     --------
@@ -109,66 +111,14 @@ def summed_covariances(
     [[0.5]]
     """
     n_members, n_features = members.shape[1:]
-    rows = np.arange(len(members)) if rows is None else rows
     total = np.zeros((n_features, n_features))
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
-        deviations = members[block]
-        deviations = deviations - deviations.mean(axis=1, keepdims=True)
-        deviations *= np.sqrt(weights[block] / n_members)[:, None, None]
+    for start in range(0, len(members), BLOCK):
+        block = members[start : start + BLOCK]
+        deviations = block - block.mean(axis=1, keepdims=True)
+        deviations *= np.sqrt(weights[start : start + BLOCK] / n_members)[:, None, None]
         deviations = deviations.reshape(-1, n_features)
         total += deviations.T @ deviations
     return total
-
-
-def augmented_rows(
-    members: np.ndarray,
-    weights: np.ndarray,
-    groups: np.ndarray,
-    augmentation: str,
-    rng: np.random.Generator,
-    max_rows: int | None = None,
-) -> Rows:
-    """Return the rows that ``members`` or one of its controls trains on.
-
-    Parameters
-    ----------
-    members : (R, M, F) float64
-    weights : (R,) of the observations
-    groups : (R,) participant of each observation
-    augmentation : "members", "jitter" or "shuffled"
-    max_rows : draw at most so many in all, the same number of members for each observation
-
-    Returns
-    -------
-    Rows
-        R x M of them, observation by observation, or fewer with `max_rows`.
-
-    Raises
-    ------
-    ValueError
-        If the augmentation makes no rows, or ``shuffled`` has no other participant.
-    """
-    n, n_members, n_features = members.shape
-    center = members.mean(axis=1, keepdims=True)
-    if augmentation == "members":
-        x = members
-    elif augmentation == "jitter":
-        x = center + _isotropic(members - center, center[:, 0], weights, rng)
-    elif augmentation == "shuffled":
-        donors = _other_participants(groups, rng)
-        x = center + (members - center)[donors]
-    else:
-        raise ValueError(f"{augmentation} makes no rows")
-    kept = n_members if max_rows is None else max(1, min(n_members, max_rows // n))
-    if kept < n_members:
-        drawn = rng.permuted(np.tile(np.arange(n_members), (n, 1)), axis=1)[:, :kept]
-        x = np.take_along_axis(x, np.sort(drawn, axis=1)[:, :, None], axis=1)
-    return Rows(
-        x=x.reshape(n * kept, n_features),
-        owner=np.repeat(np.arange(n), kept),
-        weights=np.repeat(weights / kept, kept),
-    )
 
 
 def _isotropic(
@@ -178,7 +128,7 @@ def _isotropic(
     mean = np.average(center, axis=0, weights=weights)
     scale = np.sqrt(np.average((center - mean) ** 2, axis=0, weights=weights))
     varies = scale > 0
-    variance = np.square(deviations[:, :, varies] / scale[varies]).mean(axis=1).mean(axis=1)
+    variance = np.square(deviations[:, :, varies] / scale[varies]).mean(axis=(1, 2))
     n_members = deviations.shape[1]
     noise = rng.standard_normal(deviations.shape)
     noise -= noise.mean(axis=1, keepdims=True)
@@ -188,15 +138,13 @@ def _isotropic(
 
 
 def _other_participants(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each observation, one of another participant, (R,) int64.
-
-    Participants in random order give to their neighbour: nobody keeps the own, each gives once.
-    """
+    """For each observation, one of another participant: people in random order give to their neighbour; (R,) int64."""
     people, index = np.unique(groups, return_inverse=True)
     if len(people) < 2:
         raise ValueError("shuffled needs at least two participants")
     order = rng.permutation(len(people))
     donor = np.empty(len(people), np.int64)
     donor[order] = np.roll(order, 1)
-    by_person = [np.flatnonzero(index == person) for person in range(len(people))]
-    return np.array([rng.choice(by_person[donor[person]]) for person in index], dtype=np.int64)
+    by_person = np.argsort(index, kind="stable")
+    starts, counts = np.searchsorted(index[by_person], donor[index]), np.bincount(index)[donor[index]]
+    return by_person[starts + rng.integers(counts)]

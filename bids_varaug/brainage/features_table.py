@@ -1,79 +1,37 @@
-"""A table of features made elsewhere (FreeSurfer, ...) as a cohort."""
+"""A table of features made elsewhere (FreeSurfer, ...) as a cohort, also where ids are spelled differently."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.assemble import BASELINE, Gathered, assemble
-from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
-from bids_varaug.brainage.spellings import match_people
-from bids_varaug.inputs.participants import (
-    SESSION_COLUMNS,
-    People,
-    choose_column,
-    prefixed,
-    read_ages,
-    read_sexes,
-)
-from bids_varaug.inputs.tables import (
-    MISSING,
-    TableError,
-    find_column,
-    read_columns,
-    read_header,
-    some,
-)
+from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
+from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some
+from bids_varaug.models.ensemble import BASELINE
 
 KEYS = {
-    "participant": (
-        "participant_id",
-        "participant",
-        "subject_id",
-        "subject",
-        "sub",
-        "subjid",
-        "id",
-    ),
+    "participant": ("participant_id", "participant", "subject_id", "subject", "sub", "subjid", "id"),
     "session": SESSION_COLUMNS,
     "run": ("run_id", "run"),
     "member": ("member", "member_id"),
 }
 """Names, in any case, of the columns that say what a row is of."""
 
+ENTITIES = {"participant": "sub", "session": "ses", "run": "run", "member": ""}
 # First column of FreeSurfer's asegstats2table and aparcstats2table.
 _FREESURFER_IDS = re.compile(r"Measure:\w+|[lr]h\.[\w.]+\.\w+")
-_LISTED = 8  # contradictions that a message lists
 _MOSTLY = 0.5  # share of numbers that makes a column with some text one of numbers
-
-
-@dataclass(frozen=True, eq=False)
-class _Labels:
-    """A column of labels: `codes` (N,) int64 into `names`, -1 where missing."""
-
-    codes: np.ndarray
-    names: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """What each of the N rows is of.
-
-    `observation` and `member` are (N,) int64, indices into `people` (one row per observation) and
-    `member_ids`; `participant` (N,) int64 numbers the participants.
-    """
-
-    observation: np.ndarray
-    member: np.ndarray
-    participant: np.ndarray
-    member_ids: tuple[str, ...]
-    people: pd.DataFrame
+# The label of a file or folder of BIDS, which no underscore ends unless an entity follows.
+_SUBJECT = re.compile(r"(?<![a-z0-9])sub-([a-z0-9+]+)(?=$|[\\/.]|_[a-z]+-|_T1w)", flags=re.IGNORECASE)
+_ADDED = re.compile(r"\.long\..*$|(_MR\d+)?(_T1w)?(\.nii|\.gz|\.mg[hz]|\.0)*$", re.IGNORECASE)
 
 
 def read_features_table(
@@ -88,85 +46,73 @@ def read_features_table(
 ) -> Cohort:
     """Read a table with one row per participant, or per participant, session, run and member.
 
-    Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional
-    age (in years, or as its name or a JSON sidecar of the table's name says), sex and site; every
-    other column of numbers is a feature. Columns of text are ignored, and so are, with a note,
-    numbers that are no measures of the brain by their names (IQ, education, body, identifiers,
-    anything called age) or values (almost a function of age, counters, years), see `leaks`; a few
-    values of text in a column of numbers count as missing. What the table lacks of age, sex and
-    site comes from `people`, also where the two spell ids differently and it is clear who is meant.
+    Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional age (in years, or as
+    its name or a JSON sidecar of the table's name says), sex and site; every other column of numbers is a feature.
+    Columns of text are ignored, and so are, with a note, numbers that do not measure the brain by their names or
+    values, see `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex
+    and site comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
     Parameters
     ----------
-    path : Path
-        TSV, or CSV where the name ends in .csv; FreeSurfer's stats tables are read too.
-    people : People, optional
-        Of participants.tsv.
-    age_column, sex_column, site_column : str
-        In the table.
+    path : TSV, or CSV where the name ends in .csv; FreeSurfer's stats tables are read too
+    people : of participants.tsv, if there is one
+    age_column, sex_column, site_column : in the table
     features, require_age : as `assemble`
 
     Returns
     -------
     Cohort
-        Its `source` (JSON types): "kind" ("table"), "table" (file name), "ignored_columns"
-        (reasons by name), "notes"; and what `assemble` adds. Values of the members are as they
-        stand in the table; observations are in the order of their first rows.
+        Its `source` (JSON types): "kind" ("table"), "table" (file name), "ignored_columns" (reasons by name), "notes";
+        and what `assemble` adds.
 
     Raises
     ------
     TableError
-        If the table cannot be read, is damaged or truncated; lacks participant ids, or ages that
-        are not in `people` either; has two rows of the same participant, session, run and member;
-        or a participant in two sites, of two sexes, or of two ages in one session; or ids that
-        could mean several of `people`.
+        If the table cannot be read, is damaged or truncated; lacks participant ids, or ages that are not in `people`
+        either; has two rows of the same participant, session, run and member; or a participant in two sites, of two
+        sexes, or of two ages in one session; or ids that could mean several of `people`.
     CohortError
-        If one of `features` is missing; if nobody or no feature is left.
+        As `assemble`.
     """
     path = Path(path)
     columns = read_header(path)
-    keys = _find_keys(path, columns)
-    asked = {"age": age_column, "sex": sex_column, "site": site_column}
-    own = {
-        key: _own_column(path, columns, key, name, people, require_age)
-        for key, name in asked.items()
-    }
+    keys = {key: find_column(columns, usual[0], usual[1:]) for key, usual in KEYS.items()}
+    if keys["participant"] is None and _FREESURFER_IDS.fullmatch(columns[0]):
+        keys["participant"] = columns[0]
+    if keys["participant"] is None:
+        raise TableError(
+            f"{path}: no column 'participant_id'. It has: {some(columns)}. Name the column of the participants so."
+        )
+    wanted = {"age": age_column, "sex": sex_column, "site": site_column}
+    own = {key: _own_column(path, columns, key, name, people, require_age) for key, name in wanted.items()}
     labels = [name for name in (*keys.values(), *own.values()) if name]
     table = read_columns(path, labels, features)
     notes: list[str] = []
     rows = _index_rows(path, table, keys, people, notes)
-    left_out: dict[str, str] = {}
-    age_reasons = _fill_people(path, table, rows, own, people, notes)
+    frame, age_reasons = _fill_people(path, table, rows, own, people, notes)
+    left_out = {}
     if people is not None and require_age and own["age"] is None:
-        left_out |= _report_absent(people, rows)
-    names, ignored = _feature_columns(table, labels, features, notes)
-    values, present = _arrange(table, rows, names)
+        absent = set(people.participants) - set(frame["participant_id"])
+        left_out = {name: "not in the table" for name in people.participants if name in absent}
+    names, ignored = _feature_columns(table, labels, features is None, notes)
+    member, member_ids = pd.factorize(rows["member"])
+    shape = (len(frame), len(member_ids))
+    values, present = np.full((*shape, len(names)), np.nan), np.zeros(shape, bool)
+    present[rows["observation"], member] = True
+    for f, name in enumerate(names):
+        values[rows["observation"], member, f] = table[name].to_numpy(np.float64)
     del table
     if features is None:
-        each = pd.DataFrame(values[:, 0] if values.shape[1] == 1 else values.mean(axis=1))
-        leaks = reasons_by_value(each.set_axis(names, axis=1), rows.people)
+        leaks = reasons_by_value(pd.DataFrame(values.mean(axis=1), columns=names), frame)
         ignored |= leaks
-        kept = [f for f, name in enumerate(names) if name not in leaks]
-        names, values = [names[f] for f in kept], values[:, :, kept] if leaks else values
-        _note_leaks(path, ignored, notes)
-    found = Gathered(
-        rows.people, values, present, rows.member_ids, tuple(names), left_out, age_reasons
-    )
+        values = values[:, :, [name not in leaks for name in names]] if leaks else values
+        names = [name for name in names if name not in leaks]
+        told = [f"{name} ({why})" for name, why in ignored.items() if not why.startswith("no numbers")]
+        if told:
+            notes.append(f"{path.name}: left out because they do not measure the brain: {some(told)}.")
+    found = Gathered(frame, values, present, tuple(member_ids), tuple(names), left_out, age_reasons)
     source = {"kind": "table", "table": path.name, "ignored_columns": ignored, "notes": notes}
     return assemble(found, source, "", features=features, require_age=require_age)
-
-
-def _find_keys(path: Path, columns: Sequence[str]) -> dict[str, str]:
-    """Columns that say what a row is of, as the table spells them."""
-    found = {key: find_column(columns, usual[0], usual[1:]) for key, usual in KEYS.items()}
-    if found["participant"] is None and _FREESURFER_IDS.fullmatch(columns[0]):
-        found["participant"] = columns[0]
-    if found["participant"] is None:
-        raise TableError(
-            f"{path}: no column 'participant_id'. It has: {some(columns)}. Name the column of the "
-            "participants so."
-        )
-    return {key: name for key, name in found.items() if name is not None}
 
 
 def _own_column(
@@ -174,200 +120,102 @@ def _own_column(
 ) -> str | None:
     """Column of age, sex or site in the table itself."""
     if people is None or name == key:
-        required = need_age and people is None and key == "age"
-        return choose_column(path, columns, key, name, required)
+        return choose_column(path, columns, key, name, required=need_age and people is None and key == "age")
     # A name that was asked for may be that of participants.tsv, which was read before.
     return find_column(columns, name)
 
 
 def _index_rows(
-    path: Path,
-    table: pd.DataFrame,
-    keys: Mapping[str, str],
-    given: People | None,
-    notes: list[str],
-) -> _Rows:
-    participant = _labels(table[keys["participant"]], "sub")
-    without = np.flatnonzero(participant.codes < 0) + 2
-    if len(without):
-        raise TableError(f"{path}: no participant in line {some([str(n) for n in without])}.")
-    codes = participant.codes
-    parts = [participant]
-    for key, entity in (("session", "ses"), ("run", "run")):
-        label = _labels(table[keys[key]], entity) if key in keys else _Labels(codes * 0 - 1, [])
-        parts.append(label)
-        codes = codes * (len(label.names) + 1) + label.codes + 1
-    same = match_people(given, parts[0].names, parts[1].names, path.name, notes)
-    for label in parts[:2]:
-        label.names[:] = [same.get(name, name) for name in label.names]
-    observation, kinds = pd.factorize(codes)
-    first = np.full(len(kinds), len(codes))
-    np.minimum.at(first, observation, np.arange(len(codes)))
-    people = pd.DataFrame(
-        {
-            "participant_id": _texts(parts[0], first),
-            "session_id": _texts(parts[1], first),
-            "run": _texts(parts[2], first),
-        },
-        dtype=object,
-    )
-    names = [
-        "_".join(part for part in row if part is not None)
-        for row in people.itertuples(index=False, name=None)
-    ]
-    people["observation"] = pd.Series(names, dtype=object)
-    member = np.zeros(len(codes), np.int64)
-    ids = (BASELINE,)
-    if "member" in keys:
-        label = _labels(table[keys["member"]])
-        without = np.flatnonzero(label.codes < 0) + 2
-        if len(without):
-            raise TableError(f"{path}: no member in line {some([str(n) for n in without])}.")
-        order, seen = pd.factorize(label.codes)
-        ids = tuple(
-            BASELINE if label.names[code].lower() == "baseline" else label.names[code]
-            for code in seen
+    path: Path, table: pd.DataFrame, keys: Mapping[str, str | None], people: People | None, notes: list[str]
+) -> pd.DataFrame:
+    """What each row is of: participant_id, session_id, run, member, observation (number) and its name."""
+    rows = pd.DataFrame(index=table.index)
+    for key, entity in ENTITIES.items():
+        column = keys[key]
+        rows[key] = None if column is None else _labels(table[column], entity)
+        without = np.flatnonzero(rows[key].isna()) + 2
+        if column is not None and len(without) and key in ("participant", "member"):
+            raise TableError(f"{path}: no {key} in line {some([str(line) for line in without])}.")
+    sessions = set(rows["session"].dropna())
+    same = match_people(people, rows["participant"].unique(), sessions, path.name, notes)
+    for key in ("participant", "session"):
+        rows[key] = rows[key].replace(same)
+    baseline = rows["member"].isna() | (rows["member"].str.lower() == "baseline")
+    rows["member"] = rows["member"].mask(baseline, BASELINE)
+    parts = ["participant", "session", "run"]
+    rows["observation"] = rows.groupby(parts, sort=False, dropna=False).ngroup()
+    first = rows.drop_duplicates("observation")
+    names = ["_".join(part for part in row if part is not None) for row in first[parts].itertuples(index=False)]
+    rows["name"] = np.array(names, dtype=object)[rows["observation"]]
+    twice = rows[rows.duplicated(["observation", "member"])]
+    if len(twice):
+        listed = twice["name"] + (" member " + twice["member"] if keys["member"] else "")
+        raise TableError(
+            f"{path}: more than one row of: {some(list(listed))}. Keep one of each, or distinguish them by the columns "
+            "session_id, run and member."
         )
-        member = order
-    rows = _Rows(observation, member, participant.codes, ids, people)
-    _check_unique(path, rows, keys)
-    return rows
+    return rows.rename(columns={"participant": "participant_id", "session": "session_id"})
 
 
-def _check_unique(path: Path, rows: _Rows, keys: Mapping[str, str]) -> None:
-    counts = np.bincount(rows.observation * len(rows.member_ids) + rows.member)
-    twice = [divmod(int(cell), len(rows.member_ids)) for cell in np.flatnonzero(counts > 1)]
-    if not twice:
-        return
-    names = rows.people["observation"]
-    listed = [
-        f"{names[who]} member {rows.member_ids[m]}" if "member" in keys else names[who]
-        for who, m in twice
-    ]
-    raise TableError(
-        f"{path}: more than one row of: {some(listed)}. Keep one of each, or tell them apart by "
-        "the columns session_id, run and member."
-    )
-
-
-def _labels(column: pd.Series, entity: str = "") -> _Labels:
-    """Labels without blanks, with the entity's prefix where there is one."""
-    codes, given = pd.factorize(column)
-    names = [prefixed(name.strip(), entity) if entity else name.strip() for name in given]
-    index = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    # The last entry is that of code -1, missing.
-    known = np.array([index[name] for name in names] + [-1], np.int64)
-    return _Labels(known[codes], list(index))
-
-
-def _texts(label: _Labels, rows: np.ndarray) -> list[str | None]:
-    return [None if code < 0 else label.names[code] for code in label.codes[rows]]
+def _labels(column: pd.Series, entity: str = "") -> pd.Series:
+    """Labels without blanks, with the entity's prefix where there is one; None where missing."""
+    known = {given: given.strip() for given in column.dropna().unique() if given.strip() not in MISSING}
+    labels = {given: prefixed(label, entity) if entity else label for given, label in known.items()}
+    return pd.Series([labels.get(given) for given in column], index=column.index, dtype=object)
 
 
 def _fill_people(
-    path: Path,
-    table: pd.DataFrame,
-    rows: _Rows,
-    own: Mapping[str, str | None],
-    people: People | None,
+    path: Path, table: pd.DataFrame, rows: pd.DataFrame, own: Mapping[str, str | None], people: People | None,
     notes: list[str],
-) -> dict[str, str]:
-    """Add age, sex and site of each observation; return why ages are missing."""
-    frame = rows.people
-    names = list(frame["observation"])
-    reasons: dict[str, str] = {}
-    persons = [
-        people.find(participant, session) if people is not None else None
-        for participant, session in zip(frame["participant_id"], frame["session_id"], strict=True)
-    ]
-    for key in ("age", "sex", "site"):
-        column = own[key]
+) -> tuple[pd.DataFrame, dict[str, str]]:  # fmt: skip
+    """Observations with age, sex and site, and why ages are missing."""
+    frame = rows.drop_duplicates("observation", ignore_index=True)[["participant_id", "session_id", "name"]]
+    frame, reasons = look_up_people(frame.rename(columns={"name": "observation"}), people, {})
+    for key, column in own.items():
         if column is None:
-            missing = np.nan if key == "age" else None
-            values = [missing if person is None else getattr(person, key) for person in persons]
+            continue
+        told = _one_each(path, key, _labels(table[column]), rows)
+        if key == "age":
+            reasons = {}
+            frame["age"] = read_ages(path, column, told, list(frame["observation"]), reasons, notes)
         else:
-            label = _labels(table[column])
-            told = _one_each(path, key, _as_numbers(label) if key == "age" else label, rows)
-            told = [None if value in MISSING else value for value in told]
-            if key == "age":
-                values = read_ages(path, column, told, names, reasons, notes)
-            elif key == "sex":
-                values = read_sexes(path, column, told, notes)
-            else:
-                values = told
-        frame[key] = pd.Series(values, dtype="float64" if key == "age" else object)
-    if own["age"] is None and people is not None:
-        for name, person in zip(names, persons, strict=True):
-            if person is None:
-                reasons[name] = f"not in {people.source}, and {path.name} has no ages"
-            elif np.isnan(person.age):
-                reasons[name] = person.reason or f"no age in {people.source}"
-    rows.people.drop(columns="run", inplace=True)
-    return reasons
+            values = read_sexes(path, column, told, notes) if key == "sex" else told
+            frame[key] = pd.Series(values, dtype=object)
+    return frame, reasons
 
 
-def _one_each(path: Path, key: str, label: _Labels, rows: _Rows) -> list[str | None]:
-    """What all rows of an observation say (sex, site: of a participant); None where missing.
-
-    Raises
-    ------
-    TableError
-        If they contradict.
-    """
-    of = rows.observation if key == "age" else rows.participant
-    known = np.flatnonzero(label.codes >= 0)[::-1]
-    first = np.full(of.max() + 1, -1)
-    first[of[known]] = label.codes[known]  # of several, the last assignment: the first row
-    other = known[label.codes[known] != first[of[known]]]
-    if len(other):
-        listed = []
-        for name in dict.fromkeys(rows.people["participant_id"][rows.observation[other[::-1]]]):
-            theirs = rows.people["participant_id"][rows.observation[known]].to_numpy() == name
-            said = sorted({label.names[code] for code in label.codes[known[theirs]]})
-            listed.append(f"{name} ({', '.join(said)})")
-            if len(listed) == _LISTED:
-                break
-        where = " in one session" if key == "age" else ""
+def _one_each(path: Path, key: str, values: pd.Series, rows: pd.DataFrame) -> list[str | None]:
+    """What all rows of an observation say (sex, site: of a participant), if they agree; None where missing."""
+    if key == "age":  # "30" and "30.0" are the same
+        numbers = {text: pd.to_numeric(text, errors="coerce") for text in values.dropna().unique()}
+        first: dict[object, str] = {}
+        same = {text: first.setdefault(text if np.isnan(n) else n, text) for text, n in numbers.items()}
+        values = values.map(same)
+    owner = "observation" if key == "age" else "participant_id"
+    known = rows[["participant_id", "observation"]].assign(value=values).dropna(subset="value")
+    said = known.groupby(owner)["value"]
+    contradicting = known[said.transform("nunique") > 1]
+    if len(contradicting):
+        people = contradicting.groupby("participant_id", sort=False)["value"].unique()
+        listed = [f"{name} ({', '.join(sorted(values))})" for name, values in people.items()]
         raise TableError(
-            f"{path}: more than one {key} of the same participant{where}: {'; '.join(listed)}. "
-            f"Correct the table, or choose another column with --{key}-column."
+            f"{path}: more than one {key} of the same participant{' in one session' if key == 'age' else ''}: "
+            f"{some(listed, '; ')}. Correct the table, or choose another column with --{key}-column."
         )
-    participant = np.zeros(len(rows.people), np.int64)
-    participant[rows.observation] = of
-    codes = first[participant]
-    return [None if code < 0 else label.names[code] for code in codes]
-
-
-def _as_numbers(label: _Labels) -> _Labels:
-    """Labels of which those that are the same number ("30", "30.0") are one."""
-    index: dict[object, int] = {}
-    known = []
-    names = []
-    for name in label.names:
-        try:
-            key: object = float(name)
-        except ValueError:
-            key = name
-        if key not in index:
-            index[key] = len(names)
-            names.append(name)
-        known.append(index[key])
-    return _Labels(np.array([*known, -1], np.int64)[label.codes], names)
-
-
-def _report_absent(people: People, rows: _Rows) -> dict[str, str]:
-    there = set(rows.people["participant_id"])
-    return {name: "not in the table" for name in people.participants if name not in there}
+    one = said.first().to_dict()
+    return [one.get(who) for who in rows.drop_duplicates("observation")[owner]]
 
 
 def _feature_columns(
-    table: pd.DataFrame, labels: Sequence[str], features: Sequence[str] | None, notes: list[str]
+    table: pd.DataFrame, labels: Sequence[str], by_name: bool, notes: list[str]
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the features, which are numbers from here on, and why others are ignored."""
     names, ignored = [], {}
     for name in [name for name in table.columns if name not in labels]:
         column = table[name]
-        if not pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
+        if column.dtype == bool:
+            ignored[name] = "no numbers (true or false)"
+        elif not pd.api.types.is_numeric_dtype(column):
             numbers = pd.to_numeric(column, errors="coerce")
             wrong = column[numbers.isna() & column.notna()]
             if column.notna().any() and numbers.notna().sum() < _MOSTLY * column.notna().sum():
@@ -376,34 +224,100 @@ def _feature_columns(
             table[name] = numbers
             if len(wrong):
                 notes.append(
-                    f"column {name!r}: {len(wrong)} values that are no numbers were taken as "
-                    f"missing ({some([repr(str(value)) for value in dict.fromkeys(wrong)])})."
+                    f"column {name!r}: {len(wrong)} values that are not numbers were taken as missing "
+                    f"({some([repr(str(value)) for value in dict.fromkeys(wrong)])})."
                 )
-        elif column.dtype == bool:
-            ignored[name] = "no numbers (true or false)"
-            continue
-        if features is None and (reason := reason_by_name(name)):
+        if name not in ignored and by_name and (reason := reason_by_name(name)):
             ignored[name] = reason
-            continue
-        names.append(name)
+        if name not in ignored:
+            names.append(name)
     return names, ignored
 
 
-def _note_leaks(path: Path, ignored: Mapping[str, str], notes: list[str]) -> None:
-    listed = [f"{n} ({why})" for n, why in ignored.items() if not why.startswith("no numbers")]
-    if listed:
-        notes.append(f"{path.name}: left out as no measures of the brain: {some(listed)}.")
+def look_up_people(
+    ids: pd.DataFrame, people: People | None, same: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Observations with the age, sex and site of `people`, and why ages are missing.
+
+    `ids` has the columns participant_id, session_id and observation; `same` is of `match_people`.
+    """
+    known, reasons = [], {}
+    participants = set() if people is None else set(people.participants)
+    for who, session, observation in ids.itertuples(index=False, name=None):
+        person = None if people is None else people.find(same.get(who, who), same.get(session, session))
+        known.append((np.nan, None, None) if person is None else (person.age, person.sex, person.site))
+        if people is None:
+            continue
+        if person is None:
+            at = f" at {session or 'no session'}" if same.get(who, who) in participants else ""
+            reasons[observation] = f"{who} is not in {people.source}{at}"
+        elif np.isnan(person.age):
+            reasons[observation] = person.reason or f"no age in {people.source}"
+    found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)
+    return pd.concat([ids, found.astype({"age": "float64"})], axis=1), reasons
 
 
-def _arrange(
-    table: pd.DataFrame, rows: _Rows, names: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values (R, M, F) float64, NaN where missing, and which members there are, (R, M) bool."""
-    shape = (len(rows.people), len(rows.member_ids))
-    cell = rows.observation * shape[1] + rows.member
-    values = np.full((shape[0] * shape[1], len(names)), np.nan)
-    for f, name in enumerate(names):
-        values[cell, f] = table[name].to_numpy(np.float64)
-    present = np.zeros(shape[0] * shape[1], bool)
-    present[cell] = True
-    return values.reshape(*shape, len(names)), present.reshape(shape)
+def plain_label(label: str) -> str:
+    """Label without prefix, leading zeros, case, folders, endings of files and of FreeSurfer.
+
+    Examples
+    --------
+    >>> plain_label("sub-001"), plain_label("/data/sub-01_ses-1_T1w.nii.gz"), plain_label("ses-02")
+    ('1', '1', '2')
+    >>> plain_label("sub01"), plain_label("01_MR1")
+    ('1', '1')
+    >>> plain_label("OAS0007.long.OAS0007_base"), plain_label("sub-OAS7")
+    ('oas7', 'oas7')
+    """
+    inside = _SUBJECT.search(label)
+    name = inside[1] if inside else re.split(r"[\\/]", label)[-1]
+    name = re.sub(r"^((sub|ses)-)?((sub|subj|subject|ses)[-_ ]?(?=\d))?", "", name, flags=re.IGNORECASE)
+    return re.sub(r"(?<!\d)0+(?=\d)", "", _ADDED.sub("", name, count=1).lower())
+
+
+def match_people(
+    people: People | None, participants: Iterable[str], sessions: Collection[str], here: str, notes: list[str]
+) -> dict[str, str]:
+    """Spelling in `people` of participants and sessions of a table called `here`, where it differs; that is noted.
+
+    A TableError says that one label could be several known ones, or several could be one.
+    """
+    if people is None:
+        return {}
+    participants, listed = list(dict.fromkeys(participants)), people.participants
+    same = _match_labels(participants, listed, here, people.source, notes)
+    if participants and listed and not {same.get(p, p) for p in participants} & set(listed):
+        bare = [label.removeprefix("sub-") for label in (participants[0], *listed)]
+        close = difflib.get_close_matches(bare[0], bare[1:], n=1, cutoff=0.3)
+        guess = f" Did you mean that {participants[0]} is sub-{close[0]}?" if close else ""
+        notes.append(
+            f"No participant of {here} ({some(participants, shown=3)}) is in {people.source} "
+            f"({some(listed, shown=3)}).{guess} Write each label the same way in both."
+        )
+    known = people.table["session_id"].dropna().unique()
+    return same | _match_labels(sessions, known, here, people.source, notes)
+
+
+def _match_labels(labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list) -> dict[str, str]:
+    ours, theirs = ({key: list(group) for key, group in _by_plain(side)} for side in (labels, known))
+    shared = [key for key in sorted(ours.keys() & theirs.keys()) if not set(ours[key]) <= set(theirs[key])]
+    said = [
+        f"{' and '.join(ours[key])} here {'are' if ours[key][1:] else 'is'} {' or '.join(theirs[key])} there"
+        for key in shared
+    ]
+    unclear = [text for key, text in zip(shared, said, strict=True) if len(ours[key]) + len(theirs[key]) > 2]
+    if unclear:
+        raise TableError(
+            f"{here} and {there} spell labels differently. Did you mean that {some(unclear, ', that ')}? Write each "
+            "label the same way in both."
+        )
+    if said:
+        notes.append(
+            f"{here} and {there} spell {len(said)} label(s) differently; each fits only one and was taken for it: "
+            f"{some(said, '; ')}."
+        )
+    return {ours[key][0]: theirs[key][0] for key in shared}
+
+
+def _by_plain(labels: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(sorted(dict.fromkeys(labels), key=plain_label), key=plain_label)

@@ -11,48 +11,45 @@ import pandas as pd
 
 from bids_varaug.inputs.tables import plain_name
 
-# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere
-# is no measure of the brain; neither is one of known words alone, at least one of them of a person
-# or a row. "Left-Hippocampus" has others, and "Cartilage" holds no word "age".
+# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere is no measure of
+# the brain; neither is one of known words alone, at least one of them of a person or a row. "Left-Hippocampus" has
+# others, and "Cartilage" holds no word "age".
 _AGE = (
-    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|"
-    r"alters?|leeftijd|alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
+    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|alters?|leeftijd|"
+    r"alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
     r"\w*(?:возраст|年龄|年齡|年齢|나이|연령|ηλικια|عمر|גיל)\w*|"
     # predictions of other tools
-    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|"
-    r"brainpad|bagap|"
+    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|brainpad|bagap|"
     r"dob|yob|born|geboren|f[oø]dt"
 )
 _BIRTH = (  # how such words begin; "birthplace"
-    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|"
-    r"nascim|nacim|urodz|narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
+    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|nascim|nacim|urodz|"
+    r"narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
 )
 _PERSON = (
     # identifiers
-    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|"
-    r"patients?|persons?|fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|"
-    r"number|numero|nummer|idx|index|order|counters?|rows?|instance|"
+    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|patients?|persons?|"
+    r"fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|number|numero|nummer|"
+    r"idx|index|order|counters?|rows?|instance|"
     # visits and times
-    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|"
-    r"time|scanned|timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|"
-    r"annees?|annos?|anni|onset|duration|baseline|followup|"
+    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|time|scanned|"
+    r"timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|annees?|annos?|anni|onset|"
+    r"duration|baseline|followup|"
     # people
-    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|"
-    r"educ?|grade|gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
+    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|educ?|grade|"
+    r"gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
 )
 _FILLER = (
-    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|"
-    r"interview|chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|"
-    r"raw|src|source|bids|float|int|log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|"
-    r"centered|centred|inv|inverse|bio|lebens|untersuchungs?|school"
+    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|interview|"
+    r"chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|raw|src|source|bids|float|int|"
+    r"log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|centered|centred|inv|inverse|bio|lebens|"
+    r"untersuchungs?|school"
 )
 _SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
 # A single letter is no part of a word, and L and R are sides.
 _KNOWN = re.compile(f"(?:{_PERSON}|{_FILLER})+|{_SHORT}|[a-km-qs-z]")
 _HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*|{_SHORT}")
-_TELLS_AGE = re.compile(
-    rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BIRTH})\w*)"
-)
+_TELLS_AGE = re.compile(rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BIRTH})\w*)")
 _YEARS = (1900, 2035)
 
 MIN_PEOPLE = 5  # fewer follow anything by chance
@@ -63,8 +60,7 @@ _SURE = 3.0  # standard errors
 def reason_by_name(name: str) -> str | None:
     """Why a column is no measure of the brain, by the words of its name; None where it may be.
 
-    Words are told apart by capitals, digits, blanks and punctuation; "scanage" is two of them.
-    Accents do not count.
+    Words are told apart by capitals, digits, blanks and punctuation; "scanage" is two of them. Accents do not count.
 
     Examples
     --------
@@ -88,23 +84,15 @@ def reason_by_name(name: str) -> str | None:
 def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str, str]:
     """Why columns are no measures of the brain, by their values, whatever their names.
 
-    A column *follows age* if its correlation with age, with its logarithm or its square (Pearson)
-    or with its ranks (Spearman) is above 0.99, and above 0.95 with near certainty: the lower limit
-    ``tanh(atanh(r) - 3 SE)``, with Fisher's ``SE = 1 / sqrt(n - 3)``, for ranks 1.22 times as large
-    (Bonett & Wright 2000) and r less what an exchange of two neighbours costs. n is the number of
-    people. Five are enough for a copy of the age; one that merely rises with it needs 14, as a
-    few people's volumes are in the order of their ages by chance.
-
-    A column *counts* if its values are whole numbers, each there once and all the same step apart
-    (from 10 people), or nearly all numbers of a range (from 20), or number each one's sessions.
-
-    A column *is a year* if at least 95 % of its values are whole numbers from 1900 to 2035, three
-    different ones or more.
-
-    Parameters
-    ----------
-    values : (R, F) one row per observation
-    people : (R, ...) with participant_id and age [year], as of `Cohort`
+    A column *follows age* if its correlation with age, with its logarithm or its square (Pearson) or with its ranks
+    (Spearman) is above 0.99, and above 0.95 with near certainty: the lower bound ``tanh(atanh(r) - 3 SE)``, with
+    Fisher's ``SE = 1 / sqrt(n - 3)``, for ranks 1.22 times as large (Bonett & Wright 2000) and r less what an exchange
+    of two neighbours costs, n the number of people. Five are enough for a copy of the age; one that merely rises with
+    it needs 14, as a few people's volumes are in the order of their ages by chance. It *counts* if its values are whole
+    numbers, each there once and all the same step apart (from 10 people), or nearly all numbers of a range (from 20),
+    or number each one's sessions. It *is a year* if at least 95 % are whole numbers from 1900 to 2035, three different
+    ones or more.
+    `values` has a row per observation, `people` the columns participant_id and age [year], as of `Cohort`.
     """
     reasons = {}
     for name in values:

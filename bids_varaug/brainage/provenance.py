@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL, package_version
@@ -18,17 +16,12 @@ from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ENSEMBLE_KEY = "Ensemble"
-"""Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``,
-and ``"Seed": {member: ...}`` of members under random rounding, who share the baseline's weights."""
-
+"""Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
+...}`` of members under random rounding, who share the baseline's weights."""
 
 LISTED = 100  # participants that a message names before it says how many more there are
+REDO = "Run the participant level again with --reports-only, which rewrites it."
 
 
 class MixedDerivativesError(UserError):
@@ -39,17 +32,8 @@ class MixedDerivativesError(UserError):
 class Origin:
     """What one file says about how derivatives were made; None or empty where it does not say.
 
-    Parameters
-    ----------
-    file : that says so, as messages name it
-    ensemble, version : of the ensemble
-    tool_version : of bids_varaug
-    sloppy : whether made with --sloppy, on another grid
-    grids : on how many grids the baseline segmented
-    sha256 : digest of the weights by member
-    seeds : of the random rounding by member
-    families : family by member
-    participants : that the run was asked for; empty: all
+    `file` is its name in messages; `grids` the number of sub-voxel shifts of the baseline; `sha256` digests of the
+    weights and `seeds` of the random rounding, by member.
     """
 
     file: str
@@ -60,10 +44,8 @@ class Origin:
     grids: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
-    families: Mapping[str, str] = field(default_factory=dict)
-    participants: tuple[str, ...] = ()
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What is known, by the name that messages give it."""
         said = {
             "ensemble": self.ensemble,
@@ -84,103 +66,59 @@ def read_root(output_dir: Path) -> Origin:
     ------
     NoInputError
         If there is no dataset_description.json: this is no output of bids_varaug.
-    MixedDerivativesError
-        If GeneratedBy names several versions of bids_varaug.
     UserError
-        If a file is damaged, or descriptions.tsv is missing.
+        If it names several versions of bids_varaug, a file is damaged, or descriptions.tsv is missing.
     """
-    output_dir = Path(output_dir)
-    path = output_dir / names.DATASET_DESCRIPTION
+    path, table_path = output_dir / names.DATASET_DESCRIPTION, output_dir / names.DESCRIPTIONS_TABLE
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         made = [by for by in content["GeneratedBy"] if by["Name"] == TOOL]
     except FileNotFoundError as error:
-        raise NoInputError(
-            f"{path}: is not there. Give the output directory of the participant level, run before."
-        ) from error
+        raise NoInputError(f"{path}: is not there. Give the output directory of the participant level.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TableError(
-            f"{path}: damaged, or without GeneratedBy ({error!r}). Run the participant level again "
-            "with --reports-only, which writes it anew."
-        ) from error
+        raise TableError(f"{path}: damaged, or without GeneratedBy ({error!r}). {REDO}") from error
     if not made:
         raise NoInputError(f"{path}: GeneratedBy does not name {TOOL}; these are others' outputs.")
     versions = sorted({str(by.get("Version")) for by in made})
     if len(versions) > 1:
         raise MixedDerivativesError(
-            f"{path}: made by several versions of {TOOL}: {', '.join(versions)}. Run the "
-            "participant level for everybody with one version, into a directory of its own."
+            f"{path}: made by several versions of {TOOL}: {', '.join(versions)}. Run the participant level for "
+            "everybody with one version, into a directory of its own."
         )
-    table_path = output_dir / names.DESCRIPTIONS_TABLE
     if not table_path.is_file():
-        raise TableError(
-            f"{table_path}: is not there, and without it nobody knows which ensemble this is. Run "
-            "the participant level again with --reports-only, which writes it anew."
-        )
+        raise TableError(f"{table_path}: is not there, and without it nobody knows which ensemble this is. {REDO}")
     table = read_text_table(table_path)
-    missing = [c for c in ("desc_id", "family", "sha256") if c not in table.columns]
+    missing = [c for c in ("desc_id", "sha256") if c not in table.columns]
     if missing:
-        raise TableError(f"{table_path}: no column {some(missing)}. Run the participant level.")
-    rows = table[["desc_id", "family", "sha256"]].itertuples(index=False, name=None)
-    members = {desc.removeprefix("desc-"): (f, sha) for desc, f, sha in rows if desc and sha}
+        raise TableError(f"{table_path}: no column {some(missing)}. {REDO}")
+    known = table.dropna(subset=["desc_id", "sha256"])
     return Origin(
         names.DESCRIPTIONS_TABLE,
         tool_version=versions[0],
         sloppy=any(by.get("Description") == SLOPPY_NOTE for by in made),
-        sha256={member: sha for member, (_, sha) in members.items()},
-        families={member: family or "" for member, (family, _) in members.items()},
+        sha256=dict(zip(known["desc_id"].str.removeprefix("desc-"), known["sha256"], strict=True)),
     )
 
 
-def read_runs(output_dir: Path) -> list[Origin]:
-    """What the logs of the runs say that made derivatives (``logs/settings-*.toml``).
-
-    Raises
-    ------
-    TableError
-        If a log is damaged.
-    """
-    origins = []
-    for path in sorted(names.logs(output_dir).glob("settings-*.toml")):
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TableError(f"{path}: cannot read it ({error}). Mend or remove it.") from error
-        settings, ensemble = content.get("settings", {}), content.get("ensemble", {})
-        if settings.get("level") != "participant" or settings.get("reports_only"):
-            continue
-        origins.append(
-            Origin(
-                f"logs/{path.name}",
-                ensemble=ensemble.get("name"),
-                version=ensemble.get("version"),
-                sloppy=bool(settings.get("sloppy")),
-                grids=settings.get("grids", 1),
-                sha256=ensemble.get("sha256", {}),
-                participants=tuple(f"sub-{p}" for p in settings.get("participant_labels", ())),
-            )
-        )
-    return origins
-
-
-def sidecar_origin(content: Mapping, file: str) -> Origin:
+def sidecar_origin(content: Mapping[str, Any], file: str) -> Origin:
     """What a table's own sidecar says; without `ENSEMBLE_KEY`, little more than the grid."""
-    ensemble = content.get(ENSEMBLE_KEY)
-    ensemble = ensemble if isinstance(ensemble, Mapping) else {}
-    digests, seeds = ensemble.get("SHA256"), ensemble.get("Seed")
+    ensemble = _mapping(content.get(ENSEMBLE_KEY))
     made = content.get("GeneratedBy")
-    made = [by for by in made if isinstance(by, Mapping)] if isinstance(made, list) else []
-    versions = [by.get("Version") for by in made if by.get("Name") == TOOL]
+    tools = [_mapping(by) for by in made] if isinstance(made, list) else []
     return Origin(
         file,
         ensemble=ensemble.get("Name"),
         version=ensemble.get("Version"),
-        tool_version=versions[0] if versions else None,
+        tool_version=next((by.get("Version") for by in tools if by.get("Name") == TOOL), None),
         sloppy=content.get("Warning") == SLOPPY_NOTE,
         grids=content.get(GRIDS_KEY, 1),
-        sha256=digests if isinstance(digests, Mapping) else {},
-        seeds=seeds if isinstance(seeds, Mapping) else {},
+        sha256=_mapping(ensemble.get("SHA256")),
+        seeds=_mapping(ensemble.get("Seed")),
     )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def run_origin(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Origin:
@@ -202,7 +140,7 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
 
     Parameters
     ----------
-    output_dir : Path
+    output_dir : of the derivatives
     run : how this run makes derivatives
     scans : images that it makes again, whose derivatives do not stay
 
@@ -212,18 +150,19 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
         With what stays, in what it differs, and what to do.
     """
     output_dir = Path(output_dir)
-    again = {str((output_dir / scan.relative).with_name(scan.prefix)) for scan in scans}
+    again = {(output_dir / scan.relative).with_name(scan.prefix) for scan in scans}
     kept = {stem: path for stem, path in _sidecars(output_dir).items() if stem not in again}
     try:
         root = read_root(output_dir) if kept else run
     except UserError:  # not there, or damaged: this run writes it
         root = Origin(names.DATASET_DESCRIPTION)
-    differing: dict[str, list[str]] = {}
+    differing: dict[str, list[Path]] = {}
     for stem, path in kept.items():
-        content = _read_object(path)
+        try:
+            content = _mapping(json.loads(path.read_bytes()))
+        except (OSError, ValueError):  # damaged, or another job has just removed it
+            content = {}
         theirs = sidecar_origin(content, run.file) if content else root
-        if theirs == run:
-            continue
         if content and not theirs.sha256:  # interrupted, or of an older version: as the root says
             theirs = replace(root, sloppy=theirs.sloppy, grids=theirs.grids)
         if difference := _difference(theirs, run):
@@ -231,95 +170,61 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
     if not differing:
         return
     lines = [
-        f"  {some([Path(stem).name for stem in sorted(stems, key=natural_key)])}: {what}"
-        for what, stems in differing.items()
+        f"  {some(sorted((stem.name for stem in stems), key=natural_key))}: {what}" for what, stems in differing.items()
     ]
-    kept_stems = (Path(stem) for stems in differing.values() for stem in stems)
-    labels = sorted({s.relative_to(output_dir).parts[0][4:] for s in kept_stems}, key=natural_key)
-    more = f" and {len(labels) - LISTED} more" if len(labels) > LISTED else ""
+    stems = [stem for stems in differing.values() for stem in stems]
+    labels = sorted({stem.relative_to(output_dir).parts[0][4:] for stem in stems}, key=natural_key)
     raise MixedDerivativesError(
         f"{output_dir}: other images there were made in another way, and this run would make "
         f"{names.DATASET_DESCRIPTION} and {names.DESCRIPTIONS_TABLE} wrong for them:\n"
         + "\n".join(lines)
         + "\nGive another output directory, remove their files, or process them again in this run: "
-        + f"--participant-label {' '.join(labels[:LISTED])}{more}, beside those of this run."
+        + f"--participant-label {some(labels, ' ', LISTED)}, beside those of this run."
     )
 
 
-def _sidecars(output_dir: Path) -> dict[str, Path]:
+def _sidecars(output_dir: Path) -> dict[Path, Path]:
     """Sidecar that tells most about each image, by the path that its outputs begin with."""
     found = {}
-    # The first and the last that are written.
-    outputs = [names.OUTPUTS[key] for key in ("consensus_dseg", "members_tsv")]
-    endings = [output.name("").removesuffix(output.extension) + ".json" for output in outputs]
-    for folder, folders, files in os.walk(output_dir):
-        folders[:] = [name for name in folders if re.match("sub-|ses-|anat$", name)]
-        for ending in endings:
-            for name in files:
-                if name.endswith(ending):
-                    path = os.path.join(folder, name)
-                    found[path.removesuffix(ending)] = Path(path)
+    for key in ("consensus_dseg", "members_tsv"):  # the first and the last that are written
+        output = names.OUTPUTS[key]
+        ending = output.name("").removesuffix(output.extension) + ".json"
+        for folder in ("sub-*/anat", "sub-*/ses-*/anat"):
+            for path in output_dir.glob(f"{folder}/*{ending}"):
+                found[path.with_name(path.name.removesuffix(ending))] = path
     return found
-
-
-def _read_object(path: Path) -> dict:
-    """Content of a JSON file; empty where it is damaged, or another job has just removed it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _difference(theirs: Origin, ours: Origin) -> str:
     """In what derivatives differ from those of this run; empty where in nothing that is known."""
     before, now = theirs.facts(), ours.facts()
     if theirs.sha256:  # the group level allows that members are missing: it leaves images out
-        before["members"], now["members"] = (
-            ", ".join(sorted(origin.sha256, key=natural_key)) for origin in (theirs, ours)
-        )
+        for facts, origin in ((before, theirs), (now, ours)):
+            facts["members"] = ", ".join(sorted(origin.sha256, key=natural_key))
     other = [what for what, value in before.items() if value != now.get(what, value)]
     said = []
     if "--sloppy" in other:
-        said.append(f"made with{'' if theirs.sloppy else 'out'} --sloppy (now with"
-                    f"{'' if ours.sloppy else 'out'})")  # fmt: skip
-    said += [
-        f"{what} {before[what]} (now {now[what]})"
-        for what in other
-        if what != "--sloppy" and not what.startswith("weights")
-    ]
+        with_or_without = ("with", "without") if theirs.sloppy else ("without", "with")
+        said.append("made {} --sloppy (now {})".format(*with_or_without))
     weights = [what.split()[-1] for what in other if what.startswith("weights")]
+    said += [f"{w} {before[w]} (now {now[w]})" for w in other if w != "--sloppy" and not w.startswith("weights")]
     return "; ".join([*said, *([f"other weights of {some(weights)}"] if weights else [])])
 
 
 def check_same_origin(origins: Iterable[Origin]) -> None:
-    """Refuse what contradicts: other ensembles, versions, grids, or weights of the same member.
-
-    Raises
-    ------
-    MixedDerivativesError
-        With every value, and the files that say so.
-    """
+    """Refuse other ensembles, versions, grids, or weights of a member, with every value and the files that say so."""
     said: dict[str, dict[object, list[str]]] = {}
     for origin in origins:
-        who = f" ({some(origin.participants)})" if origin.participants else ""
         for what, value in origin.facts().items():
-            said.setdefault(what, {}).setdefault(value, []).append(origin.file + who)
-    mixed = {what: values for what, values in said.items() if len(values) > 1}
-    if not mixed:
-        return
+            said.setdefault(what, {}).setdefault(value, []).append(origin.file)
     # Where the ensembles differ, so do all of their weights; once is enough.
-    what, values = next(iter(mixed.items()))
-    lines = [
-        f"  {what} {_short(str(value))}: {some(files, '; ')}"
-        for value, files in sorted(values.items(), key=lambda item: len(item[1]))
-    ]
-    raise MixedDerivativesError(
-        "the derivatives were not all made in the same way:\n" + "\n".join(lines) + "\n"
-        "Give each ensemble, version and setting an output directory of its own. If everything was "
-        "made again since, remove the logs of the runs before."
-    )
-
-
-def _short(value: str) -> str:
-    return value if len(value) < 32 else f"{value[:12]}..."  # digests
+    what, values = next(((what, values) for what, values in said.items() if len(values) > 1), ("", {}))
+    lines = []
+    for value, files in sorted(values.items(), key=lambda item: len(item[1])):
+        text = str(value) if len(str(value)) < 32 else f"{str(value)[:12]}..."  # digests
+        lines.append(f"  {what} {text}: {some(files, '; ')}")
+    if lines:
+        raise MixedDerivativesError(
+            "the derivatives were not all made in the same way:\n" + "\n".join(lines) + "\nGive each ensemble, version "
+            "and setting an output directory of its own."
+        )

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.spellings import plain_label
+from bids_varaug.brainage.features_table import plain_label
 from bids_varaug.errors import NoInputError, UserError
 
-# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and
-# FastSurfer, then those of FastSurfer's segmentation alone, then any other of volumes.
+# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then
+# those of FastSurfer's segmentation alone, then any other of volumes.
 STATS = ("aseg.stats", "aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats")
 _STATS = re.compile(r"(?P<side>[lr]h)?\.?(?P<kind>(?:aseg|aparc)[\w.+-]*\.stats)")
 COLUMN_HEADERS = "# ColHeaders"
@@ -37,67 +37,48 @@ def read_repeated_runs(path: Path) -> Cohort:
 
     Parameters
     ----------
-    path : Path
-        A folder with tables of FreeSurfer or FastSurfer (``aseg.stats``, ``aseg+DKT.stats``, or
-        others of volumes; one kind is read), several per person: ``sub-01[/ses-1]/run-1/stats/
-        aseg.stats``, or any folders of which one names the person (``sub-...``; without such, the
-        first folder is the person). Or a table (``.tsv``, or a folder with just one), with columns
-        participant_id, optional session_id, member, and features in mm3.
+    path : a folder with tables of FreeSurfer or FastSurfer (``aseg.stats``, ``aseg+DKT.stats``, or others of volumes;
+        one kind is read), several per person: ``sub-01[/ses-1]/run-1/stats/aseg.stats``, or any folders of which one
+        names the person (``sub-...``; without such, the first folder is the person). Or a table (``.tsv``, or a folder
+        with just one), with columns participant_id, optional session_id, member, and features in mm3
 
     Returns
     -------
     Cohort
-        Without ages. Runs are the members, in the order of their names; people with fewer runs
-        than others have NaN for the rest; those with a single run are in `left_out`. Only
-        structures that every run has are kept. `baseline` is the mean of the runs.
+        Without ages. Runs are the members, in the order of their names; people with fewer runs than others have NaN for
+        the rest; those with a single run are in `left_out`. Only structures that every run has are kept.
 
     Raises
     ------
-    NoInputError
-        If there is neither.
     UserError
-        If a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or
-        nobody has two runs.
+        If there is neither; a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or nobody
+        has two runs.
     """
     path = Path(path)
     if path.suffix == ".stats":
-        raise UserError(
-            f"{path}: one run has no spread. Give the folder above those of all people and runs."
-        )
-    if path.is_file():
-        return _cohort(_read_members_table(path), path)
-    if not path.is_dir():
+        raise UserError(f"{path}: one run has no spread. Give the folder above those of all people and runs.")
+    if not path.exists():
         raise NoInputError(f"{path}: no such folder or table. Give --compare NAME=DIR.")
-    if stats := _find_stats(path):
-        return _cohort(pd.DataFrame([_stats_row(files, path) for files in stats]), path)
-    tables = sorted(path.glob("*.tsv"))
-    if len(tables) == 1:
-        return _cohort(_read_members_table(tables[0]), tables[0])
-    raise NoInputError(
-        f"{path}: no aseg.stats or aseg+DKT.stats in any folder below, and {len(tables)} tables "
-        "(*.tsv) instead of one. Give a folder with sub-*/run-*/stats/aseg.stats, or a table with "
-        "the columns participant_id, member and one per structure."
-    )
+    if path.is_dir():
+        if stats := _find_stats(path):
+            return _cohort(pd.DataFrame([_stats_row(files, path) for files in stats]), path)
+        tables = sorted(path.glob("*.tsv"))
+        if len(tables) != 1:
+            raise NoInputError(
+                f"{path}: no aseg.stats or aseg+DKT.stats in any folder below, and {len(tables)} tables (*.tsv), not "
+                "one. Give a folder with sub-*/run-*/stats/aseg.stats, or a table with the columns participant_id, "
+                "member and one per structure."
+            )
+        path = tables[0]
+    return _cohort(_read_members_table(path), path)
 
 
 def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
     """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
 
-    Parameters
-    ----------
-    path : Path
-        With commas; regions by FreeSurfer's names, and a column of ids (not numbers, or called
-        ``subjectID``).
-
-    Returns
-    -------
-    one row per region, the columns of `population.compare_pipelines`
-        name, dice_min (mean over people), n_participants; ratio and cv are NaN
-
-    Raises
-    ------
-    UserError
-        If it cannot be read, or holds anything but Dice coefficients.
+    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region,
+    the columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are
+    NaN. A UserError says that it cannot be read, or holds anything but Dice coefficients.
     """
     try:
         table = pd.read_csv(path)
@@ -107,38 +88,31 @@ def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
     dice = dice.rename(columns=RENAMED).dropna(axis=1, how="all")
     if dice.empty or not (dice.isna() | ((dice >= 0) & (dice <= 1))).all(axis=None):
         raise UserError(
-            f"{path}: no table of minimum Dice (a row per person, a column per region, values from "
-            "0 to 1). Repeated runs of volumes are a table with tabs, .tsv."
+            f"{path}: no table of minimum Dice (a row per person, a column per region, values from 0 to 1). Repeated "
+            "runs of volumes are a table with tabs, .tsv."
         )
-    return pd.DataFrame(
-        {"name": dice.columns, "dice_min": dice.mean().to_numpy(), "ratio": np.nan, "cv": np.nan,
-         "n_participants": dice.notna().sum().to_numpy()}
-    )  # fmt: skip
+    found = dice.agg(["mean", "count"]).T.rename_axis("name").reset_index()
+    return found.rename(columns={"mean": "dice_min", "count": "n_participants"}).assign(ratio=np.nan, cv=np.nan)
 
 
 def read_aseg_stats(path: Path) -> dict[str, float]:
     """Volumes [mm3] of one table of FreeSurfer or FastSurfer, by structure.
 
-    Cortex and cerebral white matter come from the ``# Measure`` lines, where there are such; in
-    FreeSurfer these are measured from the surfaces, not by counting voxels. The cortex of a table
-    of parcels (``aseg+DKT.stats``, ``lh.aparc.DKTatlas.stats``) is their sum.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or has no complete table.
+    Cortex and cerebral white matter come from the ``# Measure`` lines, where there are such; in FreeSurfer these are
+    measured from the surfaces, not by counting voxels. The cortex of a table of parcels (``aseg+DKT.stats``,
+    ``lh.aparc.DKTatlas.stats``) is their sum. A UserError says that the file cannot be read, or has no complete table.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    header = next((line for line in lines if line.startswith(COLUMN_HEADERS)), None)
-    columns = header.removeprefix(COLUMN_HEADERS).split() if header else []
+    header = next((line for line in lines if line.startswith(COLUMN_HEADERS)), COLUMN_HEADERS)
+    columns = header.removeprefix(COLUMN_HEADERS).split()
     volume_at = next((columns.index(c) for c in ("Volume_mm3", "GrayVol") if c in columns), None)
     if "StructName" not in columns or volume_at is None:
         raise UserError(
-            f"{path}: no line '{COLUMN_HEADERS}' with StructName and Volume_mm3, so this is no "
-            "aseg.stats, or only the beginning of one. Run that pipeline again for this image."
+            f"{path}: no line '{COLUMN_HEADERS}' with StructName and Volume_mm3, so this is no aseg.stats, or only the "
+            "beginning of one. Run that pipeline again for this image."
         )
     name_at, side = columns.index("StructName"), re.match(r"[lr]h(?=\.)", Path(path).name)
     volumes = {}
@@ -151,13 +125,12 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
                     volumes[MEASURES[short]] = float(value)
             elif fields and not line.startswith("#"):
                 name = f"ctx-{side[0]}-{fields[name_at]}" if side else fields[name_at]
-                name = RENAMED.get(name, name)
-                # The table's own value wins over a measure: it is a count of voxels.
-                volumes[name] = float(fields[volume_at])
+                # The table's own value replaces a measure: it is a count of voxels.
+                volumes[RENAMED.get(name, name)] = float(fields[volume_at])
         except (ValueError, IndexError) as error:
             raise UserError(
-                f"{path}, line {number}: {line.strip()[:60]!r} is not a complete line of the "
-                "table. Run that pipeline again for this image."
+                f"{path}, line {number}: {line.strip()[:60]!r} is not a complete line of the table. Run that pipeline "
+                "again for this image."
             ) from error
     if not volumes:
         raise UserError(f"{path}: the table of structures is empty.")
@@ -180,22 +153,15 @@ def _find_stats(root: Path) -> list[list[Path]]:
 
 
 def _stats_row(files: list[Path], root: Path) -> dict[str, object]:
-    file = files[0]
-    parts = list(file.relative_to(root).parts[:-1])
-    if parts and parts[-1] == "stats":
-        parts.pop()
+    parts = files[0].relative_to(root).parts[:-1]
+    parts = parts[:-1] if parts[-1:] == ("stats",) else parts
+    if not parts:
+        raise UserError(f"{files[0]}: belongs to nobody. Give the folder above, with a folder per person and run.")
     text = "/".join(parts)
     subject, session = SUBJECT.search(text), SESSION.search(text)
-    if not parts:
-        raise UserError(
-            f"{file}: belongs to nobody. Give the folder above, with a folder per person and run."
-        )
-    return {
-        "participant_id": subject[0] if subject else parts[0],
-        "session_id": session[0] if session else None,
-        "member": text,
-        **{name: v for file in files for name, v in read_aseg_stats(file).items()},
-    }
+    volumes = {name: volume for file in files for name, volume in read_aseg_stats(file).items()}
+    ids = (subject[0] if subject else parts[0], session[0] if session else None, text)
+    return {**dict(zip(KEYS, ids, strict=True)), **volumes}
 
 
 def _read_members_table(path: Path) -> pd.DataFrame:
@@ -206,24 +172,18 @@ def _read_members_table(path: Path) -> pd.DataFrame:
     missing = [key for key in ("participant_id", "member") if key not in table]
     if missing:
         raise UserError(
-            f"{path}: no column {' and '.join(missing)}. A table of repeated runs has the "
-            "columns participant_id, member and one per structure."
+            f"{path}: no column {' and '.join(missing)}. A table of repeated runs has the columns participant_id, "
+            "member and one per structure."
         )
-    incomplete = table["participant_id"].isna() | table["member"].isna()
+    incomplete = table[["participant_id", "member"]].isna().any(axis=1)
     if incomplete.any():
-        raise UserError(
-            f"{path}, line {int(np.flatnonzero(incomplete)[0]) + 2}: participant_id or member is "
-            "missing."
-        )
-    if "session_id" not in table:
-        table["session_id"] = None
+        raise UserError(f"{path}, line {incomplete.argmax() + 2}: participant_id or member is missing.")
     texts = [c for c in table if c not in KEYS and not pd.api.types.is_numeric_dtype(table[c])]
     if texts:
         raise UserError(
-            f"{path}: column {texts[0]} is not numeric. Remove it, or mend its values; missing "
-            "ones are n/a."
+            f"{path}: column {texts[0]} is not numeric. Remove it, or correct its values; missing ones are n/a."
         )
-    return table
+    return table if "session_id" in table else table.assign(session_id=None)
 
 
 def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
@@ -233,46 +193,31 @@ def _cohort(table: pd.DataFrame, path: Path) -> Cohort:
     repeated = table.duplicated([*keys, "member"])
     if repeated.any():
         row = table[repeated].iloc[0]
-        raise UserError(
-            f"{path}: run {row['member']} of {row['participant_id']} is there twice. Remove one."
-        )
+        raise UserError(f"{path}: run {row['member']} of {row['participant_id']} is there twice. Remove one.")
     unlike = pd.Series(table["participant_id"].unique())
     unlike = unlike[unlike.map(plain_label).duplicated(keep=False)]
     if len(unlike):
         raise UserError(
-            f"{path}: {' and '.join(sorted(unlike, key=plain_label)[:2])}: one person in two "
-            "spellings? Write the ids of all runs of a person alike."
+            f"{path}: {' and '.join(sorted(unlike, key=plain_label)[:2])}: one person in two spellings? Write the ids "
+            "of all runs of a person alike."
         )
     names = [c for c in table.columns if c not in KEYS and table[c].notna().all()]
     if not names:
         raise UserError(f"{path}: no structure has a volume in every run.")
-    people, stacks, left_out = [], [], {}
-    for (participant, session), runs in table.groupby(keys, sort=True):
-        observation = "_".join(filter(None, (participant, session)))
-        if len(runs) < 2:
-            left_out[observation] = f"one run in {path}, which has no spread"
-            continue
-        stacks.append(runs.sort_values("member")[names].to_numpy(np.float64))
-        people.append(
-            {"participant_id": participant, "session_id": session or None}
-            | {"observation": observation, "age": np.nan, "sex": None, "site": None}
-        )
-    if not stacks:
+    table = table.sort_values([*keys, "member"])
+    table["run"] = table.groupby(keys).cumcount()
+    runs = table.groupby(keys)["run"].transform("size")
+    single = table.loc[runs < 2, keys].agg(lambda row: "_".join(filter(None, row)), axis=1)
+    left_out = dict.fromkeys(single, f"one run in {path}, which has no spread")
+    wide = table[runs > 1].pivot(index=keys, columns="run", values=names)
+    if wide.empty:
         raise UserError(
-            f"{path}: nobody has two runs, so there is no spread to compare. Numerical variability "
-            "needs the same image processed several times."
+            f"{path}: nobody has two runs, so there is no spread to compare. Numerical variability needs the same "
+            "image processed several times."
         )
-    n_runs = max(len(stack) for stack in stacks)
-    members = np.full((len(stacks), n_runs, len(names)), np.nan)
-    for row, stack in enumerate(stacks):
-        members[row, : len(stack)] = stack
-    return Cohort(
-        people=pd.DataFrame(people),
-        names=tuple(names),
-        baseline=np.nanmean(members, axis=1),
-        members=members,
-        member_ids=tuple(f"run{number:02d}" for number in range(1, n_runs + 1)),
-        left_out=left_out,
-        source={"table": path.name},
-        unit="mm3",
-    )
+    members = wide.to_numpy(np.float64).reshape(len(wide), len(names), -1).transpose(0, 2, 1).copy()
+    people = [(person, session or None, "_".join(filter(None, (person, session)))) for person, session in wide.index]
+    frame = pd.DataFrame(people, columns=[*keys, "observation"], dtype=object).assign(age=np.nan, sex=None, site=None)
+    ids = tuple(f"run{number:02d}" for number in range(1, members.shape[1] + 1))
+    baseline = np.nanmean(members, axis=1)
+    return Cohort(frame, tuple(names), baseline, members, ids, left_out, {"table": path.name}, unit="mm3")

@@ -13,17 +13,15 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.atomic import write_text
-from bids_varaug.brainage.evaluate import N_BOOTSTRAP
-from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, applied_tables, best_augmentation
-from bids_varaug.brainage.scoring import bootstrap_interval
-from bids_varaug.brainage.study import ALPHA, CONTROLS, Study
+from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
+from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.reports import plots
 from bids_varaug.reports.html import data_uri, render_page, tabulate
 
-FORMAT = 2
+FORMAT = 3
 ADVICE = "Run the group level again without --reports-only."
 
 
@@ -79,29 +77,32 @@ class ComparedPipeline:
     """Another pipeline's repeated runs beside ours."""
 
     name: str  # as given to --compare
-    numerics: pd.DataFrame  # of `population.numerical_variability`
-    comparison: pd.DataFrame  # of `population.compare_pipelines`, ours against it
+    numerics: pd.DataFrame  # of `variability.numerical_variability`
+    comparison: pd.DataFrame  # of `variability.compare_pipelines`, ours against it
 
 
-def study_page(
-    run: RunInfo, study: Study, numerics: pd.DataFrame | None = None, compared: Sequence[ComparedPipeline] = ()
+def evaluation_page(
+    run: RunInfo,
+    evaluation: Evaluation,
+    numerics: pd.DataFrame | None = None,
+    compared: Sequence[ComparedPipeline] = (),
 ) -> Page:
-    """Page of a group that a model was scored in; `numerics` (`population.numerical_variability`) needs members."""
-    best = best_augmentation(study)
-    shown = study.scores.assign(augmentation=study.scores["augmentation"].str.replace("_", " "))
-    marked = ["marked" if name == best else "" for name in study.scores["augmentation"]]
-    predicted = study.predictions[study.predictions["augmentation"] == best]
+    """Page of a group that a model was scored in; `numerics` (`variability.numerical_variability`) needs members."""
+    best = best_augmentation(evaluation)
+    shown = evaluation.scores.assign(augmentation=evaluation.scores["augmentation"].str.replace("_", " "))
+    marked = ["marked" if name == best else "" for name in evaluation.scores["augmentation"]]
+    predicted = evaluation.predictions[evaluation.predictions["augmentation"] == best]
     spread = predicted["sd_num"].dropna()
     at_sites = None
-    if f"mae_{best}" in study.sites and not study.sites.empty:
-        errors, people = study.sites[f"mae_{best}"].astype(float), study.sites["n"].astype(float)
+    if f"mae_{best}" in evaluation.sites and not evaluation.sites.empty:
+        errors, people = evaluation.sites[f"mae_{best}"].astype(float), evaluation.sites["n"].astype(float)
         mean = np.average(errors, weights=people)  # over people
         at_sites = {"mean": mean, "low": errors.min(), "high": errors.max(), "n": len(errors)}
     figures = {"ages": plots.draw_ages(predicted)}
-    if not study.gains.empty:
-        figures["gains"] = plots.draw_gains(study.gains)
-    if not study.learning_curve.empty:
-        figures["curve"] = plots.draw_learning_curve(study.learning_curve)
+    if not evaluation.gains.empty:
+        figures["gains"] = plots.draw_gains(evaluation.gains)
+    if not evaluation.learning_curve.empty:
+        figures["curve"] = plots.draw_learning_curve(evaluation.learning_curve)
     if numerics is not None and numerics["ratio"].notna().any():
         others = [(other.name, other.numerics) for other in compared if other.numerics["ratio"].notna().any()]
         figures["ratios"] = plots.draw_ratios(numerics, others)
@@ -109,22 +110,22 @@ def study_page(
         "group.html",
         run,
         best=best,
-        scores=study.scores.set_index("augmentation").to_dict("index"),
-        gain=_gain(study, best),
-        coverage=study.settings.get("coverage", 0.9),
+        scores=evaluation.scores.set_index("augmentation").to_dict("index"),
+        gains=_gains(evaluation.gains),
+        coverage=evaluation.settings.get("coverage", 0.9),
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
         at_sites=at_sites,
         structures=_structures(numerics),
-        n_images=study.settings.get("n_observations", len(study.predictions)),
+        n_images=evaluation.settings.get("n_observations", len(evaluation.predictions)),
         figures={name: data_uri(svg, "svg+xml") for name, svg in figures.items()},
-        chosen=study.chosen,
-        evaluation=study.settings,
+        chosen=evaluation.chosen,
+        evaluation=evaluation.settings,
         alpha=ALPHA,
         tables={
             "scores": tabulate(shown, table_columns("scores"), marked),
-            "gains": tabulate(study.gains, table_columns("gains")),
-            "sites": _site_table(study.sites),
-            "reliability": tabulate(study.reliability, table_columns("reliability")),
+            "gains": tabulate(evaluation.gains, table_columns("gains")),
+            "sites": _site_table(evaluation.sites),
+            "reliability": tabulate(evaluation.reliability, table_columns("reliability")),
             "numerics": None if numerics is None else tabulate(numerics, table_columns("numerics")),
         },
         compared=[
@@ -140,7 +141,7 @@ def study_page(
 
 def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]) -> Page:
     """Page of a model applied to other people: what `model_file.apply_model` predicts, and what is known of it."""
-    people = applied_tables(predicted)[PHENOTYPE_TABLE]
+    people = phenotype_tables(predicted)[PHENOTYPE_TABLE]
     known = people[people["age"].notna()]
     with_age = predicted[predicted["age"].astype(float).notna()]
     errors = known["brain_age"] - known["age"]
@@ -178,27 +179,13 @@ def _as_json(value: Any) -> Any:
     return json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get)
 
 
-def _gain(study: Study, best: str) -> dict[str, Any] | None:
-    """Row of `Study.gains` that the page speaks of: of the augmentation chosen, or the largest; None without.
-
-    With the number of augmentations tried, whether all of them harm, the largest gain that is not unlikely, and the
-    controls that gain at least its lower limit.
-    """
-    is_control = study.gains["augmentation"].isin(CONTROLS)
-    tried, controls = study.gains[~is_control], study.gains[is_control]
-    if tried.empty:
+def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:
+    """Rows of `Evaluation.gains` that the page speaks of, one per part; None where no augmentation was tried."""
+    first = {part: rows.iloc[0].to_dict() for part, rows in gains.groupby("part", sort=False)}
+    if not first.keys() & {"averaging", "augmentation"}:
         return None
-    rows = tried.set_index("augmentation", drop=False)
-    row = rows.loc[best if best in rows.index else rows["gain"].astype(float).idxmax()]
-    as_good = controls.loc[controls["gain"] >= row["low"], "augmentation"].tolist()
-    return {
-        **row,
-        "tried": len(tried),
-        "all_harm": (tried["effect"] == "harms").all(),
-        "largest": tried["high"].max(),
-        # "mean" takes noise away, which the controls, noise of another origin, say nothing of.
-        "as_good": [] if row["augmentation"] == "mean" else as_good,
-    }
+    row = {part: first.get(part) for part in ("averaging", "augmentation", "structure")}
+    return {**row, "tried": (gains["part"] != "structure").sum()}
 
 
 def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:

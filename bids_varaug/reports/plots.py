@@ -14,7 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bids_varaug.brainage.study import CONTROLS
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import p_text, signed
 from bids_varaug.reports.mosaics import to_png
@@ -62,7 +61,8 @@ _styled = matplotlib.style.context(["default", STYLE])
 def draw_ages(predictions: pd.DataFrame) -> str:
     """SVG of predicted against true age, with prediction intervals and numerical spread.
 
-    Of more than `SHOWN_INTERVALS` rows of `Study.predictions`, the intervals of that many, evenly over age, are drawn.
+    Of more than `SHOWN_INTERVALS` rows of `Evaluation.predictions`, the intervals of that many, evenly over age, are
+    drawn.
     """
     table = predictions.sort_values("age", kind="stable")
     figure = Figure(figsize=(7.6, 6.4))
@@ -117,9 +117,8 @@ def _draw_people(axes: Axes, x: pd.Series, table: pd.DataFrame, shown: np.ndarra
 
 @_styled
 def draw_gains(gains: pd.DataFrame) -> str:
-    """SVG of the paired gain of each augmentation (`Study.gains`) with its confidence interval; controls last."""
+    """SVG of the paired gain of each comparison (`Evaluation.gains`) with its confidence interval."""
     rows = gains.set_index("augmentation")
-    rows = rows.loc[sorted(rows.index, key=lambda name: name in CONTROLS)]
     height = 1.2 + 0.46 * len(rows)
     figure = Figure(figsize=(8.2, height))
     axes = figure.add_axes((0.2, 0.6 / height, 0.47, 1 - 1.0 / height))
@@ -131,10 +130,10 @@ def draw_gains(gains: pd.DataFrame) -> str:
         text = f"{gain}  [{low}, {high}]   p {p_text(row['p_value'])}"
         axes.text(1.03, y, text, transform=axes.get_yaxis_transform(), fontsize=FONT - 0.5, va="center")
     axes.axvline(0, color=INK, linewidth=1)
-    _set_rows(axes, [f"{n} (control)" if n in CONTROLS else n for n in rows.index], (len(rows) - 0.5, -0.5))
+    _set_rows(axes, [f"{name} over {row['against']}" for name, row in rows.iterrows()], (len(rows) - 0.5, -0.5))
     reach = np.nanmax(np.abs(rows[["low", "high", "gain"]].to_numpy(float)))
     reach = 1.1 * reach if reach > 0 else 1.0
-    axes.set(xlim=(-reach, reach), xlabel="gain in mean absolute error over 'none' [years]")
+    axes.set(xlim=(-reach, reach), xlabel="gain in mean absolute error [years]")
     axes.text(0.0, 1.02, "← worse", transform=axes.transAxes, color=SOFT)
     axes.text(1.0, 1.02, "better →", transform=axes.transAxes, color=SOFT, ha="right")
     return _svg(figure)
@@ -142,7 +141,7 @@ def draw_gains(gains: pd.DataFrame) -> str:
 
 @_styled
 def draw_learning_curve(curve: pd.DataFrame) -> str:
-    """SVG of the mean absolute error against the number of training participants (`Study.learning_curve`)."""
+    """SVG of the mean absolute error against the number of training participants (`Evaluation.learning_curve`)."""
     figure = Figure(figsize=(8.2, 4.6))
     axes = figure.add_axes((0.09, 0.12, 0.68, 0.84))
     names = list(dict.fromkeys(curve["augmentation"]))
@@ -165,7 +164,7 @@ def draw_learning_curve(curve: pd.DataFrame) -> str:
 def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame]] = ()) -> str:
     """SVG of the numerical over the anatomical standard deviation of each structure, with 95 % intervals.
 
-    Tables of `population.numerical_variability`: ours, and with their names those of other pipelines.
+    Tables of `variability.numerical_variability`: ours, and with their names those of other pipelines.
     """
     order = pair_sides(numerics["name"])[:MAX_ROWS]
     series = [("this ensemble", numerics, BLUE, "o")]

@@ -16,24 +16,30 @@ from tqdm import tqdm
 
 from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.covariance import COVARIANCE_TABLE, covariance_sidecar, numerical_covariance
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.features import Asymmetries, RelativeVolumes, derive_features
-from bids_varaug.brainage.gather import gather_cohort, read_features_table
-from bids_varaug.brainage.model import BrainAgeModel, fit_brain_age
+from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
+from bids_varaug.brainage.features import asymmetries, relative_volumes
+from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.models import BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.outputs import (
     PHENOTYPE_TABLE,
     applied_sidecar,
-    applied_tables,
-    best_augmentation,
-    phenotype_sidecar,
+    covariance_sidecar,
+    evaluated_sidecar,
+    evaluated_tables,
     phenotype_tables,
     remark_ages,
     with_bids_labels,
 )
-from bids_varaug.brainage.population import compare_pipelines, numerical_variability, read_regions
 from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
+from bids_varaug.brainage.variability import (
+    COVARIANCE_TABLE,
+    compare_pipelines,
+    numerical_covariance,
+    numerical_variability,
+    read_regions,
+)
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.logs import write_group_logs
@@ -42,7 +48,7 @@ from bids_varaug.derivatives.write import write_table
 from bids_varaug.errors import FiltersError, UserError
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.models.ensemble import sha256_of
-from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, load_page, study_page
+from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, evaluation_page, load_page
 from bids_varaug.settings import Settings
 
 MODEL = "models/brainage.skops"
@@ -68,7 +74,7 @@ def run_group(settings: Settings) -> Path | None:
     everybody, notes = _read(settings, model)
     volumes = _select(everybody, settings)
     how = _how_made(settings, model)
-    cohort = _derive(volumes, **how)
+    cohort = _derive(volumes, how)
     notes += [
         f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
         for name, value in how.items()
@@ -110,8 +116,7 @@ def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, list
         if (settings.bids_dir / "participants.tsv").exists():
             people = read_people(settings.bids_dir, **columns, require_age=False)
         cohort = read_features_table(settings.features_table, people, **columns, **asked)
-    notes: Any = cohort.source.get("notes", ())
-    return cohort, [*(people.notes if people else ()), *notes]
+    return cohort, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
 
 
 def _select(cohort: Cohort, settings: Settings) -> Cohort:
@@ -140,24 +145,21 @@ def _how_made(settings: Settings, model: BrainAgeModel | None) -> dict[str, Any]
     return how | {"relative_to": how["relative_to"] or ("none" if settings.features_table else "brain")}
 
 
-def _derive(cohort: Cohort, relative_to: str, asymmetries: bool, log_volumes: bool) -> Cohort:
+def _derive(cohort: Cohort, how: Mapping[str, Any]) -> Cohort:
     """Features that need nothing learnt; logarithms are only noted, the models take them."""
-    derived = cohort
-    if asymmetries:  # first, as they know no head size
-        derived = derive_features(derived, Asymmetries(derived.names))
-    if relative_to != "none":
-        derived = derive_features(derived, RelativeVolumes(derived.names, relative_to))
-    how = {"relative_to": relative_to, "asymmetries": asymmetries, "log_volumes": log_volumes}
-    return replace(derived, source=cohort.source | how | {"measured": list(cohort.names)})
+    derived = asymmetries(cohort) if how["asymmetries"] else cohort  # first, as they know no head size
+    if how["relative_to"] != "none":
+        derived = relative_volumes(derived, how["relative_to"])
+    return replace(derived, source={**cohort.source, **how, "measured": list(cohort.names)})
 
 
 def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list[str]) -> Path:
     predicted = apply_model(model, cohort)
-    tables = applied_tables(predicted)
+    tables = phenotype_tables(predicted)
     news = [*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])]
     _print_notes(news)
     notes = notes + news
-    _write_tables(settings, tables, applied_sidecar(model, notes=notes))
+    _write_tables(settings, tables, applied_sidecar(model, notes))
     file = Path(str(settings.apply_model))
     trained_on = ("table", "ensemble", "ensemble_version", "bids_varaug", "members")
     described = {
@@ -181,23 +183,23 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]
             bar.total = total
             bar.update(done - bar.n)
 
-        study = evaluate_brain_age(
+        evaluation = evaluate_brain_age(
             cohort, model=settings.brainage_model, augmentations=augmentations, cv_folds=settings.cv_folds,
             seed=settings.random_seed, log_volumes=settings.log_volumes, progress=progress,
         )  # fmt: skip
     numerics, compared = _numerics(settings, volumes)
-    best = best_augmentation(study)
+    best = best_augmentation(evaluation)
     model = fit_brain_age(
         cohort, settings.brainage_model, best, settings.random_seed, log_volumes=settings.log_volumes
     )
     path = settings.output_dir / MODEL
-    save_model(path, model, model_card(model, cohort, study))
-    predicted = phenotype_tables(study)
+    save_model(path, model, model_card(model, cohort, evaluation))
+    predicted = evaluated_tables(evaluation)
     news = remark_ages(predicted[PHENOTYPE_TABLE])
     _print_notes(news)
     notes = notes + news
-    _write_tables(settings, predicted, phenotype_sidecar(study, notes=notes))
-    tables = {"scores": study.scores, "gains": study.gains, "numerics": numerics}
+    _write_tables(settings, predicted, evaluated_sidecar(evaluation, notes))
+    tables = {"scores": evaluation.scores, "gains": evaluation.gains, "numerics": numerics}
     tables |= {f"against_{other.name}": other.comparison for other in compared}
     for name, table in tables.items():
         if table is not None:
@@ -207,33 +209,31 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]
         write_table(numerical_covariance(volumes), path)
         write_json(covariance_sidecar(volumes), path.with_suffix(".json"))
     citation = cite(
-        "group", package_versions(), settings=study.settings, features=_features_text(settings, cohort),
-        has_numerics=numerics is not None, has_reliability=not study.reliability.empty,
+        "group", package_versions(), settings=evaluation.settings, features=_features_text(settings, cohort),
+        has_numerics=numerics is not None, has_reliability=not evaluation.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip
     if not np.isfinite(cohort.age).all():
         notes = [*notes, "Some people have no age: they count for numerics, not for the model."]
-    run = _run_info(settings, cohort, notes, citation, study.settings)
-    return _write_page(settings, study_page(run, study, numerics, compared), save=True)
+    run = _run_info(settings, cohort, notes, citation, evaluation.settings)
+    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared), save=True)
 
 
 def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
     if cohort.members is None:
         return None, []
-    seed, known = settings.random_seed, {}
+    known: dict[str, dict[str, float]] = {}
     if settings.features_table is None:
         observations = cohort.people.set_index("observation")["participant_id"].to_dict()
         known = read_regions(settings.output_dir, observations)
-    numerics = numerical_variability(
-        cohort, seed, dice_min=known.get("dice_min", {}), unreliable=known.get("unreliable", {})
-    )
+    numerics = numerical_variability(cohort, **known)
     compared = []
     for name, path in settings.compare:
         if path.suffix == ".csv":
             other = read_minimum_dice_csv(path)
         else:
-            other = numerical_variability(read_repeated_runs(path), seed)
+            other = numerical_variability(read_repeated_runs(path))
         comparison = compare_pipelines(numerics, other)
         if comparison.empty:
             raise UserError(

@@ -97,12 +97,12 @@ axis.set(xlabel="age, years", ylabel="predicted age, years")
 # %%
 # Does the ensemble help?
 # -----------------------
-# A gain is a paired difference in MAE against the single baseline, positive where it helps. Believe
-# it only if its interval is above zero *and* it is larger than that of ``jitter``. That control
-# adds noise of the same size that knows nothing about the ensemble.
+# A gain is a paired difference in MAE, positive where it helps: averaging is ``mean`` over ``none``,
+# augmentation ``members`` over ``mean``. Believe in the structure of the members' noise only if
+# ``members`` is better than ``jitter``, noise of the same size that knows nothing about the ensemble.
 
-gains = pd.read_table(models / "brainage_gains.tsv", index_col="augmentation")
-gains[["gain", "low", "high", "p_value"]].round(2)
+gains = pd.read_table(models / "brainage_gains.tsv", index_col=["part", "augmentation", "against"])
+gains[["gain", "low", "high", "p_value", "effect"]].round(2)
 
 # %%
 # With 12 people every interval contains zero, so nothing can be said. This is the usual outcome in

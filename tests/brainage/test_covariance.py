@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.covariance import covariance_sidecar, numerical_covariance
-from bids_varaug.brainage.population import numerical_variability
+from bids_varaug.brainage.outputs import covariance_sidecar
+from bids_varaug.brainage.variability import numerical_covariance, numerical_variability
 from tests.brainage.cohorts import simulated_cohort
 
 
@@ -41,7 +41,7 @@ def test_relative_covariance_and_correlation_have_no_unit(cohort, table):
 
 
 def test_variance_is_that_of_the_table_of_numerics(cohort, table):
-    sd_num = numerical_variability(cohort, n_boot=1).set_index("name")["sd_num"]
+    sd_num = numerical_variability(cohort).set_index("name")["sd_num"]
     variance = table.loc["all"]["covariance"]["structure1", "structure1"]
     assert sd_num["structure1"] == pytest.approx(np.sqrt(variance))
 

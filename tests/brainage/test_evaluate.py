@@ -4,10 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.evaluate import evaluate_brain_age
-from bids_varaug.brainage.reliability import intraclass_correlation
-from bids_varaug.brainage.scoring import agreement_scores, bootstrap_interval, sign_flip_p_values
-from bids_varaug.brainage.study import AUGMENTATIONS, SCORE_COLUMNS
+from bids_varaug.brainage.augment import AUGMENTATIONS
+from bids_varaug.brainage.evaluate import (
+    SCORE_COLUMNS,
+    agreement_scores,
+    bootstrap_interval,
+    evaluate_brain_age,
+    intraclass_correlation,
+    sign_flip_p_values,
+)
 from bids_varaug.errors import ExitCode, UserError
 from tests.brainage.cohorts import simulated_cohort
 
@@ -22,7 +27,7 @@ def study():
 
 def test_every_augmentation_and_both_baselines_are_scored(study):
     assert tuple(study.scores.columns) == SCORE_COLUMNS
-    assert list(study.scores["augmentation"]) == [*AUGMENTATIONS, "mean_predictor", "ridge"]
+    assert list(study.scores["augmentation"]) == [*AUGMENTATIONS, "mean_predictor", "site_predictor", "ridge"]
     assert (study.scores["n"] == 80).all()
     mae = study.scores.set_index("augmentation")["mae"]
     assert (mae[list(AUGMENTATIONS)] < 0.8 * mae["mean_predictor"]).all()
@@ -38,16 +43,23 @@ def test_each_observation_is_predicted_once_per_augmentation(study):
 
 def test_gains_are_differences_of_the_scores(study):
     mae = study.scores.set_index("augmentation")["mae"]
-    gains = study.gains.set_index("augmentation")["gain"]
-    for name, gain in gains.items():
-        assert gain == pytest.approx(mae["none"] - mae[name])
-    assert "none" not in gains
+    assert list(study.gains["part"]) == ["averaging", "augmentation", "augmentation", "structure", "structure"]
+    for row in study.gains.itertuples():
+        assert row.gain == pytest.approx(mae[row.against] - mae[row.augmentation], abs=1e-6)
 
 
 def test_numerical_noise_in_the_baseline_is_averaged_away(study):
     # The noise of one member is as large as the person-to-person variation here.
-    gains = study.gains.set_index("augmentation")
-    assert gains.loc["mean", "low"] > 0 and gains.loc["mean", "p_value"] < 0.05
+    averaging = study.gains.set_index("part").loc["averaging"]
+    assert averaging["low"] > 0 and averaging["effect"] == "helps"
+
+
+def test_ages_that_differ_by_site_are_predicted_from_the_site():
+    cohort = simulated_cohort(n=60, n_members=0, sessions=2)
+    people = cohort.people.assign(site=pd.cut(cohort.people["age"], 4, labels=list("abcd")).astype(object))
+    study = evaluate_brain_age(replace(cohort, people=people), model="ridge", curve_sizes=None, **QUICK)
+    mae = study.scores.set_index("augmentation")["mae"]
+    assert mae["site_predictor"] < 0.4 * mae["mean_predictor"]
 
 
 def test_bias_is_corrected_and_coverage_near_what_is_promised(study):
@@ -86,15 +98,22 @@ def test_folds_never_see_the_age_they_predict():
     assert not score["r"] > 0.35 and score["r2"] < 0.1
 
 
+def test_augmentations_that_are_equal_by_construction_do_not_differ():
+    cohort = simulated_cohort(n=30)
+    study = evaluate_brain_age(cohort, model="ridge", augmentations=("members", "shuffled"), curve_sizes=None, **QUICK)
+    same = study.gains.set_index("part").loc["structure"]
+    assert (same["gain"], same["p_value"], same["effect"]) == (0.0, 1.0, "unclear")
+
+
 def test_analytic_is_compared_with_its_own_kind_of_model():
     cohort = simulated_cohort(n=40)
     options = {"augmentations": ("analytic",), "curve_sizes": None, **QUICK}
     svr = evaluate_brain_age(cohort, model="svr", **options)
     linear = evaluate_brain_age(cohort, model="bayesian_ridge", **options)
-    assert svr.gains["against"].tolist() == ["none, linear model"]
-    assert linear.gains["against"].tolist() == ["none"]
-    assert svr.gains["gain"].item() == pytest.approx(linear.gains["gain"].item())
-    assert "none, linear model" not in set(svr.scores["augmentation"])
+    svr_gains, linear_gains = (one.gains.set_index("part").loc["augmentation"] for one in (svr, linear))
+    assert svr_gains["against"] == "mean, linear model" and linear_gains["against"] == "mean"
+    assert svr_gains["gain"] == pytest.approx(linear_gains["gain"])
+    assert "mean, linear model" not in set(svr.scores["augmentation"])
 
 
 def test_fewer_than_ten_participants_have_no_scores():
@@ -118,10 +137,11 @@ def test_progress_ends_at_its_total():
 
 
 def test_scores_of_a_perfect_and_of_a_mean_prediction():
-    age, one = np.array([20.0, 40.0, 60.0]), np.ones(3)
-    perfect, mean = agreement_scores(age, age, one), agreement_scores(np.full(3, 40.0), age, one)
+    table = pd.DataFrame({"participant_id": list("abc"), "age": [20.0, 40.0, 60.0]})
+    table = table.assign(corrected=np.nan, lower=np.nan, upper=np.nan)
+    perfect, mean = (agreement_scores(table.assign(predicted=p)) for p in (table["age"], 40.0))
     assert (perfect["mae"], perfect["r2"], perfect["bias_slope"]) == (0, 1, 0)
-    assert (mean["r2"], mean["bias_slope"]) == (0, -1) and np.isnan(mean["r"])
+    assert (mean["r2"], mean["bias_slope"]) == pytest.approx((0, -1)) and np.isnan(mean["r"])
 
 
 def test_sign_flips_find_a_shift_and_not_its_absence():
@@ -144,8 +164,8 @@ def test_icc_is_that_of_shrout_and_fleiss():
         [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float
     )
     found = intraclass_correlation(table.ravel(), np.repeat(np.arange(6), 4))
-    assert found.icc == pytest.approx(0.715, abs=0.001)
-    assert found.low < 0.4 and found.high > 0.9
+    assert found["icc"] == pytest.approx(0.715, abs=0.001)
+    assert found["low"] < 0.4 and found["high"] > 0.9
 
 
 def test_correction_is_withheld_from_all_where_little_is_predicted():

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.assemble import CohortError
+from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.errors import UserError
 from bids_varaug.inputs.participants import People, read_people
@@ -215,7 +215,7 @@ def test_new_people_without_age_are_read_for_a_model(table):
     path = table(rows("1\t2\t5\t7", header="participant_id\tx\ty\tz"))
     cohort = read_features_table(path, features=["z", "x"], require_age=False)
     assert cohort.names == ("z", "x") and cohort.baseline.tolist() == [[7, 2]]
-    with pytest.raises(CohortError, match="2 of the 3 features.*missing: p, q"):
+    with pytest.raises(CohortError, match="2 of its 3 features.*missing: p, q"):
         read_features_table(path, features=["p", "x", "q"], require_age=False)
 
 

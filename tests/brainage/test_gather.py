@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.assemble import CohortError
+from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.gather import ENDING, gather_cohort
 from bids_varaug.brainage.provenance import MixedDerivativesError
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
@@ -24,14 +24,17 @@ def volume(person, member, structure):
     return 1000 * person + 10 * MEMBERS.index(member) + structure
 
 
+def stamp(sha="sha", members=None, name="aseg31"):
+    digests = {member: f"{sha}-{member}" for member in members or MEMBERS}
+    return {"Name": name, "Version": "0.1.0", "SHA256": digests}
+
+
 class Derivatives:
     """Output directory and dataset, written by hand; persons 1, 2, ... of age 20 + person."""
 
     def __init__(self, root):
         self.root = root
-        root.joinpath("logs").mkdir()
         self.describe()
-        self.log("aaa")
         for person in (1, 2, 3):
             self.add(person)
         self.people("participant_id\tage\n" + "".join(f"sub-{p}\t{20 + p}\n" for p in (1, 2, 3)))
@@ -45,13 +48,6 @@ class Derivatives:
             + "".join(rows)
             + "desc-brain\tx\tn/a\tn/a\tn/a\tn/a\n"
         )
-
-    def log(self, name, ensemble="aseg31", sha="sha", labels=(), members=MEMBERS, **settings):
-        lines = ["[settings]", 'level = "participant"', f"participant_labels = {list(labels)}"]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-        lines += ["[ensemble]", f'name = "{ensemble}"', 'version = "0.1.0"', "[ensemble.sha256]"]
-        lines += [f'"{m}" = "{sha}-{m}"' for m in members]
-        (self.root / "logs" / f"settings-{name}.toml").write_text("\n".join(lines))
 
     def people(self, text):
         (self.root / "participants.tsv").write_text(text)
@@ -72,7 +68,7 @@ class Derivatives:
         ]
         path = self.path(person, session, run)
         path.write_text("member\tfamily\tindex\tname\tvolume\n" + "".join(rows))
-        content = {"Members": list(members), **sidecar}
+        content = {"Members": list(members), "Ensemble": stamp(members=members), **sidecar}
         path.with_suffix(".json").write_text(json.dumps(content))
         return path
 
@@ -192,7 +188,7 @@ def test_one_member_alone_has_no_spread(derivatives):
         (lambda data: data[: data.index(b"rr01\trr\t53")], r"truncated.*of ieee 3, of rr01 1 rows"),
         (lambda data: data[:-6] + b"\n", "line 13 has 4 fields, not 5"),
         (lambda data: b"", "is empty"),
-        (lambda data: b"<html>\n", "has not the columns"),
+        (lambda data: b"<html>\n", "lacks the columns"),
         (lambda data: data.replace(b"\t2010", b"\tmuch"), "no number"),
         (lambda data: data.replace(b"\t2010", b"\tn/a"), "no number"),
         (lambda data: data.replace(b"\t2010", b"\t-1"), "negative"),
@@ -259,30 +255,24 @@ def test_structure_that_nobody_has_is_dropped_with_a_note(derivatives):
 
 
 def test_features_that_a_model_needs_must_be_there(derivatives):
-    with pytest.raises(CohortError, match="needs are missing: Brain-Stem"):
+    with pytest.raises(CohortError, match="needs 1 of its 2 features that are missing: Brain-Stem"):
         derivatives.gather(features=["Brain-Stem", "3rd-Ventricle"])
 
 
-def test_runs_of_different_ensembles_are_refused_and_listed(derivatives):
-    derivatives.log("bbb", ensemble="other", labels=["2"])
-    with pytest.raises(MixedDerivativesError, match=r"ensemble other: logs/settings-bbb.*sub-2"):
+def test_different_ensembles_are_refused_and_listed(derivatives):
+    derivatives.add(2, Ensemble=stamp(name="other"))
+    with pytest.raises(MixedDerivativesError, match=r"ensemble other: sub-2"):
         derivatives.gather()
 
 
 def test_other_weights_of_the_same_member_are_refused(derivatives):
-    derivatives.log("bbb", sha="other")
-    with pytest.raises(MixedDerivativesError, match="weights of ieee other-ieee"):
+    derivatives.add(2, Ensemble=stamp("other"))
+    with pytest.raises(MixedDerivativesError, match="weights of ieee other-ieee: sub-2"):
         derivatives.gather()
 
 
-def test_runs_of_other_members_of_the_same_ensemble_are_no_mixture(derivatives):
-    derivatives.log("bbb", members=("ieee", "mca01"), labels=["2"])
+def test_other_members_of_the_same_ensemble_are_no_mixture(derivatives):
     derivatives.describe(members=("ieee", "mca01"))
-    assert len(derivatives.gather()) == 3
-
-
-def test_log_that_only_wrote_reports_does_not_count(derivatives):
-    derivatives.log("bbb", ensemble="other", sha="other", reports_only=True)
     assert len(derivatives.gather()) == 3
 
 
@@ -306,7 +296,7 @@ def test_several_versions_of_the_tool_are_refused(derivatives):
 
 def test_unknown_members_are_refused(derivatives, monkeypatch):
     monkeypatch.setattr(f"{__name__}.MEMBERS", (*MEMBERS, "seed01"))
-    derivatives.add(2, members=("ieee", "seed01"))
+    derivatives.add(2, members=("ieee", "seed01"), Ensemble=None)
     with pytest.raises(MixedDerivativesError, match=r"sub-2 \(seed01\)"):
         derivatives.gather()
 
@@ -317,18 +307,10 @@ def test_other_structures_are_refused(derivatives):
         derivatives.gather()
 
 
-def test_ensemble_in_the_sidecars_decides_rather_than_the_logs(derivatives):
-    def stamp(sha):
-        digests = {m: f"{sha}-{m}" for m in MEMBERS}
-        return {"Name": "aseg31", "Version": "0.1.0", "SHA256": digests}
-
-    derivatives.log("bbb", ensemble="other", sha="other")  # of a run that was made again since
-    for person in (1, 2, 3):
-        derivatives.add(person, Ensemble=stamp("sha"))
-    assert derivatives.gather().source["ensemble"] == "aseg31"
-    derivatives.add(2, Ensemble=stamp("other"))
-    with pytest.raises(MixedDerivativesError, match="weights of ieee other-ieee: sub-2"):
-        derivatives.gather()
+def test_sidecars_that_do_not_name_the_ensemble_are_of_the_last_run(derivatives):
+    derivatives.add(2, Ensemble=None)
+    cohort = derivatives.gather()
+    assert len(cohort) == 3 and cohort.source["ensemble"] == "aseg31"
 
 
 def test_outputs_of_nobody_are_no_input(derivatives, tmp_path):

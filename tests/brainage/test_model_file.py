@@ -10,8 +10,8 @@ import skops.io
 from sklearn.linear_model import Ridge
 
 from bids_varaug.brainage import model_file
-from bids_varaug.brainage.model import fit_brain_age
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.models import VALUES, fit_brain_age
 from bids_varaug.errors import NoInputError, UserError
 from tests.brainage.cohorts import simulated_cohort
 from tests.reports.group_content import make_study
@@ -48,8 +48,7 @@ def model(cohort):
 def test_every_kind_of_model_predicts_the_same_after_reading(cohort, tmp_path, name, augmentation):
     model = fit_brain_age(cohort, name, augmentation)
     read = load_model(save_model(tmp_path / "models" / "brainage.skops", model, "# card\n"))
-    assert np.array_equal(read.predict(cohort), model.predict(cohort))
-    assert np.array_equal(read.predict_interval(cohort), model.predict_interval(cohort))
+    assert read.predict(cohort).equals(model.predict(cohort))
     assert (read.names, dict(read.source), read.unit) == (model.names, SOURCE, "mm3")
     assert (tmp_path / "models" / "brainage.md").read_text() == "# card\n"
 
@@ -58,8 +57,14 @@ def test_every_kind_of_model_predicts_the_same_after_reading(cohort, tmp_path, n
 def test_a_model_of_logarithms_takes_them_after_reading(cohort, tmp_path, name):
     model = fit_brain_age(cohort, name, "members", log_volumes=True)
     read = load_model(save_model(tmp_path / "brainage.skops", model, ""))
-    assert np.array_equal(read.predict(cohort), model.predict(cohort))
-    assert not np.allclose(read.predict(cohort), fit_brain_age(cohort, name).predict(cohort))
+    assert read.predict(cohort).equals(model.predict(cohort))
+    plain = fit_brain_age(cohort, name).predict(cohort)
+    assert not np.allclose(read.predict(cohort)["predicted"], plain["predicted"])
+
+
+def test_equal_models_are_equal_files(cohort, tmp_path):
+    files = [save_model(tmp_path / f"{i}.skops", fit_brain_age(cohort, "auto", "members"), "") for i in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_no_pickle_inside(model, tmp_path):
@@ -124,8 +129,8 @@ def test_a_failed_write_leaves_the_old_model(model, tmp_path, monkeypatch):
 
 def test_applied_to_other_people(cohort, model):
     table = apply_model(model, cohort.take(np.arange(5)))
-    assert list(table.columns) == list(model_file.COLUMNS)
-    assert np.allclose(table["predicted"], model.predict(cohort)[:5], rtol=1e-12)
+    assert list(table.columns) == ["participant_id", "session_id", "observation", "age", *VALUES]
+    assert np.allclose(table["predicted"], model.predict(cohort)["predicted"][:5], rtol=1e-12)
     assert (table["lower"] < table["upper"]).all() and (table["sd_num"] > 0).all()
     assert table.attrs["notes"] == []
 
@@ -138,7 +143,7 @@ def test_order_and_further_features_do_not_matter(cohort, model):
         members=np.concatenate([np.ones((len(cohort), 3, 1)), cohort.members[..., ::-1]], axis=2),
     )
     table = apply_model(model, other)
-    assert np.allclose(table["predicted"], model.predict(cohort))
+    assert np.allclose(table["predicted"], model.predict(cohort)["predicted"])
     assert table.attrs["notes"] == ["1 features that the model does not know are ignored: new."]
 
 

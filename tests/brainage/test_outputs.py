@@ -8,13 +8,14 @@ import pytest
 
 from bids_varaug.atomic import write_json
 from bids_varaug.brainage import outputs
+from bids_varaug.brainage.evaluate import best_augmentation
 from bids_varaug.derivatives import sidecars, write
 from bids_varaug.inputs.validation import find_validator, run_validator
 from tests.reports.group_content import make_study
 
 
 def main_table(study):
-    return outputs.phenotype_tables(study)[outputs.PHENOTYPE_TABLE]
+    return outputs.evaluated_tables(study)[outputs.PHENOTYPE_TABLE]
 
 
 def with_sessions(study, runs=2):
@@ -25,6 +26,7 @@ def with_sessions(study, runs=2):
     for session in (1, 2):
         for run in range(runs):
             table = study.predictions.assign(session_id=f"ses-{session}")
+            table["observation"] += f"_ses-{session}_run-{run}"
             table["predicted"] += session + 0.5 * run
             tables.append(table)
     return replace(study, predictions=pd.concat(tables, ignore_index=True))
@@ -43,7 +45,7 @@ def test_one_row_per_participant_of_the_best_augmentation():
 
 def test_sessions_have_tables_of_their_own_and_runs_are_averaged():
     study = make_study(n=30)
-    tables = outputs.phenotype_tables(with_sessions(study))
+    tables = outputs.evaluated_tables(with_sessions(study))
     assert list(tables) == [
         "phenotype/brainage.tsv",
         "phenotype/brainage_ses-1.tsv",
@@ -69,20 +71,21 @@ def test_impossible_ages_and_a_withheld_correction_are_remarked():
 
 
 def test_best_is_none_unless_a_gain_is_sure_and_no_control():
-    assert outputs.best_augmentation(make_study(20)) == "members"
-    assert outputs.best_augmentation(make_study(20, half=1.0)) == "none"
-    assert outputs.best_augmentation(make_study(20, {"jitter": 3.0})) == "none"
-    assert outputs.best_augmentation(make_study(20, {})) == "none"
+    assert best_augmentation(make_study(20)) == "members"
+    assert best_augmentation(make_study(20, half=1.0)) == "none"
+    assert best_augmentation(make_study(20, {"mean": 0.5, "members": 0.4, "jitter": 0.1})) == "mean"
+    assert best_augmentation(make_study(20, {"jitter": 3.0})) == "none"
+    assert best_augmentation(make_study(20, {})) == "none"
 
 
 def test_unknown_augmentation_is_refused():
     with pytest.raises(ValueError, match="'bagging'"):
-        outputs.phenotype_tables(make_study(20), "bagging")
+        outputs.evaluated_tables(make_study(20), "bagging")
 
 
 def test_every_column_is_described_with_its_unit():
     study = with_sessions(make_study(20))
-    sidecar = outputs.phenotype_sidecar(study)
+    sidecar = outputs.evaluated_sidecar(study)
     columns = set(main_table(study).columns) - {"participant_id"}
     assert columns == set(sidecar) - {"MeasurementToolMetadata"}
     assert all(sidecar[c]["Description"] for c in columns)
@@ -97,9 +100,9 @@ def test_the_validator_accepts_it_and_would_see_a_fault(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
     sidecars.write_dataset_files(raw, out, [], [])
-    for name, table in outputs.phenotype_tables(study).items():
+    for name, table in outputs.evaluated_tables(study).items():
         write.write_table(table, out / name)
-        write_json(outputs.phenotype_sidecar(study), (out / name).with_suffix(".json"))
+        write_json(outputs.evaluated_sidecar(study), (out / name).with_suffix(".json"))
     for participant in study.predictions["participant_id"].unique():
         (out / participant / "anat").mkdir(parents=True)
         write.write_table(

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.folds import grouped_folds
-from bids_varaug.brainage.gather import read_features_table
-from bids_varaug.brainage.model import fit_estimator, predict_ages
+from bids_varaug.brainage.cohort import grouped_folds
+from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.models import fit_estimator, predict_ages
 
 
 def test_auto_is_well_ahead_of_ridge_on_cortical_thickness(shared_data):

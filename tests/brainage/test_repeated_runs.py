@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from bids_varaug.brainage.population import compare_pipelines, numerical_variability
 from bids_varaug.brainage.repeated_runs import (
     read_aseg_stats,
     read_minimum_dice_csv,
     read_repeated_runs,
 )
+from bids_varaug.brainage.variability import compare_pipelines, numerical_variability
 from bids_varaug.errors import NoInputError, UserError
 
 STATS = """\
@@ -122,7 +122,7 @@ def test_stats_end_in_a_comparison(tmp_path):
     for p in range(5):
         for r in range(3):
             write_stats(tmp_path / f"sub-{p}" / f"run-{r}", 100 * p + rng.normal())
-    table = numerical_variability(read_repeated_runs(tmp_path), n_boot=50)
+    table = numerical_variability(read_repeated_runs(tmp_path))
     assert (table["ratio"] < 0.1).all()
     assert compare_pipelines(table, table)["n"].tolist() == [3, 3]
 

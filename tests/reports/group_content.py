@@ -8,9 +8,9 @@ from html import unescape
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.study import BASELINES, Study, judge_gains
+from bids_varaug.brainage.evaluate import BASELINES, CONTRASTS, Evaluation, judge_gains
 from bids_varaug.derivatives.citation import cite
-from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, study_page
+from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, evaluation_page
 
 GAINS = {"mean": 0.05, "members": 0.31, "analytic": 0.28, "jitter": 0.02, "shuffled": 0.27}
 STRUCTURES = [
@@ -24,7 +24,7 @@ STRUCTURES = [
 ] + ["Brain-Stem", "3rd-Ventricle"]  # fmt: skip
 
 
-def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float = 0.2) -> Study:
+def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float = 0.2) -> Evaluation:
     """Predictions with an error of about 5 years; each gain is known to plus or minus `half`."""
     gains = GAINS if gains is None else gains
     rng = np.random.default_rng(7)
@@ -51,7 +51,7 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
         )
     scores = []
     for name in [*augmentations, *BASELINES]:
-        mae = {"mean_predictor": 16.4, "ridge": 5.6}.get(name, 5.0 - gains.get(name, 0.0))
+        mae = {"mean_predictor": 16.4, "site_predictor": 9.1, "ridge": 5.6}.get(name, 5.0 - gains.get(name, 0.0))
         here = name in augmentations
         scores.append(
             {"augmentation": name, "n": n, "mae": mae, "mae_low": mae - 0.4, "mae_high": mae + 0.4,
@@ -76,14 +76,10 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
          "icc": [0.93, 0.97], "low": [0.9, 0.95], "high": [0.95, 0.98],
          "n_participants": [40, 40], "n_observations": [2, 2]}
     )  # fmt: skip
-    return Study(
+    return Evaluation(
         predictions=pd.concat(tables, ignore_index=True),
         scores=pd.DataFrame(scores),
-        gains=judge_gains(pd.DataFrame(
-            [{"augmentation": a, "gain": g, "low": g - half, "high": g + half, "p_value": 0.004}
-             for a, g in gains.items()],
-            columns=["augmentation", "gain", "low", "high", "p_value"],
-        )),
+        gains=make_gains(gains, half),
         learning_curve=pd.DataFrame(curve),
         sites=sites,
         reliability=reliability,
@@ -92,6 +88,18 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
         settings={"model": "auto", "augmentations": augmentations, "cv_folds": 5, "repeats": 2,
                   "seed": 0, "coverage": 0.9, "n_participants": n, "n_observations": n},
     )  # fmt: skip
+
+
+def make_gains(gains: dict[str, float], half: float, p_value: float = 0.004) -> pd.DataFrame:
+    """Contrasts of augmentations whose gains over none are given."""
+    gains = {"none": 0.0, **gains}
+    rows = [
+        {"part": part, "augmentation": name, "against": against, "gain": gains[name] - gains[against]}
+        for (name, against), part in CONTRASTS.items()
+        if name in gains and against in gains
+    ]
+    table = pd.DataFrame(rows, columns=["part", "augmentation", "against", "gain"]).astype({"gain": float})
+    return judge_gains(table.assign(low=table["gain"] - half, high=table["gain"] + half, p_value=p_value))
 
 
 def make_numerics(factor: float = 1.0, seed: int = 1) -> pd.DataFrame:
@@ -107,9 +115,9 @@ def make_numerics(factor: float = 1.0, seed: int = 1) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def make_page(study: Study | None = None, *, numerics="made up", compared="made up", **run) -> Page:
+def make_page(study: Evaluation | None = None, *, numerics="made up", compared="made up", **run) -> Page:
     """A page with everything that it can show."""
-    from bids_varaug.brainage.population import compare_pipelines
+    from bids_varaug.brainage.variability import compare_pipelines
 
     study = study or make_study()
     ours, other = make_numerics(), make_numerics(1.6, seed=2)
@@ -131,7 +139,7 @@ def make_page(study: Study | None = None, *, numerics="made up", compared="made 
         numerics = ours
     if isinstance(compared, str):
         compared = [ComparedPipeline("FreeSurfer", other, compare_pipelines(ours, other))]
-    return study_page(RunInfo(**(parts | run)), study, numerics, compared)
+    return evaluation_page(RunInfo(**(parts | run)), study, numerics, compared)
 
 
 def answer(page: Page) -> tuple[str, list[str]]:

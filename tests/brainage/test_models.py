@@ -1,16 +1,23 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from bids_varaug.brainage.conformal import cross_conformal_limits
-from bids_varaug.brainage.correction import fit_correction
-from bids_varaug.brainage.estimators import Choice
-from bids_varaug.brainage.folds import grouped_folds, known_sites
-from bids_varaug.brainage.model import fit_brain_age
-from bids_varaug.brainage.tune import _robust_if_as_good, tune
+from bids_varaug.brainage.calibration import cross_conformal_interval, fit_correction
+from bids_varaug.brainage.cohort import Cohort, grouped_folds
+from bids_varaug.brainage.models import Choice, fit_brain_age, fit_weighted, from_scale, predict_members, to_scale
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
+
+SVR, GPR = {"C": 4.0}, {"alpha": 0.1}
+CHOICES = [
+    Choice("ridge", True, {"alpha": 1.0}),
+    Choice("bayesian_ridge", True),
+    Choice("svr", False, SVR),
+    Choice("gpr", True, GPR),
+    Choice("average", True, {"bayesian_ridge": {}, "svr": SVR, "gpr": GPR}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +25,44 @@ def cohort():
     return simulated_cohort(n=60)
 
 
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.model)
+def test_every_model_learns_age(choice):
+    cohort = simulated_cohort(n=120)
+    x, age = cohort.baseline, cohort.age
+    error = np.abs(fit_weighted(choice, x[:80], age[:80], np.ones(80)).predict(x[80:]) - age[80:]).mean()
+    assert error < 0.7 * np.abs(age[80:] - age[:80].mean()).mean()
+
+
+@pytest.mark.parametrize("choice", CHOICES[1:4], ids=lambda choice: choice.model)
+def test_weight_two_is_two_rows(choice):
+    cohort = simulated_cohort(n=30)
+    x, age, twice = cohort.baseline, cohort.age, np.repeat(np.arange(30), 2)
+    weighted = fit_weighted(choice, x, age, np.full(30, 2.0)).predict(x)
+    copied = fit_weighted(choice, x[twice], age[twice], np.ones(60)).predict(x)
+    np.testing.assert_allclose(weighted, copied, atol=0.1)
+
+
+def test_ages_of_all_lives_come_back_from_the_log_scale():
+    age = np.array([0.0, 0.5, 6.0, 86.0, 119.0])
+    np.testing.assert_allclose(from_scale(to_scale(age, True), True), age, atol=1e-12)
+    assert from_scale(np.array([1e4, -1e4]), True) == pytest.approx([120, 0])
+
+
 @pytest.mark.parametrize("augmentation", ["none", "mean", "members", "analytic", "jitter"])
 def test_same_seed_same_bits(cohort, augmentation):
     first, again = (fit_brain_age(cohort, "ridge", augmentation, seed=3) for _ in range(2))
-    np.testing.assert_array_equal(first.predict(cohort), again.predict(cohort))
-    np.testing.assert_array_equal(first.predict_interval(cohort), again.predict_interval(cohort))
+    pd.testing.assert_frame_equal(first.predict(cohort), again.predict(cohort), check_exact=True)
 
 
 def test_analytic_and_members_choose_and_predict_the_same(cohort):
     members, analytic = (fit_brain_age(cohort, "ridge", name) for name in ("members", "analytic"))
     assert members.chosen["hyperparameters"] == analytic.chosen["hyperparameters"]
-    np.testing.assert_allclose(members.predict(cohort), analytic.predict(cohort), atol=1e-5)
+    np.testing.assert_allclose(members.predict(cohort)["predicted"], analytic.predict(cohort)["predicted"], atol=1e-5)
 
 
 def test_shuffled_equals_members_for_a_linear_model(cohort):
     members, shuffled = (fit_brain_age(cohort, "ridge", name) for name in ("members", "shuffled"))
-    np.testing.assert_allclose(members.predict(cohort), shuffled.predict(cohort), atol=1e-5)
+    np.testing.assert_allclose(members.predict(cohort)["predicted"], shuffled.predict(cohort)["predicted"], atol=1e-5)
 
 
 @pytest.mark.parametrize("augmentation", ["none", "members", "analytic"])
@@ -42,9 +71,7 @@ def test_logarithms_are_taken_of_every_member_and_undone_by_nobody(augmentation)
     logged = replace(cohort, baseline=np.log(cohort.baseline), members=np.log(cohort.members))
     wanted = fit_brain_age(logged, "ridge", augmentation)
     fitted = fit_brain_age(cohort, "ridge", augmentation, log_volumes=True)
-    np.testing.assert_allclose(fitted.predict(cohort), wanted.predict(logged))
-    np.testing.assert_allclose(fitted.predict_interval(cohort), wanted.predict_interval(logged))
-    np.testing.assert_allclose(fitted.predict_members(cohort), wanted.predict_members(logged))
+    pd.testing.assert_frame_equal(fitted.predict(cohort), wanted.predict(logged))
 
 
 def test_with_logarithms_the_mean_is_that_of_volumes():
@@ -52,7 +79,7 @@ def test_with_logarithms_the_mean_is_that_of_volumes():
     averaged = replace(cohort, baseline=cohort.members.mean(axis=1))
     fitted = fit_brain_age(cohort, "ridge", "mean", log_volumes=True)
     wanted = fit_brain_age(averaged, "ridge", "none", log_volumes=True)
-    np.testing.assert_allclose(fitted.predict(cohort), wanted.predict(averaged))
+    np.testing.assert_allclose(fitted.predict(cohort)["predicted"], wanted.predict(averaged)["predicted"])
 
 
 def test_analytic_replaces_kernel_models_and_says_so(cohort):
@@ -62,9 +89,9 @@ def test_analytic_replaces_kernel_models_and_says_so(cohort):
 @pytest.mark.parametrize("model", ["svr", "gpr", "auto"])
 def test_kernel_models_take_members(cohort, model):
     fitted = fit_brain_age(cohort, model, "members")
-    predictions = fitted.predict_members(cohort)
+    predictions = predict_members(fitted.estimator, cohort.members)
     assert predictions.shape == (60, 5)
-    np.testing.assert_allclose(fitted.predict(cohort), predictions.mean(axis=1))
+    np.testing.assert_allclose(fitted.predict(cohort)["predicted"], predictions.mean(axis=1))
 
 
 def test_features_may_come_in_another_order_but_not_be_missing(cohort):
@@ -73,7 +100,7 @@ def test_features_may_come_in_another_order_but_not_be_missing(cohort):
     turned = type(cohort)(
         cohort.people, tuple(cohort.names[i] for i in order), cohort.baseline[:, order]
     )
-    np.testing.assert_allclose(fitted.predict(turned), fitted.predict(cohort))
+    np.testing.assert_allclose(fitted.predict(turned)["predicted"], fitted.predict(cohort)["predicted"])
     fewer = type(cohort)(cohort.people, cohort.names[:5], cohort.baseline[:, :5])
     with pytest.raises(UserError, match="structure5"):
         fitted.predict(fewer)
@@ -96,7 +123,7 @@ def test_intervals_keep_their_coverage():
     rng = np.random.default_rng(0)
     fold = grouped_folds(np.arange(400), 5, 0)
     errors = np.abs(rng.standard_t(3, 400))
-    limits = cross_conformal_limits(np.zeros((5, 1)), errors, fold, np.ones(400), 0.9)
+    limits = cross_conformal_interval(np.zeros((5, 1)), errors, fold, np.ones(400), 0.9)
     inside = np.mean(np.abs(rng.standard_t(3, 20000)) <= limits[0, 1])
     # 400 residuals: the coverage is Beta(361, 40), standard deviation 0.015.
     assert 0.85 < inside < 0.95
@@ -106,7 +133,7 @@ def test_interval_limits_are_those_of_the_definition():
     rng = np.random.default_rng(1)
     fold, errors = np.arange(30) % 3, rng.exponential(size=30)
     predictions = rng.normal(size=(3, 4))
-    found = cross_conformal_limits(predictions, errors, fold, np.ones(30), 0.8)
+    found = cross_conformal_interval(predictions, errors, fold, np.ones(30), 0.8)
     rank = int(np.ceil(0.8 * 31))
     upper = np.sort(predictions[fold] + errors[:, None], axis=0)[rank - 1]
     lower = np.sort(predictions[fold] - errors[:, None], axis=0)[30 - rank]
@@ -114,7 +141,7 @@ def test_interval_limits_are_those_of_the_definition():
 
 
 def test_no_interval_with_too_few_participants():
-    limits = cross_conformal_limits(np.zeros((2, 1)), np.ones(8), np.arange(8) % 2, np.ones(8), 0.9)
+    limits = cross_conformal_interval(np.zeros((2, 1)), np.ones(8), np.arange(8) % 2, np.ones(8), 0.9)
     assert np.isnan(limits).all()
 
 
@@ -151,31 +178,29 @@ def test_folds_keep_participants_and_their_sites_together():
     groups = np.repeat(np.arange(20), 2)
     folds = grouped_folds(groups, 5, seed=1)
     assert (folds[::2] == folds[1::2]).all() and np.bincount(folds).tolist() == [8] * 5
-    named = np.array(["a", "b", "c", "a", "b", "c"], dtype=object)
-    assert known_sites(np.arange(6), named).tolist() == [0, 1, 2, 0, 1, 2]
-    assert known_sites(np.array([0, 0, 1, 2, 3, 4]), named)[:2].tolist() == [0, 0]
-    named[2] = None
-    assert known_sites(np.arange(6), named) is None
+
+
+def test_sites_are_those_of_participants_and_all_known():
+    def sites(participants, named):
+        people = pd.DataFrame({"participant_id": list(participants), "site": named}, dtype=object)
+        return Cohort(people, (), np.zeros((len(people), 0))).sites
+
+    assert sites("abcdef", list("xyzxyz")).tolist() == list("xyzxyz")
+    assert sites("aabcde", list("xyzxyz")).tolist() == list("xxzxyz")
+    assert sites("abcdef", ["x", "y", None, "x", "y", "z"]) is None
+    assert sites("abcd", list("xyxy")) is None
 
 
 def test_kernel_models_refuse_more_rows_than_they_can_take():
-    x = np.zeros((6000, 1))
-    with pytest.raises(UserError, match="6000 observations"):
-        tune("svr", x, np.ones(6000), np.ones(6000), np.zeros(6000, int))
+    cohort = simulated_cohort(n=5001, n_members=0, n_features=1)
+    with pytest.raises(UserError, match="5001 observations"):
+        fit_brain_age(cohort, "svr")
 
 
-@pytest.mark.parametrize(("clear", "expected"), [(False, "average"), (True, "svr")])
-def test_auto_prefers_the_robust_average_unless_sites_agree_against_it(clear, expected):
-    age, sites, one = np.full(40, 30.0), np.repeat(np.arange(8), 5), np.ones(40)
-    # The average is worse by one year at every site, or by 3 at half of them and better at others.
-    excess = np.ones(40) if clear else np.where(sites % 2, 3.0, -2.0)
-    parts = {"bayesian_ridge": {}, "svr": {}, "gpr": {}}
-    entries = [
-        (5.0 + excess.mean(), Choice("average", False, parts), age + 5 + excess),
-        (5.0, Choice("svr", False, {"C": 1.0}), age + 5),
-    ]
-    best = _robust_if_as_good(entries[1], entries, age, one, sites)
-    assert best[1].model == expected
+@pytest.mark.parametrize(("n_sites", "parts"), [(0, ["svr", "gpr"]), (6, ["bayesian_ridge", "svr", "gpr"])])
+def test_auto_averages_kernel_models_and_over_sites_a_linear_one_too(n_sites, parts):
+    chosen = fit_brain_age(simulated_cohort(n=40, n_members=0, n_sites=n_sites)).chosen
+    assert chosen["model"] == "average" and list(chosen["hyperparameters"]) == parts
 
 
 def test_auto_fits_where_there_are_sites():

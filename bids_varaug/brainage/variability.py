@@ -1,0 +1,303 @@
+"""Numerical against anatomical variability of a group, and other pipelines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, t, wilcoxon
+
+from bids_varaug.brainage.augment import summed_covariances
+from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.errors import UserError
+
+COVARIANCE_TABLE = "models/brainage_covariance.tsv"
+EFFECT_SIZE = 0.1  # Cohen's d; half of what Cohen calls a small effect
+CONFIDENCE = 0.95
+COMPARED = ("ratio", "cv", "dice_min")
+TINY = 1e-9  # a standard deviation below this share of the mean is rounding
+
+
+def numerical_variability(
+    cohort: Cohort,
+    *,
+    dice_min: Mapping[str, float] = MappingProxyType({}),
+    unreliable: Mapping[str, float] = MappingProxyType({}),
+) -> pd.DataFrame:
+    """How much of each feature's spread over a group is numerical.
+
+    With x the value of member m (of M) in observation i of participant p, who has o_p of them::
+
+        sd_num  = sqrt(mean over observations of var_m(x_pim))               (M - 1)
+        sd_anat = sqrt(var_p(mean_im x_pim) - mean_p(var_num,p / (M o_p)))   (P - 1)
+        ratio   = sd_num / sd_anat
+        npv     = sd_num / sqrt(mean_m var_p(mean_i x_pim))
+
+    The part taken off in sd_anat is what numerical noise leaves in the mean of M members; without it the ratio could
+    never exceed sqrt(M). `npv` is the numerical-to-population variability ratio of Chatelain et al. (2026, Scientific
+    Reports, doi:10.1038/s41598-026-64679-2), whose denominator holds the numerical part in full: about ``ratio / sqrt(1
+    + ratio^2)``. sd_anat is all that differs between participants: anatomy, age, and the noise of the scanner.
+
+    The confidence interval of the ratio leaves out participant after participant, with all their observations and
+    members, of ``log(sd_num / sd of the participants' means)`` (jackknife, t distribution); ``u = (sd_num /
+    sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in
+    93-96 % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. Chatelain et al. take an F
+    distribution that counts the runs of a participant as M participants, and is several times too narrow. Members are
+    taken as given, not drawn.
+
+    Parameters
+    ----------
+    cohort : with members. Members absent in an observation are NaN; observations with fewer than two members of a
+        feature do not count
+    dice_min, unreliable : by feature, see `read_regions`
+
+    Returns
+    -------
+    one row per feature, in the cohort's order
+        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval), npv, cv
+        (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants,
+        n_members (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer
+        than two participants or in a feature that is constant
+    """
+    if cohort.members is None:
+        raise ValueError("numerical variability needs members; this cohort has one value per row")
+    present = np.isfinite(cohort.members)
+    n_members = present.sum(axis=1)
+    groups = cohort.groups
+    with np.errstate(invalid="ignore", divide="ignore"):
+        center = np.where(present, cohort.members, 0.0).sum(axis=1) / n_members
+        squares = np.where(present, (cohort.members - center[:, None]) ** 2, 0.0).sum(axis=1)
+        variance = np.where(n_members >= 2, squares / (n_members - 1), np.nan)
+        sums = {
+            name: pd.DataFrame(values).groupby(groups).sum().to_numpy()
+            for name, values in {
+                "observations": np.isfinite(variance),
+                "variance": variance,
+                "mean": np.where(n_members >= 2, center, np.nan),
+                "of_mean": variance / n_members,
+            }.items()
+        }
+        observations, variance = sums["observations"].astype(float), sums["variance"]
+        known = observations > 0
+        mean = sums["mean"] / np.where(known, observations, np.nan)
+        of_mean = np.nanmean(sums["of_mean"] / np.where(known, observations, np.nan) ** 2, axis=0)
+        n = known.sum(axis=0)
+        sd_num = np.sqrt(variance.sum(axis=0) / observations.sum(axis=0))
+        between = np.where(n > 1, np.nanvar(mean, axis=0) * n / (n - 1), np.nan)
+        sd_anat = np.sqrt(np.maximum(between - of_mean, 0.0))
+        constant = np.sqrt(sd_num**2 + between) <= TINY * np.abs(np.nanmean(mean, axis=0))
+        ratio = np.where(constant | (n < 2), np.nan, sd_num / sd_anat)
+        reach = _jackknife_reach(variance, observations, mean)
+        low, high = (_ratio(sd_num**2 / between * np.exp(2 * d), of_mean / sd_num**2) for d in (-reach, reach))
+        single_run = np.sqrt(_single_run_variance(cohort))
+        columns = {
+            "name": cohort.names, "mean": np.nanmean(mean, axis=0), "sd_num": sd_num, "sd_anat": sd_anat,
+            "ratio": ratio, "low": np.where(np.isnan(ratio), np.nan, low),
+            "high": np.where(np.isnan(ratio), np.nan, high),
+            "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
+        }  # fmt: skip
+    table = pd.DataFrame(columns)
+    return table.assign(
+        cv=table["sd_num"] / table["mean"].where(table["mean"] > 0),
+        dice_min=[float(dice_min.get(name, np.nan)) for name in cohort.names],
+        unreliable=[float(unreliable.get(name, np.nan)) for name in cohort.names],
+        n_needed=participants_needed(ratio),
+        n_participants=n,
+        n_members=n_members.max(axis=0, initial=0),
+    )
+
+
+def _jackknife_reach(variance: np.ndarray, observations: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Half the width of the interval of ``log(sd_num / sd of the participants' means)``, (F,), from (P, F) each."""
+    known = observations > 0
+    n = known.sum(axis=0)
+    centred = np.square(mean - np.nanmean(mean, axis=0))
+    left_variance = (variance.sum(axis=0) - variance) / (observations.sum(axis=0) - observations)
+    left_between = (np.nansum(centred, axis=0) - centred * n / (n - 1)) / (n - 2)
+    left = np.where(known, np.log(left_variance / left_between) / 2, np.nan)
+    error = np.sqrt((n - 1) / n * np.nansum(np.square(left - np.nanmean(left, axis=0)), axis=0))
+    return np.where((n > 2) & np.isfinite(left).any(axis=0), t.ppf((1 + CONFIDENCE) / 2, n - 1) * error, np.nan)
+
+
+def _ratio(u: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return np.where(k * u < 1, np.sqrt(u / np.maximum(1 - k * u, 0.0)), np.where(np.isnan(u), np.nan, np.inf))
+
+
+def _single_run_variance(cohort: Cohort) -> np.ndarray:
+    """Variance over participants of what one member gives, pooled over members, (F,)."""
+    assert cohort.members is not None
+    flat = pd.DataFrame(cohort.members.reshape(len(cohort), -1))
+    variance = flat.groupby(cohort.groups).mean().var(ddof=1).to_numpy()
+    return np.nanmean(variance.reshape(cohort.members.shape[1:]), axis=0)
+
+
+def participants_needed(
+    ratio: np.ndarray | float, effect_size: float = EFFECT_SIZE, *, confidence: float = CONFIDENCE
+) -> np.ndarray:
+    """Participants that keep the numerical error of a group difference below an effect size.
+
+    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single
+    runs. Numerical noise, independent between people, moves a small d; by the delta method, as Chatelain et al. (2026)
+    derive it, with r = sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for
+    which ``z sd(d) <= effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share
+    (a bias of the pipeline) is not in it.
+
+    Parameters
+    ----------
+    ratio : any shape, sd_num / sd_anat of one member; infinity is allowed
+    effect_size : largest tolerated numerical error of Cohen's d
+    confidence : probability with which it holds
+
+    Returns
+    -------
+    float64, shape of `ratio`; at least 4, NaN where the ratio is NaN
+
+    Examples
+    --------
+    >>> participants_needed([0.1, 0.5]).tolist()
+    [16.0, 308.0]
+    """
+    if not effect_size > 0 or not 0 < confidence < 1:
+        raise ValueError(f"effect size {effect_size} or confidence {confidence} is out of range")
+    squared = np.square(np.asarray(ratio, np.float64))
+    with np.errstate(invalid="ignore"):
+        # Of two equal infinities the limit is 1: all of the spread is numerical.
+        share = np.where(np.isinf(squared), 1.0, squared / (1 + squared))
+    n = 4 * np.square(norm.ppf((1 + confidence) / 2) / effect_size) * share
+    return np.maximum(2 * np.ceil(n / 2 - 1e-9), 4.0)
+
+
+def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
+    """Covariance of the features over members, pooled over observations, for each family.
+
+    With x the value of member m (of M of a family) in observation i (of R), and y that of another feature::
+
+        covariance          = 1/R sum_i sum_m (x_im - x_i)(y_im - y_i) / (M - 1)
+        relative_covariance = the same of x_im / x_i and y_im / y_i
+
+    Parameters
+    ----------
+    cohort : with members, none missing; families are those of ``source["families"]`` with two members or more
+
+    Returns
+    -------
+    one row per family and pair of features, each pair once, a feature with itself among them
+        family ("all", then "mca", ...), name, other, covariance, relative_covariance (NaN where one is absent in
+        somebody), correlation (of the covariance; NaN where one does not vary), n_members, n_observations
+    """
+    if cohort.members is None:
+        raise ValueError("numerical covariance needs members; this cohort has one value per row")
+    first, second = np.triu_indices(len(cohort.names))
+    names = np.array(cohort.names, dtype=object)
+    tables = []
+    for family, ids in ({"all": list(cohort.member_ids)} | dict(cohort.source.get("families", {}))).items():
+        if len(ids) < 2:
+            continue
+        members = cohort.members[:, [cohort.member_ids.index(member) for member in ids]]
+        pooled = np.full(len(members), len(ids) / (len(ids) - 1) / len(members))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = summed_covariances(members / members.mean(axis=1, keepdims=True), pooled)
+            covariance = summed_covariances(members, pooled)
+            sd = np.sqrt(np.diag(covariance))
+            correlation = covariance / np.outer(sd, sd)
+        columns = {"covariance": covariance, "relative_covariance": relative, "correlation": correlation}
+        table = pd.DataFrame({"family": family, "name": names[first], "other": names[second]})
+        table = table.assign(**{name: matrix[first, second] for name, matrix in columns.items()})
+        tables.append(table.assign(n_members=len(ids), n_observations=len(members)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
+    """Minimum Dice and verdicts of each structure, from the participant level's tables.
+
+    Minimum Dice falls as members are added: compare only ensembles of the same size.
+
+    Parameters
+    ----------
+    output_dir : of the derivatives
+    observations : entities of the images that count (``sub-01_ses-1``) to their participant; default all
+
+    Returns
+    -------
+    measure -> structure -> value
+        dice_min: mean over participants (of the mean over their images); unreliable: share of the images whose volume
+        has this verdict, absent in tables of older versions
+    """
+    ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
+    tables = []
+    for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
+        prefix = path.name.removesuffix(ending)
+        if observations is not None and prefix not in observations:
+            continue
+        participant = observations[prefix] if observations else prefix.split("_")[0]
+        try:
+            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=lambda c: c in wanted)
+            if not {"name", "dice_min"} <= set(table):
+                raise ValueError(f"it has {', '.join(table)}")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read as a table with columns name and dice_min ({error}). "
+                "Run the participant level again for this image."
+            ) from error
+        tables.append(table.assign(participant=participant))
+    if not tables:
+        return {}
+    table = pd.concat(tables)
+    per_person = table.groupby(["name", "participant"], sort=False)["dice_min"].mean()
+    found = {"dice_min": per_person.groupby("name", sort=False).mean().dropna().to_dict()}
+    if "verdict" in table:
+        judged = table.dropna(subset="verdict")
+        found["unreliable"] = judged["verdict"].eq("unreliable").groupby(judged["name"], sort=False).mean().to_dict()
+    return found
+
+
+def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Paired comparison of two pipelines over the structures that both have.
+
+    Wilcoxon signed-rank test on ``log(ours / other)``, and the Hodges-Lehmann estimate (1963, Annals of Mathematical
+    Statistics 34(2), 598-611) of that log ratio (median of the means of all pairs) with the confidence interval that
+    belongs to the test. Structures are the units, as in the papers' tables of FreeSurfer against FastSurfer; left and
+    right of one brain are not independent, so the test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so
+    that more is worse in every row.
+
+    Returns a row per measure that both know in two structures or more: measure (``ratio``: sd_num / sd_anat, ``cv``:
+    sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours
+    varies less), low, high (95 % confidence interval; NaN with fewer than six structures, which have none), p_value. A
+    UserError says that tables of `numerical_variability` share fewer than two structures.
+    """
+    paired = ours.merge(other, on="name", suffixes=("_ours", "_other"))
+    if len(paired) < 2:
+        raise UserError(
+            f"The two pipelines share {len(paired)} structures, of {', '.join(ours['name'].head(3))} ... and "
+            f"{', '.join(other['name'].head(3))} ... Names must be those of FreeSurfer's aseg; rename the columns of "
+            "the other table."
+        )
+    columns = ["measure", "n", "median_ours", "median_other", "ratio", "low", "high", "p_value"]
+    rows = []
+    for measure in COMPARED:
+        a, b = (paired[f"{measure}_{side}"].to_numpy(np.float64) for side in ("ours", "other"))
+        if measure == "dice_min":
+            measure, a, b = "1 - dice_min", 1 - a, 1 - b
+        known = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
+        if known.sum() < 2:
+            continue
+        difference = np.log(a[known] / b[known])
+        low, middle, high = np.exp(_hodges_lehmann(difference))
+        p_value = 1.0 if np.all(difference == 0) else float(wilcoxon(difference).pvalue)
+        rows.append((measure, known.sum(), np.median(a[known]), np.median(b[known]), middle, low, high, p_value))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _hodges_lehmann(values: np.ndarray) -> tuple[float, float, float]:
+    """Lower bound, estimate, upper bound; the bounds by the test's normal approximation."""
+    n = len(values)
+    first, second = np.triu_indices(n)
+    walsh = np.sort((values[first] + values[second]) / 2)
+    z = norm.ppf((1 + CONFIDENCE) / 2)
+    rank = round(n * (n + 1) / 4 - z * np.sqrt(n * (n + 1) * (2 * n + 1) / 24))
+    middle = float(np.median(walsh))
+    return (np.nan, middle, np.nan) if n < 6 or rank < 1 else (float(walsh[rank - 1]), middle, float(walsh[-rank]))
