@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import vstack
+from scipy.sparse import csr_array, vstack
 
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
@@ -22,7 +22,6 @@ from bids_varaug.segmentation.posterior import (
 from bids_varaug.variability.maps import FLOAT32_BITS, sample_std, significant_bits, unreliable, vote_entropy
 from bids_varaug.variability.regions import ALL, group_members, mean_entropy, region_counts, suffix_of
 
-
 # What the maps are where every member says background with certainty.
 _OUTSIDE = {
     "entropy": np.float32(0), "std": np.float32(0), "sigbits": np.float32(FLOAT32_BITS), "unreliable": np.False_,
@@ -33,8 +32,8 @@ _OUTSIDE = {
 class Fusion:
     """Consensus of an ensemble and how its members disagree about it, on the head box.
 
-    The maps are those of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more. With
-    one member there is no spread: entropy and std are 0 and mean nothing.
+    The maps are those of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more.
+    With one member there is no spread: entropy and std are 0 and mean nothing.
 
     Attributes
     ----------
@@ -71,7 +70,7 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
     groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
     groups = {group: members for group, members in groups.items() if group == ALL or len(members) > 1}
     labels = np.zeros(check_same_box(paths), np.uint8)
-    maps = {name + suffix_of(group): np.full(labels.shape, value) for group in groups for name, value in _OUTSIDE.items()}
+    maps = {name + suffix_of(g): np.full(labels.shape, value) for g in groups for name, value in _OUTSIDE.items()}
     rows = []
     for slabs in split_slabs(len(labels)):
         mean = _mean([paths[m] for m in groups[ALL]], slabs)
@@ -84,11 +83,11 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
 
 
 def _mean(paths: Sequence[Path], slabs: slice) -> SparsePosterior:
-    first = load_posterior(paths[0], slabs)
-    total = first.rows.astype(np.float64)
-    for path in paths[1:]:
-        total = load_posterior(path, slabs).rows.astype(np.float64) + total
-    return SparsePosterior.from_rows((total / len(paths)).astype(np.float32), first.labels.shape)
+    total: csr_array | float = 0.0
+    for path in paths:
+        member = load_posterior(path, slabs)
+        total = member.rows.astype(np.float64) + total
+    return SparsePosterior.from_rows(csr_array(total / len(paths), dtype=np.float32), member.labels.shape)
 
 
 def _spread(
@@ -97,44 +96,40 @@ def _spread(
     """Return the values of the maps, each (N,), at the voxels that the mean stores."""
     voxels = np.flatnonzero(mean.stored)
     consensus = mean.labels.ravel()[voxels]
-    tallies = {group: _Tally(consensus) for group in groups}
+    tallies = {group: _Tally(len(voxels), mean.rows.shape[1]) for group in groups}
     for m in groups[ALL]:
         member = load_posterior(paths[m], slabs)
         posterior = add_background(member.rows[voxels].toarray())
-        values = np.take_along_axis(posterior, consensus[:, None].astype(np.int64), axis=1)[:, 0].astype(np.float64)
+        values = posterior[np.arange(len(voxels)), consensus].astype(np.float64)
         for tally in (tallies[group] for group, members in groups.items() if m in members):
             tally.add(values, member.labels.ravel()[voxels])
-    n_classes = mean.rows.shape[1]
-    return {
-        name + suffix_of(group): values
-        for group, tally in tallies.items()
-        for name, values in tally.spread(n_classes).items()
-    }
+    spreads = {group: tally.spread(consensus) for group, tally in tallies.items()}
+    return {name + suffix_of(group): values for group, spread in spreads.items() for name, values in spread.items()}
 
 
 class _Tally:
     """Votes of a group of members, and moments of their posterior of the consensus label (Welford's recurrence)."""
 
-    def __init__(self, consensus: np.ndarray):
-        self.consensus = consensus
-        self.mean, self.squares = np.zeros((2, len(consensus)))
-        self.votes: list[np.ndarray] = []
+    def __init__(self, n_voxels: int, n_classes: int):
+        self.n_members = 0
+        self.mean, self.squares = np.zeros((2, n_voxels))
+        self.votes = np.zeros((n_voxels, n_classes), np.uint16)
 
     def add(self, values: np.ndarray, labels: np.ndarray) -> None:
-        self.votes.append(labels)
+        self.n_members += 1
         delta = values - self.mean
-        self.mean += delta / len(self.votes)
+        self.mean += delta / self.n_members
         self.squares += delta * (values - self.mean)
+        self.votes[np.arange(len(labels)), labels] += 1
 
-    def spread(self, n_classes: int) -> dict[str, np.ndarray]:
-        n_members, votes = len(self.votes), np.stack(self.votes)
-        votes_for = (votes == self.consensus).sum(axis=0)
-        split = votes_for < n_members
-        entropy = np.zeros(len(split), np.float32)
-        entropy[split] = vote_entropy(np.stack([(votes[:, split] == k).sum(0) for k in range(n_classes)]), n_members)
-        std = sample_std(self.squares, n_members)
-        sigbits = significant_bits(self.mean, std)
-        return {"entropy": entropy, "std": std, "sigbits": sigbits, "unreliable": unreliable(votes_for, n_members)}
+    def spread(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
+        std = sample_std(self.squares, self.n_members)
+        votes_for = self.votes[np.arange(len(consensus)), consensus]
+        split = votes_for < self.n_members
+        entropy = np.zeros(len(consensus), np.float32)
+        entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
+        doubt = unreliable(votes_for, self.n_members)
+        return {"entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std), "unreliable": doubt}
 
 
 class MembersSummary(NamedTuple):

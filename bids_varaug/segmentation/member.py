@@ -73,7 +73,8 @@ def _network(ensemble_name: str, member: Member, device: str, num_threads: int, 
         yield load_member(load_ensemble(ensemble_name), member, device)
     except torch.OutOfMemoryError as error:
         raise ScanError(
-            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a GPU with more memory."
+            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a GPU with more "
+            "memory."
         ) from error
     finally:
         release_freed_memory()

@@ -3,7 +3,7 @@
 The network's body works on blocks of 2x2x2 voxels: a head that lies a voxel further along some axes is cut into other
 blocks. There are eight such grids. The mean of a network's posteriors on several depends less on where the head lies.
 Members that share most of their training move nearly alike. What several grids change in the baseline is therefore
-added to the other members too: a control variate, which costs the passes of one member and keeps what members differ by.
+added to the other members too: a control variate, which costs the passes of one member and keeps what they differ by.
 """
 
 from __future__ import annotations

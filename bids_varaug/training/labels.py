@@ -129,17 +129,16 @@ def other_side(name: str) -> str | None:
 
 def mirror_ids(table: pd.DataFrame, source: str) -> pd.Series:
     """Return for each row of a label table (index, name) the id on the other side, its own where it has no side."""
-    others = table["name"].map(other_side)
-    mirror = others.map(dict(zip(table["name"], table["index"], strict=True)))
-    alone = [f"{name} (no {other})" for name, other in zip(table["name"], others, strict=True)
-             if other is not None and other not in set(table["name"])]  # fmt: skip
+    id_of = dict(zip(table["name"], table["index"], strict=True))
+    others = {name: other_side(name) for name in id_of}
+    alone = [f"{name} (no {other})" for name, other in others.items() if other is not None and other not in id_of]
     if alone:
         raise UserError(
             f"{source}: structures of one side without a counterpart: {', '.join(alone[:5])}. Training mirrors half of "
             "the images, so each needs one: add the rows, or a column 'mirror' with the id of the other side (its own "
             "where there is none)."
         )
-    return mirror.fillna(table["index"])
+    return table["name"].map({name: id_of.get(other, id_of[name]) for name, other in others.items()})
 
 
 def find_label_table(directory: Path) -> Path | None:

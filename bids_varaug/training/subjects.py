@@ -157,8 +157,8 @@ def check_laterality(classes: np.ndarray, scheme: LabelScheme, path: Path) -> No
     for k in np.flatnonzero(~is_single & (total > 0) & (total[mirror] > 0)):
         if _IS_LEFT.search(names[k]) and centre[k] > centre[mirror[k]]:
             raise UserError(
-                f"{path}: {names[k]} lies to the right of {names[mirror[k]]}. Either the label table has them the wrong "
-                "way round, or the image's affine is wrong."
+                f"{path}: {names[k]} lies to the right of {names[mirror[k]]}. Either the label table has them the "
+                "wrong way round, or the image's affine is wrong."
             )
     learnt = scheme.targets > 0
     inside = counts[:, learnt].sum(1)
