@@ -22,10 +22,7 @@ from bids_varaug.segmentation.posterior import (
 from bids_varaug.variability.maps import FLOAT32_BITS, sample_std, significant_bits, unreliable, vote_entropy
 from bids_varaug.variability.regions import ALL, group_members, mean_entropy, region_counts, suffix_of
 
-# What the maps are where every member says background with certainty.
-_OUTSIDE = {
-    "entropy": np.float32(0), "std": np.float32(0), "sigbits": np.float32(FLOAT32_BITS), "unreliable": np.False_,
-}  # fmt: skip
+_MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unreliable": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,10 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
     groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
     groups = {group: members for group, members in groups.items() if group == ALL or len(members) > 1}
     labels = np.zeros(check_same_box(paths), np.uint8)
-    maps = {name + suffix_of(g): np.full(labels.shape, value) for g in groups for name, value in _OUTSIDE.items()}
+    maps: dict[str, np.ndarray] = {}
+    for group in groups:
+        maps |= {name + suffix_of(group): np.zeros(labels.shape, dtype) for name, dtype in _MAPS.items()}
+        maps["sigbits" + suffix_of(group)] += FLOAT32_BITS
     rows = []
     for slabs in split_slabs(len(labels)):
         mean = _mean([paths[m] for m in groups[ALL]], slabs)
@@ -163,4 +163,4 @@ def summarise_members(
         if name.startswith("entropy"):
             mean = mean_entropy(fusion.mean.labels, values, n_classes)
             counts[name.replace("entropy", "entropy_mean")] = mean
-    return MembersSummary(fusion.maps if family_maps else {name: fusion.maps[name] for name in _OUTSIDE}, counts)
+    return MembersSummary(fusion.maps if family_maps else {name: fusion.maps[name] for name in _MAPS}, counts)
