@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,9 @@ from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.conform import Geometry, resample_posterior
+
+if TYPE_CHECKING:
+    from bids_varaug.images.conform import Geometry
 
 BACKGROUND_CUT = 1e-4
 """A voxel has a row unless its background probability exceeds 1 - BACKGROUND_CUT."""
@@ -62,6 +65,8 @@ class SparsePosterior:
 
     def to_native(self, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
         """Return class indices on the image's own grid; see `images.conform.resample_posterior`."""
+        from bids_varaug.images.conform import resample_posterior  # with torch, which fusing needs not
+
         by_slab = self.stored.reshape(len(self.labels), -1)
         offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(by_slab, axis=1))])
         voxels = by_slab.nonzero()[1].astype(np.int32)
