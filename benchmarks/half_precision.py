@@ -25,7 +25,7 @@ from bids_varaug.models.unet import Features, UNet
 from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import dice_with_truth, find_labelled_images, native_labels
+from bids_varaug.training.monitor import dice_with_truth, find_labelled_images
 
 
 def use_bfloat16(network: UNet) -> None:
@@ -67,7 +67,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - started)
         brain = np.logical_and(*(sparse.labels > 0 for sparse in found))
         different = (found[0].labels != found[1].labels)[brain].mean()
-        ours = [ids[native_labels(sparse, geometry)] for sparse in found]
+        ours = [ids[sparse.to_native(geometry)] for sparse in found]
         dice = [np.nanmean(dice_with_truth(labels, truth, ids[1:])) for labels in ours]
         print(f"{image.t1w.name}\t{dice[0]:.4f}\t{dice[1]:.4f}\t{different:.2%}\t"
               f"{seconds[0]:.2f}\t{seconds[1]:.2f}", flush=True)  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from bids_varaug.segmentation.fuse import ALL, Fusion, fuse_members
+from bids_varaug.segmentation.fuse import Fusion, fuse_members
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
     label_slabs,
@@ -42,7 +42,7 @@ def make_member(path: Path, size: int, n_classes: int, seed: int) -> None:
     rows = np.exp(logits - logits.max(1, keepdims=True))
     rows = (rows / rows.sum(1, keepdims=True)).astype(np.float32)
     sparse = SparsePosterior.from_rows(sparse_rows(rows, stored), radius.shape)
-    save_posterior(path, sparse, {"member": path.stem})
+    save_posterior(path, sparse)
 
 
 def run_ours(paths: list[Path]) -> tuple[Fusion, dict[str, float]]:
@@ -54,7 +54,7 @@ def run_ours(paths: list[Path]) -> tuple[Fusion, dict[str, float]]:
     start = time.perf_counter()
     n_classes = fusion.mean.rows.shape[1]
     pairwise_dice(region_counts(label_slabs(paths), len(paths), n_classes))
-    mean_entropy(fusion.mean.labels, fusion.spread[ALL].entropy, n_classes)
+    mean_entropy(fusion.mean.labels, fusion.maps["entropy"], n_classes)
     seconds["regions"] = time.perf_counter() - start
     return fusion, seconds
 
@@ -92,7 +92,7 @@ def main() -> None:
     count = min(options.naive_voxels or total, total)
     part = slice((total - count) // 2, (total - count) // 2 + count)
     entropy, naive = run_naive(stack[:, part], options.classes)
-    np.testing.assert_allclose(fusion.spread[ALL].entropy.reshape(-1)[part], entropy, atol=1e-6)
+    np.testing.assert_allclose(fusion.maps["entropy"].reshape(-1)[part], entropy, atol=1e-6)
     ours = sum(seconds.values())
     print(f"{options.members} members, {options.size}^3 voxels, {options.classes} classes")
     for name, value in seconds.items():

@@ -58,10 +58,8 @@ class Work:
         self.network.eval()
         with torch.inference_mode():
             features = self.network.features_by_slabs(self.image)
-            for start in range(0, INFERENCE_BOX[0], 8):
-                body = features.body[:, :, start // 2 : start // 2 + 4]
-                rim = features.rim[:, :, start : start + 8]
-                self.network.classify(type(features)(body, rim))
+            for part in features.by_slabs(8):
+                self.network.classify(part)
 
     def train(self) -> None:
         """One training step in float32."""

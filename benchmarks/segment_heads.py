@@ -61,8 +61,7 @@ from bids_varaug.segmentation.posterior import (
     sparse_rows,
 )
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import native_labels
-from bids_varaug.variability.regions import ALL, region_counts
+from bids_varaug.variability.regions import region_counts
 
 NOISE = 0.03  # between quiet and noisy scanners, see `examples/simulation`
 SHIFT, NOISY = "shift", "noise"
@@ -178,8 +177,8 @@ def segment_head(
         files = {name: Path(scratch) / f"{name}.safetensors" for name in names}
         for p in passes:
             sparse = p.run(ensemble, image)
-            save_posterior(files[p.id], sparse, {"member": p.id, "family": p.family})
-            labels.append(native_labels(sparse, g))
+            save_posterior(files[p.id], sparse)
+            labels.append(sparse.to_native(g))
             entropies[p.id] = entropy_of(sparse)
             if p.id == BASELINE:
                 found[f"{BASELINE}_consensus"] = labels[-1]
@@ -188,11 +187,11 @@ def segment_head(
         for group, ids in groups.items():
             fusion = fuse_members([files[i] for i in ids])
             mean = fusion.mean
-            save_posterior(files[f"mean-{group}"], mean, {})
-            found[f"{group}_vote"] = native(fusion.spread[ALL].entropy)
+            save_posterior(files[f"mean-{group}"], mean)
+            found[f"{group}_vote"] = native(fusion.maps["entropy"])
             entropy = entropy_of(mean)
             expected = sum(entropies[i] for i in ids) / len(ids)
-            found[f"{group}_consensus"] = native_labels(mean, g)
+            found[f"{group}_consensus"] = mean.to_native(g)
             found[f"{group}_entropy"] = native(entropy)
             found[f"{group}_mutual"] = native(np.maximum(entropy - expected, 0))
             found[f"{group}_doubt"] = native(doubt_of(mean))

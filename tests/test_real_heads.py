@@ -22,7 +22,7 @@ from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.weights import load_member
 from bids_varaug.segmentation.localise import crop_to_brain
 from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.monitor import dice_with_truth, native_labels
+from bids_varaug.training.monitor import dice_with_truth
 
 HEADS = {
     "bert": "t1w/bert/bert_desc-norm_T1w.nii.gz",
@@ -171,7 +171,7 @@ def baseline(shared_data):
     def segment(path: str) -> nib.Nifti1Image:
         head = prepare_head(shared_data / path, ensemble.voxel_size, network.shape.multiple)
         brain, geometry = crop_to_brain(network, *head)
-        labels = native_labels(segment_volume(network, brain), geometry)
+        labels = segment_volume(network, brain).to_native(geometry)
         return nib.Nifti1Image(ids[labels], geometry.native_affine)
 
     return segment

@@ -23,7 +23,7 @@ from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, s
 from bids_varaug.derivatives.write import write_image, write_table
 from bids_varaug.errors import UserError
 from bids_varaug.images.affine import voxel_volume
-from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map, resample_posterior
+from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
 from bids_varaug.inputs.participants import prefixed, read_people
 from bids_varaug.segmentation.posterior import load_posterior
 from bids_varaug.variability import quality
@@ -90,7 +90,7 @@ def write_scan(
     ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
-    consensus = _to_native(files.mean, geometry, dense, ensemble.temperature)
+    consensus = load_posterior(files.mean).to_native(geometry, dense, ensemble.temperature)
     brain, labels = consensus > 0, ids[consensus]
     affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
@@ -112,9 +112,9 @@ def write_scan(
     dense_file.unlink()
     for member, path in zip(request.members, files.posteriors, strict=True):
         if member.is_baseline:
-            writer.image("ieee_dseg", ids[_to_native(path, geometry)])
+            writer.image("ieee_dseg", ids[load_posterior(path).to_native(geometry)])
         elif request.settings.write_members:
-            writer.image("member_dseg", ids[_to_native(path, geometry)], member.id)
+            writer.image("member_dseg", ids[load_posterior(path).to_native(geometry)], member.id)
     if len(request.perturbed) > 1:
         _write_spread(writer, files, geometry)
     else:
@@ -129,12 +129,6 @@ def write_scan(
     _remove_strangers(request, origin, writer.written)
     writer.sidecar("members_tsv", extra=origin)
     return writer.written, [*doubts, *quality.describe_verdicts(regions, n_named=3)]
-
-
-def _to_native(file: Path, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
-    """Class indices (X, Y, Z) uint8 of a posterior on the native grid; the posterior goes to `out`."""
-    sparse = load_posterior(file)
-    return resample_posterior(sparse.offsets, sparse.voxels, sparse.posterior, geometry, out, temperature)
 
 
 def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -> None:

@@ -1,4 +1,7 @@
-"""An ensemble on disk: a manifest and one file of weights per member. Without torch."""
+"""An ensemble on disk: a manifest and one file of weights per member. Without torch.
+
+What is absent or damaged is refused with an `EnsembleError` that names the file.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
+from bids_varaug.atomic import write_text
 from bids_varaug.errors import EnsembleError, UsageError
-from bids_varaug.models.trunk import Trunk, base_files
+from bids_varaug.models.trunk import Trunk, files_of
 
 BASELINE = "ieee"
 ROUNDED = "rr"
 """Family of the members that are the baseline under random rounding, which no file holds."""
-ROUNDED_PRECISION = 24  # bits: float32's own
-MAX_ROUNDED = 99  # their ids have two digits
 MANIFEST = "manifest.json"
 FORMAT = 2
 OLDER_FORMATS = (1,)  # without trunk and temperature
@@ -30,11 +32,6 @@ class NetworkShape:
     n_classes: int
     channels: tuple[int, ...] = (32, 64, 96, 96, 96)
     rim_channels: int = 16
-
-    @classmethod
-    def from_json(cls, values: dict) -> NetworkShape:
-        """Rebuild from the manifest's dictionary."""
-        return cls(**(values | {"channels": tuple(values["channels"])}))
 
     @property
     def multiple(self) -> int:
@@ -55,13 +52,16 @@ class Label:
 class Member:
     """One network, and how it is run.
 
-    `family` is "ieee" (the unperturbed baseline), "mca" or "seed", which say what was perturbed
-    in training, or "rr": the baseline's weights, run under random rounding (`round_inference`).
-    `seed` is that of the training, or of the rounding; `precision` the virtual precision in bits
-    of the rounding (8 where a Monte Carlo member was trained with bfloat16 layers, whose other
-    operators have 24), None for members without; `sha256` that of the weights file; `base` the id
-    of the member whose weights that file adds to, None where it adds to the trunk, or is whole.
-    `steps` and `format` are those of its training and of its file; None in earlier ensembles.
+    Attributes
+    ----------
+    family : what was perturbed in training: "ieee" (nothing: the baseline), "mca" or "seed"; or "rr", the baseline's
+        weights run under random rounding (see `round_inference`)
+    seed : of the training, or of the rounding
+    precision : virtual precision of the rounding, bits (8 where a Monte Carlo member was trained with bfloat16 layers,
+        whose other operators have 24); None for members without
+    sha256 : of the weights file
+    base : id of the member whose weights that file adds to; None where it adds to the trunk, or is whole
+    steps, format : of its training and its file; None in earlier ensembles
     """
 
     id: str
@@ -89,10 +89,13 @@ class Member:
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
-    `labels[k]` describes class k; `voxel_size` in mm. The `temperature` makes the mean posterior as
-    sure as it is right: p becomes p^(1 / temperature), scaled to sum to 1, on the T1w's own grid;
-    labels and members' posteriors do not depend on it. Without a `trunk` the members' weights are
-    whole.
+    Attributes
+    ----------
+    voxel_size : mm
+    labels : labels[k] describes class k
+    trunk : see `models.trunk`; None where the members' weights are whole
+    temperature : T that makes the mean posterior as sure as it is right: p becomes p^(1/T), scaled to sum to 1, on the
+        T1w's own grid; labels and members' posteriors do not depend on it
     """
 
     name: str
@@ -113,91 +116,67 @@ class Ensemble:
 
 
 def find_ensemble(name: str) -> Path:
-    """Return the folder of a shipped ensemble's name, or of a path.
-
-    Raises
-    ------
-    EnsembleError
-        If there is neither; the shipped names are listed.
-    """
+    """Return the folder of a shipped ensemble's name, or of a path."""
     shipped = Path(str(files("bids_varaug"))) / "data" / "ensembles"
     for folder in (shipped / name if "/" not in name else None, Path(name)):
         if folder is not None and (folder / MANIFEST).is_file():
             return folder.absolute()  # workers run elsewhere
     known = sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))
     raise EnsembleError(
-        f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a "
-        f"folder with a {MANIFEST}. Train one with bids_varaug-train, or give another path."
+        f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a folder with a {MANIFEST}. "
+        "Train one with bids_varaug-train, or give another path."
     )
 
 
 def load_ensemble(name: str) -> Ensemble:
-    """Read an ensemble's manifest, by shipped name or folder.
-
-    Raises
-    ------
-    EnsembleError
-        If it is unknown, its manifest is damaged, a member is of the family "rr", or members
-        differ in steps or format.
-    """
+    """Read an ensemble's manifest, by shipped name or folder."""
     folder = find_ensemble(name)
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] not in (FORMAT, *OLDER_FORMATS):
+        if (found := values.pop("format")) not in (FORMAT, *OLDER_FORMATS):
             raise EnsembleError(
-                f"{path}: format {values['format']}; this version reads {FORMAT}. Use the version "
-                "of bids_varaug that trained it."
+                f"{path}: format {found}; this version reads {FORMAT}. Use the version of bids_varaug that trained it."
             )
-        trunk = values.get("trunk")
-        members = tuple(Member(**member) for member in values["members"])
-        if any(member.is_rounded for member in members):
-            raise EnsembleError(
-                f"{path}: a member is of family {ROUNDED}, which names the baseline run under "
-                "random rounding (--perturb-inference). Give that family another name."
-            )
-        _check_equal(path, members)
-        return Ensemble(
-            name=values["name"],
-            version=values["version"],
-            directory=folder,
-            voxel_size=float(values["voxel_size"]),
-            labels=tuple(Label(**label) for label in values["labels"]),
-            network=NetworkShape.from_json(values["network"]),
-            members=members,
-            training=values["training"],
-            trunk=None if trunk is None else Trunk(**trunk),
-            temperature=_temperature(values.get("temperature", 1.0)),
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        trunk, network = values.get("trunk"), values["network"]
+        values |= {
+            "directory": folder,
+            "voxel_size": float(values["voxel_size"]),
+            "labels": tuple(Label(**label) for label in values["labels"]),
+            "network": NetworkShape(**network | {"channels": tuple(network["channels"])}),
+            "members": tuple(Member(**member) for member in values["members"]),
+            "trunk": None if trunk is None else Trunk(**trunk),
+        }
+        ensemble = Ensemble(**values)
+        if not 0 < ensemble.temperature < math.inf:
+            raise ValueError(f"temperature {ensemble.temperature}")
+    except (KeyError, TypeError, ValueError) as error:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
+    _check_members(path, ensemble.members)
+    return ensemble
 
 
-def _check_equal(path: Path, members: Iterable[Member]) -> None:
+def _check_members(path: Path, members: Iterable[Member]) -> None:
+    if any(member.is_rounded for member in members):
+        raise EnsembleError(
+            f"{path}: a member is of family {ROUNDED}, which names the baseline run under random rounding "
+            "(--perturb-inference). Give that family another name."
+        )
     for key, what in (("steps", "numbers of training steps"), ("format", "formats of weights")):
         found = {getattr(member, key): member.id for member in members}
         if len(found) > 1:
             each = ", ".join(f"{member} {value}" for value, member in found.items())
             raise EnsembleError(
-                f"{path}: members have unequal {what} ({each}), which would count as spread. "
-                "Train all members by one recipe with bids_varaug-train."
+                f"{path}: members have unequal {what} ({each}), which would count as spread. Train all members by one "
+                "recipe with bids_varaug-train."
             )
-
-
-def _temperature(value: float) -> float:
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"temperature {value}")
-    return float(value)
 
 
 def write_manifest(ensemble: Ensemble) -> None:
     """Write `ensemble.directory`/manifest.json, aside first and renamed."""
     values = {"format": FORMAT} | asdict(ensemble)
     del values["directory"]
-    path = ensemble.directory / MANIFEST
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(json.dumps(values, indent=1) + "\n", ensemble.directory / MANIFEST)
 
 
 def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None) -> tuple[Member, ...]:
@@ -207,39 +186,30 @@ def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | N
     ----------
     wanted : "all", families or ids
     n_members : keep the first n of each family; None keeps all
-
-    Raises
-    ------
-    EnsembleError
-        If a name is neither family nor id.
     """
     wanted = set(wanted)
-    known = {"all"} | {m.id for m in ensemble.members} | {m.family for m in ensemble.members}
-    if wanted - known:
-        rounded = any(name.startswith(ROUNDED) for name in wanted - known)
+    unknown = sorted(wanted - {"all"} - {name for m in ensemble.members for name in (m.id, m.family)})
+    if unknown:
+        rounded = any(name.startswith(ROUNDED) for name in unknown)
         hint = f" Members of family {ROUNDED} come from --perturb-inference." if rounded else ""
         raise EnsembleError(
-            f"--members {' '.join(sorted(wanted - known))}: not in ensemble {ensemble.name}. "
+            f"--members {' '.join(unknown)}: not in ensemble {ensemble.name}. "
             f"It has {', '.join(m.id for m in ensemble.members)}.{hint}"
         )
-    chosen, per_family = [], {}
-    for member in sorted(ensemble.members, key=lambda member: not member.is_baseline):
-        if not wanted & {"all", member.id, member.family}:
-            continue
-        per_family[member.family] = per_family.get(member.family, 0) + 1
-        if n_members is None or per_family[member.family] <= n_members:
-            chosen.append(member)
-    return tuple(chosen)
+    chosen = [m for m in ensemble.members if wanted & {"all", m.id, m.family}]
+    chosen.sort(key=lambda member: not member.is_baseline)
+    first = {m.family: [other for other in chosen if other.family == m.family][:n_members] for m in chosen}
+    return tuple(member for member in chosen if member in first[member.family])
 
 
 def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tuple[Member, ...]:
-    """Return members that are the baseline run under random rounding, "rr01", "rr02", ...
+    """Return members that are the baseline run under random rounding [1]_, "rr01", "rr02", ...
 
     Parameters
     ----------
-    n_members : 0 to `MAX_ROUNDED`
-    random_seed : any; each gives every member another seed. A member's seed depends on its number
-        alone, so that more of them leave the first ones what they are.
+    n_members : 0 to 99
+    random_seed : any; each gives every member another seed. A member's seed depends on its number alone, so that more
+        of them leave the first ones what they are.
 
     Raises
     ------
@@ -248,33 +218,21 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
 
     References
     ----------
-    .. Gonzalez Pepe et al. (2023), arXiv:2308.01939.
+    .. [1] Gonzalez Pepe et al. (2023), arXiv:2308.01939.
     """
     if not n_members:
         return ()
     if ensemble.baseline is None:
         raise UsageError(
-            f"--perturb-inference {n_members}: ensemble {ensemble.name} has no baseline "
-            f"({BASELINE}) to run under random rounding; it has "
-            f"{', '.join(m.id for m in ensemble.members)}. Leave the flag out, or train a baseline "
-            f"with bids_varaug-train --members {BASELINE}."
+            f"--perturb-inference {n_members}: ensemble {ensemble.name} has no baseline ({BASELINE}) to run under "
+            f"random rounding; it has {', '.join(m.id for m in ensemble.members)}. Leave the flag out, or train a "
+            f"baseline with bids_varaug-train --members {BASELINE}."
         )
+    float32 = 24  # bits
     return tuple(
-        replace(
-            ensemble.baseline,
-            id=f"{ROUNDED}{number:02}",
-            family=ROUNDED,
-            seed=random_seed * (MAX_ROUNDED + 1) + number,
-            precision=ROUNDED_PRECISION,
-        )
-        for number in range(1, n_members + 1)
+        replace(ensemble.baseline, id=f"{ROUNDED}{n:02}", family=ROUNDED, seed=100 * random_seed + n, precision=float32)
+        for n in range(1, n_members + 1)
     )
-
-
-def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
-    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
-    own = member.file, member.sha256, f"weights of {member.id}"
-    return [*base_files(ensemble, member), own]
 
 
 def identify(ensemble: Ensemble, member: Member) -> str:
@@ -283,21 +241,15 @@ def identify(ensemble: Ensemble, member: Member) -> str:
 
 
 def check_member(ensemble: Ensemble, member: Member) -> None:
-    """Compare a member's weights, and those that they add to, with the manifest.
-
-    Raises
-    ------
-    EnsembleError
-        If a file is missing or its SHA-256 differs.
-    """
+    """Compare the SHA-256 of a member's weights, and of those that they add to, with the manifest."""
     for file, sha256, what in files_of(ensemble, member):
         path = ensemble.directory / file
         if path.name != file or not path.is_file():
             raise EnsembleError(f"{path}: {what} are missing. Install the ensemble again.")
         if sha256_of(path) != sha256:
             raise EnsembleError(
-                f"{path}: checksum differs from the manifest: the file is damaged or was "
-                "replaced. Install the ensemble again."
+                f"{path}: checksum differs from the manifest: the file is damaged or was replaced. Install the "
+                "ensemble again."
             )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +15,28 @@ from bids_varaug.models.ensemble import NetworkShape
 class Features(NamedTuple):
     """What the last layers classify.
 
-    `body` is (B, C, X/2, Y/2, Z/2), at half resolution; `rim` is (B, R, X, Y, Z); `deep` holds
-    the decoder's coarser levels, deepest first, each twice as fine as the one before.
+    `body` is (B, C, X/2, Y/2, Z/2), at half resolution; `rim` is (B, R, X, Y, Z); `deep` holds the decoder's coarser
+    levels, deepest first, each twice as fine as the one before.
     """
 
     body: torch.Tensor
     rim: torch.Tensor
     deep: tuple[torch.Tensor, ...] = ()
 
+    def by_slabs(self, n_slabs: int) -> Iterator[Features]:
+        """Cut into parts of `n_slabs` voxels along x (an even number: a body voxel is two slabs), without `deep`."""
+        for start in range(0, self.rim.shape[2], n_slabs):
+            stop = start + n_slabs
+            yield Features(self.body[:, :, start // 2 : stop // 2], self.rim[:, :, start:stop])
+
 
 class InstanceNorm(nn.Module):
     """Normalise each channel of each image over space, then scale and shift.
 
-    In training with a single image this is batch normalisation with the batch's own statistics,
-    whose CPU kernels are up to 40 times faster in channels-last memory (backward, bfloat16) than
-    those of group or instance normalisation. Their sums are split by the number of threads, so
-    that without gradients the statistics are summed slab by slab instead: the statistics do
-    not depend on the number of threads.
+    In training with a single image this is batch normalisation with the batch's own statistics, whose CPU kernels are
+    up to 40 times faster in channels-last memory (backward, bfloat16) than those of group or instance normalisation.
+    Their sums are split by the number of threads. Without gradients the statistics are therefore summed slab by slab,
+    and do not depend on the number of threads.
     """
 
     def __init__(self, n_channels: int):
@@ -55,8 +61,8 @@ def slab_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return variance and mean (X, C) float32 of each slab along the first axis of one image."""
     slabs = x[0].float().movedim(0, -1).flatten(1, 2)
     mean = slabs.mean(1)
-    # Moments, not torch.var_mean, which takes three times as long in this memory layout. They are
-    # taken about the first slab's mean, so that no digits cancel where the mean is large.
+    # Moments, not torch.var_mean, which takes three times as long in this memory layout. They are taken about the
+    # first slab's mean, so that no digits cancel where the mean is large.
     centred = slabs - mean[:1, None]
     return (centred * centred).mean(1) - (mean - mean[:1]) ** 2, mean
 
@@ -71,31 +77,29 @@ class ConvBlock(nn.Sequential):
     """3x3x3 convolution, instance normalisation, ReLU."""
 
     def __init__(self, n_in: int, n_out: int):
-        super().__init__(
-            nn.Conv3d(n_in, n_out, 3, padding=1, bias=False),
-            InstanceNorm(n_out),
-            nn.ReLU(inplace=True),
-        )
+        convolution = nn.Conv3d(n_in, n_out, 3, padding=1, bias=False)
+        super().__init__(convolution, InstanceNorm(n_out), nn.ReLU(inplace=True))
+
+    @property
+    def layers(self) -> tuple[nn.Conv3d, InstanceNorm, nn.ReLU]:
+        """The three, to be used apart."""
+        return cast("tuple[nn.Conv3d, InstanceNorm, nn.ReLU]", tuple(self))
 
 
 class UNet(nn.Module):
     """Image (B, 1, X, Y, Z) float32 -> logits (B, K, X, Y, Z).
 
-    The image is folded 2x2x2 into 8 channels, so that the costly body runs at 2 mm for a 1 mm
-    image and its field of view covers the head. Each body voxel says for each of its 8 subvoxels
-    what it is; a thin rim of full-resolution features, which see the image itself, corrects the
-    borders. X, Y, Z must be multiples of `shape.multiple`.
+    The image is folded 2x2x2 into 8 channels: the costly body runs at 2 mm for a 1 mm image, and its field of view
+    covers the head. Each body voxel says for each of its 8 subvoxels what it is; a thin rim of full-resolution
+    features, which see the image itself, corrects the borders. X, Y, Z must be multiples of `shape.multiple`.
     """
 
     def __init__(self, shape: NetworkShape):
         super().__init__()
         self.shape = shape
-        widths = shape.channels
-        self.encoder = nn.ModuleList()
-        n_in = 8
-        for width in widths:
-            self.encoder.append(nn.Sequential(ConvBlock(n_in, width), ConvBlock(width, width)))
-            n_in = width
+        widths, rim = shape.channels, shape.rim_channels
+        pairs = zip((8, *widths), widths, strict=False)
+        self.encoder = nn.ModuleList(nn.Sequential(ConvBlock(n_in, n), ConvBlock(n, n)) for n_in, n in pairs)
         self.laterals = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for deep, shallow in zip(widths[:0:-1], widths[-2::-1], strict=True):
@@ -103,7 +107,6 @@ class UNet(nn.Module):
             self.decoder.append(ConvBlock(shallow, shallow))
         # Only training uses these: they teach the deep levels where left and right are.
         self.deep_heads = nn.ModuleList(nn.Conv3d(width, shape.n_classes, 1) for width in widths[-2:0:-1])
-        rim = shape.rim_channels
         self.unfold = nn.Conv3d(widths[0], 8 * rim, 1)
         self.rim = ConvBlock(rim + 1, rim)
         # Rows are ordered as `unfold` wants them: (x, y, z) of the subvoxel, then the class.
@@ -113,7 +116,7 @@ class UNet(nn.Module):
     def features(self, image: torch.Tensor) -> Features:
         """Return what `classify` takes, for an image (B, 1, X, Y, Z) float32."""
         x, deep = self.body(fold(image))
-        convolution, norm, rectify = self.rim
+        convolution, norm, rectify = self.rim.layers
         weight, n_fine = convolution.weight, self.shape.rim_channels
         # Two sums instead of one: backward, 17 channels take 1.6 times as long as 16 and 1.
         fine = F.conv3d(_to_channels_last(unfold(self.unfold(x))), weight[:, :n_fine], padding=1)
@@ -121,12 +124,7 @@ class UNet(nn.Module):
         return Features(x, rectify(norm(fine)), deep)
 
     def body(self, cubes: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the body's features and those of its coarser levels.
-
-        Parameters
-        ----------
-        cubes : (B, 8, x, y, z) float32, a folded image
-        """
+        """Return the body's features and those of its coarser levels, for a folded image (B, 8, x, y, z) float32."""
         x = _to_channels_last(cubes)
         skips, deep = [], []
         for level, block in enumerate(self.encoder):
@@ -150,9 +148,10 @@ class UNet(nn.Module):
         n_slabs : even
         """
         x, deep = self.body(fold(image))
-        convolution, norm, rectify = self.rim
+        convolution, norm, rectify = self.rim.layers
         length = image.shape[2]
-        rim = _empty_channels_last(image, convolution.out_channels)
+        shape = (1, convolution.out_channels, *image.shape[2:])
+        rim = torch.empty(shape, device=image.device, memory_format=torch.channels_last_3d)
         statistics = []
         # A slab of zeros at each end is the convolution's padding; a body voxel is two slabs.
         x_padded = F.pad(x, (0, 0, 0, 0, 1, 1))
@@ -169,16 +168,15 @@ class UNet(nn.Module):
             statistics.append(slab_statistics(part))
             rim[:, :, start:stop] = part
         mean, variance = pool_statistics(statistics)
-        for start in range(0, length, n_slabs):
-            part = rim[:, :, start : start + n_slabs]
+        for part in rim.split(n_slabs, dim=2):
             part.copy_(rectify(norm.apply_statistics(part, mean, variance)))
         return Features(x, rim, deep)
 
     def coarse_logits(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Classify an image on the body's own grid, at an eighth of the cost of the whole network.
 
-        The image stands for one twice as fine whose 2x2x2 cubes are constant, and the logits are
-        the mean over the subvoxels. What the body learns this way the whole network can use.
+        The image stands for one twice as fine whose 2x2x2 cubes are constant, and the logits are the mean over the
+        subvoxels. What the body learns this way the whole network can use.
 
         Parameters
         ----------
@@ -190,9 +188,7 @@ class UNet(nn.Module):
         deep : the decoder's coarser levels, as in `Features`
         """
         x, deep = self.body(image.expand(-1, 8, -1, -1, -1))
-        k = self.shape.n_classes
-        weight = self.body_head.weight.reshape(8, k, -1).mean(0)
-        bias = self.body_head.bias.reshape(8, k).mean(0)
+        weight, bias = (parameter.flatten(0, 2).mean(0) for parameter in self._body_head_by_subvoxel())
         return F.linear(x.movedim(1, -1), weight, bias), deep
 
     def classify(self, features: Features) -> torch.Tensor:
@@ -206,15 +202,20 @@ class UNet(nn.Module):
         -------
         (B, X/2, Y, Z/2, K), equal to ``classify(features)[:, :, a::2, :, b::2]`` with K last
         """
-        n, k = features.body.shape[1], self.shape.n_classes
-        weight = self.body_head.weight.reshape(2, 2, 2, k, n)[a, :, b].reshape(2 * k, n)
-        bias = self.body_head.bias.reshape(2, 2, 2, k)[a, :, b].reshape(2 * k)
+        k = self.shape.n_classes
+        weight, bias = (parameter[a, :, b].flatten(0, 1) for parameter in self._body_head_by_subvoxel())
         coarse = F.linear(features.body.movedim(1, -1), weight, bias)
         batch, x, y, z, _ = coarse.shape
         coarse = coarse.reshape(batch, x, y, z, 2, k).transpose(3, 4).reshape(batch, x, 2 * y, z, k)
         # Channels last first, or the gradient of the slice would have them in another order.
         rim = features.rim.movedim(1, -1)[:, a::2, :, b::2]
         return coarse + F.linear(rim, self.rim_head.weight.reshape(k, -1))
+
+    def _body_head_by_subvoxel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (2, 2, 2, K, C) and bias (2, 2, 2, K) of the body's head."""
+        shape = (2, 2, 2, self.shape.n_classes)
+        bias = cast(torch.Tensor, self.body_head.bias)
+        return self.body_head.weight.reshape(*shape, -1), bias.reshape(shape)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return logits (B, K, X, Y, Z)."""
@@ -244,13 +245,8 @@ def build_network(shape: NetworkShape, seed: int = 0) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = UNet(shape)
-    return network.to(memory_format=torch.channels_last_3d)
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # not in torch's stubs
 
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _empty_channels_last(image: torch.Tensor, n_channels: int) -> torch.Tensor:
-    shape = (image.shape[0], n_channels, *image.shape[2:])
-    return torch.empty(shape, device=image.device, memory_format=torch.channels_last_3d)

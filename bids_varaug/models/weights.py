@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save
 
 from bids_varaug.atomic import replacing
 from bids_varaug.errors import EnsembleError
-from bids_varaug.models.ensemble import Ensemble, Member, check_member, files_of, sha256_of
-from bids_varaug.models.trunk import add_differences
+from bids_varaug.models.ensemble import Ensemble, Member, check_member, sha256_of
+from bids_varaug.models.trunk import add_differences, files_of
 from bids_varaug.models.unet import UNet, build_network
 
 FORMAT = "float16"
@@ -19,44 +19,20 @@ FORMAT = "float16"
 
 
 def save_weights(network: UNet, path: Path) -> str:
-    """Write weights as `FORMAT` and return the file's SHA-256.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
+    """Write weights as `FORMAT` and return the file's SHA-256."""
     write_tensors(path, {name: p.detach().cpu().half() for name, p in network.named_parameters()})
     return sha256_of(path)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, aside first and renamed, so that a kill leaves the old one.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written; nothing half-written is left.
-    """
+    """Write a safetensors file as `atomic.replacing` does: a kill or a full disk leaves the old one."""
     content = save({name: p.contiguous() for name, p in tensors.items()}, metadata)
     with replacing(path) as stream:
         stream.write(content)
 
 
 def load_weights(*paths: Path) -> dict[str, torch.Tensor]:
-    """Return a state dictionary in float32.
-
-    Parameters
-    ----------
-    paths : whole weights, then files that add to them (see `models.trunk`)
-
-    Raises
-    ------
-    safetensors.SafetensorError
-        If a file is damaged.
-    KeyError
-        If they do not belong together.
-    """
+    """Return a state dictionary in float32: whole weights, and files that add to them (see `models.trunk`)."""
     weights = {name: p.float() for name, p in load_file(paths[0]).items()}
     for path in paths[1:]:
         weights = add_differences(weights, load_file(path))
@@ -64,13 +40,7 @@ def load_weights(*paths: Path) -> dict[str, torch.Tensor]:
 
 
 def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
-    """Build a member's network in float32, in evaluation mode.
-
-    Raises
-    ------
-    EnsembleError
-        If its weights are missing, do not match the manifest's checksum, or do not fit.
-    """
+    """Build a member's network in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
     check_member(ensemble, member)
     paths = [ensemble.directory / file for file, _, _ in files_of(ensemble, member)]
     network = build_network(ensemble.network)
@@ -78,4 +48,4 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
         network.load_state_dict(load_weights(*paths))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise EnsembleError(f"{paths[-1]}: weights do not fit the manifest's network: {error}") from None
-    return network.to(device).to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import vstack
+from scipy.sparse import csr_array, vstack
 
 from bids_varaug.segmentation.posterior import (
     SparsePosterior,
@@ -18,62 +19,32 @@ from bids_varaug.segmentation.posterior import (
     save_posterior,
     split_slabs,
 )
-from bids_varaug.variability.maps import (
-    FLOAT32_BITS,
-    sample_std,
-    significant_bits,
-    unreliable,
-    vote_entropy,
-)
-from bids_varaug.variability.regions import (
-    ALL,
-    group_members,
-    mean_entropy,
-    region_counts,
-    suffix_of,
-)
+from bids_varaug.variability.maps import FLOAT32_BITS, sample_std, significant_bits, unreliable, vote_entropy
+from bids_varaug.variability.regions import ALL, group_members, mean_entropy, region_counts, suffix_of
 
-
-@dataclass(frozen=True)
-class Spread:
-    """How the members of a group disagree about the consensus, on the head box.
-
-    With one member there is no spread: `entropy` and `std` are 0 and mean nothing.
-
-    Attributes
-    ----------
-    entropy : (X, Y, Z) float32, bit, of the group's votes
-    std : (X, Y, Z) float32, of the group's posteriors of the consensus label (sample, n - 1)
-    sigbits : (X, Y, Z) float32, bit, of the same posteriors; 24 where the members agree exactly
-    unreliable : (X, Y, Z) bool, where less than `variability.maps.UNRELIABLE_BELOW` of the group
-        voted for the consensus label
-    """
-
-    entropy: np.ndarray
-    std: np.ndarray
-    sigbits: np.ndarray
-    unreliable: np.ndarray
-
-    @classmethod
-    def none(cls, shape: tuple[int, ...]) -> Spread:
-        """Return that of members that agree everywhere."""
-        full = np.full(shape, FLOAT32_BITS, np.float32)
-        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.float32), full,
-                   np.zeros(shape, bool))  # fmt: skip
+_MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unreliable": np.bool_}
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Consensus of an ensemble and its spread.
+    """Consensus of an ensemble and how its members disagree about it, on the head box.
+
+    The maps are those of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more.
+    With one member there is no spread: entropy and std are 0 and mean nothing.
 
     Attributes
     ----------
     mean : mean posterior; its labels are the consensus, ties go to the lower class
-    spread : of `ALL` members, and of each family with two members or more
+    maps : name -> (X, Y, Z)
+
+        - entropy : float32, bit, of the votes
+        - std : float32, of the posteriors of the consensus label (sample, n - 1)
+        - sigbits : float32, bit, of the same posteriors; 24 where the members agree exactly
+        - unreliable : bool, where less than `variability.maps.UNRELIABLE_BELOW` voted for the consensus label
     """
 
     mean: SparsePosterior
-    spread: Mapping[str, Spread]
+    maps: dict[str, np.ndarray]
 
 
 def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -> Fusion:
@@ -93,54 +64,51 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
     """
     if not paths:
         raise ValueError("no member to fuse")
-    groups = {ALL: range(len(paths))} if families is None else group_members(families)
-    groups = {group: m for group, m in groups.items() if group == ALL or len(m) > 1}
+    groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
+    groups = {group: members for group, members in groups.items() if group == ALL or len(members) > 1}
     labels = np.zeros(check_same_box(paths), np.uint8)
-    spread = {group: Spread.none(labels.shape) for group in groups}
+    maps: dict[str, np.ndarray] = {}
+    for group in groups:
+        maps |= {name + suffix_of(group): np.zeros(labels.shape, dtype) for name, dtype in _MAPS.items()}
+        maps["sigbits" + suffix_of(group)] += FLOAT32_BITS
     rows = []
     for slabs in split_slabs(len(labels)):
-        mean, tallies = _fuse_slabs(paths, groups, slabs)
+        mean = _mean([paths[m] for m in groups[ALL]], slabs)
         labels[slabs] = mean.labels
         rows.append(mean.rows)
         voxels = mean.stored.reshape(mean.labels.shape)
-        for group, tally in tallies.items():
-            for name, values in tally.spread(mean.labels[voxels]).items():
-                getattr(spread[group], name)[slabs][voxels] = values
-    return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), spread)
+        for name, values in _spread(paths, groups, slabs, mean).items():
+            maps[name][slabs][voxels] = values
+    return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), maps)
 
 
-def _fuse_slabs(
-    paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice
-) -> tuple[SparsePosterior, dict[str, _Tally]]:
-    total = 0
-    for m in groups[ALL]:
-        member = load_posterior(paths[m], slabs)
+def _mean(paths: Sequence[Path], slabs: slice) -> SparsePosterior:
+    total: csr_array | float = 0.0
+    for path in paths:
+        member = load_posterior(path, slabs)
         total = member.rows.astype(np.float64) + total
-    rows = (total / len(groups[ALL])).astype(np.float32)
-    mean = SparsePosterior.from_rows(rows, member.labels.shape)
+    return SparsePosterior.from_rows(csr_array(total / len(paths), dtype=np.float32), member.labels.shape)
+
+
+def _spread(
+    paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice, mean: SparsePosterior
+) -> dict[str, np.ndarray]:
+    """Return the values of the maps, each (N,), at the voxels that the mean stores."""
     voxels = np.flatnonzero(mean.stored)
     consensus = mean.labels.ravel()[voxels]
-    tallies = {group: _Tally(len(voxels), rows.shape[1]) for group in groups}
+    tallies = {group: _Tally(len(voxels), mean.rows.shape[1]) for group in groups}
     for m in groups[ALL]:
         member = load_posterior(paths[m], slabs)
         posterior = add_background(member.rows[voxels].toarray())
-        values = _of_label(posterior, consensus).astype(np.float64)
-        for group, tally in tallies.items():
-            if m in groups[group]:
-                tally.add(values, member.labels.ravel()[voxels])
-    return mean, tallies
-
-
-def _of_label(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Take from (N, K) values those of the labels (N,)."""
-    return np.take_along_axis(values, labels[:, None].astype(np.int64), axis=1)[:, 0]
+        values = posterior[np.arange(len(voxels)), consensus].astype(np.float64)
+        for tally in (tallies[group] for group, members in groups.items() if m in members):
+            tally.add(values, member.labels.ravel()[voxels])
+    spreads = {group: tally.spread(consensus) for group, tally in tallies.items()}
+    return {name + suffix_of(group): values for group, spread in spreads.items() for name, values in spread.items()}
 
 
 class _Tally:
-    """Votes of a group of members, and moments of their posterior of the consensus label.
-
-    Members come one after another (Welford's recurrence), so that memory does not grow.
-    """
+    """Votes of a group of members, and moments of their posterior of the consensus label (Welford's recurrence)."""
 
     def __init__(self, n_voxels: int, n_classes: int):
         self.n_members = 0
@@ -155,30 +123,19 @@ class _Tally:
         self.votes[np.arange(len(labels)), labels] += 1
 
     def spread(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the values of `Spread`, each (N,)."""
         std = sample_std(self.squares, self.n_members)
-        votes_for = _of_label(self.votes, consensus)
+        votes_for = self.votes[np.arange(len(consensus)), consensus]
         split = votes_for < self.n_members
         entropy = np.zeros(len(consensus), np.float32)
         entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
-        return {
-            "entropy": entropy,
-            "std": std,
-            "sigbits": significant_bits(self.mean, std),
-            "unreliable": unreliable(votes_for, self.n_members),
-        }
+        doubt = unreliable(votes_for, self.n_members)
+        return {"entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std), "unreliable": doubt}
 
 
-@dataclass(frozen=True)
-class MembersSummary:
-    """Arrays on the head box, and counts per member and class.
+class MembersSummary(NamedTuple):
+    """`Fusion.maps` (those of families only if wanted), and counts per member and class.
 
-    Attributes
-    ----------
-    maps : entropy [bit], std, sigbits [bit] (X, Y, Z) float32; unreliable (X, Y, Z) bool; with
-        ``_FAMILY`` after the name within a family
-    counts : volumes (M, K) and intersections (M, M, K) int64, voxels; entropy_mean and
-        entropy_mean_FAMILY (K,) bit
+    `counts`: volumes (M, K) and intersections (M, M, K) int64, voxels; entropy_mean and entropy_mean_FAMILY (K,) bit.
     """
 
     maps: dict[str, np.ndarray]
@@ -198,13 +155,12 @@ def summarise_members(
     family_maps : whether to return maps of each family too
     """
     fusion = fuse_members(paths, families)
-    save_posterior(mean_path, fusion.mean, {})
+    save_posterior(mean_path, fusion.mean)
     n_classes = fusion.mean.rows.shape[1]
-    counts = region_counts(label_slabs(paths), len(paths), n_classes)
-    maps = {}
-    arrays = {"volumes": counts.volumes, "intersections": counts.intersections}
-    for group, spread in fusion.spread.items():
-        if group == ALL or family_maps:
-            maps |= {name + suffix_of(group): values for name, values in vars(spread).items()}
-        arrays["entropy_mean" + suffix_of(group)] = mean_entropy(fusion.mean.labels, spread.entropy, n_classes)
-    return MembersSummary(maps, arrays)
+    found = region_counts(label_slabs(paths), len(paths), n_classes)
+    counts = {"volumes": found.volumes, "intersections": found.intersections}
+    for name, values in fusion.maps.items():
+        if name.startswith("entropy"):
+            mean = mean_entropy(fusion.mean.labels, values, n_classes)
+            counts[name.replace("entropy", "entropy_mean")] = mean
+    return MembersSummary(fusion.maps if family_maps else {name: fusion.maps[name] for name in _MAPS}, counts)

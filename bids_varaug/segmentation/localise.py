@@ -21,15 +21,14 @@ _PLAUSIBLE_CM3 = (400.0, 2500.0)
 def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     """Return the part of a head box that holds the brain.
 
-    The network segments the head at half the resolution, which takes an eighth of the time. What
-    it finds is enlarged by `MARGIN_MM` and to sides that the network takes. Where that is no
-    brain by its size (400 to 2500 cm3), the whole head is returned.
+    The network segments the head at half the resolution, which takes an eighth of the time. What it finds is enlarged
+    by `MARGIN_MM` and to sides that the network takes. Where that is no brain by its size (400 to 2500 cm3), the whole
+    head is returned.
 
     Parameters
     ----------
     network : in evaluation mode, on the device to use; trained on images of both resolutions
-    head : (X, Y, Z) float32, any unit, network grid, RAS; sides are multiples of
-        ``network.shape.multiple``
+    head : (X, Y, Z) float32, any unit, network grid, RAS; sides are multiples of ``network.shape.multiple``
     voxel_size : of the network grid, mm
 
     Returns
@@ -37,32 +36,20 @@ def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     Box
         Within `head`; its sides are multiples of ``network.shape.multiple``.
     """
-    brain = segment_volume(network, _halve(head, network.shape.multiple)).labels > 0
+    multiple = network.shape.multiple
+    half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()
+    # Empty voxels after it, to two multiples at least: the network cannot normalise a level of one voxel.
+    missing = [max(-side % multiple, 2 * multiple - side) for side in half.shape]
+    brain = segment_volume(network, np.pad(half, [(0, n) for n in missing])).labels > 0
     low_cm3, high_cm3 = _PLAUSIBLE_CM3
     if not low_cm3 <= brain.sum() * (2 * voxel_size) ** 3 / 1000 <= high_cm3:
         return Box((0, 0, 0), head.shape)
     margin = round(MARGIN_MM / voxel_size)
     low, high = bounds(brain)
-    return enclose(2 * low - margin, 2 * high + margin, head.shape, network.shape.multiple)
+    return enclose(2 * low - margin, 2 * high + margin, head.shape, multiple)
 
 
 def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
-    """Cut the part that holds the brain out of a head box; see `localise_brain`.
-
-    Returns
-    -------
-    head : (X, Y, Z) float32, as it was given
-    geometry : of that part
-    """
+    """Cut the part that holds the brain out of a head box (see `localise_brain`); returns it and its geometry."""
     part = localise_brain(network, head, geometry.voxel_size)
     return extract(head, part), replace(geometry, box=part.within(geometry.box))
-
-
-def _halve(head: np.ndarray, multiple: int) -> np.ndarray:
-    """Means of 2x2x2 voxels, with empty voxels after them up to sides that are multiples.
-
-    Twice the multiple at least: the network cannot normalise a level of one voxel.
-    """
-    half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()
-    missing = [max(-side % multiple, 2 * multiple - side) for side in half.shape]
-    return np.pad(half, [(0, n) for n in missing])

@@ -53,21 +53,13 @@ def segment_with_member(
             sparse = segment_volume(network, move_to_grid(head, offset))
         if shift is not None:
             sparse = shift_posterior(sparse, load_posterior(shift))
-        save_posterior(out, sparse, describe_member(member))
+        save_posterior(out, sparse)
 
 
 def crop_with_member(
-    head: np.ndarray,
-    geometry: Geometry,
-    ensemble_name: str,
-    member: Member,
-    device: str,
-    num_threads: int,
+    head: np.ndarray, geometry: Geometry, ensemble_name: str, member: Member, device: str, num_threads: int
 ) -> tuple[np.ndarray, Geometry]:
-    """Load a member and cut out what it takes for the brain; see `crop_to_brain`.
-
-    Raises as `segment_with_member` does.
-    """
+    """Load a member and cut out what it takes for the brain; see `crop_to_brain`, raises as `segment_with_member`."""
     with _network(ensemble_name, member, device, num_threads, head) as network:
         return crop_to_brain(network, head, geometry)
 
@@ -81,25 +73,19 @@ def _network(ensemble_name: str, member: Member, device: str, num_threads: int, 
         yield load_member(load_ensemble(ensemble_name), member, device)
     except torch.OutOfMemoryError as error:
         raise ScanError(
-            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or "
-            "a GPU with more memory."
+            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a GPU with more "
+            "memory."
         ) from error
     finally:
         release_freed_memory()
 
 
-def describe_member(member: Member) -> dict[str, str]:
-    """Return what a posterior file says about its member."""
-    return {"member": member.id, "family": member.family, "sha256": member.sha256}
-
-
 def arithmetic_of(member: Member) -> AbstractContextManager:
     """Return the floating-point arithmetic in which a member segments.
 
-    Plain, or random rounding of what torch computes [1]_: the scaling of the image's intensities,
-    the network and its softmax. What comes before (resampling to the network grid) and after
-    (largest component, fusion, resampling to the grid of the image) runs in
-    numpy, scipy and numba, and is never perturbed.
+    Plain, or random rounding of what torch computes [1]_: the scaling of the image's intensities, the network and its
+    softmax. What comes before (resampling to the network grid) and after (largest component, fusion, resampling to the
+    grid of the image) runs in numpy, scipy and numba, and is never perturbed.
 
     References
     ----------

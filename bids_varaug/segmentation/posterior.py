@@ -1,10 +1,15 @@
-"""Class probabilities as sparse rows: only of voxels that are not surely background."""
+"""Class probabilities as sparse rows: only of voxels that are not surely background.
+
+A file that is absent or damaged is refused with a `UserError`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,11 +18,13 @@ from scipy.sparse import csr_array
 
 from bids_varaug.errors import UserError
 
+if TYPE_CHECKING:
+    from bids_varaug.images.conform import Geometry
+
 BACKGROUND_CUT = 1e-4
 """A voxel has a row unless its background probability exceeds 1 - BACKGROUND_CUT."""
 SMALLEST = np.float32(2**-23)
 """Step between float32 probabilities near 1; no larger ones are stored."""
-_UNREADABLE = (SafetensorError, OSError, ValueError, IndexError, KeyError, TypeError)
 _SLABS_AT_ONCE = 8
 _ROWS_AT_ONCE = 2**16  # with all their zeros
 
@@ -29,9 +36,8 @@ class SparsePosterior:
     Attributes
     ----------
     labels : (X, Y, Z) uint8, most probable class
-    rows : csr_array (X * Y * Z, K) float, one row for each voxel in C order. Class 0, the
-        background, is left out: its probability is what a row lacks to 1, and an empty row is
-        surely background.
+    rows : csr_array (X * Y * Z, K) float, one row for each voxel in C order. Class 0, the background, is left out: its
+        probability is what a row lacks to 1, and an empty row is surely background.
     """
 
     labels: np.ndarray
@@ -53,21 +59,18 @@ class SparsePosterior:
         return np.diff(self.rows.indptr) > 0
 
     @property
-    def offsets(self) -> np.ndarray:
-        """Rows of slab x are those from offsets[x] to offsets[x + 1], (X + 1,) int64."""
-        by_slab = self.stored.reshape(len(self.labels), -1).sum(axis=1)
-        return np.concatenate([[0], np.cumsum(by_slab)])
-
-    @property
-    def voxels(self) -> np.ndarray:
-        """Place y * Z + z within its slab of each stored row, ascending, (N,) int32."""
-        _, n_y, n_z = self.labels.shape
-        return (np.flatnonzero(self.stored) % (n_y * n_z)).astype(np.int32)
-
-    @property
     def posterior(self) -> np.ndarray:
         """The stored rows with the background, (N, K) float32, sums to 1 over K."""
         return add_background(self.rows[self.stored].toarray())
+
+    def to_native(self, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
+        """Return class indices on the image's own grid; see `images.conform.resample_posterior`."""
+        from bids_varaug.images.conform import resample_posterior  # with torch, which fusing needs not
+
+        by_slab = self.stored.reshape(len(self.labels), -1)
+        offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(by_slab, axis=1))])
+        voxels = by_slab.nonzero()[1].astype(np.int32)
+        return resample_posterior(offsets, voxels, self.posterior, geometry, out, temperature)
 
 
 def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
@@ -92,9 +95,8 @@ def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
     kept[:, 0] = False
     counts = np.zeros(len(stored), np.int32)
     counts[stored] = np.count_nonzero(kept, axis=1)
-    indptr = np.concatenate([[0], np.cumsum(counts)], dtype=np.int32)
     classes = kept.nonzero()[1].astype(np.int32)
-    return csr_array((posterior[kept], classes, indptr), shape=(len(stored), posterior.shape[1]))
+    return csr_array((posterior[kept], classes, _starts(counts)), shape=(len(stored), posterior.shape[1]))
 
 
 def add_background(rows: np.ndarray) -> np.ndarray:
@@ -103,12 +105,12 @@ def add_background(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def save_posterior(path: Path, sparse: SparsePosterior, metadata: dict[str, str]) -> None:
+def save_posterior(path: Path, sparse: SparsePosterior) -> None:
     """Write one safetensors file, aside first and renamed; up to 256 classes.
 
-    ``labels`` and ``counts`` (entries of each row) are (X, Y, Z) uint8; ``classes`` uint8 and
-    ``values`` float32 are those of all entries, and ``starts`` (X + 1,) int64 where those of each
-    slab begin; ``n_classes`` stands in the metadata.
+    ``labels`` and ``counts`` (entries of each row) are (X, Y, Z) uint8; ``classes`` uint8 and ``values`` float32 are
+    those of all entries, and ``starts`` (X + 1,) int64 where those of each slab begin; ``n_classes`` stands in the
+    metadata.
     """
     rows, shape = sparse.rows, sparse.labels.shape
     tensors = {
@@ -120,7 +122,7 @@ def save_posterior(path: Path, sparse: SparsePosterior, metadata: dict[str, str]
     }
     partial = path.with_suffix(".partial")
     try:
-        save_file(tensors, partial, metadata | {"n_classes": str(rows.shape[1])})
+        save_file(tensors, partial, {"n_classes": str(rows.shape[1])})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -129,54 +131,51 @@ def save_posterior(path: Path, sparse: SparsePosterior, metadata: dict[str, str]
 def load_posterior(path: Path, slabs: slice = slice(None)) -> SparsePosterior:
     """Read what `save_posterior` wrote, or some slabs of it.
 
-    The file is mapped into memory, and pages once touched count as memory of this process until it
-    is closed: to need little memory, read a few slabs at a time.
-
-    Raises
-    ------
-    UserError
-        If the file is absent or damaged.
+    The file is mapped into memory, and pages once touched count as memory of this process until it is closed: to need
+    little memory, read a few slabs at a time.
     """
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            labels, counts = (tensors.get_slice(name)[slabs] for name in ("labels", "counts"))
-            starts = tensors.get_tensor("starts")
-            start, stop = starts[slabs][0], starts[1:][slabs][-1]
-            values, classes = np.empty((2, 0), np.float32)
-            if start < stop:  # safetensors refuses an empty slice at the end of a tensor
-                values, classes = (tensors.get_slice(n)[start:stop] for n in ("values", "classes"))
-            n_classes = int(tensors.metadata()["n_classes"])
-        if labels.shape != counts.shape or labels.ndim != 3:
-            raise ValueError("its tensors do not fit together")
-        indptr = np.concatenate([[0], np.cumsum(counts)], dtype=np.int32)
-        rows = csr_array((values, classes.astype(np.int32), indptr), (labels.size, n_classes))
+    with _open(path) as tensors:
+        labels, counts = (tensors.get_slice(name)[slabs] for name in ("labels", "counts"))
+        starts = tensors.get_tensor("starts")
+        start, stop = starts[slabs][0], starts[1:][slabs][-1]
+        values, classes = np.empty((2, 0), np.float32)
+        if start < stop:  # safetensors refuses an empty slice at the end of a tensor
+            values, classes = (tensors.get_slice(name)[start:stop] for name in ("values", "classes"))
+        n_classes = int(tensors.metadata()["n_classes"])
+        rows = csr_array((values, classes.astype(np.int32), _starts(counts.ravel())), (labels.size, n_classes))
         rows.check_format(full_check=True)
-        if indptr[-1] != len(values) or labels.max() >= n_classes:
+        if labels.shape != counts.shape or labels.ndim != 3 or rows.nnz != len(values) or labels.max() >= n_classes:
             raise ValueError("its tensors do not fit together")
-    except _UNREADABLE as error:
-        raise _damaged(path, error) from error
     return SparsePosterior(labels, rows)
 
 
-def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
-    """Return the shape (X, Y, Z) of all posterior files.
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: this work file is damaged or absent ({error}). Delete it and run again with the same work "
+            "directory; it is made again."
+        ) from error
 
-    Raises
-    ------
-    UserError
-        If a file is absent or damaged, or the boxes or classes differ.
-    """
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each row's entries begin, and where the last ends, (V + 1,) int32."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int32)], dtype=np.int32)
+
+
+def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
+    """Return the shape (X, Y, Z) of all posterior files; a `UserError` where boxes or classes differ."""
     boxes = []
     for path in paths:
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                shape = tuple(tensors.get_slice("labels").get_shape())
-                boxes.append((shape, int(tensors.metadata()["n_classes"])))
-        except _UNREADABLE as error:
-            raise _damaged(path, error) from error
+        with _open(path) as tensors:
+            shape = tuple(tensors.get_slice("labels").get_shape())
+            boxes.append((shape, int(tensors.metadata()["n_classes"])))
         if boxes[-1] != boxes[0]:
             raise UserError(
-                f"{path}: {boxes[-1][1]} classes on {shape} voxels, but {Path(paths[0]).name} has {boxes[0][1]} on "
+                f"{path}: {boxes[-1][1]} classes on {shape} voxels, but {paths[0].name} has {boxes[0][1]} on "
                 f"{boxes[0][0]}. Delete the work directory and run again."
             )
     return boxes[0][0]
@@ -188,23 +187,10 @@ def split_slabs(length: int) -> list[slice]:
 
 
 def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
-    """Yield the labels of all members, a few slabs at a time, (M, S * Y * Z) uint8.
-
-    Raises
-    ------
-    UserError
-        If a file is damaged, or the boxes differ.
-    """
+    """Yield the labels of all members, a few slabs at a time, (M, S * Y * Z) uint8."""
     for slabs in split_slabs(check_same_box(paths)[0]):
         members = []
         for path in paths:
-            with safe_open(path, framework="numpy") as tensors:
+            with _open(path) as tensors:
                 members.append(tensors.get_slice("labels")[slabs].ravel())
         yield np.stack(members)
-
-
-def _damaged(path: Path, reason: Exception) -> UserError:
-    return UserError(
-        f"{path}: this work file is damaged or absent ({reason}). Delete it and run again with "
-        "the same work directory; it is made again."
-    )

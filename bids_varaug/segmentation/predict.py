@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.models.unet import Features, UNet
 from bids_varaug.segmentation.posterior import BACKGROUND_CUT, SparsePosterior, sparse_rows
 
-SLABS = 8  # at once; even, since two slabs of voxels are one of the network's body
+SLABS = 8  # at once
 RIM = 4  # voxels around the brain whose posterior is kept
 
 
@@ -22,23 +20,18 @@ RIM = 4  # voxels around the brain whose posterior is kept
 def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     """Return the class posterior of one head.
 
-    What is not connected with the brain (specks in neck, scalp and meninges) becomes sure
-    background, and so does everything more than `RIM` voxels away from it. The last layer runs a
-    few slabs at a time, of which only voxels stay that are not surely background, so that the dense
-    posterior (1 GB for a whole head and 32 classes) never exists.
+    What is not connected with the brain (specks in neck, scalp and meninges) becomes sure background, and so does
+    everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, of which only voxels
+    stay that are not surely background: the dense posterior (1 GB for a whole head and 32 classes) never exists.
 
-    Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax.
-    The largest component and its surroundings are found by scipy, exactly.
+    Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax. The largest component
+    and its surroundings are found by scipy, exactly.
 
     Parameters
     ----------
     network : in evaluation mode, on the device to use
-    image : (X, Y, Z) float32, any unit, head box of the network grid, RAS; sides are multiples
-        of ``network.shape.multiple``
-
-    Returns
-    -------
-    SparsePosterior
+    image : (X, Y, Z) float32, any unit, head box of the network grid, RAS; sides are multiples of
+        ``network.shape.multiple``
 
     Raises
     ------
@@ -51,8 +44,7 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     device = next(network.parameters()).device
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
     features = network.features_by_slabs(tensor[None, None])
-    features = Features(features.body, features.rim)  # the deep levels are for training only
-    parts = [_classify(network, part) for part in _slabs(features)]
+    parts = [_classify(network, part) for part in features.by_slabs(SLABS)]
     del features
     labels = np.concatenate([part for part, _ in parts])
     rows = vstack([part for _, part in parts], format="csr")
@@ -77,23 +69,8 @@ def _classify(network: UNet, part: Features) -> tuple[np.ndarray, csr_array]:
     return labels.cpu().numpy(), rows
 
 
-def _slabs(features: Features) -> Iterator[Features]:
-    """Cut features into `SLABS` slabs of voxels, which are half as many of the body."""
-    for start in range(0, features.rim.shape[2], SLABS):
-        stop = start + SLABS
-        yield Features(features.body[:, :, start // 2 : stop // 2], features.rim[:, :, start:stop])
-
-
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest face-connected part of a mask.
-
-    Parameters
-    ----------
-    mask : (X, Y, Z) bool
-
-    Returns
-    -------
-    (X, Y, Z) bool, all False where `mask` is
+    """Keep the largest face-connected part of a mask (X, Y, Z) bool.
 
     Examples
     --------

@@ -1,4 +1,7 @@
-"""Label tables for training: which ids there are, what the network learns, what looks like what."""
+"""Label tables for training: which ids there are, what the network learns, what looks like what.
+
+A table that training cannot use is refused with a `UserError` that names the file.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,6 @@ import pandas as pd
 from bids_varaug.errors import UserError
 
 TISSUES = ("air", "brain", "ventricle", "csf", "head")
-_ANY_MEAN, _ANY_SD = 0.6, 0.25  # of an intensity that nothing is known about
-
 _OTHER_SIDE = {"left": "right", "lh": "rh", "l": "r", "right": "left", "rh": "lh", "r": "l"}
 _SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])", re.IGNORECASE)
 
@@ -31,8 +32,7 @@ class LabelScheme:
     targets : (G,) uint8, class index k of the target, 0 = background
     mirror : (G,) uint8, generation class on the other side (itself for midline structures)
     tissue : (G,) uint8, index into `TISSUES`
-    t1_mean, t1_sd : (G,) float32, T1w intensity relative to white matter = 1, its spread over
-        people
+    t1_mean, t1_sd : (G,) float32, T1w intensity relative to white matter = 1, its spread over people
     target_ids, target_names : id and name of each target class, background first
     also : further ids of label maps, and what they count as: one id of `ids`, or one for each side
     """
@@ -52,36 +52,39 @@ class LabelScheme:
 def load_scheme(path: Path | None = None) -> LabelScheme:
     """Read a label table, by default that of FreeSurfer's ids.
 
-    A TSV with the columns index and name, as BIDS has it (``*_dseg.tsv``). Optional columns:
-    target (the id that the network learns; default: its own), mirror (the id on the other side;
-    default: that whose name has left and right exchanged), tissue (air, brain, ventricle, csf or
-    head; default: brain), t1_mean and t1_sd (of the T1w intensity, white matter = 1; default: any),
-    also (ids that count as this one, such as ``31`` or ``77,251-255``; an id of two rows goes to
-    the nearer of the two structures).
-
-    Raises
-    ------
-    UserError
-        If a column is missing, an id is listed twice, a target or mirror id is not in the table,
-        or a structure has no counterpart.
+    A TSV with the columns index and name, as BIDS has it (``*_dseg.tsv``). Optional columns: target (the id that the
+    network learns; default: its own), mirror (the id on the other side; default: that whose name has left and right
+    exchanged), tissue (air, brain, ventricle, csf or head; default: brain), t1_mean and t1_sd (of the T1w intensity,
+    white matter = 1; default: any), also (ids that count as this one, such as ``31`` or ``77,251-255``; an id of two
+    rows goes to the nearer of the two structures).
     """
     source = path or files("bids_varaug") / "data" / "training_labels.tsv"
     with source.open() as stream:
         table = pd.read_csv(stream, sep="\t", dtype={"also": str})
-    missing = {"index", "name"} - set(table)
-    if missing:
+    if missing := {"index", "name"} - set(table):
         raise UserError(f"{source}: the label table lacks the column(s) {sorted(missing)}.")
-    table = _with_defaults(table, str(source))
+    if not (table["index"] == 0).any():
+        table = pd.concat([pd.DataFrame({"index": [0], "name": ["background"]}), table])
+    table = table.sort_values("index").reset_index(drop=True)
     ids = pd.Index(table["index"])
     if not ids.is_unique or len(ids) > 255:
         raise UserError(f"{source}: ids must be unique, and at most 255 with the background's 0.")
+    is_air = table["index"] == 0
+    defaults = {
+        "target": table["index"],
+        "mirror": table["index"] if "mirror" in table else mirror_ids(table, str(source)),
+        "tissue": is_air.map({True: "air", False: "brain"}),
+        "t1_mean": is_air.map({True: 0.02, False: 0.6}),
+        "t1_sd": is_air.map({True: 0.02, False: 0.25}),
+    }
+    filled = {name: table[name].fillna(value) if name in table else value for name, value in defaults.items()}
+    table = table.assign(also=table.get("also"), **filled)
     unknown = (set(table["target"]) | set(table["mirror"])) - set(ids)
     if unknown or set(table["tissue"]) - set(TISSUES):
         raise UserError(
-            f"{source}: targets and mirrors must be ids of the table (not {sorted(unknown)}), "
-            f"tissues one of {TISSUES}."
+            f"{source}: targets and mirrors must be ids of the table (not {sorted(unknown)}), tissues one of {TISSUES}."
         )
-    targets = pd.Index([0, *sorted(set(table["target"]) - {0})])
+    targets = pd.Index([0, *sorted(set(table["target"].astype(int)) - {0})])
     return LabelScheme(
         ids=table["index"].to_numpy(np.int32),
         names=tuple(table["name"]),
@@ -90,37 +93,17 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
         tissue=pd.Index(TISSUES).get_indexer(table["tissue"]).astype(np.uint8),
         t1_mean=table["t1_mean"].to_numpy(np.float32),
         t1_sd=table["t1_sd"].to_numpy(np.float32),
-        target_ids=tuple(int(i) for i in targets),
+        target_ids=tuple(targets.tolist()),
         target_names=tuple(table["name"][ids.get_indexer(targets)]),
         also=_parse_also(table),
     )
 
 
-def _with_defaults(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Add the background and the columns that may be left out."""
-    if not (table["index"] == 0).any():
-        background = {"index": 0, "name": "background", "target": 0, "mirror": 0, "tissue": "air",
-                      "t1_mean": 0.02, "t1_sd": 0.02}  # fmt: skip
-        row = pd.DataFrame([{name: background.get(name) for name in table}])
-        table = pd.concat([row, table], ignore_index=True)
-    table = table.sort_values("index").reset_index(drop=True)
-    is_air = table["index"] == 0
-    if "mirror" not in table:
-        table["mirror"] = mirror_ids(table, source)
-    defaults = {
-        "target": table["index"],
-        "tissue": np.where(is_air, "air", "brain"),
-        "t1_mean": np.where(is_air, 0.02, _ANY_MEAN),
-        "t1_sd": np.where(is_air, 0.02, _ANY_SD),
-    }
-    return table.assign(**{name: v for name, v in defaults.items() if name not in table})
-
-
 def _parse_also(table: pd.DataFrame) -> dict[int, tuple[int, ...]]:
     """Return for each further id the ids of the rows that list it (``31`` or ``77,251-255``)."""
     ids: dict[int, tuple[int, ...]] = {}
-    for index, text in zip(table["index"], table.get("also", ()), strict=False):
-        for part in str(text).split(",") if pd.notna(text) else ():
+    for index, text in table[["index", "also"]].dropna().itertuples(index=False):
+        for part in text.split(","):
             first, _, last = part.partition("-")
             for also in range(int(first), int(last or first) + 1):
                 ids[also] = (*ids.get(also, ()), int(index))
@@ -144,39 +127,26 @@ def other_side(name: str) -> str | None:
     return name[: found.start()] + other + name[found.end() :]
 
 
-def mirror_ids(table: pd.DataFrame, source: str) -> list[int]:
-    """Return for each row of a label table (index, name) the id on the other side.
-
-    Raises
-    ------
-    UserError
-        If a structure is named left or right and its counterpart is not in the table.
-    """
+def mirror_ids(table: pd.DataFrame, source: str) -> pd.Series:
+    """Return for each row of a label table (index, name) the id on the other side, its own where it has no side."""
     id_of = dict(zip(table["name"], table["index"], strict=True))
-    others = [other_side(name) for name in table["name"]]
-    alone = [f"{name} (no {other})" for name, other in zip(table["name"], others, strict=True)
-             if other is not None and other not in id_of]  # fmt: skip
+    others = {name: other_side(name) for name in id_of}
+    alone = [f"{name} (no {other})" for name, other in others.items() if other is not None and other not in id_of]
     if alone:
         raise UserError(
-            f"{source}: structures of one side without a counterpart: {', '.join(alone[:5])}. "
-            "Training mirrors half of the images, so each needs one: add the rows, or a column "
-            "'mirror' with the id of the other side (its own where there is none)."
+            f"{source}: structures of one side without a counterpart: {', '.join(alone[:5])}. Training mirrors half of "
+            "the images, so each needs one: add the rows, or a column 'mirror' with the id of the other side (its own "
+            "where there is none)."
         )
-    return [int(id_of.get(other, i)) for other, i in zip(others, table["index"], strict=True)]
+    return table["name"].map({name: id_of.get(other, id_of[name]) for name, other in others.items()})
 
 
 def find_label_table(directory: Path) -> Path | None:
-    """Return the table of a folder's label maps (``*dseg.tsv``), None where there is none.
-
-    Raises
-    ------
-    UserError
-        If there are several that differ.
-    """
+    """Return the table of a folder's label maps (``*dseg.tsv``), None where there is none."""
     found = sorted(directory.rglob("*dseg.tsv"))
     if len({path.read_bytes() for path in found}) > 1:
         raise UserError(
-            f"{directory}: label tables that differ ({found[0].name}, {found[1].name}, ...). Give "
-            "the one to use with --label-table."
+            f"{directory}: label tables that differ ({found[0].name}, {found[1].name}, ...). Give the one to use with "
+            "--label-table."
         )
     return found[0] if found else None

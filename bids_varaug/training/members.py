@@ -24,8 +24,8 @@ _MEMBERS = re.compile(r"ieee|(?P<family>mca|seed)(?P<first>\d\d)(\.\.(?P=family)
 class MemberPlan:
     """One member to train.
 
-    `seed` decides initialisation and data order; `rounding_seed` the random rounding of a Monte
-    Carlo member, None for deterministic arithmetic.
+    `seed` decides initialisation and data order; `rounding_seed` the random rounding of a Monte Carlo member, None for
+    deterministic arithmetic.
     """
 
     id: str
@@ -46,9 +46,7 @@ def plan_member(member_id: str) -> MemberPlan:
     if member_id == BASELINE:
         return MemberPlan(member_id, BASELINE, 0, None)
     family, number = member_id[:-2], int(member_id[-2:])
-    if family == "mca":
-        return MemberPlan(member_id, family, 0, number)
-    return MemberPlan(member_id, family, number, None)
+    return MemberPlan(member_id, family, *((0, number) if family == "mca" else (number, None)))
 
 
 def parse_members(text: str) -> tuple[str, ...]:
@@ -69,8 +67,8 @@ def parse_members(text: str) -> tuple[str, ...]:
         found = _MEMBERS.fullmatch(part.strip())
         if found is None or (found["last"] and found["last"] < found["first"]):
             raise UsageError(
-                f"--members {part}: use ieee, mcaNN, seedNN, or a range that runs upwards within "
-                "one family (mca01..mca10)."
+                f"--members {part}: use ieee, mcaNN, seedNN, or a range that runs upwards within one family "
+                "(mca01..mca10)."
             )
         if found["first"]:
             numbers = range(int(found["first"]), int(found["last"] or found["first"]) + 1)
@@ -81,10 +79,7 @@ def parse_members(text: str) -> tuple[str, ...]:
 
 
 def train_in_parallel(
-    command_of: Callable[[str, str], Sequence[str]],
-    ids: Sequence[str],
-    devices: Sequence[str],
-    logs: Path,
+    command_of: Callable[[str, str], Sequence[str]], ids: Sequence[str], devices: Sequence[str], logs: Path
 ) -> None:
     """Run one command for each member, as many at once as there are `devices`.
 
@@ -119,6 +114,6 @@ def train_in_parallel(
         failed = sorted(chain.from_iterable(pool.map(train_on, devices)))
     if failed:
         raise UserError(
-            f"Training failed for {', '.join(failed)}; see {logs / f'{failed[0]}.txt'}. To resume "
-            "from the checkpoints, run the same command again."
+            f"Training failed for {', '.join(failed)}; see {logs / f'{failed[0]}.txt'}. To resume from the "
+            "checkpoints, run the same command again."
         )

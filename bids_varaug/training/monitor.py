@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.conform import Geometry, prepare_head, resample_posterior
+from bids_varaug.images.conform import prepare_head
 from bids_varaug.models.unet import UNet
 from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.posterior import SparsePosterior
 from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.training.subjects import open_image
 from bids_varaug.training.train import StepReport
 
 
@@ -60,46 +59,43 @@ class TrainingMonitor:
             self.close()
             self.member = member
             self.bar = tqdm(total=report.total, initial=report.step, desc=member, unit="step")
-        is_time = (report.step + 1) % self.every == 0 or report.step + 1 == report.total
-        scores = {}
-        for image in self.images if is_time else ():
-            by_structure = real_image_dice(network, image, self.class_ids, self.voxel_size)
-            scores[image.t1w.name.split("_T1w")[0]] = float(np.nanmean(by_structure))
-        dice = float(np.mean(list(scores.values()))) if scores else None
-        log = self.directory / f"{member}.tsv"
-        append_step(log, report, dice)
         self.bar.update(1)
         self.bar.set_postfix(stage=report.stage, loss=f"{report.loss:.3f}")
-        if dice is not None:
+        is_time = (report.step + 1) % self.every == 0 or report.step + 1 == report.total
+        scores = {
+            image.t1w.name.split("_T1w")[0]: np.nanmean(self.real_image_dice(network, image))
+            for image in (self.images if is_time else ())
+        }
+        dice = f"{np.mean(list(scores.values())):.4f}" if scores else "n/a"
+        row = {
+            "stage": report.stage, "step": report.step, "loss": f"{report.loss:.5f}",
+            "lr": f"{report.lr:.3e}", "seconds": f"{report.seconds:.3f}", "dice": dice,
+        }  # fmt: skip
+        log = self.directory / f"{member}.tsv"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row]).to_csv(log, sep="\t", index=False, mode="a", header=not log.exists(), lineterminator="\n")
+        if scores:
             each = ", ".join(f"{image} {score:.4f}" for image, score in scores.items())
-            self.bar.write(
-                f"{member} step {report.step + 1}: mean Dice on real images {dice:.4f}; {each}",
-                file=sys.stderr,
-            )
+            self.bar.write(f"{member} step {report.step + 1}: mean Dice on real images {dice}; {each}", sys.stderr)
         if is_time:
-            draw_curves(log, log.with_suffix(".png"))
+            draw_curves(log)
+
+    def real_image_dice(self, network: UNet, image: LabelledImage) -> np.ndarray:
+        """Dice of each structure (K - 1,) float64 against the image's label map; NaN where the map lacks it."""
+        head = prepare_head(image.t1w, self.voxel_size, network.shape.multiple)
+        brain, geometry = crop_to_brain(network, *head)
+        found = segment_volume(network, brain).to_native(geometry)
+        truth = np.asarray(open_image(image.labels).dataobj).astype(np.int64)
+        return dice_with_truth(np.asarray(self.class_ids)[found], truth, self.class_ids[1:])
 
     def close(self) -> None:
         """End the bar of the current member."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
 
 
-def append_step(log: Path, report: StepReport, dice: float | None) -> None:
-    """Add a row to a member's table, which gets its header with the first."""
-    row = {
-        "stage": report.stage, "step": report.step, "loss": f"{report.loss:.5f}",
-        "lr": f"{report.lr:.3e}", "seconds": f"{report.seconds:.3f}",
-        "dice": "n/a" if dice is None else f"{dice:.4f}",
-    }  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame([row])
-    table.to_csv(log, sep="\t", index=False, mode="a", header=not log.exists(), lineterminator="\n")
-
-
-def draw_curves(log: Path, picture: Path) -> None:
-    """Plot loss (running median) and real-image Dice against the step."""
+def draw_curves(log: Path) -> None:
+    """Plot loss (running median) and real-image Dice against the step, beside a member's table."""
     table = pd.read_csv(log, sep="\t")
     half = max(1, len(table) // 60)
     smooth = table["loss"].rolling(2 * half + 1, center=True, min_periods=1).median()
@@ -113,7 +109,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         right = axes.twinx()
         right.plot(evaluated["step"], evaluated["dice"], "o-", color="C1")
         right.set(ylabel="mean Dice (real images)", ylim=(0, 1))
-    figure.savefig(picture, dpi=90)
+    figure.savefig(log.with_suffix(".png"), dpi=90)
 
 
 def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[LabelledImage]:
@@ -121,21 +117,15 @@ def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[Labe
 
     Parameters
     ----------
-    names : label id -> name; maps whose own table (``*_dseg.tsv``) calls every id something else
-        belong to another atlas and are passed over, those without a table are believed
-
-    Raises
-    ------
-    UserError
-        If no T1w image of the folder has a label map.
+    names : label id -> name; maps whose own table (``*_dseg.tsv``) calls every id something else belong to another
+        atlas and are passed over, those without a table are believed
     """
     found = []
     for t1w in sorted(directory.rglob("*_T1w.nii*")):
         stem = t1w.name.split("_T1w")[0].split("_desc-")[0]
         maps = [path for path in t1w.parent.glob(f"{stem}*_dseg.nii*") if _same_atlas(path, names)]
         if maps:
-            first = min(maps, key=lambda path: ("desc-aseg" not in path.name, path.name))
-            found.append(LabelledImage(t1w, first))
+            found.append(LabelledImage(t1w, min(maps, key=lambda path: ("desc-aseg" not in path.name, path.name))))
     if not found:
         raise UserError(f"{directory}: no *_T1w.nii.gz with a *_dseg.nii.gz beside it.")
     return found
@@ -149,44 +139,14 @@ def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
     return bool((rows["index"].map(names) == rows["name"]).any())
 
 
-def real_image_dice(
-    network: UNet, image: LabelledImage, class_ids: Sequence[int], voxel_size: float
-) -> np.ndarray:
-    """Dice of each structure against the image's label map; NaN where the map lacks it.
-
-    Returns
-    -------
-    (K - 1,) float64, classes 1..K-1
-    """
-    head = prepare_head(image.t1w, voxel_size, network.shape.multiple)
-    brain, geometry = crop_to_brain(network, *head)
-    found = native_labels(segment_volume(network, brain), geometry)
-    truth = np.asarray(nib.load(image.labels).dataobj).astype(np.int64)
-    return dice_with_truth(np.asarray(class_ids)[found], truth, class_ids[1:])
-
-
-def native_labels(sparse: SparsePosterior, geometry: Geometry) -> np.ndarray:
-    """Return class indices (X, Y, Z) uint8 on the image's own grid.
-
-    Parameters
-    ----------
-    geometry : of the part of the head that was segmented
-    """
-    return resample_posterior(sparse.offsets, sparse.voxels, sparse.posterior, geometry)
-
-
 def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Dice of each label; NaN where the truth lacks it.
+    """Dice of each label, (K,) float64; NaN where the truth lacks it.
 
     Parameters
     ----------
     found : (X, Y, Z) int, label ids
     truth : (X, Y, Z) int, label ids; voxels below 0 do not count
     ids : (K,) labels to compare
-
-    Returns
-    -------
-    (K,) float64
 
     Examples
     --------

@@ -21,33 +21,28 @@ from bids_varaug.models.weights import write_tensors
 DEEP_WEIGHT = 0.4  # of the mean loss of the decoder's coarser levels
 MOMENTS = ("momentum", "exp_avg", "exp_avg_sq")  # of Muon, and of AdamW
 
-# Coefficients of the quintic iteration that pushes all singular values towards 1, from Jordan et
-# al. 2024, "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io).
+# Coefficients of the quintic iteration that pushes all singular values towards 1, from Jordan et al. 2024, "Muon: an
+# optimizer for hidden layers in neural networks" (kellerjordan.github.io).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _MOMENTUM = 0.95
 _RMS = 0.2  # of an update's elements per unit of learning rate: about that of AdamW
 
 
-def segmentation_loss(
-    logits: torch.Tensor, target: torch.Tensor, balanced: bool = False
-) -> torch.Tensor:
-    """Mean cross-entropy plus one minus the mean soft Dice of the structures present.
+def segmentation_loss(logits: torch.Tensor, target: torch.Tensor, balanced: bool = False) -> torch.Tensor:
+    """Mean cross-entropy plus one minus the mean soft Dice of the structures present, () float32.
 
     Parameters
     ----------
-    logits : (V, K) float32
-    target : (V,) int64, class index, 0 = background
-    balanced : weigh a voxel by one over the square root of its class's voxels, so that small
-        structures are learnt early; the posteriors are then no longer calibrated
-
-    Returns
-    -------
-    () float32
+    logits : (..., K)
+    target : (...) integer, class index, 0 = background
+    balanced : weigh a voxel by one over the square root of its class's voxels, so that small structures are learnt
+        early; the posteriors are then no longer calibrated
     """
-    log_p = F.log_softmax(logits, dim=1)
+    log_p = F.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=1)
+    target = target.reshape(-1).long()
     log_true = log_p.gather(1, target[:, None])
-    count = torch.bincount(target, minlength=logits.shape[1]).to(log_p.dtype)
+    count = torch.bincount(target, minlength=log_p.shape[1]).to(log_p.dtype)
     weight = count.clamp_min(1.0).rsqrt()[target] if balanced else torch.ones_like(count)[target]
     cross_entropy = -(weight * log_true[:, 0]).sum() / weight.sum()
     # Not index_add, whose order of sums changes from run to run on a GPU
@@ -69,18 +64,16 @@ def training_loss(
 ) -> torch.Tensor:
     """Loss of the finest logits, plus that of the decoder's coarser levels.
 
-    The finest logits are those of every second voxel along two axes, at a phase drawn from `seed`:
-    a quarter of the voxels gives the same gradient on average; the last layer and the softmax of
-    all would take half of a training step. With `body_only` they are those of
-    `UNet.coarse_logits`. Each deep level is compared with the label in the middle of each of its
-    voxels.
+    The finest logits are those of every second voxel along two axes, at a phase drawn from `seed`: a quarter of the
+    voxels gives the same gradient on average; the last layer and the softmax of all would take half of a training step.
+    Each deep level is compared with the label in the middle of each of its voxels.
 
     Parameters
     ----------
     image : (X, Y, Z) float32
     target : (X, Y, Z) uint8
     balanced : see `segmentation_loss`
-    body_only : the image is on the grid of the network's body
+    body_only : the image is on the grid of the network's body, and the finest logits are those of `UNet.coarse_logits`
     """
     if body_only:
         logits, levels = network.coarse_logits(image[None, None])
@@ -90,34 +83,28 @@ def training_loss(
         features = network.features(image[None, None])
         logits, levels = network.classify_rows(features, a, b), features.deep
         sampled = target[a::2, :, b::2]
-    loss = _loss_of_rows(logits, sampled, balanced)
+    loss = segmentation_loss(logits, sampled, balanced)
     deep = []
     for level, head in zip(levels, network.deep_heads, strict=True):
         step = image.shape[0] // level.shape[2]
         middle = (slice(step // 2, None, step),) * 3
-        deep.append(_loss_of_rows(head(level).movedim(1, -1), target[middle], balanced))
+        deep.append(segmentation_loss(head(level).movedim(1, -1), target[middle], balanced))
     return loss + DEEP_WEIGHT * torch.stack(deep).mean() if deep else loss
-
-
-def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, balanced: bool) -> torch.Tensor:
-    rows = logits.reshape(-1, logits.shape[-1]).float()
-    return segmentation_loss(rows, target.reshape(-1).long(), balanced)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, as a matrix of output channel by the rest.
 
-    Every direction of a convolution's kernel moves by the same amount, also those that the
-    gradient of a single image hardly shows: on our data the body learnt in 100 steps what AdamW
-    learnt in 500 (benchmarks/optimisers.py). The update's size follows Liu et al. 2025
-    (arXiv:2502.16982), so that learning rates mean what they mean for AdamW.
+    Every direction of a convolution's kernel moves by the same amount, also those that the gradient of a single image
+    hardly shows: on our data the body learnt in 100 steps what AdamW learnt in 500 (benchmarks/optimisers.py). The
+    update's size follows Liu et al. 2025 (arXiv:2502.16982): learning rates mean what they mean for AdamW.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here needs closures
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
@@ -132,21 +119,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Return about the nearest (semi-)orthogonal matrix; singular values end in 0.7 to 1.2.
-
-    Parameters
-    ----------
-    matrix : (M, N) float32
-
-    Returns
-    -------
-    (M, N) float32
-    """
+    """Return about the nearest (semi-)orthogonal matrix, (M, N) float32; singular values end in 0.7 to 1.2."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp_min(1e-7)
-    # Each iteration multiplies x from the left by a polynomial in x x^T. On the small square
-    # matrices alone they take a third of the time.
+    # Each iteration multiplies x from the left by a polynomial in x x^T. On the small square matrices alone they take a
+    # third of the time.
     gram, one = x @ x.T, torch.eye(len(x), device=x.device)
     product = factor = _factor(gram, one)
     for _ in range(_ITERATIONS - 1):
@@ -185,28 +163,18 @@ class Optimiser:
             part.step()
 
     def save(self, path: Path, step: int, fingerprint: str) -> None:
-        """Write weights, moments and step; what was there before stays until this is complete.
-
-        Raises
-        ------
-        OutputError
-            If the file cannot be written; the last checkpoint is kept.
-        """
+        """Write weights, moments and step; the last checkpoint is kept until this is complete."""
         tensors = {}
         for name, parameter, state in self._states():
             tensors[f"weight/{name}"] = parameter.detach()
-            # None for weights that have not moved yet; those that a stage leaves alone count fewer
-            # steps than the run.
+            # None for weights that have not moved yet; those that a stage leaves alone count fewer steps than the run.
             tensors |= {f"{key}/{name}": value.clone() for key, value in state.items()}
         write_tensors(path, tensors, {"step": str(step), "fingerprint": fingerprint})
 
     def load(self, path: Path, fingerprint: str) -> int:
         """Restore what `save` wrote and return the steps done, 0 where there is no file.
 
-        Raises
-        ------
-        UserError
-            If the file is damaged, or another recipe wrote it.
+        A file that is damaged, or of another recipe, is refused with a `UserError`.
         """
         if not path.exists():
             return 0
@@ -217,25 +185,19 @@ class Optimiser:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if metadata["fingerprint"] != fingerprint:
                 raise UserError(
-                    f"{path}: checkpoint of another recipe, or of a device with other number "
-                    "formats. Resume with the flags and on the kind of device that wrote it, or "
-                    "train into an empty folder."
+                    f"{path}: checkpoint of another recipe, or of a device with other number formats. Resume with the "
+                    "flags and on the kind of device that wrote it, or train into an empty folder."
                 )
             with torch.no_grad():
                 for name, parameter, state in self._states():
                     parameter.copy_(tensors[f"weight/{name}"])
-                    for key in ("step", *MOMENTS):
-                        value = tensors.get(f"{key}/{name}")
-                        if value is not None:
-                            # The update runs over the elements in the order of the parameter's
-                            # memory layout.
-                            like = value if key == "step" else parameter
-                            state[key] = torch.empty_like(like).copy_(value)
+                    for key in (key for key in ("step", *MOMENTS) if f"{key}/{name}" in tensors):
+                        value = tensors[f"{key}/{name}"]
+                        # Moments in the parameter's memory layout: the update runs over the elements in that order.
+                        state[key] = torch.empty_like(value if key == "step" else parameter).copy_(value)
             return int(metadata["step"])
         except (SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path}: damaged checkpoint ({error}). Delete it to train this part again."
-            ) from error
+            raise UserError(f"{path}: damaged checkpoint ({error}). Delete it to train this part again.") from error
 
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, torch.Tensor]]]:
         """Name, weights and (mutable) optimiser state of every parameter."""

@@ -24,9 +24,8 @@ class Window:
 class Stage:
     """A run of steps; the learning rate falls linearly from `lr` to `lr_end`.
 
-    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast where the device has it,
-    `balanced` the loss that favours small structures, `body_only` trains the network's body on
-    images of its own grid.
+    `windows` are drawn by their shares. `bf16` uses bfloat16 autocast where the device has it, `balanced` the loss that
+    favours small structures, `body_only` trains the network's body on images of its own grid.
     """
 
     name: str
@@ -47,23 +46,14 @@ class Stage:
         return self.windows[-1]
 
 
-# Where structures lie is learnt at 4 mm, at a few steps a second; what they look like at 2 mm, the
-# grid of the body of a 1 mm network; where exactly they end at 1 mm, first in parts of the brain,
-# last in all of it.
+# Where structures lie is learnt at 4 mm, at a few steps a second; what they look like at 2 mm, the grid of the body of
+# a 1 mm network; where exactly they end at 1 mm, first in parts of the brain, last in all of it.
 CUBES_AT_4MM = (Window(1.0, 4.0, (48, 48, 48)),)
 CUBES_AT_2MM = (Window(1.0, 2.0, (64, 64, 64)),)
 # A step of 96^3 costs 0.4 of one of 128^3. A whole head at 2 mm is what --sloppy gives the network.
-SMALL = (
-    Window(0.90, 1.0, (96, 96, 96)),
-    Window(0.05, 1.0, (128, 128, 128)),
-    Window(0.05, 2.0, (96, 128, 128)),
-)
+SMALL = (Window(0.90, 1.0, (96, 96, 96)), Window(0.05, 1.0, (128, 128, 128)), Window(0.05, 2.0, (96, 128, 128)))
 # Mostly the brain; sometimes a whole head, which is what the network will be given.
-LARGE = (
-    Window(0.84, 1.0, (128, 128, 128)),
-    Window(0.08, 1.0, (160, 192, 160)),
-    Window(0.08, 2.0, (96, 128, 128)),
-)
+LARGE = (Window(0.84, 1.0, (128, 128, 128)), Window(0.08, 1.0, (160, 192, 160)), Window(0.08, 2.0, (96, 128, 128)))
 STAGES = (
     Stage("coarse", 1500, CUBES_AT_4MM, 6e-3, 4e-3, True, balanced=True, body_only=True),
     Stage("medium", 500, CUBES_AT_2MM, 4e-3, 3e-3, True, balanced=True, body_only=True),
@@ -83,16 +73,13 @@ class Recipe:
     warmup: int = 40
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse windows that the network cannot take."""
         for stage in self.stages:
             multiple = self.network.multiple // (2 if stage.body_only else 1)
             for window in stage.windows:
                 if any(side % multiple for side in window.shape):
-                    raise ValueError(
-                        f"stage {stage.name}: sides of {window.shape} must be multiples of "
-                        f"{multiple}"
-                    )
+                    raise ValueError(f"stage {stage.name}: sides of {window.shape} must be multiples of {multiple}")
 
     @property
     def steps(self) -> int:

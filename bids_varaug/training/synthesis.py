@@ -1,8 +1,8 @@
 """Draw an image with any contrast from a label map (domain randomisation).
 
-The idea is that of SynthSeg (Billot et al. 2023) and of arXiv:2507.13458: a network that has seen
-every contrast, resolution and artefact is not surprised by a real scanner. Everything random comes
-from one generator, so that a seed names an image.
+The idea is that of SynthSeg (Billot et al. 2023) and of arXiv:2507.13458: a network that has seen every contrast,
+resolution and artefact is not surprised by a real scanner. Everything random comes from one generator: a seed names an
+image.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bids_varaug.training.subjects import TrainingSubject
 class SynthesisSettings:
     """How far images are randomised; lengths in mm, angles in degrees, rest relative.
 
-    `thin_share` of the images of 1 mm or less have ventricles that were made thinner.
-    `real_share` of the draws from a subject with a T1w image show that image, warped and degraded.
+    `thin_share` of the images of 1 mm or less have ventricles that were made thinner. `real_share` of the draws from a
+    subject with a T1w image show that image, warped and degraded.
     """
 
     rotation: float = 15.0
@@ -121,9 +121,7 @@ class SyntheticImageGenerator:
     def _is(self, tissue: str, classes: torch.Tensor) -> torch.Tensor:
         return (self.tissue == TISSUES.index(tissue))[classes.long()]
 
-    def _sample_points(
-        self, subject: TrainingSubject, shape: Sequence[int], rng: _Random
-    ) -> list[torch.Tensor]:
+    def _sample_points(self, subject: TrainingSubject, shape: Sequence[int], rng: _Random) -> list[torch.Tensor]:
         """Return where in the head (voxels, per axis) a placed, turned, warped window looks."""
         s = self.settings
         matrix = self._linear_map(rng) * rng.voxel_size

@@ -9,10 +9,11 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,14 +23,7 @@ from matplotlib.colors import to_hex
 from bids_varaug import __version__
 from bids_varaug.errors import UserError
 from bids_varaug.locks import file_lock
-from bids_varaug.models.ensemble import (
-    MANIFEST,
-    Ensemble,
-    Label,
-    Member,
-    load_ensemble,
-    write_manifest,
-)
+from bids_varaug.models.ensemble import MANIFEST, Ensemble, Label, Member, load_ensemble, write_manifest
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import FORMAT, save_weights
 from bids_varaug.numerics.rules import DIGITS
@@ -42,8 +36,7 @@ from bids_varaug.training.subjects import TrainingSubject
 from bids_varaug.training.synthesis import SyntheticImageGenerator
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(NamedTuple):
     """What one step did, for logs and progress bars."""
 
     stage: str
@@ -58,8 +51,8 @@ class StepReport:
 class Trainer:
     """Trains the members of one ensemble, each from its first step, and keeps its manifest.
 
-    Several processes may train members of one ensemble side by side: each adds its own members to
-    what it finds in the manifest.
+    Several processes may train members of one ensemble side by side: each adds its own members to what it finds in the
+    manifest.
 
     Attributes
     ----------
@@ -82,15 +75,14 @@ class Trainer:
         """What draws the images."""
         return SyntheticImageGenerator(self.scheme, self.recipe.synthesis, self.device)
 
-    @property
-    def digits(self) -> list[int]:
-        """Bits of the results of convolutions, for each stage."""
-        return [DIGITS[layer_format(stage, self.generator.device)] for stage in self.recipe.stages]
+    def layer_format(self, stage: Stage) -> torch.dtype:
+        """Return the format of the results of convolutions; weights and sums are always float32."""
+        return torch.bfloat16 if stage.bf16 and has_bfloat16(self.generator.device) else torch.float32
 
     @property
-    def precision(self) -> int:
-        """Bits of the coarsest format that members are trained in, which is what rounds most."""
-        return min(self.digits)
+    def digits(self) -> list[int]:
+        """Bits of the results of convolutions, for each stage; the least are what rounds most."""
+        return [DIGITS[self.layer_format(stage)] for stage in self.recipe.stages]
 
     def fingerprint(self, plan: MemberPlan) -> str:
         """Name what decides a member's weights, but for its rounding: checkpoints carry it."""
@@ -99,14 +91,9 @@ class Trainer:
     def train_member(self, plan: MemberPlan) -> UNet:
         """Run the recipe's stages from where the member's checkpoint left off, or from the start.
 
-        Each step's data are a function of the member's seed and the step alone, so that an
-        interrupted run gives the bits of an unbroken one.
-
-        Raises
-        ------
-        UserError
-            If the loss is not finite; the last good checkpoint is kept. If the checkpoint is of
-            another recipe or seed, or of layers of another format.
+        Each step's data are a function of the member's seed and the step alone: an interrupted run gives the bits of an
+        unbroken one. A loss that is not finite is a `UserError` (the last good checkpoint is kept), and so is a
+        checkpoint of another recipe or seed, or of layers of another format.
         """
         network = build_network(self.recipe.network, plan.seed).to(self.device)
         optimiser = Optimiser(network, self.recipe.weight_decay)
@@ -120,26 +107,23 @@ class Trainer:
                 loss = self._train_step(network, optimiser, plan, stage, step)
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"Loss became {loss} at step {step} of stage {stage.name}; the last good "
-                        f"state is in {checkpoint}. Lower the learning rate and resume."
+                        f"Loss became {loss} at step {step} of stage {stage.name}; the last good state is in "
+                        f"{checkpoint}. Lower the learning rate and resume."
                     )
                 seconds = time.perf_counter() - started
-                report = StepReport(stage.name, step, self.recipe.steps, loss, lr, seconds)
-                self.on_step(plan.id, report, network)
+                self.on_step(plan.id, StepReport(stage.name, step, self.recipe.steps, loss, lr, seconds), network)
                 if (step + 1) % self.save_every == 0 or step + 1 == self.recipe.steps:
                     optimiser.save(checkpoint, step + 1, fingerprint)
         return network
 
-    def _train_step(
-        self, network: UNet, optimiser: Optimiser, plan: MemberPlan, stage: Stage, step: int
-    ) -> float:
+    def _train_step(self, network: UNet, optimiser: Optimiser, plan: MemberPlan, stage: Stage, step: int) -> float:
         """Return the loss; the weights move unless it is not finite."""
         draws = np.random.SeedSequence((plan.seed, step)).generate_state(4).tolist()
         number, window_draw, image_seed, phase = draws
         window = stage.choose_window(window_draw / 2**32)
         subject = self.subjects[number % len(self.subjects)]
         image, target = self.generator.draw(subject, window.shape, window.voxel_size, image_seed)
-        half = layer_format(stage, image.device) == torch.bfloat16
+        half = self.layer_format(stage) == torch.bfloat16
         # Not the data: perturbed members see the images of the baseline, to the bit.
         with plan.arithmetic(step):
             network.zero_grad()
@@ -155,36 +139,26 @@ class Trainer:
     def train_ensemble(self, name: str, ids: Iterable[str]) -> Ensemble:
         """Train the members that the manifest lacks; it grows with each.
 
-        Raises
-        ------
-        UserError
-            If the folder holds members of another recipe, or trained in another arithmetic.
+        Members of another recipe, or trained in another arithmetic, are refused with a `UserError`.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         ensemble = self._ensemble_so_far(name)
         for plan in map(plan_member, unfinished(ensemble, ids)):
             path = self.directory / f"{plan.id}.safetensors"
+            sha256 = save_weights(self.train_member(plan), path)
+            precision = None if plan.rounding_seed is None else min(self.digits)
             member = Member(
-                id=plan.id,
-                family=plan.family,
-                seed=plan.seed,
-                precision=None if plan.rounding_seed is None else self.precision,
-                file=path.name,
-                sha256=save_weights(self.train_member(plan), path),
-                steps=self.recipe.steps,
-                format=FORMAT,
+                plan.id, plan.family, plan.seed, precision, path.name, sha256, steps=self.recipe.steps, format=FORMAT
             )
             with self._lock("manifest"):
                 ensemble = self._ensemble_so_far(name)
-                members = [m for m in ensemble.members if m.id != member.id] + [member]
+                members = [*(m for m in ensemble.members if m.id != member.id), member]
                 members.sort(key=lambda m: (FAMILIES.index(m.family), m.id))
                 ensemble = replace(ensemble, members=tuple(members))
                 write_manifest(ensemble)
         return ensemble
 
-    def calibrate_ensemble(
-        self, subjects: Sequence[TrainingSubject], names: Sequence[str]
-    ) -> Ensemble:
+    def calibrate_ensemble(self, subjects: Sequence[TrainingSubject], names: Sequence[str]) -> Ensemble:
         """Fit the temperature on subjects left out of training, and write it to the manifest.
 
         Nothing is done where the same members were calibrated before.
@@ -199,11 +173,11 @@ class Trainer:
         if ensemble.training.get("calibration", {}).get("members_sha256") == weights:
             return ensemble
         found = calibrate(ensemble, subjects, self.generator)
-        note = asdict(found) | {"label_maps": list(names), "members_sha256": weights}
+        note = found | {"label_maps": list(names), "members_sha256": weights}
         with self._lock("manifest"):
             ensemble = self._read_manifest()
             training = ensemble.training | {"calibration": note}
-            ensemble = replace(ensemble, temperature=found.temperature, training=training)
+            ensemble = replace(ensemble, temperature=found["temperature"], training=training)
             write_manifest(ensemble)
         return ensemble
 
@@ -216,41 +190,31 @@ class Trainer:
 
     def _ensemble_so_far(self, name: str) -> Ensemble:
         """Return the ensemble with what the folder's manifest has, which must be of our kind."""
-        new = Ensemble(
-            name=name,
-            version=__version__,
-            directory=self.directory,
-            voxel_size=self.recipe.voxel_size,
-            labels=_labels(self.scheme),
-            network=self.recipe.network,
-            members=(),
-            training={
-                "recipe": self.recipe.to_json(),
-                "steps": self.recipe.steps,
-                "arithmetic": {
-                    "convolution_bits": self.precision,
-                    "other_bits": DIGITS[torch.float32],
-                    "mca": "every inexact operator of forward pass, backward pass and update, "
-                    "randomly rounded at the bits of its result",
-                },
-                "n_label_maps": len(self.subjects),
-                "torch": torch.__version__,
-                "processor": platform.processor() or platform.machine(),
-                "device": self.device,
+        training = {
+            "recipe": self.recipe.to_json(),
+            "steps": self.recipe.steps,
+            "arithmetic": {
+                "convolution_bits": min(self.digits),
+                "other_bits": DIGITS[torch.float32],
+                "mca": "every inexact operator of forward pass, backward pass and update, randomly rounded at the bits "
+                "of its result",
             },
-        )
-        path = self.directory / MANIFEST
+            "n_label_maps": len(self.subjects),
+            "torch": torch.__version__,
+            "processor": platform.processor() or platform.machine(),
+            "device": self.device,
+        }
+        path, network, labels = self.directory / MANIFEST, self.recipe.network, _labels(self.scheme)
+        new = Ensemble(name, __version__, self.directory, self.recipe.voxel_size, labels, network, (), training)
         if not path.exists():
             return new
         found = self._read_manifest()
-        if any(found.training.get(key) != new.training[key] for key in ("recipe", "arithmetic")):
+        if any(found.training.get(key) != training[key] for key in ("recipe", "arithmetic")):
             raise UserError(
-                f"{path}: its members were trained by another recipe, or in other number formats. "
-                "Train into an empty folder, or delete this one's manifest and *.safetensors."
+                f"{path}: its members were trained by another recipe, or in other number formats. Train into an empty "
+                "folder, or delete this one's manifest and *.safetensors."
             )
-        return replace(
-            new, members=found.members, temperature=found.temperature, training=found.training
-        )
+        return replace(new, members=found.members, temperature=found.temperature, training=found.training)
 
 
 def unfinished(ensemble: Ensemble, ids: Iterable[str]) -> tuple[str, ...]:
@@ -265,11 +229,6 @@ def delete_ensemble(directory: Path) -> None:
     for folder in (directory, directory / "checkpoints"):
         for path in folder.glob("*.safetensors"):
             path.unlink()
-
-
-def layer_format(stage: Stage, device: torch.device) -> torch.dtype:
-    """Return the format of the results of convolutions; weights and sums are always float32."""
-    return torch.bfloat16 if stage.bf16 and has_bfloat16(device) else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

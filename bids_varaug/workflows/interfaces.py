@@ -133,13 +133,12 @@ class AverageGrids(_Step):
     input_spec, output_spec = _AverageInput, _AverageOutput
 
     def _step(self, folder: Path) -> dict[str, Path]:
-        from bids_varaug.segmentation.member import describe_member
         from bids_varaug.segmentation.shifts import GRIDS, average_grids
 
         member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
         mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
         offsets = GRIDS[self.inputs.n_grids]
-        average_grids(list(paths), offsets, mean, shift, describe_member(member))
+        average_grids(list(paths), offsets, mean, shift)
         return {"posterior_file": mean, "shift_file": shift}
 
 

@@ -49,7 +49,7 @@ def files(tmp_path) -> Intermediate:
     labels[2, 3, 4] = 1
     rows = sparse_rows(np.array([[0.2, 0.8]], np.float32), labels.ravel() > 0)
     sparse = SparsePosterior(labels, rows)
-    save_posterior(tmp_path / "mean.safetensors", sparse, {})
+    save_posterior(tmp_path / "mean.safetensors", sparse)
     maps = {"entropy": 0.5, "std": 0.1, "sigbits": 3.0}
     maps = {name: np.full(SHAPE, value, np.float32) for name, value in maps.items()}
     np.savez(tmp_path / "maps.npz", unreliable=labels > 0, **maps)

@@ -1,7 +1,5 @@
 """The network: shapes, arrangement of voxels, reproducible initialisation."""
 
-from dataclasses import asdict
-
 import torch
 
 from bids_varaug.models.ensemble import NetworkShape
@@ -42,10 +40,6 @@ def test_same_seed_same_weights_without_touching_the_global_generator():
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.body_head.weight, other.body_head.weight)
-
-
-def test_shape_survives_the_manifest():
-    assert NetworkShape.from_json(asdict(SMALL)) == SMALL
 
 
 def test_sampled_rows_are_those_of_the_whole_volume():

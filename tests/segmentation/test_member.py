@@ -41,13 +41,13 @@ def head():
 
 @pytest.fixture
 def segment(ensemble, head, tmp_path):
-    """What a member writes: voxels (N,) int32 and posterior (N, K) float32."""
+    """What a member writes: stored voxels (V,) bool and their posterior (N, K) float32."""
 
     def run(member: Member) -> tuple[np.ndarray, np.ndarray]:
         path = tmp_path / "posterior.safetensors"
         segment_with_member(head, str(ensemble.directory), member, path, "cpu", 1)
         sparse = load_posterior(path)
-        return sparse.voxels, sparse.posterior
+        return sparse.stored, sparse.posterior
 
     return run
 
@@ -58,9 +58,9 @@ def equal(one, other) -> bool:
 
 
 def test_rounding_changes_a_few_last_bits(ensemble, segment):
-    voxels, plain = segment(ensemble.members[0])
-    voxels_rounded, rounded = segment(round_inference(ensemble, 1, 0)[0])
-    assert np.array_equal(voxels, voxels_rounded)
+    stored, plain = segment(ensemble.members[0])
+    stored_rounded, rounded = segment(round_inference(ensemble, 1, 0)[0])
+    assert np.array_equal(stored, stored_rounded)
     assert 0 < np.abs(plain - rounded).max() < 1e-3
 
 

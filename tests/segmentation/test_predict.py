@@ -82,7 +82,7 @@ def test_wrong_sides_are_refused(network):
 
 def test_file_keeps_everything(network, image, tmp_path):
     sparse = segment_volume(network, image)
-    save_posterior(tmp_path / "m.safetensors", sparse, {"member": "ieee"})
+    save_posterior(tmp_path / "m.safetensors", sparse)
     again = load_posterior(tmp_path / "m.safetensors")
     assert np.array_equal(again.labels, sparse.labels)
     for name in ("indptr", "indices", "data"):

@@ -35,8 +35,9 @@ def test_mean_is_that_of_the_posteriors_and_not_of_the_logits():
 def test_logits_at_voxels_are_those_of_the_whole_image():
     network = build_network(NetworkShape(3, (8, 8), 4)).eval()
     image = torch.rand(8, 12, 16, generator=torch.Generator().manual_seed(1))
-    voxels = torch.tensor([0, 1, 383, 384, 700, 8 * 12 * 16 - 1])
+    voxels = torch.zeros(image.shape, dtype=torch.bool)
+    voxels.view(-1)[[0, 1, 383, 384, 700, 8 * 12 * 16 - 1]] = True
     with torch.inference_mode():
-        whole = network(image[None, None])[0].flatten(1)
+        whole = network(image[None, None])[0]
     torch.testing.assert_close(logits_at(network, image, voxels), whole[:, voxels].T,
                                rtol=1e-4, atol=1e-5)  # fmt: skip
