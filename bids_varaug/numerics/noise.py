@@ -1,134 +1,532 @@
-"""Rounding noise of single elements, added to arrays in place by compiled kernels.
+"""Random rounding and noise, added to tensors in place.
 
-Noise of an element is a standard deviation times g, then one last rounding as the rule says. g has
-mean 0, variance 1 and a nearly normal distribution (the sum of four uniform bytes: excess kurtosis
--0.3, nothing beyond 3.45).
+One compiled kernel for the CPU, plain torch for every other device. Noise of an element is a standard deviation times
+g, then one last rounding as the specification says. g has mean 0, variance 1 and is nearly normal: the sum of four
+uniform bytes (excess kurtosis -0.3, nothing beyond 3.45). The random numbers are hashes of seed, call and place: they
+depend neither on the number of threads nor on what was drawn before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numba
 import numpy as np
-from numba import prange
+import torch
+from numba import prange, types
+from numba.extending import overload
+from numba.np.numpy_support import as_dtype
 
 from bids_varaug.machine import compiled
-from bids_varaug.numerics.bits import like
-from bids_varaug.numerics.last_rounding import Finish, dithered, gridded
-from bids_varaug.numerics.random_numbers import line_key, random_word, remixed, standard
-from bids_varaug.numerics.rules import DITHER, STOCHASTIC, UP_DOWN
+from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification
 
-_BLOCK = 8192
-SMALL = 4 * _BLOCK  # elements below which waking other threads takes longer than the work
+GENERATOR = 2
+"""Version of the streams: the same seed gives other bits under another one."""
 
-# Inner loops must stay simple enough to become vector instructions: the kind of rounding is a
-# constant there, and no two arrays overlap.
-
-
-@compiled()
-def _round_line(y, key, how, dither):
-    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
-    for i in range(y.size):
-        word = random_word(i, first, second)
-        zero = like(0.0, y[i])
-        y[i] = dithered(y[i], zero, word, how) if dither else gridded(y[i], zero, word, how)
+_BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 510
+_CHUNK = 1024  # elements with one key, handled by one loop that becomes vector instructions
+_CHUNKS = 8  # that one task handles
+_SMALL = 2**15  # elements below which waking other threads takes longer than the work
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bits of the exponent, and the smallest number that is not subnormal
+EXPONENTS = {
+    torch.float16: (0x7C00, 0x0400),
+    torch.bfloat16: (0x7F80, 0x0080),
+    torch.float32: (0x7F800000, 0x00800000),
+    torch.float64: (0x7FF0000000000000, 0x0010000000000000),
+}
 
 
-@compiled()
-def _round_block(y, block, stream, how):
-    line = y[block * _BLOCK : min(y.size, (block + 1) * _BLOCK)]
-    key = line_key(stream, block)
-    if how.kind == DITHER:
-        _round_line(line, key, how, True)
-    else:
-        _round_line(line, key, how, False)
-
-
-@compiled(parallel=True)
-def _round_parallel(y, stream, how):
-    for block in prange((y.size + _BLOCK - 1) // _BLOCK):
-        _round_block(y, block, stream, how)
+# ----------------------------------------------------------------------------------------------------------------------
+# Random numbers. Every step is cast to 32 bits, else numba computes with 64 and the loop is four times as slow.
 
 
 @compiled()
-def _round_serial(y, stream, how):
-    for block in range((y.size + _BLOCK - 1) // _BLOCK):
-        _round_block(y, block, stream, how)
+def chunk_key(stream, chunk):
+    """64 random bits for one chunk of memory: a step of SplitMix64 (Steele et al. 2014, OOPSLA)."""
+    word = stream + np.uint64(chunk + 1) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
 
 
-def round_flat(y: np.ndarray, stream: np.uint64, how: Finish) -> None:
-    """Round each element of y (n,) once."""
-    (_round_serial if y.size <= SMALL else _round_parallel)(y, stream, how)
+@compiled(forceinline=True)
+def random_word(place, first, second):
+    """32 random bits: a keyed hash of an element's place in its chunk.
+
+    Three rounds of xorshift-multiply, the constants by Ettinger's search (``triple32``, bias 0.02: indistinguishable
+    from a random permutation in his tests), the second half of the key between them.
+    """
+    word = np.uint32(np.uint32(place) + np.uint32(first))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(17)))
+    word = np.uint32(np.uint32(word * np.uint32(0xED5AD4BB)) + np.uint32(second))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(11)))
+    word = np.uint32(word * np.uint32(0xAC4C1B51))
+    word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+    word = np.uint32(word * np.uint32(0x31848BAB))
+    return np.uint32(word ^ np.uint32(word >> np.uint32(14)))
 
 
-@compiled()
-def _perturb_line(y, deviation, key, how, dither):
-    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
-    for i in range(y.size):
-        word = random_word(i, first, second)
-        noise = deviation[i] * standard(word, y[i])
-        word = remixed(word, second)
-        y[i] = dithered(y[i], noise, word, how) if dither else gridded(y[i], noise, word, how)
+@compiled(forceinline=True)
+def next_word(word, key):
+    """Another word for the same place."""
+    word = np.uint32(np.uint32(word ^ np.uint32(key)) * np.uint32(0x9E3779B1))
+    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(15))) * np.uint32(0x21F0AAAD))
+    return np.uint32(word ^ np.uint32(word >> np.uint32(15)))
 
 
-@compiled()
-def _perturb_block(y, deviation, block, stream, how):
-    part = slice(block * _BLOCK, min(y.size, (block + 1) * _BLOCK))
-    key = line_key(stream, block)
-    if how.kind == DITHER:
-        _perturb_line(y[part], deviation[part], key, how, True)
-    else:
-        _perturb_line(y[part], deviation[part], key, how, False)
+@compiled(forceinline=True)
+def byte_sum(word):
+    """An integer of mean 0 and standard deviation `_BYTES_SD`."""
+    mask = np.uint32(0x00FF00FF)
+    pairs = np.uint32(np.uint32(word & mask) + np.uint32(np.uint32(word >> np.uint32(8)) & mask))
+    total = np.uint32(np.uint32(pairs & np.uint32(0xFFFF)) + np.uint32(pairs >> np.uint32(16)))
+    return np.int32(np.int32(total) - np.int32(510))
 
 
-@compiled(parallel=True)
-def _perturb_parallel(y, deviation, stream, how):
-    for block in prange((y.size + _BLOCK - 1) // _BLOCK):
-        _perturb_block(y, deviation, block, stream, how)
+# ----------------------------------------------------------------------------------------------------------------------
+# The last rounding
 
 
-@compiled()
-def _perturb_serial(y, deviation, stream, how):
-    for block in range((y.size + _BLOCK - 1) // _BLOCK):
-        _perturb_block(y, deviation, block, stream, how)
+class LastRounding(NamedTuple):
+    """The last rounding, as compiled code takes it; integers and floats of the numbers' own width."""
+
+    kind: int
+    width: np.floating  # of the dither, in numbers of the format
+    step: np.integer  # from one number of the virtual precision to the next
+    top: np.integer  # bits of the exponent
+    low: np.integer  # the smallest number that is not subnormal
+    magnitudes: np.integer  # all bits but the sign
 
 
-def perturb_flat(y: np.ndarray, deviation: np.ndarray, stream: np.uint64, how: Finish) -> None:
-    """Add noise of standard deviation `deviation` (n,) to y (n,) and round once."""
-    (_perturb_serial if y.size <= SMALL else _perturb_parallel)(y, deviation, stream, how)
+@lru_cache
+def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRounding:
+    """What a specification means for numbers of a format."""
+    integer, real = {2: (np.int32, np.float32), 4: (np.int32, np.float32), 8: (np.int64, np.float64)}[dtype.itemsize]
+    magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
+    return LastRounding(
+        spec.kind, real(spec.width), integer(spec.step), *map(integer, EXPONENTS[dtype]), magnitudes
+    )
 
 
-@compiled()
-def _round_half_line(bits, key, exponent_mask, grid_mask, width, kind):
-    first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+def like(value: Any, template: Any) -> Any:
+    """Return the value in the template's type: numba widens 32-bit arithmetic otherwise."""
+    return type(template)(value)
+
+
+@overload(like, strict=False)
+def _like(value: types.Type, template: types.Type) -> Callable:
+    kind = as_dtype(template).type
+    return lambda value, template: kind(value)
+
+
+def bits_of(value: Any) -> Any:
+    """Return the bits of a float as an integer of its width."""
+    return value.view(f"i{value.itemsize}")
+
+
+@overload(bits_of, strict=False)
+def _bits_of(value: types.Type) -> Callable:
+    if value == types.float32:
+        return lambda value: np.float32(value).view(np.int32)
+    return lambda value: np.float64(value).view(np.int64)
+
+
+def float_of(bits: Any) -> Any:
+    """Return the float of these bits."""
+    return bits.view(f"f{bits.itemsize}")
+
+
+@overload(float_of, strict=False)
+def _float_of(bits: types.Type) -> Callable:
+    if bits == types.int32:
+        return lambda bits: np.int32(bits).view(np.float32)
+    return lambda bits: np.int64(bits).view(np.float64)
+
+
+@compiled(forceinline=True)
+def rounded(bits, word, fraction, kind, how):
+    """Bits of a number, rounded; `fraction` of a step of the format had been rounded away, or is 0.
+
+    The number moves by whole steps of its format: magnitudes are ordered like their bits. `kind` is `how.kind` as a
+    constant.
+    """
+    step, one = how.step, like(1, how.step)
+    magnitude = like(bits & how.magnitudes, step)
+    share = like(like(np.int32(word), fraction) * like(2.0**-32, fraction), fraction)
+    if kind == DITHER:
+        moved = like(magnitude + like(np.rint(like(fraction + share * how.width, fraction)), step), step)
+    elif kind == STOCHASTIC:
+        draw = like((share + like(0.5, fraction)) * like(step, fraction), step)
+        moved = like(like(magnitude + draw, step) & like(-step, step), step)
+    elif kind == UP_DOWN:
+        moved = like(like(magnitude + like(step >> one, step), step) & like(-step, step), step)
+        moved = like(moved + (step if share >= 0 else like(-step, step)), step)
+    elif step > one:
+        below = like(magnitude & like(-step, step), step)
+        up = step if share >= 0 and magnitude != below else like(0, step)
+        moved = like(below + up, step)
+    elif fraction != 0:  # what was rounded away tells on which side the other neighbour is
+        away = one if fraction > 0 else like(-1, step)
+        moved = like(magnitude + (away if share >= 0 else like(0, step)), step)
+    else:  # it may be on either side; a variance of 1/4
+        up, down = share >= like(0.375, fraction), share < like(-0.375, fraction)
+        moved = like(magnitude + like(like(up, step) - like(down, step), step), step)
+    normal = (magnitude >= how.low) & (magnitude < how.top) & (moved > 0) & (moved < how.top)
+    return like(bits + like(like(moved - magnitude, step) & like(-like(normal, step), step), step), step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels. Loops must stay simple enough to become vector instructions: the kind of rounding and the presence of other
+# arrays are constants there, and no choice is between an old and a new number (that becomes a masked store, eight times
+# as slow).
+
+
+@compiled(forceinline=True)
+def _round_chunk(bits, first, second, kind, how):
+    zero = like(0, how.width)
     for i in range(bits.size):
-        word = random_word(i, first, second)
-        old = np.int32(bits[i])
-        magnitude = np.int32(old & np.int32(0x7FFF))
-        if kind == DITHER:
-            share = np.float32(np.float32(np.int32(word)) * np.float32(2**-32))
-            moved = np.int32(magnitude + np.int32(np.rint(share * width)))
-        elif kind == STOCHASTIC:
-            moved = np.int32(magnitude + np.int32(np.int32(word) & grid_mask))
-            moved = np.int32(moved & ~grid_mask)
-        else:  # up-down
-            step = np.int32(grid_mask + np.int32(1))
-            moved = np.int32(np.int32(magnitude + np.int32(step >> np.int32(1))) & ~grid_mask)
-            moved = np.int32(moved + (step if word & np.uint32(0x80000000) else np.int32(-step)))
-        finite = (magnitude > 0) & (magnitude < exponent_mask)
-        finite &= (moved > 0) & (moved < exponent_mask)
-        # Not a choice between old and new: that becomes a masked store, eight times as long
-        change = np.int32(np.int32(moved - magnitude) & np.int32(-np.int32(finite)))
-        bits[i] = np.int16(np.int32(old + change))
+        bits[i] = rounded(like(bits[i], how.step), random_word(i, first, second), zero, kind, how)
 
 
-@compiled(parallel=True)
-def round_halves(bits, exponent_mask, grid_mask, width, kind, stream):
-    """Round 16-bit floats, given as int16 (n,), once; they came out of wider arithmetic."""
-    for block in prange((bits.size + _BLOCK - 1) // _BLOCK):
-        line = bits[block * _BLOCK : min(bits.size, (block + 1) * _BLOCK)]
-        key = line_key(stream, block)
-        if kind == DITHER:
-            _round_half_line(line, key, exponent_mask, grid_mask, width, DITHER)
-        elif kind == STOCHASTIC:
-            _round_half_line(line, key, exponent_mask, grid_mask, width, STOCHASTIC)
+@compiled()
+def _round_known_chunk(bits, fractions, first, second, how):
+    """Where it is known what was rounded away: under equal odds exact results stay."""
+    for i in range(bits.size):
+        word, old = random_word(i, first, second), like(bits[i], how.step)
+        if how.kind == DITHER:
+            bits[i] = rounded(old, word, fractions[i], DITHER, how)
+        elif how.kind != RANDOM or fractions[i] != 0:
+            bits[i] = rounded(old, word, fractions[i], how.kind, how)
+
+
+def _round_array(bits, fractions, stream, how):
+    length = _CHUNK * _CHUNKS
+    for chunk in prange((bits.size + length - 1) // length):
+        part = slice(chunk * length, min(bits.size, (chunk + 1) * length))
+        key = chunk_key(stream, chunk)
+        first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+        if fractions.size > 0:
+            _round_known_chunk(bits[part], fractions[part], first, second, how)
+        elif how.kind == DITHER:
+            _round_chunk(bits[part], first, second, DITHER, how)
+        elif how.kind == STOCHASTIC:
+            _round_chunk(bits[part], first, second, STOCHASTIC, how)
+        elif how.kind == UP_DOWN:
+            _round_chunk(bits[part], first, second, UP_DOWN, how)
         else:
-            _round_half_line(line, key, exponent_mask, grid_mask, width, UP_DOWN)
+            _round_chunk(bits[part], first, second, RANDOM, how)
+
+
+@compiled(fastmath={"contract"}, forceinline=True)
+def _noise_chunk(y, other, columns, roots, first, second, kind, has_roots, has_other, how):
+    alpha, offset, beta, slope, intercept = columns[0], columns[1], columns[2], columns[3], columns[4]
+    zero = like(0, how.width)
+    for i in range(y.size):
+        word = random_word(i, first, second)
+        noise = alpha[i] * (y[i] - offset[i]) * like(byte_sum(word), zero)
+        if has_roots:
+            word = next_word(word, first)
+            noise += beta[i] * roots[i] * like(byte_sum(word), zero)
+        if has_other:
+            noise += slope[i] * other[i] + intercept[i]
+        bits, moved = bits_of(y[i]), bits_of(like(y[i] + noise, zero))
+        # Infinity and NaN stay, and finite numbers stay finite
+        finite = like(like(moved & how.top, bits) != how.top, bits)
+        moved = like(bits + like(like(moved - bits, bits) & like(-finite, bits), bits), bits)
+        y[i] = float_of(rounded(moved, next_word(word, second), zero, kind, how))
+
+
+@compiled()
+def _noise_loop(y, other, columns, roots, first, second, how):
+    """Choose the loop."""
+    with_roots, with_other = roots.size > 0, other.size > 0
+    if how.kind == STOCHASTIC:
+        _noise_chunk(y, other, columns, roots, first, second, STOCHASTIC, True, True, how)
+    elif how.kind == UP_DOWN:
+        _noise_chunk(y, other, columns, roots, first, second, UP_DOWN, True, True, how)
+    elif how.kind == RANDOM:
+        _noise_chunk(y, other, columns, roots, first, second, RANDOM, True, True, how)
+    elif with_roots and with_other:
+        _noise_chunk(y, other, columns, roots, first, second, DITHER, True, True, how)
+    elif with_roots:
+        _noise_chunk(y, other, columns, roots, first, second, DITHER, True, False, how)
+    elif with_other:
+        _noise_chunk(y, other, columns, roots, first, second, DITHER, False, True, how)
+    else:
+        _noise_chunk(y, other, columns, roots, first, second, DITHER, False, False, how)
+
+
+@compiled()
+def _fill(array, value):
+    for i in range(array.size):
+        array[i] = value
+
+
+@compiled()
+def _copy(array, source):
+    for i in range(array.size):
+        array[i] = source[i]
+
+
+def _noise_array(y, other, columns, roots, n_columns, length, inner, stream, how):
+    """Noise of lines of memory: see `_memory_noise`."""
+    per_line = 1 if inner else (length + _CHUNK - 1) // _CHUNK
+    n_chunks = (y.size + length - 1) // length * per_line
+    size = min(length, y.size) if inner else min(length, _CHUNK)
+    is_slow = how.kind != DITHER
+    for task in prange((n_chunks + _CHUNKS - 1) // _CHUNKS):
+        mine = np.empty((5, size), y.dtype)
+        root = np.zeros(size if is_slow or roots.size > 0 else 0, y.dtype)
+        companion = np.zeros(size if is_slow or other.size > 0 else 0, y.dtype)
+        if inner:
+            mine[:] = columns[:, :size]
+        for chunk in range(task * _CHUNKS, min((task + 1) * _CHUNKS, n_chunks)):
+            key = chunk_key(stream, chunk)
+            first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+            if inner:
+                start = chunk * length
+                n = min(length, y.size - start)
+                if roots.size > 0:
+                    for row in range(n // n_columns):
+                        _fill(root[row * n_columns : (row + 1) * n_columns], roots[start // n_columns + row])
+            else:
+                line, begin = chunk // per_line, chunk % per_line * _CHUNK
+                start, n = line * length + begin, min(_CHUNK, length - begin)
+                for k in range(5):
+                    _fill(mine[k], columns[k, line % n_columns])
+                if roots.size > 0:
+                    where = line // n_columns * length + begin
+                    _copy(root[:n], roots[where : where + n])
+            if other.size > 0:
+                _copy(companion[:n], other[start : start + n])
+            _noise_loop(y[start : start + n], companion, mine, root, first, second, how)
+
+
+def _serial_or_parallel(function: Callable) -> Callable:
+    serial, parallel = compiled()(function), compiled(parallel=True)(function)
+
+    def run(array: np.ndarray, *arguments: Any) -> None:
+        if array.size <= _SMALL:
+            serial(array, *arguments)
+        else:
+            with torch_threads():
+                parallel(array, *arguments)
+
+    return run
+
+
+@contextmanager
+def torch_threads() -> Iterator[None]:
+    """Let numba's parallel loops use as many threads as torch does."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+_round_memory, _memory_noise = _serial_or_parallel(_round_array), _serial_or_parallel(_noise_array)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+@dataclass(frozen=True)
+class ChannelNoise:
+    """Noise whose strength depends on channel and place.
+
+    Variance of an element y of channel c: ``quadratic_c (y - offset_c)^2 + linear_c energy``, plus
+    ``intercept_c + slope_c companion``, the same numbers for a whole channel.
+
+    Parameters
+    ----------
+    quadratic, linear, offset, slope, intercept : (C,) float64
+    energy : of each place, (N, X, Y, Z), the same for all channels, or None for 0
+    companion : tensor of the perturbed one's shape, or None for the perturbed tensor itself
+    """
+
+    quadratic: np.ndarray
+    linear: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    energy: torch.Tensor | None = None
+    slope: np.ndarray | None = None
+    intercept: np.ndarray | None = None
+    companion: torch.Tensor | None = None
+
+    def columns(self) -> np.ndarray:
+        """(5, C) float64: root of quadratic, offset, root of linear, slope, intercept; 0 for None."""
+        given = (self.quadratic, self.offset, self.linear, self.slope, self.intercept)
+        zeros = np.zeros(len(self.quadratic))
+        columns = np.stack([zeros if v is None else v for v in given])
+        columns[[0, 2]] = np.sqrt(np.maximum(columns[[0, 2]], 0))
+        return columns
+
+
+def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return the tensor with its axes in the order of memory, and that order."""
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    return tensor.detach().permute(order), order
+
+
+def round_(
+    tensor: torch.Tensor, spec: RoundingSpecification, stream: int, fraction: torch.Tensor | None = None
+) -> None:
+    """Round each element once, in place.
+
+    Zeros, subnormal numbers, infinities and NaN stay what they are, finite numbers stay finite. Any strides.
+
+    Parameters
+    ----------
+    tensor : float16, bfloat16, float32 or float64
+    spec : of the tensor's format
+    stream : names the random numbers, 64 bits
+    fraction : what is known to have been rounded away, away from 0 positive, in steps of the format; same shape
+    """
+    if not tensor.numel():
+        return
+    if tensor.device.type != "cpu":
+        torch_round_(tensor, spec, stream, fraction)
+        return
+    ordered, order = in_memory_order(tensor)
+    dense = ordered.contiguous()
+    how = last_rounding(spec, tensor.dtype)
+    fractions = np.empty(0, how.width.dtype)
+    if fraction is not None:
+        fractions = fraction.permute(order).reshape(-1).to(torch.from_numpy(fractions).dtype).numpy()
+    bits = dense.reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()
+    _round_memory(bits, fractions, np.uint64(stream), how)
+    if dense is not ordered:
+        ordered.copy_(dense)
+
+
+def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, spec: RoundingSpecification, stream: int) -> None:
+    """Add noise of a given standard deviation to each element, then round once, in place.
+
+    Parameters
+    ----------
+    tensor : float32 or float64, any strides
+    deviation : same shape, any float format
+    spec : of the tensor's format
+    stream : names the random numbers, 64 bits
+    """
+    if not tensor.numel():
+        return
+    deviation = deviation.detach().to(tensor.dtype)
+    if tensor.device.type != "cpu":
+        torch_perturb_(tensor, deviation, 0.0, spec, stream)
+        return
+    ordered, order = in_memory_order(tensor)
+    dense = ordered.contiguous()
+    values, roots = dense.reshape(-1).numpy(), deviation.permute(order).reshape(-1).numpy()
+    columns = np.zeros((5, 1), values.dtype)
+    columns[2] = 1 / _BYTES_SD
+    how = last_rounding(spec, tensor.dtype)
+    _memory_noise(values, values[:0], columns, roots, 1, values.size, False, np.uint64(stream), how)
+    if dense is not ordered:
+        ordered.copy_(dense)
+
+
+def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingSpecification, stream: int) -> None:
+    """Add noise as `ChannelNoise` describes it, then round once, in place.
+
+    Parameters
+    ----------
+    tensor : (N, C, X, Y, Z), float32 or float64
+    noise : its strength
+    spec : of the tensor's format
+    stream : names the random numbers, 64 bits
+    """
+    if not tensor.numel():
+        return
+    y = tensor.detach()
+    if y.device.type != "cpu":
+        columns = torch.as_tensor(noise.columns(), dtype=y.dtype, device=y.device)
+        alpha, offset, beta, slope, intercept = columns.reshape(5, 1, -1, 1, 1, 1)
+        deviation = alpha * (y - offset).abs()
+        if noise.energy is not None:
+            deviation = torch.hypot(deviation, beta * noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype))
+        common = slope * (y if noise.companion is None else noise.companion) + intercept
+        torch_perturb_(tensor, deviation, common, spec, stream)
+        return
+    channels_last = y.movedim(1, -1).is_contiguous() and y.shape[1] > 1
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    dense = y if channels_last else y.contiguous()
+    values = dense.movedim(1, -1).reshape(-1).numpy() if channels_last else dense.reshape(-1).numpy()
+    columns, n_columns = noise.columns(), y.shape[1]
+    columns[[0, 2]] /= _BYTES_SD
+    roots = companion = values[:0]
+    if noise.energy is not None:
+        roots = noise.energy.clamp_min(0).sqrt_().to(y.dtype).reshape(-1).numpy()
+    if noise.companion is not None or noise.intercept is not None:
+        other = y if noise.companion is None else noise.companion.detach()
+        other = other.contiguous(memory_format=layout)
+        companion = (other.movedim(1, -1) if channels_last else other).reshape(-1).numpy()
+    length = y[0, 0].numel()
+    if channels_last:  # several voxels at once
+        columns = np.tile(columns, max(1, _CHUNK // n_columns))
+        length = columns.shape[1]
+    how = last_rounding(spec, y.dtype)
+    _memory_noise(
+        values, companion, columns.astype(values.dtype), roots, n_columns, length, channels_last, np.uint64(stream), how
+    )
+    if dense is not y:
+        y.copy_(dense)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other devices
+
+
+def torch_perturb_(
+    tensor: torch.Tensor,
+    deviation: torch.Tensor,
+    common: torch.Tensor | float,
+    spec: RoundingSpecification,
+    stream: int,
+) -> None:
+    """Add noise of a standard deviation and what is common, then round, with plain torch operators."""
+    y = tensor.detach()
+    draws = torch.randn(y.shape, generator=_generator(y, stream, 1), device=y.device, dtype=y.dtype)
+    moved = y + (draws * deviation + common)
+    y.copy_(torch.where(torch.isfinite(moved), moved, y))
+    torch_round_(y, spec, stream)
+
+
+def torch_round_(
+    tensor: torch.Tensor, spec: RoundingSpecification, stream: int, fraction: torch.Tensor | None = None
+) -> None:
+    """Round each element once, as `rounded` does, with plain torch operators."""
+    y = tensor.detach()
+    dense, (top, low) = y.contiguous(), EXPONENTS[y.dtype]
+    bits = dense.view(_INTEGERS[y.element_size()]).to(torch.int64)
+    magnitude = bits & (2 ** (8 * y.element_size() - 1) - 1)
+    share = torch.rand(y.shape, generator=_generator(y, stream, 2), device=y.device, dtype=torch.float64) - 0.5
+    step, known = spec.step, torch.zeros_like(share) if fraction is None else fraction.double()
+    if spec.kind == DITHER:
+        moved = magnitude + torch.round(known + share * spec.width).to(torch.int64)
+    elif spec.kind == STOCHASTIC:
+        moved = (magnitude + ((share + 0.5) * step).to(torch.int64)) & -step
+    elif spec.kind == UP_DOWN:
+        moved = ((magnitude + step // 2) & -step) + torch.where(share >= 0, step, -step)
+    elif step > 1:
+        below = magnitude & -step
+        moved = below + step * ((share >= 0) & (magnitude != below))
+    elif fraction is not None:
+        moved = magnitude + known.sign().to(torch.int64) * (share >= 0)
+    else:
+        moved = magnitude + (share >= 0.375).to(torch.int64) - (share < -0.375).to(torch.int64)
+    normal = (magnitude >= low) & (magnitude < top) & (moved > 0) & (moved < top)
+    result = (bits + (moved - magnitude) * normal).to(_INTEGERS[y.element_size()]).view(y.dtype)
+    y.copy_(result)
+
+
+def _generator(tensor: torch.Tensor, stream: int, number: int) -> torch.Generator:
+    seed = (stream ^ (number * 0x9E3779B97F4A7C15)) & (2**63 - 1)
+    return torch.Generator(tensor.device).manual_seed(seed)

@@ -1,9 +1,8 @@
-"""Which torch operators round, and how the noise of each is modelled.
+"""Which torch operators round, and how the noise of each is modelled: one table.
 
-Operators are told apart by the name that torch's dispatcher gives them, without overload. What is
-in `EXACT` returns numbers that were there before, or no numbers: it is left alone. What is in
-`MODELS` is perturbed by the model of its many instructions; any other operator that returns
-floating-point numbers is taken for one instruction per element.
+Operators are told apart by the name that torch's dispatcher gives them, without overload, final underscore and
+``_foreach_``. Views, and what torch itself composes of other operators, are recognised by their schema and need no line
+here.
 """
 
 from __future__ import annotations
@@ -12,67 +11,248 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
-from bids_varaug.numerics.operator_models import MODELS
+from bids_varaug.numerics import norms, products, reductions
+from bids_varaug.numerics.decompositions import decomposition_of
+from bids_varaug.numerics.softmax import softmax
 
-# Copies, views, comparisons, indexing, rounding to integers, what only changes signs or chooses
-# between numbers, random numbers (rounded when they were drawn), and what allocates.
-EXACT = frozenset(
-    """
-    _unsafe_view _reshape_alias abs neg negative sign sgn relu hardtanh relu6 leaky_relu_ threshold
-    threshold_backward hardtanh_backward clamp clamp_min clamp_max clip maximum minimum fmax fmin
-    max min amax amin aminmax copysign max_pool1d max_pool2d_with_indices
-    max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward
-    max_unpool2d max_unpool3d adaptive_max_pool2d adaptive_max_pool3d copy copy_ clone _to_copy to
-    contiguous empty empty_like empty_strided new_empty new_empty_strided new_zeros new_ones
-    new_full zeros zeros_like ones ones_like full full_like fill fill_ zero_ eye any all as_strided
-    unbind split chunk cat stack index index_select index_fill index_copy gather scatter
-    slice_scatter select_scatter diagonal_scatter as_strided_scatter take take_along_dim masked_fill
-    masked_scatter masked_select where roll flip rot90 tril triu diag diag_embed repeat
-    repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d select_backward slice_backward unfold_copy
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d pixel_shuffle pixel_unshuffle
-    channel_shuffle round floor ceil trunc frac eq ne lt le gt ge isnan isfinite isinf lift_fresh
-    lift _local_scalar_dense rand randn rand_like randn_like randint uniform_ normal_ bernoulli
-    bernoulli_ exponential_ random_ arange resize_ set_ set_data record_stream is_same_size sort
-    topk argmax argmin argsort kthvalue median mode unique_consecutive nonzero embedding
-    scalar_tensor frexp ldexp logical_and logical_or logical_not logical_xor isclose equal
-    nan_to_num nan_to_num_ complex real imag view_as_real _conj _pack_padded_sequence
-    _resize_output_ _unsafe_index searchsorted bucketize device layout
-    """.split()
+EXACT, ELEMENTWISE, MODELLED, DECOMPOSED, APPROXIMATE, ONCE, REFUSED, UNKNOWN = CLASSES = (
+    "exact",  # returns numbers that were there before, whole numbers, random numbers, or none
+    "elementwise",  # one instruction per element, rounded once
+    "modelled",  # many instructions; the error of all of them by a formula
+    "decomposed",  # many instructions; runs as the operators it consists of
+    "approximate",  # linear algebra: operands perturbed as backward stability allows, then one rounding; warns
+    "once",  # many instructions, rounded once per element: too little; warns
+    "refused",  # quantised, sparse and nested tensors, private formats
+    "unknown",  # not in this table, such as an extension's: rounded once per element; warns
 )
 
+_NAMES = {
+    EXACT: """
+        _aminmax _batch_norm_stub _chunk_cat _conj _conj_copy _conj_physical _copy_from _copy_from_and_resize
+        _efficientzerotensor _fill_mem_eff_dropout_mask _fused_dropout_mask _fw_primal_copy _index_copy _indices_copy
+        _lazy_clone _local_scalar_dense _make_dep_token _make_dual_copy _mkldnn_reshape _mkldnn_transpose
+        _neg_view_copy _new_zeros_with_same_feature_meta _pack_padded_sequence _philox_key_fold_in _philox_key_split
+        _philox_normal _philox_uniform _pin_memory _reshape_alias _reshape_alias_copy _reshape_copy _resize_output
+        _sample_dirichlet _stack _standard_gamma _test_optional_filled_intlist _test_optional_floatlist
+        _test_optional_intlist _to_copy _to_dense _unique _unique2 _unsafe_index _unsafe_masked_index _unsafe_view
+        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _values_copy abs
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool2d_backward adaptive_max_pool3d
+        adaptive_max_pool3d_backward alias_copy all amax amin aminmax any arange argmax argmin argsort as_strided
+        as_strided_copy as_strided_scatter bernoulli bincount binomial bitwise_and bitwise_left_shift bitwise_not
+        bitwise_or bitwise_right_shift bitwise_xor block_diag bucketize cat cauchy ccol_indices_copy ceil
+        channel_shuffle chunk clamp clamp_max clamp_min clip clone col_indices_copy complex conj_physical
+        constant_pad_nd contiguous copy copysign count_nonzero crow_indices_copy cummax cummin detach detach_copy
+        device diag diag_embed diagonal_backward diagonal_copy diagonal_scatter embedding empty empty_like
+        empty_permuted empty_strided eq equal expand_copy exponential eye fake_quantize_per_channel_affine_cachemask
+        fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+        _fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine
+        _fused_moving_avg_obs_fq_helper _fused_moving_avg_obs_fq_helper_functional fill flip floor floor_divide fmax
+        fmin fmod frac fractional_max_pool2d fractional_max_pool2d_backward fractional_max_pool3d
+        fractional_max_pool3d_backward frexp from_file full full_like gather gcd ge geometric gt hardshrink
+        hardshrink_backward hardtanh hardtanh_backward hash_tensor heaviside histc histogram _histogramdd_bin_edges
+        _histogramdd_from_bin_cts _histogramdd_from_bin_tensors im2col imag index index_copy index_fill index_select
+        indices_copy is_same_size isclose isfinite isin isinf isnan isneginf isposinf kthvalue layout lcm ldexp le lift
+        lift_fresh lift_fresh_copy log_normal logical_and logical_not logical_or logical_xor lt lu_unpack masked_fill
+        masked_scatter masked_scatter_backward masked_select max max_pool1d max_pool2d max_pool2d_backward
+        max_pool2d_with_indices max_pool2d_with_indices_backward max_pool3d_with_indices
+        max_pool3d_with_indices_backward max_unpool2d max_unpool3d maximum median min minimum mode multinomial
+        nan_to_num nanmedian narrow_copy ne neg negative new_empty new_empty_strided new_full new_ones new_zeros
+        nextafter nonzero nonzero_static normal normal_functional ones ones_like permute_copy pixel_shuffle
+        pixel_unshuffle poisson rand rand_like randint randint_like randn randn_like random randperm real record_stream
+        reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat repeat_interleave replication_pad1d
+        replication_pad2d replication_pad3d resize resize_as roll rot90 round row_indices_copy scalar_tensor scatter
+        searchsorted select_backward select_copy select_scatter set set_data sgn sign signbit slice_backward slice_copy
+        slice_scatter sort split split_copy split_with_sizes_copy squeeze squeeze_copy stack t t_copy take
+        take_along_dim threshold threshold_backward to topk transpose transpose_copy tril tril_indices triu
+        triu_indices trunc unbind unbind_copy unfold_copy uniform unique_consecutive unique_dim unique_dim_consecutive
+        unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d upsample_nearest2d
+        upsample_nearest3d values_copy view_as_complex_copy view_as_real view_as_real_copy view_copy where zero zeros
+        zeros_like _amp_foreach_non_finite_check_and_unscale __ilshift__ __irshift__ __lshift__ __rshift__ __iand__
+        __ior__ __ixor__ _is_all_true _is_any_true _functional_assert_async _functional_assert_scalar
+        _functional_sym_constrain_range _functional_sym_constrain_range_for_size _foobar
+        mkldnn_max_pool2d mkldnn_max_pool3d mkldnn_max_pool2d_backward mkldnn_max_pool3d_backward mkldnn_reorder_conv2d_weight
+        mkldnn_reorder_conv3d_weight to_mkldnn _cudnn_init_dropout_state _cudnn_rnn_flatten_weight _test_functorch_fallback
+        _test_parallel_materialize _test_warn_in_autograd _test_autograd_multiple_dispatch
+        _test_autograd_multiple_dispatch_view_copy masked_fill_ _fused_dropout""",
+    ELEMENTWISE: """
+        _add_relu _masked_scale _prelu_kernel _prelu_kernel_backward acos acosh add addcdiv addcmul angle asin asinh
+        atan atan2 atanh binary_cross_entropy_backward celu cos cosh deg2rad digamma div elu elu_backward erf erfc
+        erfinv exp exp2 expm1 fft_fftfreq fft_rfftfreq gelu gelu_backward glu glu_backward glu_backward_jvp glu_jvp
+        hardsigmoid hardsigmoid_backward hardswish hardswish_backward huber_loss_backward hypot i0 igamma igammac
+        leaky_relu leaky_relu_backward lerp lgamma linspace log log10 log1p log2 log_sigmoid_backward
+        log_sigmoid_forward logaddexp logaddexp2 logit logit_backward logspace mish mish_backward mse_loss_backward
+        mul multi_margin_loss_backward multilabel_margin_loss_backward native_dropout native_dropout_backward
+        nll_loss2d_backward nll_loss_backward polar polygamma pow rad2deg range reciprocal remainder rrelu_with_noise
+        rrelu_with_noise_backward rrelu_with_noise_functional rsqrt rsub sigmoid sigmoid_backward silu silu_backward
+        sin sinc sinh smooth_l1_loss_backward soft_margin_loss_backward softplus softplus_backward softshrink
+        softshrink_backward special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+        special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+        special_chebyshev_polynomial_w special_entr special_erfcx special_hermite_polynomial_h
+        special_hermite_polynomial_he special_i0e special_i1 special_i1e special_laguerre_polynomial_l
+        special_legendre_polynomial_p special_log_ndtr special_modified_bessel_i0 special_modified_bessel_i1
+        special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri special_scaled_modified_bessel_k0
+        special_scaled_modified_bessel_k1 special_shifted_chebyshev_polynomial_t
+        special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v
+        special_shifted_chebyshev_polynomial_w special_spherical_bessel_j0 special_xlog1py special_zeta sqrt square
+        sub tan tanh tanh_backward xlogy bartlett_window blackman_window hamming_window hann_window kaiser_window
+        _standard_gamma_grad _dirichlet_grad _amp_update_scale mvlgamma binary_cross_entropy_with_logits
+        affine_grid_generator""",
+    DECOMPOSED: """
+        _cdist_backward _cdist_forward _euclidean_dist _log_softmax_backward_data _pdist_forward
+        _safe_softmax _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_flash_attention_for_cpu_backward _softmax_backward_data _trilinear _weight_norm_interface
+        dist grid_sampler_2d linalg_cross logsumexp renorm
+        upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d _upsample_bicubic2d_aa
+        _upsample_bilinear2d_aa _upsample_lanczos2d_aa binary_cross_entropy huber_loss mse_loss smooth_l1_loss
+        soft_margin_loss _fused_rms_norm _fused_rms_norm_backward""",
+    APPROXIMATE: """
+        _cholesky_solve_helper _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet _linalg_solve_ex _linalg_svd
+        cholesky cholesky_inverse cholesky_solve geqrf linalg_cholesky_ex linalg_eig linalg_eigvals
+        linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu
+        linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular ormqr
+        triangular_solve _compute_linear_combination""",
+    ONCE: """
+        _addmm_activation _batch_norm_with_update_functional _conv_depthwise2d _ctc_loss _ctc_loss_backward
+        _cudnn_attention_backward _cudnn_attention_forward _cudnn_ctc_loss _cudnn_rnn _cudnn_rnn_backward
+        _efficient_attention_backward _efficient_attention_forward
+        _embedding_bag_per_sample_weights_backward _fake_quantize_learnable_per_channel_affine_backward
+        _fake_quantize_learnable_per_tensor_affine_backward _flash_attention_backward _flash_attention_forward
+        _flash_attention_forward_no_dropout_inplace _fused_adagrad _fused_adam _fused_adamw _fused_sgd
+        _grid_sampler_2d_cpu_fallback _grid_sampler_2d_cpu_fallback_backward _grouped_mm _int_mm
+        _linalg_check_errors _logcumsumexp _lstm_mps _masked_softmax _masked_softmax_backward _mps_convolution
+        _mps_convolution_transpose _native_batch_norm_legit_functional _native_multi_head_attention
+        _nnpack_spatial_convolution _pdist_backward _scaled_dot_product_attention_math_for_mps
+        _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
+        _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
+        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_fused_attention_overrideable_backward
+        _segment_reduce_backward _slow_conv2d_backward _slow_conv2d_forward _thnn_fused_gru_cell
+        _thnn_fused_gru_cell_backward _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
+        _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _triton_multi_head_attention
+        _triton_scaled_dot_attention _weight_norm_interface_backward
+        batch_norm_backward batch_norm_backward_elemt batch_norm_backward_reduce batch_norm_elemt
+        batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_stats batch_norm_update_stats
+        conv_depthwise3d conv_tbc convolution_backward_overrideable convolution_overrideable
+        cudnn_affine_grid_generator cudnn_affine_grid_generator_backward cudnn_convolution_add_relu
+        cudnn_convolution_relu cudnn_convolution_transpose cudnn_grid_sampler cudnn_grid_sampler_backward
+        embedding_renorm grid_sampler_3d index_reduce linear linear_backward log_softmax logcumsumexp lstm_mps_backward
+        matmul_backward miopen_batch_norm miopen_batch_norm_backward miopen_convolution miopen_convolution_add_relu
+        miopen_convolution_relu miopen_convolution_transpose miopen_ctc_loss miopen_depthwise_convolution miopen_rnn
+        miopen_rnn_backward mkldnn_adaptive_avg_pool2d mkldnn_adaptive_avg_pool2d_backward mkldnn_linear
+        mkldnn_linear_backward mkldnn_linear_backward_input mkldnn_linear_backward_weights mkldnn_rnn_layer
+        mkldnn_rnn_layer_backward mps_convolution_backward mps_convolution_transpose_backward native_norm
+        segment_reduce slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d
+        slow_conv_transpose3d softmax linalg__powsum powsum""",
+    REFUSED: """
+        _coalesce _coalesced _convert_indices_from_coo_to_csr _convert_indices_from_csr_to_coo
+        _convert_weight_to_int4pack _convert_weight_to_int4pack_for_cpu _cslt_compress _cslt_sparse_mm
+        _dyn_quant_matmul_4bit _dyn_quant_pack_4bit_weight _empty_affine_quantized _empty_per_channel_affine_quantized
+        _jagged_to_padded_dense_forward _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
+        _mixed_dtypes_linear _nested_compute_contiguous_strides_offsets _nested_from_padded
+        _nested_from_padded_and_nested_example _nested_from_padded_tensor _nested_get_jagged_dummy _nested_get_lengths
+        _nested_get_max_seqlen _nested_get_min_seqlen _nested_get_offsets _nested_get_values_copy
+        _nested_select_backward _nested_sum_backward _nested_tensor_from_mask _nested_tensor_from_tensor_list
+        _nested_tensor_size _nested_tensor_softmax_with_shape _nested_tensor_storage_offsets _nested_tensor_strides
+        _nested_view_from_buffer_copy _nested_view_from_jagged_copy _padded_dense_to_jagged_forward
+        _scaled_grouped_mm _scaled_grouped_mm_v2 _scaled_mm _scaled_mm_v2 _sparse_addmm _sparse_broadcast_to_copy
+        _sparse_compressed_tensor_with_dims _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors
+        _sparse_csr_prod _sparse_csr_sum _sparse_log_softmax _sparse_log_softmax_backward_data
+        _sparse_mask_projection _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward
+        _sparse_semi_structured_addmm _sparse_semi_structured_apply _sparse_semi_structured_apply_dense
+        _sparse_semi_structured_linear _sparse_semi_structured_mm _sparse_semi_structured_tile _sparse_softmax
+        _sparse_softmax_backward_data _sparse_sparse_matmul _sparse_sum _sparse_sum_backward _spdiags _spsolve
+        _to_sparse _to_sparse_bsc _to_sparse_bsr _to_sparse_csc _to_sparse_csr _to_sparse_semi_structured
+        _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm
+        copy_sparse_to_sparse dequantize empty_quantized hspmm int_repr q_per_channel_scales
+        q_per_channel_zero_points quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
+        quantized_batch_norm quantized_gru quantized_lstm quantized_max_pool1d quantized_max_pool2d
+        quantized_max_pool3d resize_as_sparse sparse_compressed_tensor sparse_coo_tensor sparse_mask sparse_resize
+        sparse_resize_and_clear sparse_sampled_addmm sspaddmm to_padded_tensor""",
+}
 
-def _is_power_of_two(given) -> bool:
+_MODELS: dict[Callable[..., None], str] = {
+    products.matrix_product: "mm addmm mv addmv dot vdot bmm baddbmm addbmm addr",
+    products.convolution: "convolution _convolution mkldnn_convolution cudnn_convolution",
+    products.convolution_backward: "convolution_backward",
+    norms.batch_norm: "native_batch_norm _native_batch_norm_legit cudnn_batch_norm _batch_norm_with_update "
+                      "_native_batch_norm_legit_no_training _batch_norm_no_update",
+    norms.batch_norm_backward: "native_batch_norm_backward cudnn_batch_norm_backward",
+    norms.group_norm: "native_group_norm",
+    norms.group_norm_backward: "native_group_norm_backward",
+    norms.layer_norm: "native_layer_norm",
+    norms.layer_norm_backward: "native_layer_norm_backward",
+    softmax: "_softmax _log_softmax",
+    reductions.total: "sum nansum mean trace",
+    reductions.spread: "var std var_mean std_mean",
+    reductions.norm: "linalg_vector_norm norm",
+    reductions.product: "prod cumprod",
+    reductions.cumulative: "cumsum",
+    reductions.scattered: """
+        scatter_add index_add index_put _index_put_impl _unsafe_index_put put scatter_reduce col2im unfold_backward
+        _unsafe_masked_index_put_accumulate embedding_dense_backward _embedding_bag _embedding_bag_forward_only
+        _embedding_bag_dense_backward _embedding_bag_backward avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+        adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d avg_pool2d_backward
+        avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_avg_pool3d_backward
+        upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
+        _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
+        reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward
+        replication_pad2d_backward replication_pad3d_backward""",
+    reductions.weighted: """
+        upsample_linear1d_backward upsample_bilinear2d_backward upsample_trilinear3d_backward
+        upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward
+        _upsample_lanczos2d_aa_backward grid_sampler_2d_backward grid_sampler_3d_backward""",
+    reductions.positive: "nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward",
+    reductions.fourier: "_fft_c2c _fft_r2c _fft_c2r",
+}  # fmt: skip
+
+CLASS_OF: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+CLASS_OF |= {name: MODELLED for names in _MODELS.values() for name in names.split()}
+_MODEL_OF: dict[str, Callable[..., None]] = {
+    name: model for model, names in _MODELS.items() for name in names.split()
+} | dict.fromkeys(_NAMES[APPROXIMATE].split(), reductions.backward_stable)
+_COMPLEX_MODELS = {"mul": reductions.complex_product, "div": reductions.complex_product}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is exact for some arguments
+
+
+def _is_power_of_two(given: dict[str, Any]) -> bool:
     factor = _number(given.get("other"))
     return given.get("rounding_mode") is not None or (
         factor is not None and factor != 0 and abs(math.frexp(factor)[0]) == 0.5
     )
 
 
-def _adds_zero(given) -> bool:
+def _adds_zero(given: dict[str, Any]) -> bool:
     return _number(given.get("other")) == 0
 
 
-def _copies(given) -> bool:
+def _copies(given: dict[str, Any]) -> bool:
     return not given.get("accumulate") and given.get("reduce") in (None, "amax", "amin")
 
 
-# What is exact for some arguments
-_EXACT_FOR: dict[str, Callable[[dict], bool]] = {
+def _takes_nearest(given: dict[str, Any]) -> bool:
+    return given.get("interpolation_mode") == 1
+
+
+_EXACT_FOR: dict[str, Callable[[dict[str, Any]], bool]] = {
     **dict.fromkeys(("mul", "multiply", "div", "divide"), _is_power_of_two),
     **dict.fromkeys(("add", "sub", "subtract"), _adds_zero),
     "pow": lambda given: _number(given.get("exponent")) in (0, 1),
-    **dict.fromkeys(
-        ("index_put", "_index_put_impl", "_unsafe_index_put", "scatter_reduce", "put"), _copies
-    ),
+    **dict.fromkeys(("index_put", "_index_put_impl", "_unsafe_index_put", "put"), _copies),
+    "scatter_reduce": lambda given: given["reduce"] in ("amax", "amin"),
+    "index_reduce": lambda given: given["reduce"] in ("amax", "amin"),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), _takes_nearest),
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), lambda given: given.get("mode") == 2),
 }
 
 
-def _number(value) -> float | None:
+def _number(value: Any) -> float | None:
     """A scalar, or a tensor that holds one on the CPU; None for anything else."""
     if isinstance(value, int | float):
         return float(value) if math.isfinite(value) else None
@@ -82,38 +262,45 @@ def _number(value) -> float | None:
     return None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Operator:
     """What is known of one of torch's operators.
 
     Parameters
     ----------
-    name : without overload
+    name : without overload, final underscore and ``_foreach_``
+    kind : one of `CLASSES`
     names : of the arguments, in order
     defaults : of those that have one
     views : which of its results are views of an argument, unchanged
     written : names of the arguments that it changes
     not_returned : those of them that are not among its results
-    is_exact : whether it rounds nothing, whatever its arguments
+    is_random : whether it draws random numbers
     is_exact_for : whether it rounds nothing for the arguments given; None: never so
     model : of its many instructions; None: one instruction per element
+    decomposition : what it consists of
     """
 
     name: str
+    kind: str
     names: tuple[str, ...]
-    defaults: dict
+    defaults: dict[str, Any]
     views: frozenset[int]
     written: tuple[str, ...]
     not_returned: tuple[str, ...]
-    is_exact: bool
-    is_exact_for: Callable[[dict], bool] | None
-    model: Callable | None
+    is_random: bool
+    is_exact_for: Callable[[dict[str, Any]], bool] | None
+    model: Callable[..., None] | None
+    decomposition: Callable[..., Any] | None
 
-    def given(self, args, kwargs) -> dict:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name."""
         return self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
 
-    def rounds_nothing(self, args, kwargs) -> bool:
+    def rounds_nothing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether no number of the result is rounded.
 
         Examples
@@ -122,17 +309,21 @@ class Operator:
         >>> mul.rounds_nothing((torch.ones(2), 0.5), {}), mul.rounds_nothing((torch.ones(2), 3), {})
         (True, False)
         """
-        if self.is_exact or self.is_exact_for is None:
-            return self.is_exact
-        return self.is_exact_for(self.given(args, kwargs))
+        return self.kind == EXACT or (self.is_exact_for is not None and self.is_exact_for(self.given(args, kwargs)))
+
+    def model_for(self, result: Any) -> Callable[..., None] | None:
+        """The model of many instructions; products of complex numbers are such."""
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        if isinstance(first, torch.Tensor) and first.is_complex() and self.name in _COMPLEX_MODELS:
+            return _COMPLEX_MODELS[self.name]
+        return self.model
 
 
 @cache
-def operator_of(func) -> Operator:
+def operator_of(func: torch._ops.OpOverload) -> Operator:
     """Return what is known of an operator, by its schema and its name."""
-    schema, name = func._schema, func.overloadpacket.__name__
-    one = name.removeprefix("_foreach_")
-    base = one.removesuffix("_")
+    schema, packet = func._schema, func.overloadpacket.__name__
+    name = packet.removeprefix("_foreach_").removesuffix("_") if not packet.startswith("__") else packet
     written = {
         a.name: a.alias_info.before_set
         for a in schema.arguments
@@ -141,14 +332,25 @@ def operator_of(func) -> Operator:
     aliases = {i: r.alias_info for i, r in enumerate(schema.returns) if r.alias_info is not None}
     views = frozenset(i for i, alias in aliases.items() if not alias.is_write)
     returned = set().union(*(alias.before_set for alias in aliases.values()))
+    kind = CLASS_OF.get(name, UNKNOWN) if func.namespace == "aten" else UNKNOWN
+    decomposition = None
+    if views and not written:
+        kind = EXACT
+    elif kind == DECOMPOSED:
+        decomposition = decomposition_of(func)
+        kind = DECOMPOSED if decomposition is not None else ONCE
+    elif kind == UNKNOWN and not any(r.type.kind() in ("TensorType", "ListType") for r in schema.returns) and not written:
+        kind = EXACT
     return Operator(
         name=name,
+        kind=kind,
         names=tuple(a.name for a in schema.arguments),
         defaults={a.name: a.default_value for a in schema.arguments if a.has_default_value()},
         views=views,
         written=tuple(written),
         not_returned=tuple(key for key, alias in written.items() if not alias & returned),
-        is_exact=one in EXACT or base in EXACT or bool(views and not written),
-        is_exact_for=_EXACT_FOR.get(base),
-        model=MODELS.get(name, MODELS.get(name.removesuffix("_"))),
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        is_exact_for=_EXACT_FOR.get(name),
+        model=_MODEL_OF.get(name) if kind in (MODELLED, APPROXIMATE) and not packet.startswith("_foreach_") else None,
+        decomposition=decomposition,
     )

@@ -1,356 +1,392 @@
 """Noise of matrix products and convolutions, forward and backward.
 
-Variance of an element: that of all its partial sums where the whole operator is small (`DIRECT`
-multiply-adds); otherwise a model by result and energy, scaled for each output channel so that on a
-sample of elements it has the variance of all their partial sums (`accumulation`). The energy
-``sum x^2 w^2`` is computed in full, as a second product of squares (exact), or taken as the
-product of what lies under the kernel, on a coarse grid, and of the kernel (fast).
+Variance of an element: that of all its partial sums where the whole operator is small (`DIRECT` multiply-adds);
+otherwise a Brownian bridge by result and energy (`sums.bridge`), scaled so that on a sample of elements it has the
+variance of their partial sums. The energy ``sum x^2 w^2`` is taken as the product of what lies under the kernel, of
+every place, and of the kernel.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bids_varaug.numerics.accumulation import (
-    Walk,
-    bridge,
-    follow_products,
-    modelled_variance,
-    unthinned,
-)
-from bids_varaug.numerics.glances import (
-    Geometry,
-    coarse_energy,
-    gather_patches,
-    mean_square,
-    row_energy,
-    some_elements,
-    some_rows,
-)
-from bids_varaug.numerics.matrix_noise import perturb_by_sample
-from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_
-from bids_varaug.numerics.reductions import follow
-from bids_varaug.numerics.rules import DITHER, How, Rule
+from bids_varaug.numerics.call import Call, image_of
+from bids_varaug.numerics.noise import ChannelNoise, perturb_, perturb_channels_, round_
+from bids_varaug.numerics.specification import RoundingSpecification
+from bids_varaug.numerics.sums import Blocks, blocks_of, blocks_of_products, bridge_variances, energies
 
-# Multiply-adds of an operator whose partial sums are all computed, and of a sample
-DIRECT = {True: 2**22, False: 2**18}  # exact, fast
-SAMPLED = {True: 2**22, False: 2**18}  # of a convolution
-SAMPLED_MATRIX = {True: 2**20, False: 2**17}
-SAMPLED_COLUMN = {True: 2**22, False: 2**19}  # of a weight gradient
-VOXELS = {True: 64, False: 32}  # voxels, or rows, of a sample; fewer where it would be too large
-_SIDE_BY_SIDE = 8  # input channels of a sampled weight gradient
-_STEP = 16  # of its voxels along the last axis, at most every 16th is looked at, if not exact
-_LONG = 2**15  # terms of a matrix product from which on they are looked at like those of sums
+DIRECT = 2**16  # multiply-adds of an operator whose partial sums are all computed
+_SAMPLED = 2**16  # of a sample
+_VOXELS = 2**14  # of a weight gradient, whose energies are computed
+_PAIRS = 16  # channels on either side of a weight gradient whose partial sums are looked at
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Matrix products
 
 
-def perturb_matrix_product(
-    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, how: How
+def matrix_product(call: Call, result: torch.Tensor) -> None:
+    """mm, addmm, mv, addmv, dot, vdot, bmm, baddbmm, addbmm, addr: all as matrix products."""
+    given = call.given
+    a = _first(given, "mat1", "mat", "batch1", "vec1", "self")
+    b = _first(given, "mat2", "batch2", "vec2", "vec", "tensor", "other")
+    bias = given["self"] if a is not given["self"] else None
+    alpha, beta = given.get("alpha", 1), given.get("beta", 1)
+    if bias is not None:
+        a, bias = (a if alpha == 1 else a * alpha), (bias if beta == 1 else bias * beta)
+        bias = None if beta == 0 else bias
+    if call.name == "addr":
+        a, b = a[:, None], b[None]
+    if call.name == "addbmm":
+        a, b = a.movedim(0, 1).flatten(1), b.flatten(0, 1)
+    a = a[None] if a.dim() == 1 else a
+    if b.dim() == 1:
+        b, bias = b[:, None], bias[:, None] if bias is not None and bias.dim() == 1 else bias
+    target = result.reshape(*a.shape[:-1], b.shape[-1])
+    bias = None if bias is None else bias.expand(target.shape)
+    batch = range(len(a)) if a.dim() == 3 else [slice(None)]
+    for i, n in enumerate(batch):
+        perturb_product(target[n], a[n], b[n], None if bias is None else bias[n], call.spec, call.stream(i))
+    if target.data_ptr() != result.data_ptr():
+        result.copy_(target.reshape(result.shape))
+
+
+def _first(given: dict[str, Any], *names: str) -> torch.Tensor:
+    return next(given[name] for name in names if name in given)
+
+
+def perturb_product(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, spec: RoundingSpecification, stream: int
 ) -> None:
     """Perturb y = a b + bias in place.
 
     Parameters
     ----------
-    y : (M, N), float32 or float64
+    y : (M, N), float32 or float64, or complex
     a : (M, K), same dtype
     b : (K, N)
-    bias : broadcasts to y, or None
+    bias : (M, N), or None
     """
+    if y.is_complex():  # each part is a product of twice as many terms
+        parts = torch.view_as_real(y)
+        right, added = torch.cat([b.real, b.imag]), (None, None) if bias is None else (bias.real, bias.imag)
+        perturb_product(parts[..., 0], torch.cat([a.real, -a.imag], 1), right, added[0], spec, stream)
+        left = torch.cat([a.imag, a.real], 1)
+        perturb_product(parts[..., 1], left, right, added[1], spec, stream ^ 0x5555)
+        return
     (m, k), n = a.shape, b.shape[1]
     if not m * n * k:
         return
-    rule = how.rule
-    if m * n * k <= DIRECT[how.exact]:
-        variance = follow_products(_numpy(a), _numpy(b), rule).variance
-        _perturb_by_variance(y, variance, bias is None, how)
+    if m * n * k <= DIRECT:
+        blocks = blocks_of_products(_numpy(a), _numpy(b))
+        deviation = np.sqrt(_with_bias(blocks, blocks.totals.sum(0), bias is not None, spec))
+        perturb_(y, torch.from_numpy(deviation).to(y.device), spec, stream)
         return
-    is_long = k >= _LONG and not how.exact
-    on_cpu = y.device.type == "cpu"
-    if on_cpu and not (is_long or how.exact) and (bias is None or bias.dim() == 1):
-        sizes = _sample_sizes((m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
-        last = _of_last_rounding(rule) if bias is None else 0.0
-        perturb_by_sample(y, a, b, bias, rule, last, sizes, how.stream)
+    rows, columns = _sample(np.random.default_rng(stream), (m, n), k)
+    of_rows = energies(a[:, :, None], np.ones(k))[:, 0]
+    of_columns = energies(b[None], np.ones(k))[0].cpu().numpy() / k
+    blocks = blocks_of_products(_some(a, rows), _some(b.T, columns).T)
+    factor = _factor(blocks, _some(of_rows, rows)[:, None] * of_columns[columns], k, n, spec)
+    quadratic, linear = bridge_variances(k, spec)
+    offset = None
+    if bias is not None:
+        quadratic += spec.per_energy * spec.of_partial_sum
+        offset = _numpy(bias[0]).astype("f8") if bias.stride(0) == 0 else None
+    if bias is not None and offset is None:
+        columns_of = torch.from_numpy(linear * of_columns * factor).to(y.device)
+        scale = torch.as_tensor(factor, device=y.device) * quadratic
+        variance = scale * (y - bias).double().square() + of_rows[:, None] * columns_of
+        perturb_(y, variance.sqrt(), spec, stream)
         return
-    rng = np.random.default_rng(how.stream)
-    rows, columns = _sample(rng, (m, n), k, SAMPLED_MATRIX[how.exact], how.exact)
-    step = _STEP if is_long else 1
-    terms = slice(step // 2, None, step)
-    sampled_a, sampled_b = some_rows(a, rows, terms), some_rows(b.T, columns, terms).T
-    if is_long:
-        total = some_rows(y if bias is None else y - bias, rows, slice(None))[:, columns]
-        walk = _follow_long(sampled_a, sampled_b, step, total.astype("f8"), how)
-    else:
-        walk = follow_products(sampled_a, sampled_b, rule)
-    truth = walk.variance
-    if how.exact:
-        energy, column_energy = (a * a) @ (b * b), None
-        sampled_energy = walk.energy
-    else:
-        energy = row_energy(a)
-        column_energy = _numpy(row_energy(b.T))[:, 0].astype("f8") / k
-        sampled_energy = some_rows(energy, rows, slice(None)).astype("f8") * column_energy[columns]
-    model = modelled_variance(walk.total, sampled_energy, k, rule)
-    factor = np.full(n, _ratio(truth.sum(), model.sum()))
-    if len(columns) == n:
-        factor = _ratio(truth.sum(0), model.sum(0))
-    noise = _channel_noise(factor, k, how, column_energy, bias is None)
-    if bias is None or bias.dim() == 1:
-        offset = None if bias is None else _numpy(bias.expand(n)).astype("f8")
-        given = ChannelNoise(*noise, offset=offset, energy=_as_image(energy))
-        _perturb_matrix(y, given, how)
-    else:
-        perturb_sum_with_bias(y, y - bias, noise, energy, how)
-
-
-def _follow_long(a, b, step: int, total, how: How) -> Walk:
-    """Follow a matrix product of which every `step`-th term is given."""
-    columns, every = torch.from_numpy(b), how._replace(exact=True)
-    rows = []
-    for row, totals in zip(a, total, strict=True):
-        terms = torch.from_numpy(row)[:, None].expand(-1, b.shape[1])
-        walk = follow(terms, (0,), every, columns)
-        rows.append(unthinned(walk, step, totals, how.rule))
-    return Walk.stacked(rows)
-
-
-def _perturb_matrix(y: torch.Tensor, given: ChannelNoise, how: How) -> None:
+    noise = ChannelNoise(factor * quadratic, factor * linear * of_columns, offset, of_rows.reshape(1, -1, 1, 1))
     dense = y.contiguous()
-    perturb_channels_(_as_image(dense), given, how.rule, how.stream)
+    perturb_channels_(dense.view(1, m, n).movedim(2, 1)[..., None, None], noise, spec, stream)
     if dense is not y:
         y.copy_(dense)
 
 
-def perturb_sum_with_bias(y, total, noise, energy, how: How) -> None:
-    """Perturb where the bias is no constant of a channel: the deviation follows from `total`."""
-    quadratic, linear = (torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in noise)
-    variance = quadratic * total * total + linear * energy
-    perturb_(y, variance.sqrt_(), how.rule, how.stream)
+def _with_bias(blocks: Blocks, total: np.ndarray, has_bias: bool, spec: RoundingSpecification) -> np.ndarray:
+    """Variance without the last rounding; with a bias the sum of products is one more partial sum."""
+    variance = blocks.variance(spec, spec.of_product)
+    return variance + spec.per_energy * spec.of_partial_sum * total**2 if has_bias else variance
 
 
-# --------------------------------------------------------------------------------------------------
+def _sample(rng: np.random.Generator, shape: tuple[int, int], n_terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a matrix product whose partial sums are looked at."""
+    at_once = max(_SAMPLED // n_terms, 1)
+    n_rows = min(shape[0], 32, max(8, at_once // shape[1]))
+    n_columns = min(shape[1], max(at_once // n_rows, 8))
+    columns = np.arange(n_columns)
+    if n_columns < shape[1]:
+        columns = rng.choice(shape[1], n_columns, replace=False, shuffle=False)
+    return rng.integers(0, shape[0], n_rows), columns
+
+
+def _factor(blocks: Blocks, energy: np.ndarray, n_terms: float, n_out: int, spec: RoundingSpecification) -> np.ndarray:
+    """What the variance by the bridge is to be multiplied by: of each column, or of all together, (n_out,)."""
+    quadratic, linear = bridge_variances(n_terms, spec)
+    truth = blocks.variance(spec, spec.of_product)
+    model = quadratic * blocks.totals.sum(0) ** 2 + linear * energy
+    if truth.shape[1] == n_out:
+        return _ratio(truth.sum(0), model.sum(0))
+    return np.full(n_out, _ratio(truth.sum(), model.sum()))
+
+
+def _ratio(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Truth / model, 1 where the model is 0 or either is no number."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.asarray(truth) / model
+    return np.where(np.isfinite(ratio) & (np.asarray(model) > 0), ratio, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Convolutions
 
 
-def perturb_convolution(
+class Geometry(NamedTuple):
+    """Of a convolution over three axes."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def _geometry(given: dict[str, Any]) -> Geometry | None:
+    n_axes = given["weight"].dim() - 2
+    if not 1 <= n_axes <= 3:
+        return None
+    values = []
+    for name, missing in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = list(given[name])
+        value = value * n_axes if len(value) == 1 else value
+        values.append((*value, *[missing] * (3 - n_axes)))
+    return Geometry(*values)
+
+
+def convolution(call: Call, result: torch.Tensor) -> None:
+    """Noise of a convolution's result, plain or transposed."""
+    given, geometry = call.given, _geometry(call.given)
+    x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
+    if geometry is None:
+        round_(result, call.spec, call.stream())
+    elif groups == 1 and not given.get("transposed"):
+        _perturb_convolution(image_of(result), image_of(x), image_of(weight), bias, geometry, call.spec, call.stream())
+    else:
+        squares = {"input": x.square(), "weight": weight.square()}
+        energy = call.again(**squares, bias=None)
+        n_terms = weight[0].numel()
+        if given.get("transposed"):
+            n_terms = weight.numel() / weight.shape[1] / groups / math.prod(given["stride"])
+        total = result if bias is None else result - bias.reshape(-1, *[1] * (result.dim() - 2))
+        _perturb_by_energy(result, total, energy, max(n_terms, 1.0), bias is not None, call.spec, call.stream())
+
+
+def _perturb_by_energy(y, total, energy, n_terms, has_bias: bool, spec: RoundingSpecification, stream: int) -> None:
+    """By the bridge alone, the energy of each element given."""
+    quadratic, linear = bridge_variances(n_terms, spec)
+    quadratic += spec.per_energy * spec.of_partial_sum * has_bias
+    variance = quadratic * total.double().square() + linear * energy.double().clamp_min(0)
+    perturb_(y, variance.sqrt(), spec, stream)
+
+
+def _perturb_convolution(
     y: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     geometry: Geometry,
-    groups: int,
-    squares: Callable[[], torch.Tensor],
-    how: How,
+    spec: RoundingSpecification,
+    stream: int,
 ) -> None:
-    """Perturb a convolution's result in place.
-
-    Parameters
-    ----------
-    y : (N, O, X, Y, Z), float32 or float64
-    x : (N, C, X', Y', Z')
-    weight : (O, C / groups, KX, KY, KZ)
-    bias : (O,), or None
-    squares : returns the same convolution of the squares of x and weight, without bias
-    """
+    """Perturb a convolution's result in place: (N, O, X, Y, Z) of (N, C, X', Y', Z') and (O, C, KX, KY, KZ)."""
     if not y.numel() or not x.numel():
         return
-    rule, n_out = how.rule, y.shape[1]
-    n_terms = weight[0].numel()
+    n_out, n_terms = y.shape[1], weight[0].numel()
     n_voxels = y.numel() // n_out
+    is_small = y.numel() * n_terms <= DIRECT
+    rng, voxels, channels = np.random.default_rng(stream), np.arange(n_voxels), np.arange(n_out)
+    if not is_small:
+        voxels, channels = _sample(rng, (n_voxels, n_out), n_terms)
+    places = np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
+    chosen = weight if len(channels) == n_out else weight[torch.from_numpy(channels).to(weight.device)]
+    blocks = blocks_of_products(
+        _patches(x, places, weight.shape[2:], geometry), _numpy(chosen.reshape(len(channels), -1).T)
+    )
+    if is_small:
+        variance = _with_bias(blocks, blocks.totals.sum(0), bias is not None, spec)
+        deviation = np.moveaxis(np.sqrt(variance).reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
+        perturb_(y, torch.from_numpy(np.ascontiguousarray(deviation)).to(y.device), spec, stream)
+        return
+    squares = weight.detach().double().square()
+    of_inputs = squares.mean((0, 2, 3, 4)).clamp_min(1e-300)
+    energy = _window_sums(_channel_energy(x, of_inputs.cpu().numpy()), weight.shape[2:], geometry, y.shape[2:])
+    of_outputs = (squares / of_inputs.reshape(1, -1, 1, 1, 1)).mean((1, 2, 3, 4)).cpu().numpy()
+    seen = energy.reshape(-1)[torch.from_numpy(voxels).to(energy.device)].cpu().numpy()
+    factor = _factor(blocks, seen[:, None] * of_outputs[channels], n_terms, n_out, spec)
+    quadratic, linear = bridge_variances(n_terms, spec)
     offset = None if bias is None else _numpy(bias).astype("f8")
-    if groups == 1 and n_voxels * n_terms * n_out <= DIRECT[how.exact]:
-        voxels = np.arange(n_voxels)
-        patches = gather_patches(x, _places(voxels, y), weight.shape[2:], geometry)
-        variance = follow_products(patches, _as_columns(weight), rule).variance
-        variance = np.moveaxis(variance.reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
-        _perturb_by_variance(y, variance, bias is None, how)
+    quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
+    noise = ChannelNoise(factor * quadratic, factor * linear * of_outputs, offset, energy)
+    perturb_channels_(y, noise, spec, stream)
+
+
+def _channel_energy(x: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
+    """(N, C, X, Y, Z) -> (N, X, Y, Z): sum over channels of weights times squares, float64."""
+    shape = (x.shape[0], *x.shape[2:])
+    last = x.detach().movedim(1, -1)
+    if last.is_contiguous():
+        return energies(last.reshape(-1, x.shape[1], 1), weights).reshape(shape)
+    return energies(x.detach().flatten(2), weights).reshape(shape)
+
+
+def _window_sums(energy: torch.Tensor, kernel, geometry: Geometry, shape) -> torch.Tensor:
+    """What lies under a kernel: (N, X', Y', Z') -> (N, X, Y, Z)."""
+    for axis, (k, s, p, d) in enumerate(zip(kernel, *geometry, strict=True)):
+        if (k, s, p) == (1, 1, 0):
+            continue
+        size, n = energy.shape[1 + axis], shape[axis]
+        total = energy.new_zeros(*energy.shape[: 1 + axis], n, *energy.shape[2 + axis :])
+        for tap in range(k):
+            start = tap * d - p
+            first, stop = max(0, -(start // s)), min(n, (size - 1 - start) // s + 1)
+            if stop > first:
+                at = slice(start + first * s, start + (stop - 1) * s + 1, s)
+                before = (slice(None),) * (1 + axis)
+                total[(*before, slice(first, stop))] += energy[(*before, at)]
+        energy = total
+    return energy
+
+
+def _patches(x: torch.Tensor, places: np.ndarray, kernel, geometry: Geometry) -> np.ndarray:
+    """What lies under the kernel for some voxels of the result, (S, 4) -> (S, C KX KY KZ); 0 on padding."""
+    where = torch.from_numpy(places).to(x.device)
+    index, inside = [where[:, 0].reshape(-1, 1, 1, 1)], torch.ones((), device=x.device, dtype=torch.bool)
+    for axis, size in enumerate(kernel):
+        taps = torch.arange(size, device=x.device) * geometry.dilation[axis]
+        place = where[:, 1 + axis, None] * geometry.stride[axis] - geometry.padding[axis] + taps
+        shape = [-1, 1, 1, 1]
+        shape[1 + axis] = size
+        inside = inside & ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
+        index.append(place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
+    patches = x.detach().movedim(1, -1)[tuple(index)].where(inside[..., None], 0)
+    return _numpy(patches.movedim(-1, 1).reshape(len(places), -1))
+
+
+def convolution_backward(call: Call, result: tuple[torch.Tensor | None, ...]) -> None:
+    """Noise of the gradients with respect to input, kernels and bias."""
+    given, geometry = call.given, _geometry(call.given)
+    gradient, x, weight = given["grad_output"], given["input"], given["weight"]
+    of_input, of_weight, of_bias = result
+    groups = given.get("groups", 1)
+    if geometry is None:
+        for number, tensor in enumerate(t for t in result if t is not None):
+            round_(tensor, call.spec, call.stream(number))
         return
-    column_energy = _numpy(row_energy(weight.reshape(n_out, -1), n_terms))[:, 0].astype("f8")
-    column_energy /= n_terms
-    if how.exact:
-        energy, shift = squares(), 0
-    else:
-        energy, shift = coarse_energy(x, y.shape[2:], geometry.stride)
-        energy = energy * (n_terms / x.shape[1])
-    factor = np.ones(n_out)
-    if groups == 1:
-        rng = np.random.default_rng(how.stream)
-        voxels, channels = _sample(rng, (n_voxels, n_out), n_terms, SAMPLED[how.exact], how.exact)
-        is_all = len(channels) == n_out
-        chosen = weight if is_all else weight[torch.from_numpy(channels).to(weight.device)]
-        places = _places(voxels, y)
-        patches = gather_patches(x, places, weight.shape[2:], geometry)
-        walk = follow_products(patches, _as_columns(chosen), rule)
-        sampled_energy = walk.energy
-        if not how.exact:
-            seen = some_elements(energy[:, 0], places >> [0, shift, shift, shift])
-            sampled_energy = seen.astype("f8")[:, None] * column_energy[channels]
-        model = modelled_variance(walk.total, sampled_energy, n_terms, rule)
-        truth = walk.variance
-        factor = np.full(n_out, _ratio(truth.sum(), model.sum()))
-        if is_all:
-            factor = _ratio(truth.sum(0), model.sum(0))
-    noise = _channel_noise(factor, n_terms, how, None if how.exact else column_energy, bias is None)
-    given = ChannelNoise(*noise, offset=offset, energy=energy, shift=shift)
-    perturb_channels_(y, given, rule, how.stream)
+    if of_input is not None:
+        if groups == 1 and not given["transposed"] and set(geometry.stride) == {1}:
+            kernels = image_of(weight).flip(2, 3, 4).transpose(0, 1)
+            padding = [d * (k - 1) - p for d, k, p in zip(geometry[2], kernels.shape[2:], geometry[1], strict=True)]
+            _perturb_convolution(
+                image_of(of_input), image_of(gradient), kernels, None, geometry._replace(padding=tuple(padding)),
+                call.spec, call.stream(0),
+            )  # fmt: skip
+        else:
+            squares = {"grad_output": gradient.square(), "weight": weight.square()}
+            energy = call.again(**squares, output_mask=[True, False, False])[0]
+            n_terms = weight[:, 0].numel() / groups / (1 if given["transposed"] else math.prod(geometry.stride))
+            _perturb_by_energy(of_input, of_input, energy, max(n_terms, 1.0), False, call.spec, call.stream(0))
+    if of_weight is not None:
+        slopes, inputs = (x, gradient) if given["transposed"] else (gradient, x)
+        if groups == 1 and of_weight.numel() and gradient.numel():
+            images = image_of(slopes), image_of(inputs)
+            _perturb_weight_gradient(image_of(of_weight), *images, geometry, call.spec, call.stream(1))
+        else:
+            squares = {"grad_output": gradient.square(), "input": x.square()}
+            energy = call.again(**squares, output_mask=[False, True, False])[1]
+            n_terms = max(slopes.numel() // max(slopes.shape[1], 1), 1)
+            _perturb_by_energy(of_weight, of_weight, energy, n_terms, False, call.spec, call.stream(1))
+    if of_bias is not None:
+        blocks = blocks_of(gradient, (0, *range(2, gradient.dim())))
+        deviation = np.sqrt(blocks.variance(call.spec, call.spec.of_operand))
+        perturb_(of_bias, torch.from_numpy(deviation).to(of_bias.device), call.spec, call.stream(2))
 
 
-def perturb_weight_gradient(
-    y: torch.Tensor,
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    geometry: Geometry,
-    groups: int,
-    squares: Callable[[], torch.Tensor],
-    how: How,
+def _perturb_weight_gradient(
+    y: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, geometry: Geometry, spec: RoundingSpecification, stream: int
 ) -> None:
-    """Perturb the gradient of a convolution with respect to its kernels, in place.
+    """Perturb the gradient (O, C, KX, KY, KZ) of (N, O, X, Y, Z) and (N, C, X', Y', Z') in place.
 
-    Parameters
-    ----------
-    y : (O, C / groups, KX, KY, KZ), float32 or float64
-    gradient : (N, O, X, Y, Z), with respect to the convolution's result
-    x : (N, C, X', Y', Z')
-    squares : returns the same for the squares of gradient and x
+    The energy of each pair of channels is that of the tap in the middle, from some voxels. What the partial sums of
+    some pairs drift beyond a bridge counts for all.
     """
-    if not y.numel() or not gradient.numel() or not x.numel():
-        return
-    rule = how.rule
-    n_out, n_in = y.shape[:2]
-    n_terms = gradient.numel() // n_out
-    if how.exact:
-        energy = squares()
-    else:
-        of_inputs = mean_square(x).reshape(groups, n_in).repeat(n_out // groups, axis=0)
-        energy = n_terms * mean_square(gradient)[:, None] * of_inputs
-        energy = torch.from_numpy(energy[..., None, None, None]).to(y.device, y.dtype)
-    variance = modelled_variance(y, energy, n_terms, rule)
-    if groups == 1:
-        truth, model = 0.0, 0.0
-        rng = np.random.default_rng(how.stream)
-        width = min(_SIDE_BY_SIDE, n_in)
-        step = 1 if how.exact else max(1, min(_STEP, gradient.shape[4] // 8))
-        most = 16 if how.exact else 4
-        n_sampled = int(np.clip(step * SAMPLED_COLUMN[how.exact] // (n_terms * width), 1, most))
-        sizes = (n_out, n_in - width + 1, *y.shape[2:])
-        for out, first, *tap in rng.integers(0, sizes, (n_sampled, 5)).tolist():
-            part = slice(first, first + width)
-            place = (out, part, *tap)
-            total = _numpy(y[place]).astype("f8")
-            columns = gradient[:, out], x[:, part]
-            truth += _variance_of_column(*columns, tap, geometry, step, total, how).sum()
-            model += float(variance[place].sum(dtype=torch.float64))
-        variance = variance * float(_ratio(truth, model))
-    last = rule.of_result * rule.per_energy
-    deviation = (variance - last * y * y).clamp_min_(0).sqrt_()
-    perturb_(y, deviation, rule, how.stream)
+    middle = [k // 2 for k in y.shape[2:]]
+    rows, others, step = _voxels(gradient, x, middle, geometry)
+    n_terms = gradient.numel() // gradient.shape[1]
+    if not rows.shape[1]:
+        return round_(y, spec, stream)
+    squares = rows.float().square() @ others.float().square().T
+    scale = n_terms / rows.shape[1]
+    energy = squares.double() * scale
+    quadratic, linear = bridge_variances(n_terms, spec)
+    a, b = (_numpy(t[:_PAIRS]).astype("f8") for t in (rows, others.double()))
+    blocks = blocks_of_products(a, b.T)
+    share, drift = _drift(blocks, step)
+    if spec.rounds_exact:
+        share = 1.0
+    deviation = share * (
+        quadratic * y.double().square() + linear * (1 + drift) * energy[:, :, None, None, None]
+    )
+    return perturb_(y, deviation.sqrt_(), spec, stream)
 
 
-def _variance_of_column(
-    gradient, x, tap, geometry: Geometry, step: int, total: np.ndarray, how: How
-) -> np.ndarray:
-    """Variance of one output channel's weight gradient at one tap, for some input channels.
-
-    Terms where the kernel lies on padding are 0 and left out. Along the last axis, every `step`-th
-    voxel is looked at.
-    """
-    inside_x, inside_g = [slice(None), slice(None)], [slice(None)]
+def _voxels(gradient, x, tap, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Some terms of a weight gradient at a tap, in order: (O, V), (C, V), and how many terms one stands for."""
+    inside_g, inside_x = [slice(None), slice(None)], [slice(None), slice(None)]
+    n_terms = gradient.numel() // gradient.shape[1]
+    every = max(1, round((n_terms / _VOXELS) ** (1 / 3))) if n_terms > _VOXELS else 1
     for axis, offset in enumerate(tap):
-        size, n, stride = x.shape[2 + axis], gradient.shape[1 + axis], geometry.stride[axis]
+        size, n, stride = x.shape[2 + axis], gradient.shape[2 + axis], geometry.stride[axis]
         start = offset * geometry.dilation[axis] - geometry.padding[axis]
         first, stop = max(0, -(start // stride)), min(n, (size - 1 - start) // stride + 1)
         if stop <= first:
-            return np.zeros(x.shape[1])
-        every = step if axis == 2 else 1
-        first = min(first + every // 2, stop - 1)
-        inside_g.append(slice(first, stop, every))
-        inside_x.append(
-            slice(start + first * stride, start + (stop - 1) * stride + 1, stride * every)
-        )
-    others = x[tuple(inside_x)].movedim(1, -1).flatten(0, 3)
-    terms = gradient[tuple(inside_g)].flatten()[:, None].expand(-1, others.shape[1])
-    walk = follow(terms, (0,), how._replace(exact=True), others)
-    if step > 1:
-        walk = unthinned(walk, step, total, how.rule)
-    return walk.variance
+            return gradient.new_empty(gradient.shape[1], 0), x.new_empty(x.shape[1], 0), 1.0
+        step = every if n >= 2 * every else 1
+        first = min(first + step // 2, stop - 1)
+        inside_g.append(slice(first, stop, step))
+        inside_x.append(slice(start + first * stride, start + (stop - 1) * stride + 1, stride * step))
+    rows, others = (
+        t.detach()[tuple(inside)].movedim(1, 0).flatten(1)
+        for t, inside in ((gradient, inside_g), (x, inside_x))
+    )
+    return rows, others, max(1.0, n_terms / max(rows.shape[1], 1))
 
 
-# --------------------------------------------------------------------------------------------------
+def _drift(blocks: Blocks, step: float) -> tuple[float, float]:
+    """Share of the terms that are not 0, and what sums wander beyond a bridge, relative to a bridge.
 
-
-def _sample(rng, shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
-    """Rows and columns of a matrix product whose partial sums are followed."""
-    rows, columns = _sample_sizes(shape, n_terms, budget, exact)
-    chosen = np.arange(columns)
-    if columns < shape[1]:
-        chosen = rng.choice(shape[1], columns, replace=False, shuffle=False)
-    return rng.integers(0, shape[0], rows), chosen
-
-
-def _sample_sizes(shape: tuple[int, int], n_terms: int, budget: int, exact: bool):
-    """How many rows and columns: about `budget` multiply-adds, but some of each."""
-    at_once = max(budget // n_terms, 1)
-    fewest = 8 if n_terms < 2**10 else 4 if n_terms < _LONG else 2
-    rows = min(shape[0], VOXELS[exact], max(fewest, at_once // shape[1]))
-    return rows, min(shape[1], max(at_once // rows, 8))
-
-
-def _channel_noise(factor, n_terms, how: How, column_energy, is_last: bool):
-    """(quadratic, linear) of `ChannelNoise`.
-
-    With a dither rule the kernels add the noise of sums without a dither: the last rounding is one
-    of the partial sums, and rounding to the format comes on top. On a grid it is drawn separately.
+    Sums of every `step`-th term wander more than those of all terms do where terms are independent: that is taken off,
+    and one standard error of the estimate with it.
     """
-    rule = how.rule
-    a, b = bridge(n_terms, rule.lanes)
-    quadratic = factor * rule.per_energy * rule.of_partial_sum * a
-    linear = factor * rule.per_energy * (rule.of_partial_sum * b + rule.of_product)
-    if is_last:
-        quadratic = quadratic - _of_last_rounding(rule)
-    return quadratic, linear if column_energy is None else linear * column_energy
+    n = blocks.sizes.sum()
+    share = float((blocks.counts.sum(0) * blocks.energy).sum() / max(n * blocks.energy.sum(), 1e-300))
+    path = np.cumsum(blocks.totals, 0)
+    at = (np.cumsum(blocks.sizes) / n).reshape(-1, 1, 1)
+    wandering = ((path - at * path[-1]) ** 2).sum()
+    expected = (at * (1 - at) * np.maximum(blocks.energy - path[-1] ** 2 / n, 0)).sum()
+    if not expected > 0:
+        return share, 0.0
+    n_pairs = blocks.energy.size
+    excess = step * (wandering / expected - 1)
+    error = step * 2 / math.sqrt(n_pairs) if step > 1 else 0.0
+    return share, float(max(excess - error, 0.0) if step > 1 else max(excess, -0.9))
 
 
-def _of_last_rounding(rule: Rule) -> float:
-    """Variance per squared result of what the kernels add by themselves."""
-    return rule.per_energy * (rule.of_format if rule.kind == DITHER else rule.of_result)
-
-
-def _perturb_by_variance(y, variance: np.ndarray, is_last: bool, how: How) -> None:
-    values = _numpy(y)
-    if is_last:
-        last = how.rule.of_result * how.rule.unit
-        variance = variance - last * np.exp2(2.0 * np.frexp(values)[1])
-    deviation = np.sqrt(np.maximum(variance, 0)).astype(values.dtype)
-    perturb_(y, torch.from_numpy(deviation).to(y.device), how.rule, how.stream)
-
-
-def _places(voxels: np.ndarray, y: torch.Tensor) -> np.ndarray:
-    """(S,) -> (S, 4): sample and voxel of an element's place within a channel."""
-    return np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
-
-
-def _as_columns(weight: torch.Tensor) -> np.ndarray:
-    """(O, C, KX, KY, KZ) -> (C KX KY KZ, O)."""
-    return _numpy(weight.reshape(len(weight), -1).T)
-
-
-def _as_image(y: torch.Tensor) -> torch.Tensor:
-    """(M, N) -> (1, N, 1, M / z, z), so that the kernels find lines of some length."""
-    z = math.gcd(len(y), 64)
-    return y.view(1, 1, -1, z, y.shape[1]).movedim(-1, 1)
-
-
-def _ratio(truth, model):
-    """Truth / model, 1 where the model is 0 or either is no number."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.asarray(truth, "f8") / model
-    return np.where(np.isfinite(ratio) & (np.asarray(model) > 0), ratio, 1.0)
+def _some(tensor: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+    return _numpy(tensor.detach()[torch.from_numpy(rows).to(tensor.device)])
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,186 +1,298 @@
-"""Noise of sums, means, variances and norms."""
+"""Noise of sums and means, variances, norms, scattered and cumulative sums, pooling, transforms, linear algebra."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
-from bids_varaug.numerics.accumulation import (
-    Walk,
-    bridge,
-    follow_sums,
-    modelled_variance,
-    unthinned,
-)
-from bids_varaug.numerics.rules import How, Rule
+from bids_varaug.numerics.call import Call
+from bids_varaug.numerics.noise import perturb_, round_
+from bids_varaug.numerics.specification import RoundingSpecification
+from bids_varaug.numerics.sums import blocks_of, bridge
 
-# If not exact: of how many terms of so many sums or more every how many-th is looked at
-_LARGE, _FEW, _STEP = 2**19, 8, 8
+Result = Any  # a tensor or several
 
 
-def follow(
-    x: torch.Tensor,
-    dims: tuple[int, ...],
-    how: How,
-    other: torch.Tensor | None = None,
-    centre: torch.Tensor | None = None,
-    other_centre: torch.Tensor | None = None,
-    total: np.ndarray | None = None,
-) -> Walk:
-    """Follow the partial sums of x, or of ``(x - centre) (other - other_centre)``.
-
-    If not exact, of many large sums only every `_STEP`-th term is looked at.
-
-    Parameters
-    ----------
-    x : float32 or float64
-    dims : what is summed over; the order of the terms is that of the axes, the last the fastest
-    other : same shape as x
-    centre, other_centre : shape of x without `dims`
-    total : the sums where they are known, shape of x without `dims`
-
-    Returns
-    -------
-    Walk
-        shape of x without `dims`
-    """
-    kept = [d for d in range(x.dim()) if d not in dims]
-    shape = [x.shape[d] for d in kept]
-    x, other = x.detach(), None if other is None else other.detach()
-    on_cpu = x.device.type == "cpu"
-    before, after = _split(x, dims) if on_cpu else (kept, [])
-    order = (*before, *sorted(dims), *after)
-    outer, inner = (math.prod(x.shape[d] for d in axes) for axes in (before, after))
-    n_terms = math.prod(x.shape[d] for d in dims)
-    few = how.exact or outer * inner < _FEW or x.numel() < _LARGE or n_terms < 64 * _STEP
-    step = 1 if few else _STEP
-
-    def stacked(tensor):
-        if tensor is None:
-            return None
-        return tensor.permute(order).reshape(outer, n_terms, inner)[:, step // 2 :: step]
-
-    def flat(values):
-        return None if values is None else values.reshape(outer, inner)
-
-    arguments = stacked(x), how.rule, stacked(other), flat(centre), flat(other_centre)
-    if on_cpu:
-        found = follow_sums(*(a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments))
-    else:
-        found = _follow_with_torch(*arguments)
-    if step > 1:
-        total = None if total is None else np.asarray(total, "f8").reshape(outer, inner)
-        found = unthinned(found, step, total, how.rule)
-    return found.reshape(shape)
+def _dims(given: dict[str, Any], x: torch.Tensor) -> tuple[int, ...]:
+    dims = given.get("dim")
+    if dims is None or dims == []:
+        return tuple(range(x.dim()))
+    return tuple(sorted(d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims)))
 
 
-def _split(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Axes that are kept, before and after those summed over, so that no copy is needed.
-
-    The kept axes keep their order. Those after the last one whose stride is larger than that of the
-    summed axes can stay behind them in memory.
-    """
-    kept = [d for d in range(x.dim()) if d not in dims]
-    summed = [x.stride(d) for d in dims if x.shape[d] > 1]
-    if not summed:
-        return kept, []
-    for n in range(len(kept)):
-        behind = [d for d in kept[n:] if x.shape[d] > 1]
-        if behind and all(x.stride(d) < min(summed) for d in behind):
-            return kept[:n], kept[n:]
-    return kept, []
+def _parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Tensors, or their real and their imaginary parts."""
+    if not tensors[0].is_complex():
+        return [tensors]
+    return [tuple(torch.view_as_real(t.resolve_conj())[..., part] for t in tensors) for part in (0, 1)]
 
 
-def _follow_with_torch(x, rule: Rule, other, centre, other_centre) -> Walk:
-    """`follow_sums` for other devices: partial sums in one lane; with lanes, for a bridge."""
-    terms = x.double()
-    if other is not None:
-        for values, middle in ((terms, centre), (other.double(), other_centre)):
-            moved = values if middle is None else values - middle.double()[:, None]
-            terms = moved if values is terms else terms * moved
-    energy, total = (terms * terms).sum(1), terms.sum(1)
-    if rule.lanes > 1:
-        a, b = bridge(terms.shape[1], rule.lanes)
-        sums = rule.per_energy * (a * total**2 + b * energy)
-    else:
-        partial = torch.cumsum(terms, 1)
-        inexact = (terms != 0) & (partial != terms) | rule.rounds_exact
-        sums = rule.unit * (torch.exp2(2.0 * torch.frexp(partial)[1]) * inexact).sum(1)
-    products = torch.zeros_like(energy)
-    if other is not None:
-        products = rule.of_product * rule.per_energy * energy
-    count = ((terms != 0) | rule.rounds_exact).sum(1)
-    found = (rule.of_partial_sum * sums, products, total, energy, count)
-    return Walk(*(v.cpu().numpy() for v in found))
+def _perturb(y: torch.Tensor, variance: Any, spec: RoundingSpecification, stream: int) -> None:
+    """Perturb by a variance without the last rounding, of the result's shape."""
+    variance = torch.as_tensor(variance, dtype=torch.float64, device=y.device).nan_to_num(0.0, 0.0, 0.0)
+    perturb_(y, variance.clamp_min(0).sqrt().reshape(y.shape), spec, stream)
 
 
-def deviation_of_sum(x, dims, result, how: How) -> torch.Tensor:
-    """Standard deviation of `torch.sum`, without its last rounding; the shape of `result`."""
-    walk = follow(x, dims, how, total=_numpy(result))
-    return deviation_before_last(walk.variance, result, how.rule)
+# ----------------------------------------------------------------------------------------------------------------------
+# Sums
 
 
-def deviation_of_mean(x, dims, result, how: How) -> torch.Tensor:
-    """Standard deviation of `torch.mean`: of the sum; the division is the last rounding."""
+def total(call: Call, result: torch.Tensor) -> None:
+    """sum, nansum, mean, trace: the division is the last rounding of a mean."""
+    x, spec = call.given.get("self", call.given.get("input")), call.spec
+    if call.name == "trace":
+        x = x.diagonal()
+    if not x.is_floating_point() and not x.is_complex() or not x.numel() or x.dtype.itemsize < result.dtype.itemsize:
+        x = x.to(result.dtype)
+    if not x.dim() or not x.numel() or result.dtype != x.dtype:
+        return round_(torch.view_as_real(result) if result.is_complex() else result, spec, call.stream())
+    dims = _dims(call.given, x) if call.name != "trace" else (0,)
     count = math.prod(x.shape[d] for d in dims)
-    walk = follow(x, dims, how, total=_numpy(result) * count)
-    return _root(walk.variance / count**2, result)
+    for number, (y, terms) in enumerate(_parts(result, x)):
+        terms = torch.nan_to_num(terms, 0.0) if call.name == "nansum" else terms
+        variance = blocks_of(terms, dims).variance(spec, spec.of_operand)
+        if call.name == "mean":
+            squares = y.detach().double().square().cpu().numpy().reshape(variance.shape)
+            variance = variance / count**2 + spec.per_energy * spec.of_partial_sum * squares
+        _perturb(y, variance, spec, call.stream(number))
+    return None
 
 
-def deviation_of_variance(x, dims, result, correction: float, how: How) -> torch.Tensor:
-    """Standard deviation of `torch.var`: that of the sum of squares about the mean."""
-    count = math.prod(x.shape[d] for d in dims)
-    if how.exact:
-        centre = x.detach().mean(dims)
-        variance = follow(x, dims, how, x, centre, centre).variance
-    else:  # as if x were normal and the same everywhere
-        total = result.detach().double() * max(count - correction, 0)
-        variance = modelled_variance(total, 3 * total**2 / count, count, how.rule)
-    return _root(variance / max(count - correction, 1) ** 2, result)
+def spread(call: Call, result: Result) -> None:
+    """var, std, var_mean, std_mean: the variance of the sum of squares about the mean; its division is the last."""
+    x, spec, results = call.given["self"], call.spec, result if isinstance(result, tuple) else (result,)
+    if not x.numel() or x.is_complex():
+        for number, y in enumerate(results):
+            round_(y, spec, call.stream(number))
+        return
+    dims, y = _dims(call.given, x), results[0]
+    count, correction = math.prod(x.shape[d] for d in dims), call.given.get("correction")
+    if correction is None:
+        correction = float(call.given.get("unbiased", True))
+    centre = x.detach().mean(dims, dtype=torch.float64)
+    blocks = blocks_of(x, dims, x, centre, centre)
+    squares = y.detach().double().reshape(blocks.energy.shape).cpu().numpy()
+    is_root = call.name.startswith("std")
+    variance = blocks.variance(spec, spec.of_product) / max(count - correction, 1) ** 2
+    # The sum's own last rounding, and the operand of the root
+    variance = variance + spec.per_energy * spec.of_partial_sum * (squares ** (4 if is_root else 2))
+    if is_root:
+        variance = np.divide(variance, 4 * squares**2, out=np.zeros_like(variance), where=squares > 0)
+        variance += spec.per_energy * spec.of_partial_sum * squares**2 / 4
+    _perturb(y, variance, spec, call.stream())
+    if len(results) > 1:
+        blocks = blocks_of(x, dims)
+        mean = results[1].detach().double().square().reshape(blocks.energy.shape).cpu().numpy()
+        variance = blocks.variance(spec, spec.of_operand) / count**2 + spec.per_energy * spec.of_partial_sum * mean
+        _perturb(results[1], variance, spec, call.stream(1))
 
 
-def deviation_of_norm(x, dims, result, how: How) -> torch.Tensor:
-    """Standard deviation of the Euclidean norm: of the sum of squares, through the root."""
-    if how.exact:
-        variance = follow(x, dims, how, x).variance
-    else:  # as if x were normal and the same everywhere
-        total, count = _numpy(result) ** 2, math.prod(x.shape[d] for d in dims)
-        variance = modelled_variance(total, 3 * total**2 / count, count, how.rule)
-        variance = variance.reshape([x.shape[d] for d in range(x.dim()) if d not in dims])
-    twice = 2 * _numpy(result).reshape(variance.shape)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _root(np.where(twice > 0, variance / twice**2, 0.0), result)
+def norm(call: Call, result: torch.Tensor) -> None:
+    """Norms: that of the sum of |x|^p, through the root; the largest magnitude and the number of elements are exact."""
+    x, spec = call.given["self"], call.spec
+    order = call.given.get("ord", call.given.get("p", 2))
+    order = 2.0 if order is None else float(order)
+    if math.isinf(order) or order == 0:
+        return None
+    if not x.numel() or x.dtype.itemsize < 4:
+        return round_(result, spec, call.stream())
+    dims = _dims(call.given, x)
+    x = x.detach().abs() if x.is_complex() else x.detach()
+    if order == 2:
+        blocks = blocks_of(x, dims, x)
+    else:
+        blocks = blocks_of(x.abs().double() if order == 1 else x.abs().double().pow(order), dims)
+    y = result.detach().double().cpu().numpy().reshape(blocks.energy.shape)
+    sums = blocks.totals.sum(0)
+    variance = blocks.variance(spec, spec.of_operand if order == 1 else spec.of_product)
+    if order != 1:
+        variance = variance + spec.per_energy * spec.of_partial_sum * sums**2
+        relative = np.divide(variance, sums**2, out=np.zeros_like(variance), where=sums > 0)
+        variance = relative * (y / order) ** 2
+    return _perturb(result, variance, spec, call.stream())
 
 
-def deviation_of_positive_sum(result: torch.Tensor, n_terms: float, rule: Rule) -> torch.Tensor:
-    """Standard deviation of sums of n terms of one size and sign, by a model.
+def product(call: Call, result: torch.Tensor) -> None:
+    """prod, cumprod: the relative errors of all multiplications."""
+    x, spec = call.given["self"], call.spec
+    for number, (y,) in enumerate(_parts(result)):
+        if call.name == "cumprod":
+            count = torch.arange(x.shape[_dims(call.given, x)[0]] if x.dim() else 1, device=y.device, dtype=torch.float64)
+            shape = [1] * x.dim()
+            if x.dim():
+                shape[_dims(call.given, x)[0]] = -1
+            factor = (count.reshape(shape) - 1).clamp_min(0)
+        else:
+            factor = max(x.numel() / max(result.numel(), 1) - 2, 0.0)
+        _perturb(y, y.double().square() * (spec.per_energy * spec.of_multiplication * factor), spec, call.stream(number))
 
-    For operators that sum few terms, or whose terms cannot be looked at: ``n / 3`` times the
-    variance of one rounding.
+
+def cumulative(call: Call, result: torch.Tensor) -> None:
+    """cumsum: each partial sum is rounded once, and carries the errors of those before."""
+    for number, (y,) in enumerate(_parts(result)):
+        exact = y.clone()
+        round_(y, call.spec, call.stream(number))
+        if y.dim():
+            dim = _dims(call.given, y)[0]
+            errors = y.double() - exact.double()
+            first = errors.narrow(dim, 0, min(1, errors.shape[dim]))
+            first.zero_()  # no sum yet
+            y.copy_((exact.double() + errors.cumsum(dim)).nan_to_num_(math.nan, math.inf, -math.inf))
+
+
+# Arguments that hold the terms of scattered sums, in the order in which they are looked for
+_TERMS = ("grad_output", "grad", "grad_in", "src", "source", "values", "self", "weight")
+
+
+def scattered(call: Call, result: Result) -> None:
+    """Sums of terms that the operator chooses, with equal weights: what an index says, or what lies under a window.
+
+    The same operator finds the number of terms of each element, given ones, and their energy, given squares.
     """
-    a, b = bridge(n_terms, rule.lanes)
-    variance = rule.of_partial_sum * (a + b / n_terms) - rule.of_result
-    return result.detach().abs() * math.sqrt(max(variance, 0.0) * rule.per_energy)
+    given, spec, y = call.given, call.spec, _first(result)
+    name = next(n for n in _TERMS if isinstance(given.get(n), torch.Tensor))
+    x, has_base = given[name], name in ("src", "source", "values")
+    if given.get("mode") == 2 or given.get("reduce") == "prod" or not y.numel() or y.dtype.itemsize < 4:
+        return  # the largest, or (a warning says so) too few roundings
+    is_mean = given.get("reduce") == "mean" or given.get("mode") == 1
+
+    def of_terms(terms: torch.Tensor, **changes: Any) -> torch.Tensor:
+        if has_base:
+            changes["self"] = torch.zeros_like(given["self"])
+        return _first(call.again(**{name: terms}, **changes))
+
+    if "pool" in call.name and name == "self":
+        is_mean = True
+        window = given.get("kernel_size") or [x.numel() / y.numel()]
+        n_terms = torch.full(y.shape, float(math.prod(window)), dtype=torch.float64, device=y.device)
+    else:
+        as_sum = {"reduce": "sum"} if given.get("reduce") == "mean" else {"mode": 0} if is_mean else {}
+        n_terms = _real(of_terms(torch.ones_like(x), **as_sum)).double()
+        n_terms = n_terms if "pool" not in call.name else (n_terms > 0) * 2.0
+    for number, (target, terms) in enumerate(_parts(y, x)):
+        if y.is_complex():  # the operator takes complex numbers alone
+            energy = _real(of_terms(torch.complex(terms.square(), torch.zeros_like(terms)))).double()
+            base = None
+        else:
+            energy = of_terms(terms.square()).double()
+            base = target.double() - of_terms(terms).double() if has_base and not is_mean else None
+        count = n_terms
+        if is_mean:
+            energy = energy / n_terms.clamp_min(1)
+        elif base is not None:
+            energy, count = energy + base.square(), n_terms + (base != 0)
+        a, b = (torch.as_tensor(v, device=y.device) for v in _bridges(count, spec.lanes))
+        squares = target.double().square()
+        variance = spec.of_partial_sum * (a * squares + b * energy + is_mean * squares) + spec.of_operand * energy
+        _perturb(target, spec.per_energy * variance * (count > 1), spec, call.stream(number))
 
 
-def deviation_before_last(variance, result: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Standard deviation of a sum without its last rounding; the shape of `result`."""
-    _, exponent = torch.frexp(result.detach().cpu().double())
-    last = rule.of_result * rule.unit * torch.exp2(2.0 * exponent.double())
-    return _root(torch.as_tensor(variance).reshape(result.shape) - last, result)
+def _bridges(n_terms: torch.Tensor, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """`bridge` for each of many numbers of terms."""
+    numbers, where = np.unique(np.round(n_terms.cpu().numpy().reshape(-1), 3), return_inverse=True)
+    found = np.array([bridge(max(float(n), 1.0), lanes) for n in numbers]).reshape(-1, 2)
+    a, b = (found[where.reshape(-1), i].reshape(n_terms.shape) for i in (0, 1))
+    return a, b
 
 
-def _root(variance: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    variance = torch.as_tensor(variance).clamp_min(0).nan_to_num_(0.0, 0.0, 0.0)
-    return variance.sqrt_().to(result.device, result.dtype).reshape(result.shape)
+def _first(result: Result) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple | list) else result
 
 
-def draws(stream: int, shape, number: int = 0) -> np.ndarray:
-    """Standard normal random numbers for what a whole channel shares."""
-    return np.random.default_rng([stream, number]).standard_normal(shape)
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.real if tensor.is_complex() else tensor
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().cpu().numpy()
+def weighted(call: Call, result: Result) -> None:
+    """Sums of few weighted terms: gradients of interpolation and of sampling. A rounding of product and sum for each.
+
+    Weights add up to one at each place of the finer grid: the number of terms of an element is their sum times 2^axes.
+    """
+    for number, y in enumerate(result if isinstance(result, tuple) else (result,)):
+        if not isinstance(y, torch.Tensor) or not y.numel():
+            continue
+        gradient = call.given.get("grad_output", y)
+        n_terms = 2.0 ** (y.dim() - 2) * max(gradient.numel() / y.numel(), 1.0)
+        energy = y.double().square().mean() if gradient is y else gradient.double().square().mean()
+        a, b = bridge(n_terms, call.spec.lanes)
+        of_sums = call.spec.of_partial_sum * (a * y.double().square() + b * energy * 0.6)
+        variance = call.spec.per_energy * (of_sums + call.spec.of_product * energy * 0.6)
+        _perturb(y, variance * (y != 0), call.spec, call.stream(number))
+
+
+def positive(call: Call, result: Result) -> None:
+    """Losses: sums or means of many terms of one sign, by result and number of terms."""
+    given, spec = call.given, call.spec
+    for number, y in enumerate(result if isinstance(result, tuple) else (result,)):
+        x, target = given["self"], given.get("target")
+        terms = target if x.dim() > 1 and target is not None and not target.is_floating_point() else x
+        n_terms = max(terms.numel() / max(y.numel(), 1), 1.0)
+        a, b = bridge(n_terms, spec.lanes)
+        factor = spec.of_partial_sum * (a + (2 * b + 1) / n_terms)
+        _perturb(y, spec.per_energy * factor * y.double().square(), spec, call.stream(number))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transforms and complex numbers
+
+
+def fourier(call: Call, result: torch.Tensor) -> None:
+    """FFT: errors of log2(n) stages, the same for all elements of a transform.
+
+    In each stage of a radix-2 transform an element's real part is a sum of a number and of a product of two complex
+    ones: two sums and, for half of the energy, two products. Multiplications of the last two stages are by 1 and i.
+    See Schatzman (1996), SIAM J. Sci. Comput. 17, 1150-1166.
+    """
+    x, spec, dims = call.given["self"], call.spec, tuple(call.given["dim"])
+    y = torch.view_as_real(result) if result.is_complex() else result
+    length = math.prod((result if x.numel() < result.numel() else x).shape[d] for d in dims)
+    stages = math.log2(max(length, 2))
+    energy = y.detach().double().square()
+    axes = [d % x.dim() for d in dims] + ([y.dim() - 1] if result.is_complex() else [])
+    per_stage = 1.5 * spec.of_partial_sum + 0.5 * spec.of_product
+    saved = spec.of_product + spec.of_partial_sum
+    variance = energy.mean(axes, keepdim=True) * (spec.per_energy * max(stages * per_stage - saved, 0.0))
+    _perturb(y, variance.expand(y.shape), spec, call.stream())
+
+
+def complex_product(call: Call, result: torch.Tensor) -> None:
+    """Multiplication and division of complex numbers: each part is a sum of two products."""
+    if not result.is_complex():
+        return round_(result, call.spec, call.stream())
+    is_real = [not (t.is_complex() if isinstance(t, torch.Tensor) else isinstance(t, complex))
+               for t in (call.given["self"], call.given["other"])]  # fmt: skip
+    y = torch.view_as_real(result)
+    energy = y.double().square().sum(-1, keepdim=True) * (0.0 if any(is_real) else 0.5 + (call.name == "div"))
+    return _perturb(y, (call.spec.per_energy * call.spec.of_product * energy).expand(y.shape), call.spec, call.stream())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linear algebra
+
+
+def backward_stable(call: Call, result: Result) -> None:
+    """Decompositions and solvers: the exact result for operands that differ by the errors of n instructions.
+
+    That is what backward stability means (Higham 2002, Accuracy and Stability of Numerical Algorithms, chapter 9); the
+    condition of the problem is then that of the operands. Each element of a matrix is perturbed by sqrt(n / 3) roundings
+    of its own size.
+    """
+    operands = {}
+    for number, (name, value) in enumerate(call.given.items()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and value.dim() > 1:
+            changed, n = value.detach().clone(), min(value.shape[-2:])
+            deviation = changed.abs() * math.sqrt(call.spec.per_energy * call.spec.of_partial_sum * n / 3)
+            perturb_(changed, deviation, call.spec, call.stream(1 + number))
+            operands[name] = changed
+    perturbed = call.again(**operands)
+    for old, new in zip(_listed(result), _listed(perturbed), strict=True):
+        if old.is_floating_point() or old.is_complex():
+            old.copy_(new)
+            round_(torch.view_as_real(old) if old.is_complex() else old, call.spec, call.stream())
+
+
+def _listed(result: Result) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, tuple | list) else [result]

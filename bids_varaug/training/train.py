@@ -26,7 +26,7 @@ from bids_varaug.locks import file_lock
 from bids_varaug.models.ensemble import MANIFEST, Ensemble, Label, Member, load_ensemble, write_manifest
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import FORMAT, save_weights
-from bids_varaug.numerics.rules import DIGITS
+from bids_varaug.numerics.specification import DIGITS
 from bids_varaug.training.calibrate import calibrate
 from bids_varaug.training.labels import LabelScheme
 from bids_varaug.training.members import FAMILIES, MemberPlan, plan_member

@@ -15,7 +15,8 @@ import torch
 
 from bids_varaug.numerics import plain_torch
 from bids_varaug.numerics.perturb import ChannelNoise, perturb_, perturb_channels_, round_
-from bids_varaug.numerics.rules import DIGITS, Rule, dither_width
+from bids_varaug.numerics.specification import DIGITS
+from bids_varaug.numerics.specification import RoundingSpecification as Rule, dither_width
 from tests.numerics.bounds import (
     assert_mean,
     assert_odds,

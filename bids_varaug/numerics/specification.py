@@ -1,31 +1,30 @@
-"""How one instruction rounds, as numbers that models of many instructions can use."""
+"""How one instruction rounds, as numbers that the models of many instructions use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 import torch
 
-MODES = ("rr", "pb", "mca", "sr", "ud")
+MODES = ("rr", "pb", "mca", "sr", "ud", "random")
 
 # Bits of the significand, the implicit one included
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
-# Mean of 4^e / x^2 over numbers x = m 2^e, 0.5 <= |m| < 1, with log-uniform m: 3 / (2 ln 2). The
-# mean square of a unit in the last place at precision t is this times x^2 4^-t.
+# Mean of 4^e / x^2 over numbers x = m 2^e, 0.5 <= |m| < 1, with log-uniform m: 3 / (2 ln 2). The mean square of a unit
+# in the last place at precision t is this times x^2 4^-t.
 MEAN_SQUARE_ULP = 2.1640425613334453
 
-DITHER, STOCHASTIC, UP_DOWN = range(3)
+DITHER, STOCHASTIC, UP_DOWN, RANDOM = range(4)
 
 
 @dataclass(frozen=True)
-class Rule:
+class RoundingSpecification:
     r"""How instructions of one format round; see `MonteCarloArithmetic` for the modes.
 
-    Variances are in units of the squared ulp at the virtual precision, ``4^(e-t)`` for a result
-    ``m 2^e`` with 0.5 <= \\|m\\| < 1.
+    Variances are in units of the squared ulp at the virtual precision, ``4^(e-t)`` for a result ``m 2^e`` with
+    0.5 <= \|m\| < 1.
 
     Parameters
     ----------
@@ -34,6 +33,8 @@ class Rule:
     digits : of the format, bits
     lanes : interleaved partial sums, a power of two
     fma : whether a multiply-add rounds once
+    centre : "torch": numbers are rounded results; "exact": what rounding took away from them is known; "drawn": their
+        last rounding was drawn already
     """
 
     mode: str
@@ -41,6 +42,7 @@ class Rule:
     digits: int
     lanes: int = 1
     fma: bool = False
+    centre: str = "torch"
 
     @cached_property
     def of_format(self) -> float:
@@ -49,17 +51,18 @@ class Rule:
 
     @cached_property
     def of_result(self) -> float:
-        """Variance of the rounding of one result.
+        """Variance of the rounding of one result over seeds.
 
-        Random rounding draws from (-1/2, 1/2) ulp, then rounds to the format: 1/12 each. For
-        stochastic rounding to a grid it is f (1 - f), 1/6 on average over the fraction f. Up-down
-        moves by one ulp always, after rounding to nearest.
+        Random rounding draws from (-1/2, 1/2) ulp, then rounds to the format: 1/12 each. For stochastic rounding to a
+        grid it is f (1 - f), 1/6 on average over the fraction f; with equal odds it is 1/4. Up-down moves by one ulp
+        always, after rounding to nearest.
         """
         return {
             "rr": 1 / 12 + self.of_format,
             "mca": 1 / 12 + self.of_format,
             "sr": 1 / 6,
             "ud": 1 + 1 / 12,
+            "random": 1 / 4,
             "pb": self.of_format,
             "operand": 1 / 12,
         }[self.mode]
@@ -67,7 +70,7 @@ class Rule:
     @cached_property
     def of_operand(self) -> float:
         """Variance of the perturbation of one operand."""
-        return 1 / 12 if self.perturbs_operands else 0.0
+        return 1 / 12 if self.mode in ("pb", "mca") else 0.0
 
     @cached_property
     def of_partial_sum(self) -> float:
@@ -75,82 +78,62 @@ class Rule:
         return self.of_result + self.of_operand
 
     @cached_property
+    def of_multiplication(self) -> float:
+        """Variance of one product: its result and both factors."""
+        return self.of_result + 2 * self.of_operand
+
+    @cached_property
     def of_product(self) -> float:
         """Variance per product of a sum of products.
 
-        Two factors as operands (their relative error carries over), the product's own rounding,
-        and the product as operand of the addition; the last two are absent in a fused one.
+        Two factors as operands (their relative error carries over), the product's own rounding, and the product as
+        operand of the addition; the last two are absent in a fused one.
         """
         factors = 2 * self.of_operand
         return factors if self.fma else factors + self.of_result + self.of_operand
 
     @cached_property
-    def perturbs_operands(self) -> bool:
-        """Whether operands are perturbed."""
-        return self.mode in ("pb", "mca")
-
-    @cached_property
     def rounds_exact(self) -> bool:
         """Whether an instruction with an exact result, such as adding 0, changes it nevertheless.
 
-        A random number below half an ulp is rounded away where it is added to a result of the
-        format's own precision; a number on the grid stays there in stochastic rounding.
+        A random number below half an ulp is rounded away where it is added to a result of the format's own precision;
+        a number on the grid stays there in stochastic rounding.
         """
-        if self.mode in ("mca", "ud"):
-            return True
-        return self.mode in ("rr", "pb") and self.precision < self.digits
-
-    @cached_property
-    def unit(self) -> float:
-        """``4^-t``: a variance times this times ``4^e`` is absolute."""
-        return 4.0**-self.precision
+        return self.mode in ("mca", "ud") or (self.mode in ("rr", "pb") and self.precision < self.digits)
 
     @cached_property
     def per_energy(self) -> float:
         """Mean absolute variance of a variance of 1, per squared result."""
-        return MEAN_SQUARE_ULP * self.unit
+        return MEAN_SQUARE_ULP * 4.0**-self.precision
 
     @cached_property
     def kind(self) -> int:
-        """How the last rounding of a result is drawn: `DITHER`, `STOCHASTIC` or `UP_DOWN`."""
-        if self.mode == "ud":
-            return UP_DOWN
+        """How the last rounding of a result is drawn: `DITHER`, `STOCHASTIC`, `UP_DOWN` or `RANDOM`."""
+        if self.mode in ("ud", "random"):
+            return UP_DOWN if self.mode == "ud" else RANDOM
         return STOCHASTIC if self.mode == "sr" and self.precision < self.digits else DITHER
 
     @cached_property
     def width(self) -> float:
         """Width of the uniform dither, in ulps of the format (0: none)."""
-        if self.mode == "pb" or self.kind != DITHER:
+        if self.mode == "pb" or self.kind != DITHER or self.centre == "drawn":
             return 0.0
+        if self.centre == "exact":
+            return 2.0 ** (self.digits - self.precision)
         return dither_width(self.of_result * 4.0 ** (self.digits - self.precision))
 
     @cached_property
-    def grid_bits(self) -> int:
-        """Bits of the format's significand below the virtual precision."""
-        return self.digits - self.precision
-
-
-class How(NamedTuple):
-    """What a model of an operator's noise needs besides the numbers.
-
-    Parameters
-    ----------
-    rule : of the result's format
-    exact : whether energies are computed in full, and all partial sums of normalisations followed
-    stream : names the random numbers, 64 bits
-    """
-
-    rule: Rule
-    exact: bool
-    stream: int
+    def step(self) -> int:
+        """Numbers of the format from one number of the virtual precision to the next."""
+        return 1 << (self.digits - self.precision)
 
 
 @lru_cache
 def dither_width(variance: float) -> float:
     """Width w so that an integer plus uniform(-w/2, w/2), rounded, has this variance.
 
-    An operator hands over results that are rounded already: without the part that was rounded
-    away, adding a dither of width 1 would round back to the same number always.
+    An operator hands over results that are rounded already: without the part that was rounded away, adding a dither
+    of width 1 would round back to the same number always.
 
     Examples
     --------

@@ -17,7 +17,7 @@ from bids_varaug.numerics.accumulation import (
     unthinned,
 )
 from bids_varaug.numerics.reductions import deviation_of_positive_sum, draws, follow
-from bids_varaug.numerics.rules import DIGITS, How, Rule
+from bids_varaug.numerics.specification import DIGITS, How, Rule
 
 RULES = [
     Rule("rr", 24, 24),

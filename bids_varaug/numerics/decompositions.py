@@ -1,0 +1,149 @@
+"""Operators of many instructions as what they consist of: each part is then perturbed by itself.
+
+Most decompositions are torch's own (``torch._decomp``); here are those that torch lacks, or computes another way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of fused attention on the CPU, written out."""
+    is_causal, mask = rest[1] if len(rest) > 1 else options.get("is_causal", False), options.get("attn_mask")
+    scale = options.get("scale") or 1 / math.sqrt(query.shape[-1])
+    scores = (query @ key.mT) * scale
+    if mask is not None:
+        scores = scores + mask
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).tril().logical_not(), -math.inf)
+    weights = torch.exp(scores - logsumexp.unsqueeze(-1))
+    of_weights = grad_out @ value.mT
+    of_scores = weights * (of_weights - (grad_out * out).sum(-1, keepdim=True)) * scale
+    return of_scores @ key, of_scores.mT @ query, weights.mT @ grad_out
+
+
+def softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """``y (gradient - total(gradient y))``."""
+    if not grad_output.dim():
+        return torch.zeros_like(output)
+    return (output * (grad_output - (grad_output * output).sum(dim, keepdim=True))).to(input_dtype)
+
+
+def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """``gradient - exp(y) total(gradient)``."""
+    total = grad_output.sum(dim, keepdim=True) if grad_output.dim() else grad_output
+    return (grad_output - output.exp() * total).to(input_dtype)
+
+
+def logsumexp(self: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    """``log(total(exp(x - max))) + max``."""
+    largest = self.amax(dim, keepdim=True) if self.numel() else self.sum(dim, keepdim=True) * 0
+    largest = torch.where(largest.abs() == math.inf, 0, largest)
+    total = (self - largest).exp().sum(dim, keepdim=keepdim)
+    return total.log() + (largest if keepdim or not self.dim() else largest.reshape(total.shape))
+
+
+def cdist_forward(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
+    """Norms of all differences."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
+def cdist_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor) -> Tensor:
+    """Gradient of `cdist_forward` with respect to the first operand."""
+    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    slope = _slope_of_norm(difference, cdist.unsqueeze(-1), p)
+    return (slope * grad.unsqueeze(-1)).sum(-2)
+
+
+def _slope_of_norm(difference: Tensor, norm: Tensor, p: float) -> Tensor:
+    if p == 0:
+        return torch.zeros_like(difference)
+    if p == 1:
+        return difference.sign()
+    if math.isinf(p):
+        return difference.sign() * (difference.abs() == norm)
+    slope = difference / norm if p == 2 else difference.sign() * (difference.abs() / norm) ** (p - 1)
+    return torch.where(norm == 0, 0.0, slope)
+
+
+def pdist_forward(self: Tensor, p: float = 2) -> Tensor:
+    """Norms of the differences of all pairs of rows."""
+    first, second = torch.triu_indices(len(self), len(self), 1, device=self.device)
+    return torch.linalg.vector_norm(self[first] - self[second], p, dim=-1)
+
+
+def dist(self: Tensor, other: Tensor, p: float = 2) -> Tensor:
+    """Norm of a difference."""
+    return torch.linalg.vector_norm(self - other, p)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight normalisation."""
+    norm = torch.linalg.vector_norm(v, 2, [d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True)
+    return v * (g / norm), norm
+
+
+def trilinear(
+    i1: Tensor, i2: Tensor, i3: Tensor, expand1: list[int], expand2: list[int], expand3: list[int],
+    sumdim: list[int], unroll_dim: int = 1,
+) -> Tensor:  # fmt: skip
+    """Sum of products of three factors (`torch.nn.Bilinear`)."""
+    factors = []
+    for factor, axes in ((i1, expand1), (i2, expand2), (i3, expand3)):
+        for axis in axes:
+            factor = factor.unsqueeze(axis)
+        factors.append(factor)
+    return (factors[0] * factors[1] * factors[2]).sum(sumdim) if sumdim else factors[0] * factors[1] * factors[2]
+
+
+WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+    "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
+    "_softmax_backward_data": softmax_backward,
+    "_log_softmax_backward_data": log_softmax_backward,
+    "logsumexp": logsumexp,
+    "_cdist_forward": cdist_forward,
+    "_cdist_backward": cdist_backward,
+    "_pdist_forward": pdist_forward,
+    "dist": dist,
+    "_weight_norm_interface": weight_norm,
+    "_trilinear": trilinear,
+}
+
+
+@cache
+def decomposition_of(func: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """What an operator consists of; None where nobody has written it down."""
+    name = func.overloadpacket.__name__
+    if name in WRITTEN_OUT and func._overloadname == "default":
+        return WRITTEN_OUT[name]
+    return decomposition_table.get(func)
+
+
+def call_written_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call attention or a recurrent layer so that torch takes the way of ordinary operators."""
+    if func is torch.nn.functional.scaled_dot_product_attention:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
+
+
+FUSED = ("scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu")
+"""Functions that torch runs as one operator where it can."""

@@ -1,0 +1,362 @@
+"""The error of sums: that of all their partial sums.
+
+A sum of K terms rounds each partial sum s_i, a sum of products each product p_i too. To first order the errors add up,
+and the variance of the result is
+
+    ``4^-t (c_s T + c_p P)``,   ``T = sum_i 4^e(s_i)``,   ``P = sum_i 4^e(p_i)``,
+
+with e(x) the exponent of x, t the virtual precision and c_s, c_p the variances of one rounding
+(`RoundingSpecification`); ``4^e(x)`` is taken for its mean, `MEAN_SQUARE_ULP` times x^2. Terms are looked at in blocks,
+in order: between the partial sums at the ends of a block, which are computed, the others are taken for a Brownian
+bridge, which needs the energy ``sum p^2`` of the block alone. All of it in float64. The last rounding is left out: it
+is drawn by `noise`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import prange
+
+from bids_varaug.machine import compiled
+from bids_varaug.numerics.noise import torch_threads
+from bids_varaug.numerics.specification import RoundingSpecification
+
+BLOCKS = 64  # of a sum, at most
+_MOST = 2**21  # blocks of all sums together
+_WIDTH = 256  # sums that one task handles side by side
+_SMALL = 2**15  # terms below which waking other threads takes longer than the work
+
+
+def bridge(n_terms: float, lanes: int = 1) -> tuple[float, float]:
+    """Return a, b so that ``sum_i s_i^2`` is about ``a y^2 + b E`` for exchangeable terms.
+
+    Partial sum i has mean ``y i / K`` and variance ``i (K - i) / K`` times that of the terms. With lanes, each is a
+    bridge over K / lanes terms, and the tree that joins them follows. Neither the last partial sum nor the first term
+    of a lane is counted: the one is the result, the other no sum.
+
+    Parameters
+    ----------
+    n_terms : K
+    lanes : a power of two
+
+    Examples
+    --------
+    >>> a, b = bridge(1000)
+    >>> round(a / 1000, 3), round(b / 1000, 3)
+    (0.332, 0.167)
+    """
+    lanes = max(1, min(lanes, int(n_terms)))
+    k = max(n_terms / lanes, 1.0)
+    a = (k / 3 + 1 / 3) / lanes
+    b = (1 - 1 / lanes) * (k / 3) + (k - 1 / k) / 6
+    joined = lanes // 2
+    while joined >= 1:
+        a += 1 / joined
+        b += 1 - 1 / joined
+        joined //= 2
+    return max(a - 1, 0.0), max(b - lanes / max(n_terms, 1.0), 0.0)
+
+
+def bridge_variances(n_terms: float, spec: RoundingSpecification) -> tuple[float, float]:
+    """Variance of a sum of products, without its last rounding: per squared result, and per energy."""
+    a, b = bridge(n_terms, spec.lanes)
+    return spec.per_energy * spec.of_partial_sum * a, spec.per_energy * (spec.of_partial_sum * b + spec.of_product)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of sums, cut into blocks of terms: arrays (B, ...) float64, terms of each block (B,).
+
+    `counts` has the terms that are not 0.
+    """
+
+    totals: np.ndarray
+    energies: np.ndarray
+    counts: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def energy(self) -> np.ndarray:
+        """Of all terms."""
+        return self.energies.sum(0)
+
+    def variance(self, spec: RoundingSpecification, of_term: float) -> np.ndarray:
+        """Variance of the sums without their last rounding.
+
+        Parameters
+        ----------
+        spec : how instructions round
+        of_term : variance per term: `of_product` of the specification, or `of_operand` where terms are given
+        """
+        n = self.sizes.reshape(-1, *[1] * (self.totals.ndim - 1))
+        end, lanes = np.cumsum(self.totals, 0), min(spec.lanes, int(self.sizes.sum()))
+        start, step = end - self.totals, self.totals
+        squares = n * start**2 + start * step * (n + 1) + step**2 * ((n + 1) * (2 * n + 1) / (6 * n))
+        squares += np.maximum(self.energies - step**2 / n, 0) * ((n + 1) / 6)
+        energy = self.energies.sum(0)
+        if lanes > 1:  # each lane has its share of what came before, and a part of its own
+            before = np.cumsum(self.energies, 0) - self.energies / 2
+            squares = (squares + (lanes - 1) * n * before) / lanes**2
+        if not spec.rounds_exact:
+            squares *= self.counts / n
+        total = squares.sum(0)
+        joined = lanes // 2
+        while joined >= 1:
+            total += end[-1] ** 2 / joined + (1 - 1 / joined) * energy
+            joined //= 2
+        total -= end[-1] ** 2 + energy * (lanes / max(self.sizes.sum(), 1))
+        return spec.per_energy * (spec.of_partial_sum * np.maximum(total, 0) + of_term * energy)
+
+
+def blocks_of_products(a: np.ndarray, b: np.ndarray) -> Blocks:
+    """Look at the sums of a matrix product, (S, K) times (K, O); 8 terms a block, or more."""
+    n_terms = a.shape[1]
+    n_blocks = max(1, min(BLOCKS, n_terms // 8))
+    size = -(-n_terms // n_blocks)
+    n_blocks = -(-n_terms // size)
+    rest = n_blocks * size - n_terms
+    left = np.pad(a.astype("f8"), ((0, 0), (0, rest))).reshape(len(a), n_blocks, size).swapaxes(0, 1)
+    right = np.pad(b.astype("f8"), ((0, rest), (0, 0))).reshape(n_blocks, size, -1)
+    sizes = np.full(n_blocks, float(size))
+    sizes[-1] -= rest
+    counts = (left != 0).astype("f8") @ (right != 0).astype("f8")
+    return Blocks(left @ right, left**2 @ right**2, counts, sizes)
+
+
+def blocks_of(
+    x: torch.Tensor,
+    dims: tuple[int, ...],
+    other: torch.Tensor | None = None,
+    centre: torch.Tensor | np.ndarray | None = None,
+    other_centre: torch.Tensor | np.ndarray | None = None,
+) -> Blocks:
+    """Look at the sums of x, or of ``(x - centre) (other - other_centre)``.
+
+    Parameters
+    ----------
+    x : real
+    dims : what is summed over; the order of the terms is that of the axes, the last the fastest
+    other : same shape as x
+    centre, other_centre : shape of x without `dims`
+
+    Returns
+    -------
+    Blocks
+        of arrays of the shape of x without `dims`
+    """
+    kept = [d for d in range(x.dim()) if d not in dims]
+    shape = [x.shape[d] for d in kept]
+    before, after = _split(x, kept, dims)
+    order = (*before, *sorted(dims), *after)
+    outer, inner = (math.prod(x.shape[d] for d in axes) for axes in (before, after))
+    n_terms = math.prod(x.shape[d] for d in dims)
+
+    def stacked(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().permute(order).reshape(outer, n_terms, inner)
+
+    def flat(values: torch.Tensor | np.ndarray | None) -> np.ndarray:
+        if values is None:
+            return np.zeros((outer, inner))
+        values = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else values
+        return np.ascontiguousarray(np.reshape(values, (outer, inner)), "f8")
+
+    n_blocks = max(1, min(BLOCKS, n_terms, _MOST // max(outer * inner, 1)))
+    starts = np.arange(n_blocks + 1) * n_terms // n_blocks
+    tensors = [stacked(t) for t in (x, other) if t is not None]
+    centres = flat(centre), flat(other_centre)
+    if x.device.type == "cpu":
+        found = np.zeros((3, n_blocks, outer, inner))
+        flats, strides = zip(*(flat_view(t.numpy()) for t in tensors), strict=True)
+        run = _add_blocks_serial if x.numel() < _SMALL else _add_blocks_parallel
+        with torch_threads():
+            run(flats[0], flats[-1], strides[0], strides[-1], other is not None, *centres, starts, found)
+    else:
+        found = _add_blocks_with_torch(tensors, centres, starts).cpu().numpy()
+    return Blocks(*found.reshape(3, n_blocks, *shape), np.diff(starts).astype("f8"))
+
+
+def _split(x: torch.Tensor, kept: list[int], dims: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Axes that are kept, before and after those summed over, so that no copy is needed.
+
+    The kept axes keep their order. Those after the last one whose stride is larger than that of the summed axes can
+    stay behind them in memory.
+    """
+    summed = [x.stride(d) for d in dims if x.shape[d] > 1]
+    for n in range(len(kept)):
+        behind = [d for d in kept[n:] if x.shape[d] > 1]
+        if summed and behind and all(x.stride(d) < min(summed) for d in behind):
+            return kept[:n], kept[n:]
+    return kept, []
+
+
+def flat_view(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The memory that an array looks at, from its first element on, and strides in elements."""
+    strides = np.array(x.strides, np.int64) // x.itemsize
+    extent = 1 + int(strides @ (np.array(x.shape) - 1)) if x.size else 0
+    return np.lib.stride_tricks.as_strided(x, (extent,), (x.itemsize,)), strides
+
+
+@compiled(fastmath={"reassoc"}, forceinline=True)
+def _add_terms(x, other, has_other, centre, other_centre):
+    total, energy, count = 0.0, 0.0, 0
+    for i in range(x.size):
+        term = np.float64(x[i]) - centre
+        if has_other:
+            term *= np.float64(other[i]) - other_centre
+        total += term
+        energy += term * term
+        count += np.int64(term != 0)
+    return total, energy, count
+
+
+@compiled(forceinline=True)
+def _add_row(x, other, has_other, centre, other_centre, total, energy, count):
+    for b in range(x.size):
+        term = np.float64(x[b]) - centre[b]
+        if has_other:
+            term *= np.float64(other[b]) - other_centre[b]
+        total[b] += term
+        energy[b] += term * term
+        count[b] += np.float64(term != 0)
+
+
+def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centre, starts, found):
+    """Fill found (3, B, A, C) with totals, energies and counts of terms x[a, i, c] (and other) of each block."""
+    n_blocks, outer, inner = found.shape[1:]
+    n_parts = (inner + _WIDTH - 1) // _WIDTH
+    side_by_side = inner > 1 and strides[2] == 1 and (other_strides[2] == 1 or not has_other)
+    in_line = strides[1] == 1 and (other_strides[1] == 1 or not has_other)
+    for task in prange(outer * n_blocks * n_parts):
+        a, block, part = task // (n_blocks * n_parts), task // n_parts % n_blocks, task % n_parts
+        first, stop = starts[block], starts[block + 1]
+        left, right = part * _WIDTH, min(inner, (part + 1) * _WIDTH)
+        here, there = a * strides[0], a * other_strides[0]
+        sums = found[:, block, a]
+        if side_by_side:
+            total, energy, count = sums[0, left:right], sums[1, left:right], sums[2, left:right]
+            middle, other_middle = centre[a, left:right], other_centre[a, left:right]
+            for i in range(first, stop):
+                at, other_at = here + i * strides[1], there + i * other_strides[1]
+                row, other_row = x[at + left : at + right], other[other_at + left : other_at + right]
+                if has_other:
+                    _add_row(row, other_row, True, middle, other_middle, total, energy, count)
+                else:
+                    _add_row(row, other_row, False, middle, other_middle, total, energy, count)
+        else:
+            for c in range(left, right):
+                at, other_at = here + c * strides[2], there + c * other_strides[2]
+                if in_line and has_other:
+                    line, other_line = x[at + first : at + stop], other[other_at + first : other_at + stop]
+                    terms = _add_terms(line, other_line, True, centre[a, c], other_centre[a, c])
+                elif in_line:
+                    line = x[at + first : at + stop]
+                    terms = _add_terms(line, line, False, centre[a, c], 0.0)
+                else:
+                    last, other_last = at + (stop - 1) * strides[1] + 1, other_at + (stop - 1) * other_strides[1] + 1
+                    line = x[at + first * strides[1] : last : max(strides[1], 1)]
+                    other_line = line
+                    if has_other:
+                        other_line = other[
+                            other_at + first * other_strides[1] : other_last : max(other_strides[1], 1)
+                        ]
+                    terms = _add_strided(
+                        line, other_line, has_other, centre[a, c], other_centre[a, c], stop - first
+                    )
+                sums[0, c], sums[1, c], sums[2, c] = terms
+
+
+@compiled()
+def _add_strided(x, other, has_other, centre, other_centre, n):
+    """As `_add_terms`; an expanded axis has one element, for all terms."""
+    total, energy, count = 0.0, 0.0, 0
+    for i in range(n):
+        term = np.float64(x[min(i, x.size - 1)]) - centre
+        if has_other:
+            term *= np.float64(other[min(i, other.size - 1)]) - other_centre
+        total += term
+        energy += term * term
+        count += np.int64(term != 0)
+    return total, energy, count
+
+
+_add_blocks_serial, _add_blocks_parallel = compiled()(_add_blocks), compiled(parallel=True)(_add_blocks)
+
+
+def _add_blocks_with_torch(
+    tensors: list[torch.Tensor], centres: tuple[np.ndarray, np.ndarray], starts: np.ndarray
+) -> torch.Tensor:
+    """As `_add_blocks`, for other devices: tensors (A, n, C), returns (3, B, A, C)."""
+    terms = torch.ones((), device=tensors[0].device, dtype=torch.float64)
+    for tensor, centre in zip(tensors, centres, strict=False):
+        terms = terms * (tensor.double() - torch.from_numpy(centre).to(tensor.device)[:, None])
+    found = []
+    for first, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        block = terms[:, first:stop]
+        found.append(torch.stack([block.sum(1), block.square().sum(1), (block != 0).sum(1).double()]))
+    return torch.stack(found, 1)
+
+
+def energies(x: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
+    """Sum over the middle axis of ``weights x^2``.
+
+    Parameters
+    ----------
+    x : (A, n, C)
+    weights : (n,)
+
+    Returns
+    -------
+    (A, C) float64
+    """
+    x = x.detach()
+    if x.device.type != "cpu":
+        return torch.einsum("n,anc->ac", torch.as_tensor(weights, device=x.device), x.double().square())
+    found = torch.empty(x.shape[0], x.shape[2], dtype=torch.float64)
+    run = _add_energies_serial if x.numel() < _SMALL else _add_energies_parallel
+    flat, strides = flat_view(x.numpy())
+    with torch_threads():
+        run(flat, strides, np.ascontiguousarray(weights, "f8"), found.numpy())
+    return found
+
+
+@compiled(fastmath={"reassoc"}, forceinline=True)
+def _energy(x, weights):
+    total = 0.0
+    for i in range(x.size):
+        value = np.float64(x[i])
+        total += weights[i] * value * value
+    return total
+
+
+def _add_energies(x, strides, weights, found):
+    n, (outer, inner) = weights.size, found.shape
+    length = 512
+    n_rows, n_parts = (outer + length - 1) // length, (inner + length - 1) // length
+    for task in prange(n_rows * n_parts):
+        rows = range(task // n_parts * length, min(outer, (task // n_parts + 1) * length))
+        left, right = task % n_parts * length, min(inner, (task % n_parts + 1) * length)
+        for a in rows:
+            if inner == 1 and strides[1] == 1:
+                found[a, 0] = _energy(x[a * strides[0] : a * strides[0] + n], weights)
+                continue
+            out = found[a, left:right]
+            out[:] = 0
+            for i in range(n):
+                at = a * strides[0] + i * strides[1]
+                weight = weights[i]
+                if strides[2] == 1:
+                    row = x[at + left : at + right]
+                    for c in range(out.size):
+                        value = np.float64(row[c])
+                        out[c] += weight * value * value
+                else:
+                    for c in range(out.size):
+                        value = np.float64(x[at + (left + c) * strides[2]])
+                        out[c] += weight * value * value
+
+
+_add_energies_serial, _add_energies_parallel = compiled()(_add_energies), compiled(parallel=True)(_add_energies)
