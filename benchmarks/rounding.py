@@ -1,7 +1,7 @@
 """What Monte Carlo arithmetic costs on the shipped network: time and memory against plain torch.
 
     python benchmarks/rounding.py [--repeats 5] [--threads 2] [--side 128]
-        [--accumulation fast none exact] [--work infer train train_in_bfloat16]
+        [--accumulation fast none] [--work infer train train_in_bfloat16]
 
 Inference: features and classification of a head box of 160 x 192 x 160 voxels, as the participant
 level runs them. Training: forward pass, loss, backward pass and optimiser step on a cube of `side`
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", type=int, default=128, help="of the training cube, voxels")
-    parser.add_argument("--accumulation", nargs="+", default=["fast", "none", "exact"])
+    parser.add_argument("--accumulation", nargs="+", default=["fast", "none"])
     parser.add_argument("--work", nargs="+", default=["infer", "train", "train_in_bfloat16"])
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args()

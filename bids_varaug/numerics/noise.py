@@ -31,6 +31,7 @@ _BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 5
 _CHUNK = 1024  # elements with one key, handled by one loop that becomes vector instructions
 _CHUNKS = 8  # that one task handles
 _SMALL = 2**15  # elements below which waking other threads takes longer than the work
+_STEPS = 4  # DITHER for 16-bit floats, which compiled code knows as integers alone
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bits of the exponent, and the smallest number that is not subnormal
 EXPONENTS = {
@@ -97,6 +98,7 @@ class LastRounding(NamedTuple):
 
     kind: int
     width: np.floating  # of the dither, in numbers of the format
+    ulp: np.floating  # of 1
     step: np.integer  # from one number of the virtual precision to the next
     top: np.integer  # bits of the exponent
     low: np.integer  # the smallest number that is not subnormal
@@ -107,10 +109,10 @@ class LastRounding(NamedTuple):
 def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRounding:
     """What a specification means for numbers of a format."""
     integer, real = {2: (np.int32, np.float32), 4: (np.int32, np.float32), 8: (np.int64, np.float64)}[dtype.itemsize]
+    kind = _STEPS if spec.kind == DITHER and dtype.itemsize == 2 else spec.kind
     magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
-    return LastRounding(
-        spec.kind, real(spec.width), integer(spec.step), *map(integer, EXPONENTS[dtype]), magnitudes
-    )
+    masks = *map(integer, EXPONENTS[dtype]), magnitudes
+    return LastRounding(kind, real(spec.width), real(2.0 ** (1 - spec.digits)), integer(spec.step), *masks)
 
 
 def like(value: Any, template: Any) -> Any:
@@ -152,13 +154,17 @@ def _float_of(bits: types.Type) -> Callable:
 def rounded(bits, word, fraction, kind, how):
     """Bits of a number, rounded; `fraction` of a step of the format had been rounded away, or is 0.
 
-    The number moves by whole steps of its format: magnitudes are ordered like their bits. `kind` is `how.kind` as a
-    constant.
+    A dither is added; else the number moves by whole steps of its format, as magnitudes are ordered like their bits.
+    `kind` is `how.kind` as a constant.
     """
     step, one = how.step, like(1, how.step)
     magnitude = like(bits & how.magnitudes, step)
     share = like(like(np.int32(word), fraction) * like(2.0**-32, fraction), fraction)
     if kind == DITHER:
+        power = float_of(like(bits & like(how.top | like(~how.magnitudes, step), step), step))
+        dither = like(fraction + share * how.width, fraction) * (power * how.ulp)
+        moved = like(bits_of(like(float_of(bits) + dither, fraction)) & how.magnitudes, step)
+    elif kind == _STEPS:
         moved = like(magnitude + like(np.rint(like(fraction + share * how.width, fraction)), step), step)
     elif kind == STOCHASTIC:
         draw = like((share + like(0.5, fraction)) * like(step, fraction), step)
@@ -170,9 +176,9 @@ def rounded(bits, word, fraction, kind, how):
         below = like(magnitude & like(-step, step), step)
         up = step if share >= 0 and magnitude != below else like(0, step)
         moved = like(below + up, step)
-    elif fraction != 0:  # what was rounded away tells on which side the other neighbour is
-        away = one if fraction > 0 else like(-1, step)
-        moved = like(magnitude + (away if share >= 0 else like(0, step)), step)
+    elif fraction != 0:  # what was rounded away tells where the two neighbours are
+        below = like(magnitude + like(np.floor(fraction), step), step)
+        moved = like(below + (one if share >= 0 else like(0, step)), step)
     else:  # it may be on either side; a variance of 1/4
         up, down = share >= like(0.375, fraction), share < like(-0.375, fraction)
         moved = like(magnitude + like(like(up, step) - like(down, step), step), step)
@@ -198,8 +204,8 @@ def _round_known_chunk(bits, fractions, first, second, how):
     """Where it is known what was rounded away: under equal odds exact results stay."""
     for i in range(bits.size):
         word, old = random_word(i, first, second), like(bits[i], how.step)
-        if how.kind == DITHER:
-            bits[i] = rounded(old, word, fractions[i], DITHER, how)
+        if how.kind == DITHER or how.kind == _STEPS:
+            bits[i] = rounded(old, word, fractions[i], how.kind, how)
         elif how.kind != RANDOM or fractions[i] != 0:
             bits[i] = rounded(old, word, fractions[i], how.kind, how)
 
@@ -214,6 +220,8 @@ def _round_array(bits, fractions, stream, how):
             _round_known_chunk(bits[part], fractions[part], first, second, how)
         elif how.kind == DITHER:
             _round_chunk(bits[part], first, second, DITHER, how)
+        elif how.kind == _STEPS:
+            _round_chunk(bits[part], first, second, _STEPS, how)
         elif how.kind == STOCHASTIC:
             _round_chunk(bits[part], first, second, STOCHASTIC, how)
         elif how.kind == UP_DOWN:
@@ -278,33 +286,38 @@ def _noise_array(y, other, columns, roots, n_columns, length, inner, stream, how
     per_line = 1 if inner else (length + _CHUNK - 1) // _CHUNK
     n_chunks = (y.size + length - 1) // length * per_line
     size = min(length, y.size) if inner else min(length, _CHUNK)
-    is_slow = how.kind != DITHER
+    is_slow = how.kind != DITHER  # its loop wants everything
     for task in prange((n_chunks + _CHUNKS - 1) // _CHUNKS):
-        mine = np.empty((5, size), y.dtype)
-        root = np.zeros(size if is_slow or roots.size > 0 else 0, y.dtype)
-        companion = np.zeros(size if is_slow or other.size > 0 else 0, y.dtype)
+        mine, nothing = np.empty((5, size), y.dtype), np.zeros(size if is_slow else 0, y.dtype)
+        root = np.empty(size if inner and roots.size > 0 else 0, y.dtype)
+        # A copy: where it is y itself, a loop over both would not become vector instructions
+        companion, filled = np.zeros(size if is_slow or other.size > 0 else 0, y.dtype), -1
         if inner:
             mine[:] = columns[:, :size]
         for chunk in range(task * _CHUNKS, min((task + 1) * _CHUNKS, n_chunks)):
             key = chunk_key(stream, chunk)
             first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
+            mine_root = nothing
             if inner:
                 start = chunk * length
                 n = min(length, y.size - start)
                 if roots.size > 0:
                     for row in range(n // n_columns):
                         _fill(root[row * n_columns : (row + 1) * n_columns], roots[start // n_columns + row])
+                    mine_root = root
             else:
                 line, begin = chunk // per_line, chunk % per_line * _CHUNK
                 start, n = line * length + begin, min(_CHUNK, length - begin)
-                for k in range(5):
-                    _fill(mine[k], columns[k, line % n_columns])
+                if line != filled:
+                    filled = line
+                    for k in range(5):
+                        _fill(mine[k], columns[k, line % n_columns])
                 if roots.size > 0:
                     where = line // n_columns * length + begin
-                    _copy(root[:n], roots[where : where + n])
+                    mine_root = roots[where : where + n]
             if other.size > 0:
                 _copy(companion[:n], other[start : start + n])
-            _noise_loop(y[start : start + n], companion, mine, root, first, second, how)
+            _noise_loop(y[start : start + n], companion, mine, mine_root, first, second, how)
 
 
 def _serial_or_parallel(function: Callable) -> Callable:
@@ -509,7 +522,12 @@ def torch_round_(
     magnitude = bits & (2 ** (8 * y.element_size() - 1) - 1)
     share = torch.rand(y.shape, generator=_generator(y, stream, 2), device=y.device, dtype=torch.float64) - 0.5
     step, known = spec.step, torch.zeros_like(share) if fraction is None else fraction.double()
-    if spec.kind == DITHER:
+    if spec.kind == DITHER and y.element_size() > 2:
+        power = (bits & ~(2**spec.digits // 2 - 1)).to(_INTEGERS[y.element_size()]).view(y.dtype)
+        dither = (known + share * spec.width).to(y.dtype) * (power * 2.0 ** (1 - spec.digits))
+        moved = (dense + dither).view(_INTEGERS[y.element_size()]).to(torch.int64)
+        moved = moved & (2 ** (8 * y.element_size() - 1) - 1)
+    elif spec.kind == DITHER:
         moved = magnitude + torch.round(known + share * spec.width).to(torch.int64)
     elif spec.kind == STOCHASTIC:
         moved = (magnitude + ((share + 0.5) * step).to(torch.int64)) & -step
@@ -519,7 +537,7 @@ def torch_round_(
         below = magnitude & -step
         moved = below + step * ((share >= 0) & (magnitude != below))
     elif fraction is not None:
-        moved = magnitude + known.sign().to(torch.int64) * (share >= 0)
+        moved = magnitude + torch.where(known == 0, 0, known.floor() + (share >= 0)).to(torch.int64)
     else:
         moved = magnitude + (share >= 0.375).to(torch.int64) - (share < -0.375).to(torch.int64)
     normal = (magnitude >= low) & (magnitude < top) & (moved > 0) & (moved < top)

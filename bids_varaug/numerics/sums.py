@@ -92,6 +92,10 @@ class Blocks:
         spec : how instructions round
         of_term : variance per term: `of_product` of the specification, or `of_operand` where terms are given
         """
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite terms: their sums stay as they are
+            return self._variance(spec, of_term)
+
+    def _variance(self, spec: RoundingSpecification, of_term: float) -> np.ndarray:
         n = self.sizes.reshape(-1, *[1] * (self.totals.ndim - 1))
         end, lanes = np.cumsum(self.totals, 0), min(spec.lanes, int(self.sizes.sum()))
         start, step = end - self.totals, self.totals

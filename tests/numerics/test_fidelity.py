@@ -1,6 +1,6 @@
 """Spread of the engine's results against instructions that are rounded one by one.
 
-At small sizes: standard deviation over seeds, pooled over elements, relative to `reference`.
+At small sizes: standard deviation over seeds relative to `reference`, pooled over elements and of each element.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tests.numerics import reference
 from tests.numerics.reference import Arithmetic
 
 SEEDS = 28
-WITHIN = {"exact": (0.8, 1.25), "fast": (0.5, 2.0)}
+POOLED = (0.8, 1.25)
+EACH = (0.5, 2.0)  # nine elements in ten; 28 seeds on either side spread the ratio by 0.8 to 1.25 alone
 KINDS = ("random", "positive", "cancelling")
 SETTINGS = {
     "lanes": {"lanes": 16},
@@ -108,9 +109,15 @@ def dot_reference(a, arithmetic):
 
 
 def conv_data(rng, kind):
-    x = np.moveaxis(draw(rng, kind, 2, 5, 5, 5, 8), -1, 1)
-    weight = draw(rng, "random" if kind == "random" else "positive", 6, 8, 3, 3, 3)
-    gradient = draw(rng, kind, 2, 6, 5, 5, 5)
+    plain = "random" if kind in ("blob", "sparse") else kind
+    x = np.moveaxis(draw(rng, plain, 2, 5, 5, 5, 8), -1, 1)
+    weight = draw(rng, "random" if plain == "random" else "positive", 6, 8, 3, 3, 3)
+    gradient = draw(rng, plain, 2, 6, 5, 5, 5)
+    if kind == "blob":  # dark, but for a corner a thousand times brighter
+        x[:, :, :2, :2, :2] *= 1000
+    if kind == "sparse":  # as rectifiers pass on
+        x *= rng.uniform(size=x.shape) < 0.3
+        gradient *= rng.uniform(size=gradient.shape) < 0.1
     if kind == "cancelling":
         weight[:, 4:] = weight[:, :4]
         gradient[:, 3:] = -gradient[:, :3] * (1 + 1e-3 * rng.normal(size=(2, 3, 5, 5, 5)))
@@ -226,10 +233,10 @@ def arrays_of(operator, kind, dtype):
 
 
 def variance(run):
-    """Mean over elements of the variance over seeds, by name."""
+    """Variance over seeds of each element, by name."""
     results = [run(seed) for seed in range(SEEDS)]
     return {
-        name: np.stack([np.asarray(r[name], "f8") for r in results]).var(0, ddof=1).mean()
+        name: np.stack([np.asarray(r[name], "f8") for r in results]).var(0, ddof=1)
         for name in results[0]
     }
 
@@ -237,96 +244,83 @@ def variance(run):
 @cache
 def expected(operator, kind, mode, precision, dtype, lanes, fma):
     arrays = arrays_of(operator, kind, dtype)
-    arithmetic = Arithmetic(mode, 77, precision, lanes, fma)
+    arithmetic = Arithmetic("cestac" if mode == "random" else mode, 77, precision, lanes, fma)
     return variance(lambda seed: OPERATORS[operator][2](arrays, arithmetic.at(seed)))
 
 
-def ratios(
-    operator, kind, accumulation, mode="rr", precision=None, dtype="float32", lanes=1, fma=False
-):
+def compared(operator, kind, mode="rr", precision=None, dtype="float32", lanes=1, fma=False, **options):
+    """Variances of engine and reference, by name of the result."""
     tensors = {n: torch.from_numpy(a) for n, a in arrays_of(operator, kind, dtype).items()}
 
     def run(seed):
-        options = {"accumulation": accumulation, "lanes": lanes, "fma": fma}
-        with MonteCarloArithmetic(mode, precision, 1000 + seed, **options):
+        with MonteCarloArithmetic(mode, precision, 1000 + seed, lanes=lanes, fma=fma, **options):
             results = OPERATORS[operator][1](tensors)
         return {name: value.detach().numpy() for name, value in results.items()}
 
     of_reference = expected(operator, kind, mode, precision, dtype, lanes, fma)
-    return {name: math.sqrt(v / of_reference[name]) for name, v in variance(run).items()}
+    return {name: (v, of_reference[name]) for name, v in variance(run).items()}
+
+
+def pooled(found):
+    return {name: math.sqrt(a.mean() / b.mean()) for name, (a, b) in found.items()}
+
+
+def assert_within(found, limits=POOLED, share=0.9):
+    ratios = pooled(found)
+    assert all(limits[0] <= ratio <= limits[1] for ratio in ratios.values()), ratios
+    for name, (a, b) in found.items():
+        each = np.sqrt(a[b > 0] / b[b > 0])
+        if each.size >= 40:
+            inside = np.mean((each >= EACH[0]) & (each <= EACH[1]))
+            assert inside >= share, (name, np.percentile(each, (5, 50, 95)))
 
 
 MANY = ["sum", "product", "conv3d", "batch_norm", "layer_norm"]
 
 
-def assert_within(found, accumulation):
-    low, high = WITHIN[accumulation]
-    assert all(low <= ratio <= high for ratio in found.values()), found
-
-
-@pytest.mark.parametrize("accumulation", WITHIN)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_spread_is_that_of_rounded_instructions(operator, kind, accumulation):
-    assert_within(ratios(operator, kind, accumulation), accumulation)
+def test_spread_is_that_of_rounded_instructions(operator, kind):
+    assert_within(compared(operator, kind))
 
 
-@pytest.mark.parametrize("accumulation", WITHIN)
+@pytest.mark.parametrize("kind", ["blob", "sparse"])
+def test_spread_of_uneven_images(kind):
+    assert_within(compared("conv3d", kind))
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("operator", MANY)
-def test_spread_with_lanes_fused_and_in_float64(operator, setting, accumulation):
-    assert_within(ratios(operator, "random", accumulation, **SETTINGS[setting]), accumulation)
+def test_spread_with_lanes_fused_and_in_float64(operator, setting):
+    assert_within(compared(operator, "random", **SETTINGS[setting]))
 
 
-@pytest.mark.parametrize("accumulation", WITHIN)
-@pytest.mark.parametrize("mode, precision", [("pb", 24), ("mca", 24), ("sr", 16), ("ud", 24)])
+@pytest.mark.parametrize("mode, precision", [("pb", 24), ("mca", 24), ("sr", 16), ("ud", 24), ("random", 24)])
 @pytest.mark.parametrize("operator", ["sum", "product", "batch_norm"])
-def test_spread_in_other_modes(operator, mode, precision, accumulation):
-    found = ratios(operator, "random", accumulation, mode, precision)
+def test_spread_in_other_modes(operator, mode, precision):
+    found = compared(operator, "random", mode, precision)
     if operator == "product":  # the others are one column: its place on a grid matters
         found = {"mm": found["mm"], "bmm": found["bmm"]}
-    assert_within(found, accumulation)
+    # With equal odds the place of terms on the grid matters for each element
+    assert_within(found, (0.7, 1.4), 0.8)
 
 
 @pytest.mark.parametrize("operator, name", [("sum", "sum"), ("product", "mm"), ("conv3d", "y")])
 def test_one_rounding_is_not_enough_for_many_terms(operator, name):
     for kind in KINDS:
-        assert ratios(operator, kind, "none")[name] < 0.5
+        assert pooled(compared(operator, kind, accumulation="none"))[name] < 0.5
 
 
-def test_large_operators_agree_between_exact_and_fast():
-    # Beyond what is followed term by term: coarse energies, samples, thinned sums
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 6, 24, 24, 24))).float()
-    weight = torch.from_numpy(np.random.default_rng(1).normal(size=(6, 6, 3, 3, 3))).float()
-    gradient = torch.from_numpy(np.random.default_rng(2).normal(size=x.shape)).float()
-    wide = x.reshape(-1)[: 2**16].reshape(2, 2**15)
-    long = torch.from_numpy(np.random.default_rng(3).normal(size=(16, 2**15))).float()
-
-    def run(t):
-        a = {"x": x, "weight": weight, "gradient": gradient, "bias": torch.zeros(6)}
-        norm = normalised_torch(lambda x, s, b: F.batch_norm(x, None, None, s, b, training=True))
-        a |= {"scale": torch.ones(6), "shift": torch.zeros(6)}
-        of_norm = {f"norm {k}": v for k, v in norm(a).items() if k in ("y", "dx")}
-        products = {
-            "long product": wide @ long.T,
-            "sums": long.sum(1),
-            "matrix": long[:, :600].T @ long[:, :700],
-        }
-        return conv_torch(a) | of_norm | products
-
-    found = {}
-    for accumulation in ("exact", "fast", "none"):
-
-        def spread(seed, accumulation=accumulation):
-            with MonteCarloArithmetic("rr", None, seed, accumulation=accumulation):
-                return {k: v.detach().numpy() for k, v in run(None).items()}
-
-        results = [spread(seed) for seed in range(6)]
-        found[accumulation] = {
-            k: np.sqrt(np.stack([r[k] for r in results]).astype("f8").var(0, ddof=1).mean())
-            for k in results[0]
-        }
-    for name, value in found["exact"].items():
-        assert 0.5 < found["fast"][name] / value < 2, name
-        if not name.startswith("norm"):
-            assert found["none"][name] < 0.5 * value, name
+@pytest.mark.parametrize("operator, name", [("sum", "sum"), ("product", "mm"), ("conv3d", "y")])
+def test_large_operators_are_centred_on_the_exact_result_if_asked(operator, name):
+    tensors = {n: torch.from_numpy(a) for n, a in arrays_of(operator, "random", "float32").items()}
+    exact = OPERATORS[operator][1]({n: t.double() for n, t in tensors.items()})[name]
+    biases = []
+    for centre in ("torch", "exact"):
+        results = []
+        for seed in range(2 * SEEDS):
+            with MonteCarloArithmetic("rr", seed=seed, centre=centre):
+                results.append(OPERATORS[operator][1](tensors)[name].detach().double())
+        results = torch.stack(results)
+        biases.append(float(((results.mean(0) - exact) / results.std(0)).square().mean().sqrt()))
+    assert biases[1] < 1.25 / math.sqrt(2 * SEEDS) < biases[0]  # what the mean of so many samples has by chance
