@@ -336,7 +336,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
         if tensor.layout != torch.strided or tensor.is_nested:
             layout = "nested layout" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(
-                f"a result in {layout}: Monte Carlo arithmetic knows dense tensors; convert with to_dense(), or unbind()"
+                f"a result in {layout}: Monte Carlo arithmetic knows dense tensors; convert with to_dense() or unbind()"
             )
         dtype = tensor.dtype
         digits = DIGITS.get(dtype.to_real() if dtype.is_complex else dtype)

@@ -17,7 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attention_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, *rest: Any, **options: Any
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *rest: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of fused attention on the CPU, written out."""
     is_causal, mask = rest[1] if len(rest) > 1 else options.get("is_causal", False), options.get("attn_mask")

@@ -20,6 +20,7 @@ import torch
 from numba import prange, types
 from numba.extending import overload
 from numba.np.numpy_support import as_dtype
+from numba.np.ufunc.parallel import get_thread_count
 
 from bids_varaug.machine import compiled
 from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification
@@ -108,11 +109,13 @@ class LastRounding(NamedTuple):
 @lru_cache
 def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRounding:
     """What a specification means for numbers of a format."""
-    integer, real = {2: (np.int32, np.float32), 4: (np.int32, np.float32), 8: (np.int64, np.float64)}[dtype.itemsize]
+    integer: type[np.integer] = np.int64 if dtype.itemsize == 8 else np.int32
+    real: type[np.floating] = np.float64 if dtype.itemsize == 8 else np.float32
     kind = _STEPS if spec.kind == DITHER and dtype.itemsize == 2 else spec.kind
     magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
-    masks = *map(integer, EXPONENTS[dtype]), magnitudes
-    return LastRounding(kind, real(spec.width), real(2.0 ** (1 - spec.digits)), integer(spec.step), *masks)
+    top, low = map(integer, EXPONENTS[dtype])
+    ulp = real(2.0 ** (1 - spec.digits))
+    return LastRounding(kind, real(spec.width), ulp, integer(spec.step), top, low, magnitudes)
 
 
 def like(value: Any, template: Any) -> Any:
@@ -204,9 +207,7 @@ def _round_known_chunk(bits, fractions, first, second, how):
     """Where it is known what was rounded away: under equal odds exact results stay."""
     for i in range(bits.size):
         word, old = random_word(i, first, second), like(bits[i], how.step)
-        if how.kind == DITHER or how.kind == _STEPS:
-            bits[i] = rounded(old, word, fractions[i], how.kind, how)
-        elif how.kind != RANDOM or fractions[i] != 0:
+        if how.kind == DITHER or how.kind == _STEPS or how.kind != RANDOM or fractions[i] != 0:
             bits[i] = rounded(old, word, fractions[i], how.kind, how)
 
 
@@ -337,7 +338,7 @@ def _serial_or_parallel(function: Callable) -> Callable:
 def torch_threads() -> Iterator[None]:
     """Let numba's parallel loops use as many threads as torch does."""
     before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
     try:
         yield
     finally:
@@ -384,7 +385,7 @@ class ChannelNoise:
 
 def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Return the tensor with its axes in the order of memory, and that order."""
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    order = sorted(range(tensor.dim()), key=lambda axis: tensor.stride()[axis], reverse=True)
     return tensor.detach().permute(order), order
 
 
@@ -460,8 +461,8 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
         return
     y = tensor.detach()
     if y.device.type != "cpu":
-        columns = torch.as_tensor(noise.columns(), dtype=y.dtype, device=y.device)
-        alpha, offset, beta, slope, intercept = columns.reshape(5, 1, -1, 1, 1, 1)
+        of_channels = torch.as_tensor(noise.columns(), dtype=y.dtype, device=y.device)
+        alpha, offset, beta, slope, intercept = of_channels.reshape(5, 1, -1, 1, 1, 1)
         deviation = alpha * (y - offset).abs()
         if noise.energy is not None:
             deviation = torch.hypot(deviation, beta * noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype))

@@ -1,7 +1,7 @@
 """Noise of batch, group, instance and layer normalisation, forward and backward.
 
 Over the n elements of a group, each operation one rounding, ``mean = total(x) / n``, ``d = x - mean``,
-``variance = total(d^2) / n``, ``r = 1 / sqrt(variance + epsilon)``, ``h = d r``, ``y = h scale + shift``. Errors of mean
+``variance = total(d^2) / n``, ``r = 1 / sqrt(variance + epsilon)``, ``h = d r``, ``y = h scale + shift``. Errors of the
 and r are the same for the whole group; those of d, h and what follows are of each element. Backwards, with
 s = gradient scale: ``dx = r ((s - total(s) / n) - h total(s h) / n)``.
 """
@@ -34,8 +34,10 @@ def draws(stream: int, shape: tuple[int, ...], number: int = 0) -> np.ndarray:
 def batch_norm(call: Call, result: Results) -> None:
     """Batch normalisation; its running statistics too, though torch's schema does not say that it writes them."""
     given, spec = call.given, call.spec
-    x, running = given["input"], (given.get("running_mean"), given.get("running_var"))
-    of_batch = given.get("training", given.get("train", "no_training" not in call.name and "no_update" not in call.name))
+    x: torch.Tensor = given["input"]
+    running: Any = (given.get("running_mean"), given.get("running_var"))
+    by_name = "no_training" not in call.name and "no_update" not in call.name
+    of_batch = given.get("training", given.get("train", by_name))
     epsilon = given.get("eps", given.get("epsilon", 1e-5))
     if of_batch or running[0] is None:
         mean, inverse = _float64(result[1]), _float64(result[2])
@@ -144,7 +146,7 @@ def _affine_noise(
 
 
 def _perturb_samples(
-    y: torch.Tensor, noise: dict[str, np.ndarray], companion: torch.Tensor | None, spec, stream: int
+    y: torch.Tensor, noise: dict[str, Any], companion: torch.Tensor | None, spec, stream: int
 ) -> None:
     """Perturb channels by noise (C,), or sample by sample by noise (N, C)."""
     if noise["quadratic"].ndim == 1:
@@ -185,7 +187,14 @@ def _totals(slopes: torch.Tensor, x: torch.Tensor, mean, inverse, spec: Rounding
 
 
 def _gradient_noise(
-    found: Totals, mean: np.ndarray, inverse: np.ndarray, factor: np.ndarray, n: int, has_scale: bool, spec, stream: int
+    found: Totals,
+    mean: np.ndarray,
+    inverse: np.ndarray,
+    factor: np.ndarray,
+    n: int,
+    has_scale: bool,
+    spec: RoundingSpecification,
+    stream: int,
 ) -> dict[str, np.ndarray]:
     """Rows of `ChannelNoise`, companion x, for dx; all (R,). `factor` scales the gradient of each group."""
     slope, energy = found.slope.totals.sum(0) * factor / n, found.slope.energy * factor**2
@@ -210,10 +219,12 @@ def _gradient_noise(
 def batch_norm_backward(call: Call, result: Results) -> None:
     """Gradients of batch normalisation."""
     given, spec, (dx, of_scale, of_shift) = call.given, call.spec, result
-    gradient, x, scale = given.get("grad_out", given.get("grad_output")), given["input"], given.get("weight")
+    gradient: torch.Tensor = given["grad_out"] if "grad_out" in given else given["grad_output"]
+    x, scale = given["input"], given.get("weight")
     is_training = given.get("train", True)
     if is_training:
-        mean, inverse = _float64(given["save_mean"]), _float64(given.get("save_invstd", given.get("save_var")))
+        saved = given["save_invstd"] if "save_invstd" in given else given["save_var"]
+        mean, inverse = _float64(given["save_mean"]), _float64(saved)
     else:
         mean, inverse = _float64(given["running_mean"]), 1 / np.sqrt(_float64(given["running_var"]) + given["eps"])
     rows = _channel_rows(gradient), _channel_rows(x)

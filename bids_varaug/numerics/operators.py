@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -32,146 +33,105 @@ EXACT, ELEMENTWISE, MODELLED, DECOMPOSED, APPROXIMATE, ONCE, REFUSED, UNKNOWN = 
 
 _NAMES = {
     EXACT: """
-        _aminmax _batch_norm_stub _chunk_cat _conj _conj_copy _conj_physical _copy_from _copy_from_and_resize
-        _efficientzerotensor _fill_mem_eff_dropout_mask _fused_dropout_mask _fw_primal_copy _index_copy _indices_copy
-        _lazy_clone _local_scalar_dense _make_dep_token _make_dual_copy _mkldnn_reshape _mkldnn_transpose
-        _neg_view_copy _new_zeros_with_same_feature_meta _pack_padded_sequence _philox_key_fold_in _philox_key_split
-        _philox_normal _philox_uniform _pin_memory _reshape_alias _reshape_alias_copy _reshape_copy _resize_output
-        _sample_dirichlet _stack _standard_gamma _test_optional_filled_intlist _test_optional_floatlist
-        _test_optional_intlist _to_copy _to_dense _unique _unique2 _unsafe_index _unsafe_masked_index _unsafe_view
-        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _values_copy abs
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool2d_backward adaptive_max_pool3d
-        adaptive_max_pool3d_backward alias_copy all amax amin aminmax any arange argmax argmin argsort as_strided
-        as_strided_copy as_strided_scatter bernoulli bincount binomial bitwise_and bitwise_left_shift bitwise_not
-        bitwise_or bitwise_right_shift bitwise_xor block_diag bucketize cat cauchy ccol_indices_copy ceil
-        channel_shuffle chunk clamp clamp_max clamp_min clip clone col_indices_copy complex conj_physical
-        constant_pad_nd contiguous copy copysign count_nonzero crow_indices_copy cummax cummin detach detach_copy
-        device diag diag_embed diagonal_backward diagonal_copy diagonal_scatter embedding empty empty_like
-        empty_permuted empty_strided eq equal expand_copy exponential eye fake_quantize_per_channel_affine_cachemask
-        fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+        __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __rshift__ _aminmax
+        _amp_foreach_non_finite_check_and_unscale _chunk_cat _conj _conj_physical _copy_from
+        _copy_from_and_resize _cudnn_init_dropout_state _cudnn_rnn_flatten_weight _efficientzerotensor
         _fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine
-        _fused_moving_avg_obs_fq_helper _fused_moving_avg_obs_fq_helper_functional fill flip floor floor_divide fmax
-        fmin fmod frac fractional_max_pool2d fractional_max_pool2d_backward fractional_max_pool3d
-        fractional_max_pool3d_backward frexp from_file full full_like gather gcd ge geometric gt hardshrink
-        hardshrink_backward hardtanh hardtanh_backward hash_tensor heaviside histc histogram _histogramdd_bin_edges
-        _histogramdd_from_bin_cts _histogramdd_from_bin_tensors im2col imag index index_copy index_fill index_select
-        indices_copy is_same_size isclose isfinite isin isinf isnan isneginf isposinf kthvalue layout lcm ldexp le lift
-        lift_fresh lift_fresh_copy log_normal logical_and logical_not logical_or logical_xor lt lu_unpack masked_fill
-        masked_scatter masked_scatter_backward masked_select max max_pool1d max_pool2d max_pool2d_backward
-        max_pool2d_with_indices max_pool2d_with_indices_backward max_pool3d_with_indices
-        max_pool3d_with_indices_backward max_unpool2d max_unpool3d maximum median min minimum mode multinomial
-        nan_to_num nanmedian narrow_copy ne neg negative new_empty new_empty_strided new_full new_ones new_zeros
-        nextafter nonzero nonzero_static normal normal_functional ones ones_like permute_copy pixel_shuffle
-        pixel_unshuffle poisson rand rand_like randint randint_like randn randn_like random randperm real record_stream
-        reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat repeat_interleave replication_pad1d
-        replication_pad2d replication_pad3d resize resize_as roll rot90 round row_indices_copy scalar_tensor scatter
-        searchsorted select_backward select_copy select_scatter set set_data sgn sign signbit slice_backward slice_copy
-        slice_scatter sort split split_copy split_with_sizes_copy squeeze squeeze_copy stack t t_copy take
-        take_along_dim threshold threshold_backward to topk transpose transpose_copy tril tril_indices triu
-        triu_indices trunc unbind unbind_copy unfold_copy uniform unique_consecutive unique_dim unique_dim_consecutive
-        unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d upsample_nearest2d
-        upsample_nearest3d values_copy view_as_complex_copy view_as_real view_as_real_copy view_copy where zero zeros
-        zeros_like _amp_foreach_non_finite_check_and_unscale __ilshift__ __irshift__ __lshift__ __rshift__ __iand__
-        __ior__ __ixor__ _is_all_true _is_any_true _functional_assert_async _functional_assert_scalar
-        _functional_sym_constrain_range _functional_sym_constrain_range_for_size _foobar
-        mkldnn_max_pool2d mkldnn_max_pool3d mkldnn_max_pool2d_backward mkldnn_max_pool3d_backward mkldnn_reorder_conv2d_weight
-        mkldnn_reorder_conv3d_weight to_mkldnn _cudnn_init_dropout_state _cudnn_rnn_flatten_weight _test_functorch_fallback
-        _test_parallel_materialize _test_warn_in_autograd _test_autograd_multiple_dispatch
-        _test_autograd_multiple_dispatch_view_copy masked_fill_ _fused_dropout""",
+        _fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fill_mem_eff_dropout_mask
+        _functional_assert_async _functional_assert_scalar _functional_sym_constrain_range
+        _functional_sym_constrain_range_for_size _fused_dropout _fused_dropout_mask
+        _fused_moving_avg_obs_fq_helper _fused_moving_avg_obs_fq_helper_functional _histogramdd_bin_edges
+        _histogramdd_from_bin_cts _histogramdd_from_bin_tensors _is_all_true _is_any_true _lazy_clone
+        _local_scalar_dense _make_dep_token _mkldnn_reshape _mkldnn_transpose _new_zeros_with_same_feature_meta
+        _pack_padded_sequence _philox_key_fold_in _philox_key_split _philox_normal _philox_uniform _pin_memory
+        _reshape_alias _resize_output _sample_dirichlet _stack _standard_gamma _test_autograd_multiple_dispatch
+        _test_functorch_fallback _test_optional_filled_intlist _test_optional_floatlist _test_optional_intlist
+        _test_parallel_materialize _test_warn_in_autograd _to_dense _unique _unique2 _unsafe_index
+        _unsafe_masked_index _unsafe_view _upsample_nearest_exact1d _upsample_nearest_exact2d
+        _upsample_nearest_exact3d abs adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool2d_backward
+        adaptive_max_pool3d adaptive_max_pool3d_backward all amax amin aminmax any arange argmax argmin argsort
+        as_strided as_strided_scatter bernoulli bincount binomial bitwise_and bitwise_left_shift bitwise_not
+        bitwise_or bitwise_right_shift bitwise_xor block_diag bucketize cat cauchy ceil channel_shuffle chunk
+        clamp clamp_max clamp_min clip clone complex conj_physical constant_pad_nd contiguous copy copysign
+        count_nonzero cummax cummin detach device diag diag_embed diagonal_backward diagonal_scatter embedding
+        empty empty_like empty_permuted empty_strided eq equal exponential eye
+        fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine_cachemask fill flip floor
+        floor_divide fmax fmin fmod frac fractional_max_pool2d fractional_max_pool2d_backward
+        fractional_max_pool3d fractional_max_pool3d_backward frexp from_file full full_like gather gcd ge
+        geometric gt hardshrink hardshrink_backward hardtanh hardtanh_backward hash_tensor heaviside histc
+        histogram im2col imag index index_fill index_select is_same_size isclose isfinite isin isinf isnan
+        isneginf isposinf kthvalue layout lcm ldexp le lift lift_fresh log_normal logical_and logical_not
+        logical_or logical_xor lt lu_unpack masked_fill masked_scatter masked_scatter_backward masked_select max
+        max_pool1d max_pool2d max_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward
+        max_pool3d_with_indices max_pool3d_with_indices_backward max_unpool2d max_unpool3d maximum median min
+        minimum mkldnn_max_pool2d mkldnn_max_pool2d_backward mkldnn_max_pool3d mkldnn_max_pool3d_backward
+        mkldnn_reorder_conv2d_weight mkldnn_reorder_conv3d_weight mode multinomial nan_to_num nanmedian ne neg
+        negative new_empty new_empty_strided new_full new_ones new_zeros nextafter nonzero nonzero_static normal
+        normal_functional ones ones_like pixel_shuffle pixel_unshuffle poisson rand rand_like randint
+        randint_like randn randn_like random randperm real record_stream reflection_pad1d reflection_pad2d
+        reflection_pad3d relu relu6 repeat repeat_interleave replication_pad1d replication_pad2d
+        replication_pad3d resize resize_as roll rot90 round scalar_tensor scatter searchsorted select_backward
+        select_scatter set set_data sgn sign signbit slice_backward slice_scatter sort split squeeze stack t
+        take take_along_dim threshold threshold_backward to to_mkldnn topk transpose tril tril_indices triu
+        triu_indices trunc unbind uniform unique_consecutive unique_dim unique_dim_consecutive unsafe_split
+        unsafe_split_with_sizes unsqueeze upsample_nearest1d upsample_nearest2d upsample_nearest3d view_as_real
+        where zero zeros zeros_like""",
     ELEMENTWISE: """
-        _add_relu _masked_scale _prelu_kernel _prelu_kernel_backward acos acosh add addcdiv addcmul angle asin asinh
-        atan atan2 atanh binary_cross_entropy_backward celu cos cosh deg2rad digamma div elu elu_backward erf erfc
-        erfinv exp exp2 expm1 fft_fftfreq fft_rfftfreq gelu gelu_backward glu glu_backward glu_backward_jvp glu_jvp
-        hardsigmoid hardsigmoid_backward hardswish hardswish_backward huber_loss_backward hypot i0 igamma igammac
-        leaky_relu leaky_relu_backward lerp lgamma linspace log log10 log1p log2 log_sigmoid_backward
-        log_sigmoid_forward logaddexp logaddexp2 logit logit_backward logspace mish mish_backward mse_loss_backward
-        mul multi_margin_loss_backward multilabel_margin_loss_backward native_dropout native_dropout_backward
-        nll_loss2d_backward nll_loss_backward polar polygamma pow rad2deg range reciprocal remainder rrelu_with_noise
-        rrelu_with_noise_backward rrelu_with_noise_functional rsqrt rsub sigmoid sigmoid_backward silu silu_backward
-        sin sinc sinh smooth_l1_loss_backward soft_margin_loss_backward softplus softplus_backward softshrink
-        softshrink_backward special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
-        special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
-        special_chebyshev_polynomial_w special_entr special_erfcx special_hermite_polynomial_h
-        special_hermite_polynomial_he special_i0e special_i1 special_i1e special_laguerre_polynomial_l
-        special_legendre_polynomial_p special_log_ndtr special_modified_bessel_i0 special_modified_bessel_i1
-        special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri special_scaled_modified_bessel_k0
-        special_scaled_modified_bessel_k1 special_shifted_chebyshev_polynomial_t
-        special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v
-        special_shifted_chebyshev_polynomial_w special_spherical_bessel_j0 special_xlog1py special_zeta sqrt square
-        sub tan tanh tanh_backward xlogy bartlett_window blackman_window hamming_window hann_window kaiser_window
-        _standard_gamma_grad _dirichlet_grad _amp_update_scale mvlgamma binary_cross_entropy_with_logits
-        affine_grid_generator""",
+        _add_relu _amp_update_scale _dirichlet_grad _masked_scale _prelu_kernel _prelu_kernel_backward
+        _standard_gamma_grad acos acosh add addcdiv addcmul affine_grid_generator angle asin asinh atan atan2
+        atanh binary_cross_entropy_backward binary_cross_entropy_with_logits celu cos cosh deg2rad digamma div
+        elu elu_backward erf erfc erfinv exp exp2 expm1 fft_fftfreq fft_rfftfreq gelu gelu_backward glu
+        glu_backward glu_backward_jvp glu_jvp hardsigmoid hardsigmoid_backward hardswish hardswish_backward
+        huber_loss_backward hypot i0 igamma igammac leaky_relu leaky_relu_backward lerp lgamma linspace log
+        log10 log1p log2 log_sigmoid_backward log_sigmoid_forward logaddexp logaddexp2 logit logit_backward
+        logspace mish mish_backward mse_loss_backward mul multi_margin_loss_backward
+        multilabel_margin_loss_backward mvlgamma native_dropout native_dropout_backward nll_loss2d_backward
+        nll_loss_backward polar polygamma pow rad2deg range reciprocal remainder rrelu_with_noise
+        rrelu_with_noise_backward rrelu_with_noise_functional rsqrt rsub sigmoid sigmoid_backward silu
+        silu_backward sin sinc sinh smooth_l1_loss_backward soft_margin_loss_backward softplus softplus_backward
+        softshrink softshrink_backward sqrt square sub tan tanh tanh_backward xlogy""",
     DECOMPOSED: """
-        _cdist_backward _cdist_forward _euclidean_dist _log_softmax_backward_data _pdist_forward
-        _safe_softmax _scaled_dot_product_flash_attention_for_cpu
-        _scaled_dot_product_flash_attention_for_cpu_backward _softmax_backward_data _trilinear _weight_norm_interface
-        dist grid_sampler_2d linalg_cross logsumexp renorm
-        upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d _upsample_bicubic2d_aa
-        _upsample_bilinear2d_aa _upsample_lanczos2d_aa binary_cross_entropy huber_loss mse_loss smooth_l1_loss
-        soft_margin_loss _fused_rms_norm _fused_rms_norm_backward""",
+        _cdist_backward _cdist_forward _euclidean_dist _fused_rms_norm _fused_rms_norm_backward
+        _log_softmax_backward_data _pdist_forward _safe_softmax _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_flash_attention_for_cpu_backward _softmax_backward_data _trilinear
+        _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _weight_norm_interface
+        binary_cross_entropy dist grid_sampler_2d huber_loss linalg_cross logsumexp mse_loss renorm
+        smooth_l1_loss soft_margin_loss upsample_bicubic2d upsample_bilinear2d upsample_linear1d
+        upsample_trilinear3d""",
     APPROXIMATE: """
-        _cholesky_solve_helper _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet _linalg_solve_ex _linalg_svd
-        cholesky cholesky_inverse cholesky_solve geqrf linalg_cholesky_ex linalg_eig linalg_eigvals
-        linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu
-        linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular ormqr
-        triangular_solve _compute_linear_combination""",
+        _cholesky_solve_helper _compute_linear_combination _linalg_det _linalg_eigh _linalg_eigvals
+        _linalg_slogdet _linalg_solve_ex _linalg_svd cholesky cholesky_inverse cholesky_solve geqrf
+        linalg_cholesky_ex linalg_eig linalg_eigvals linalg_householder_product linalg_inv_ex
+        linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor_ex linalg_lu_solve
+        linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular ormqr triangular_solve""",
     ONCE: """
-        _addmm_activation _batch_norm_with_update_functional _conv_depthwise2d _ctc_loss _ctc_loss_backward
-        _cudnn_attention_backward _cudnn_attention_forward _cudnn_ctc_loss _cudnn_rnn _cudnn_rnn_backward
-        _efficient_attention_backward _efficient_attention_forward
+        _addmm_activation _batch_norm_with_update_functional _conv_depthwise2d
         _embedding_bag_per_sample_weights_backward _fake_quantize_learnable_per_channel_affine_backward
-        _fake_quantize_learnable_per_tensor_affine_backward _flash_attention_backward _flash_attention_forward
-        _flash_attention_forward_no_dropout_inplace _fused_adagrad _fused_adam _fused_adamw _fused_sgd
-        _grid_sampler_2d_cpu_fallback _grid_sampler_2d_cpu_fallback_backward _grouped_mm _int_mm
-        _linalg_check_errors _logcumsumexp _lstm_mps _masked_softmax _masked_softmax_backward _mps_convolution
-        _mps_convolution_transpose _native_batch_norm_legit_functional _native_multi_head_attention
-        _nnpack_spatial_convolution _pdist_backward _scaled_dot_product_attention_math_for_mps
-        _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
-        _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
-        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
-        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_fused_attention_overrideable_backward
-        _segment_reduce_backward _slow_conv2d_backward _slow_conv2d_forward _thnn_fused_gru_cell
-        _thnn_fused_gru_cell_backward _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
-        _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _triton_multi_head_attention
-        _triton_scaled_dot_attention _weight_norm_interface_backward
-        batch_norm_backward batch_norm_backward_elemt batch_norm_backward_reduce batch_norm_elemt
-        batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_stats batch_norm_update_stats
-        conv_depthwise3d conv_tbc convolution_backward_overrideable convolution_overrideable
-        cudnn_affine_grid_generator cudnn_affine_grid_generator_backward cudnn_convolution_add_relu
-        cudnn_convolution_relu cudnn_convolution_transpose cudnn_grid_sampler cudnn_grid_sampler_backward
-        embedding_renorm grid_sampler_3d index_reduce linear linear_backward log_softmax logcumsumexp lstm_mps_backward
-        matmul_backward miopen_batch_norm miopen_batch_norm_backward miopen_convolution miopen_convolution_add_relu
-        miopen_convolution_relu miopen_convolution_transpose miopen_ctc_loss miopen_depthwise_convolution miopen_rnn
-        miopen_rnn_backward mkldnn_adaptive_avg_pool2d mkldnn_adaptive_avg_pool2d_backward mkldnn_linear
-        mkldnn_linear_backward mkldnn_linear_backward_input mkldnn_linear_backward_weights mkldnn_rnn_layer
-        mkldnn_rnn_layer_backward mps_convolution_backward mps_convolution_transpose_backward native_norm
-        segment_reduce slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d
-        slow_conv_transpose3d softmax linalg__powsum powsum""",
+        _fake_quantize_learnable_per_tensor_affine_backward _fused_sgd _grouped_mm _int_mm _logcumsumexp
+        _masked_softmax _masked_softmax_backward _native_batch_norm_legit_functional
+        _native_multi_head_attention _nnpack_spatial_convolution _pdist_backward _segment_reduce_backward
+        _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _weight_norm_interface_backward
+        conv_depthwise3d conv_tbc convolution_backward_overrideable convolution_overrideable embedding_renorm
+        grid_sampler_3d index_reduce linalg__powsum linear linear_backward log_softmax logcumsumexp
+        matmul_backward native_norm powsum segment_reduce softmax""",
     REFUSED: """
-        _coalesce _coalesced _convert_indices_from_coo_to_csr _convert_indices_from_csr_to_coo
-        _convert_weight_to_int4pack _convert_weight_to_int4pack_for_cpu _cslt_compress _cslt_sparse_mm
-        _dyn_quant_matmul_4bit _dyn_quant_pack_4bit_weight _empty_affine_quantized _empty_per_channel_affine_quantized
-        _jagged_to_padded_dense_forward _make_per_channel_quantized_tensor _make_per_tensor_quantized_tensor
-        _mixed_dtypes_linear _nested_compute_contiguous_strides_offsets _nested_from_padded
-        _nested_from_padded_and_nested_example _nested_from_padded_tensor _nested_get_jagged_dummy _nested_get_lengths
-        _nested_get_max_seqlen _nested_get_min_seqlen _nested_get_offsets _nested_get_values_copy
-        _nested_select_backward _nested_sum_backward _nested_tensor_from_mask _nested_tensor_from_tensor_list
-        _nested_tensor_size _nested_tensor_softmax_with_shape _nested_tensor_storage_offsets _nested_tensor_strides
-        _nested_view_from_buffer_copy _nested_view_from_jagged_copy _padded_dense_to_jagged_forward
-        _scaled_grouped_mm _scaled_grouped_mm_v2 _scaled_mm _scaled_mm_v2 _sparse_addmm _sparse_broadcast_to_copy
-        _sparse_compressed_tensor_with_dims _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors
-        _sparse_csr_prod _sparse_csr_sum _sparse_log_softmax _sparse_log_softmax_backward_data
-        _sparse_mask_projection _sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward
-        _sparse_semi_structured_addmm _sparse_semi_structured_apply _sparse_semi_structured_apply_dense
-        _sparse_semi_structured_linear _sparse_semi_structured_mm _sparse_semi_structured_tile _sparse_softmax
-        _sparse_softmax_backward_data _sparse_sparse_matmul _sparse_sum _sparse_sum_backward _spdiags _spsolve
-        _to_sparse _to_sparse_bsc _to_sparse_bsr _to_sparse_csc _to_sparse_csr _to_sparse_semi_structured
-        _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm
-        copy_sparse_to_sparse dequantize empty_quantized hspmm int_repr q_per_channel_scales
-        q_per_channel_zero_points quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
-        quantized_batch_norm quantized_gru quantized_lstm quantized_max_pool1d quantized_max_pool2d
-        quantized_max_pool3d resize_as_sparse sparse_compressed_tensor sparse_coo_tensor sparse_mask sparse_resize
-        sparse_resize_and_clear sparse_sampled_addmm sspaddmm to_padded_tensor""",
+        _mixed_dtypes_linear _spdiags _spsolve copy_sparse_to_sparse dequantize empty_quantized hspmm int_repr
+        resize_as_sparse sspaddmm to_padded_tensor""",
+}
+
+# Families, for names that are not listed
+_PATTERNS = {
+    REFUSED: """
+        _nested_* _sparse_* sparse_* quantize* _to_sparse* _coalesce* _empty_*quantized *4bit* *int4pack*
+        *int8pack* _cslt_* _scaled_grouped_mm* _scaled_mm* _convert_indices_* _make_per_*_quantized_tensor
+        q_per_channel_* *_padded_dense* _padded_dense*""",
+    EXACT: """
+        *_copy""",
+    ELEMENTWISE: """
+        special_* *_window""",
+    ONCE: """
+        miopen_* mkldnn_* cudnn_* _cudnn_* *mps* _scaled_dot_product_* _fused_ad* _flash_attention_*
+        _efficient_attention_* _thnn_* _triton_* slow_conv* _slow_conv* batch_norm_* _grid_sampler_* *ctc_loss*""",
 }
 
 _MODELS: dict[Callable[..., None], str] = {
@@ -211,6 +171,7 @@ _MODELS: dict[Callable[..., None], str] = {
 
 CLASS_OF: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 CLASS_OF |= {name: MODELLED for names in _MODELS.values() for name in names.split()}
+_PATTERN_OF = {pattern: kind for kind, patterns in _PATTERNS.items() for pattern in patterns.split()}
 _MODEL_OF: dict[str, Callable[..., None]] = {
     name: model for model, names in _MODELS.items() for name in names.split()
 } | dict.fromkeys(_NAMES[APPROXIMATE].split(), reductions.backward_stable)
@@ -319,6 +280,12 @@ class Operator:
         return self.model
 
 
+def _class_of(name: str) -> str:
+    if name in CLASS_OF:
+        return CLASS_OF[name]
+    return next((kind for pattern, kind in _PATTERN_OF.items() if fnmatchcase(name, pattern)), UNKNOWN)
+
+
 @cache
 def operator_of(func: torch._ops.OpOverload) -> Operator:
     """Return what is known of an operator, by its schema and its name."""
@@ -332,14 +299,14 @@ def operator_of(func: torch._ops.OpOverload) -> Operator:
     aliases = {i: r.alias_info for i, r in enumerate(schema.returns) if r.alias_info is not None}
     views = frozenset(i for i, alias in aliases.items() if not alias.is_write)
     returned = set().union(*(alias.before_set for alias in aliases.values()))
-    kind = CLASS_OF.get(name, UNKNOWN) if func.namespace == "aten" else UNKNOWN
+    kind = _class_of(name) if func.namespace == "aten" else UNKNOWN
     decomposition = None
     if views and not written:
         kind = EXACT
     elif kind == DECOMPOSED:
         decomposition = decomposition_of(func)
         kind = DECOMPOSED if decomposition is not None else ONCE
-    elif kind == UNKNOWN and not any(r.type.kind() in ("TensorType", "ListType") for r in schema.returns) and not written:
+    elif kind == UNKNOWN and not written and not any("Tensor" in str(r.type) for r in schema.returns):
         kind = EXACT
     return Operator(
         name=name,

@@ -48,9 +48,10 @@ def matrix_product(call: Call, result: torch.Tensor) -> None:
         b, bias = b[:, None], bias[:, None] if bias is not None and bias.dim() == 1 else bias
     target = result.reshape(*a.shape[:-1], b.shape[-1])
     bias = None if bias is None else bias.expand(target.shape)
-    batch = range(len(a)) if a.dim() == 3 else [slice(None)]
-    for i, n in enumerate(batch):
-        perturb_product(target[n], a[n], b[n], None if bias is None else bias[n], call.spec, call.stream(i))
+    a, b, batch = (t if t.dim() == 3 else t[None] for t in (a, b, target))
+    added = [None] * len(a) if bias is None else bias.expand(batch.shape) if bias.dim() == 3 else bias[None]
+    for i, factors in enumerate(zip(batch, a, b, added, strict=True)):
+        perturb_product(*factors, call.spec, call.stream(i))
     if target.data_ptr() != result.data_ptr():
         result.copy_(target.reshape(result.shape))
 
@@ -60,7 +61,12 @@ def _first(given: dict[str, Any], *names: str) -> torch.Tensor:
 
 
 def perturb_product(
-    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, spec: RoundingSpecification, stream: int
+    y: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: RoundingSpecification,
+    stream: int,
 ) -> None:
     """Perturb y = a b + bias in place.
 
@@ -87,8 +93,7 @@ def perturb_product(
         perturb_(y, torch.from_numpy(deviation).to(y.device), spec, stream)
         return
     rows, columns = _sample(np.random.default_rng(stream), (m, n), k)
-    of_rows = energies(a[:, :, None], np.ones(k))[:, 0]
-    of_columns = energies(b[None], np.ones(k))[0].cpu().numpy() / k
+    of_rows, of_columns = _row_energies(a), _row_energies(b.T).cpu().numpy() / k
     blocks = blocks_of_products(_some(a, rows), _some(b.T, columns).T)
     factor = _factor(blocks, _some(of_rows, rows)[:, None] * of_columns[columns], k, n, spec)
     quadratic, linear = bridge_variances(k, spec)
@@ -107,6 +112,12 @@ def perturb_product(
     perturb_channels_(dense.view(1, m, n).movedim(2, 1)[..., None, None], noise, spec, stream)
     if dense is not y:
         y.copy_(dense)
+
+
+def _row_energies(a: torch.Tensor) -> torch.Tensor:
+    """(M, K) -> (M,): sums of squares, read as they lie in memory."""
+    weights = np.ones(a.shape[1])
+    return energies(a.T[None], weights)[0] if a.stride(0) == 1 else energies(a[:, :, None], weights)[:, 0]
 
 
 def _with_bias(blocks: Blocks, total: np.ndarray, has_bias: bool, spec: RoundingSpecification) -> np.ndarray:
@@ -316,7 +327,12 @@ def convolution_backward(call: Call, result: tuple[torch.Tensor | None, ...]) ->
 
 
 def _perturb_weight_gradient(
-    y: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, geometry: Geometry, spec: RoundingSpecification, stream: int
+    y: torch.Tensor,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    geometry: Geometry,
+    spec: RoundingSpecification,
+    stream: int,
 ) -> None:
     """Perturb the gradient (O, C, KX, KY, KZ) of (N, O, X, Y, Z) and (N, C, X', Y', Z') in place.
 

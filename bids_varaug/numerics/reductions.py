@@ -42,10 +42,11 @@ def _perturb(y: torch.Tensor, variance: Any, spec: RoundingSpecification, stream
 
 def total(call: Call, result: torch.Tensor) -> None:
     """sum, nansum, mean, trace: the division is the last rounding of a mean."""
-    x, spec = call.given.get("self", call.given.get("input")), call.spec
+    x: torch.Tensor = call.given["self"]
+    spec = call.spec
     if call.name == "trace":
         x = x.diagonal()
-    if not x.is_floating_point() and not x.is_complex() or not x.numel() or x.dtype.itemsize < result.dtype.itemsize:
+    if (not x.is_floating_point() and not x.is_complex()) or not x.numel() or x.dtype.itemsize < result.dtype.itemsize:
         x = x.to(result.dtype)
     if not x.dim() or not x.numel() or result.dtype != x.dtype:
         return round_(torch.view_as_real(result) if result.is_complex() else result, spec, call.stream())
@@ -119,15 +120,15 @@ def product(call: Call, result: torch.Tensor) -> None:
     """prod, cumprod: the relative errors of all multiplications."""
     x, spec = call.given["self"], call.spec
     for number, (y,) in enumerate(_parts(result)):
-        if call.name == "cumprod":
-            count = torch.arange(x.shape[_dims(call.given, x)[0]] if x.dim() else 1, device=y.device, dtype=torch.float64)
-            shape = [1] * x.dim()
-            if x.dim():
-                shape[_dims(call.given, x)[0]] = -1
-            factor = (count.reshape(shape) - 1).clamp_min(0)
+        factor: torch.Tensor | float
+        if call.name == "cumprod" and x.dim():
+            dim = _dims(call.given, x)[0]
+            before = torch.arange(x.shape[dim], device=y.device, dtype=torch.float64) - 1
+            factor = before.clamp_min(0).reshape([-1 if d == dim else 1 for d in range(x.dim())])
         else:
             factor = max(x.numel() / max(result.numel(), 1) - 2, 0.0)
-        _perturb(y, y.double().square() * (spec.per_energy * spec.of_multiplication * factor), spec, call.stream(number))
+        variance = y.double().square() * (spec.per_energy * spec.of_multiplication * factor)
+        _perturb(y, variance, spec, call.stream(number))
 
 
 def cumulative(call: Call, result: torch.Tensor) -> None:
@@ -158,6 +159,8 @@ def scattered(call: Call, result: Result) -> None:
     if given.get("mode") == 2 or given.get("reduce") == "prod" or not y.numel() or y.dtype.itemsize < 4:
         return  # the largest, or (a warning says so) too few roundings
     is_mean = given.get("reduce") == "mean" or given.get("mode") == 1
+    if has_base and not is_mean and not spec.rounds_exact and _are_copies(y, x):
+        return
 
     def of_terms(terms: torch.Tensor, **changes: Any) -> torch.Tensor:
         if has_base:
@@ -188,6 +191,14 @@ def scattered(call: Call, result: Result) -> None:
         squares = target.double().square()
         variance = spec.of_partial_sum * (a * squares + b * energy + is_mean * squares) + spec.of_operand * energy
         _perturb(target, spec.per_energy * variance * (count > 1), spec, call.stream(number))
+
+
+def _are_copies(y: torch.Tensor, terms: torch.Tensor) -> bool:
+    """Whether each term went to an element of its own, with nothing there before."""
+    if terms.numel() > y.numel() or torch.count_nonzero(y) != torch.count_nonzero(terms):
+        return False
+    norms = (float(torch.linalg.vector_norm(t.detach())) for t in (y, terms))
+    return math.isclose(*norms, rel_tol=1e-5)
 
 
 def _bridges(n_terms: torch.Tensor, lanes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -277,8 +288,8 @@ def backward_stable(call: Call, result: Result) -> None:
     """Decompositions and solvers: the exact result for operands that differ by the errors of n instructions.
 
     That is what backward stability means (Higham 2002, Accuracy and Stability of Numerical Algorithms, chapter 9); the
-    condition of the problem is then that of the operands. Each element of a matrix is perturbed by sqrt(n / 3) roundings
-    of its own size.
+    condition of the problem is then that of the operands. Each element of a matrix is perturbed by sqrt(n / 3)
+    roundings of its own size.
     """
     operands = {}
     for number, (name, value) in enumerate(call.given.items()):

@@ -180,7 +180,8 @@ def blocks_of(
             run(flats[0], flats[-1], strides[0], strides[-1], other is not None, *centres, starts, found)
     else:
         found = _add_blocks_with_torch(tensors, centres, starts).cpu().numpy()
-    return Blocks(*found.reshape(3, n_blocks, *shape), np.diff(starts).astype("f8"))
+    totals, squares, counts = found.reshape(3, n_blocks, *shape)
+    return Blocks(totals, squares, counts, np.diff(starts).astype("f8"))
 
 
 def _split(x: torch.Tensor, kept: list[int], dims: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -218,14 +219,17 @@ def _add_terms(x, other, has_other, centre, other_centre):
 
 
 @compiled(forceinline=True)
-def _add_row(x, other, has_other, centre, other_centre, total, energy, count):
+def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, count):
+    """Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions."""
     for b in range(x.size):
         term = np.float64(x[b]) - centre[b]
         if has_other:
             term *= np.float64(other[b]) - other_centre[b]
-        total[b] += term
-        energy[b] += term * term
-        count[b] += np.float64(term != 0)
+        terms[b] = term
+    for b in range(x.size):
+        total[b] += terms[b]
+        energy[b] += terms[b] * terms[b]
+        count[b] += np.float64(terms[b] != 0)
 
 
 def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centre, starts, found):
@@ -241,15 +245,27 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
         here, there = a * strides[0], a * other_strides[0]
         sums = found[:, block, a]
         if side_by_side:
-            total, energy, count = sums[0, left:right], sums[1, left:right], sums[2, left:right]
-            middle, other_middle = centre[a, left:right], other_centre[a, left:right]
-            for i in range(first, stop):
-                at, other_at = here + i * strides[1], there + i * other_strides[1]
-                row, other_row = x[at + left : at + right], other[other_at + left : other_at + right]
+            width = right - left
+            is_dense = strides[1] == width and (other_strides[1] == width or not has_other)
+            together = max(1, 2 * _WIDTH // width) if is_dense else 1  # rows that are one line of memory
+            memory = np.zeros((6, together * width))
+            terms, total, energy, count = memory[0], memory[1], memory[2], memory[3]
+            middle, other_middle = memory[4], memory[5]
+            for row in range(together):
+                middle[row * width : (row + 1) * width] = centre[a, left:right]
+                other_middle[row * width : (row + 1) * width] = other_centre[a, left:right]
+            for i in range(first, stop, together):
+                size = min(together, stop - i) * width
+                at, other_at = here + i * strides[1] + left, there + i * other_strides[1] + left
+                line = x[at : at + size]
                 if has_other:
-                    _add_row(row, other_row, True, middle, other_middle, total, energy, count)
+                    other_line = other[other_at : other_at + size]
+                    _add_row(line, other_line, True, middle, other_middle, terms, total, energy, count)
                 else:
-                    _add_row(row, other_row, False, middle, other_middle, total, energy, count)
+                    _add_row(line, line, False, middle, other_middle, terms, total, energy, count)
+            for k in range(3):
+                for row in range(together):
+                    sums[k, left:right] += memory[1 + k, row * width : (row + 1) * width]
         else:
             for c in range(left, right):
                 at, other_at = here + c * strides[2], there + c * other_strides[2]

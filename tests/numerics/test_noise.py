@@ -19,9 +19,8 @@ from bids_varaug.numerics.noise import (
     torch_perturb_,
     torch_round_,
 )
-from bids_varaug.numerics.specification import DIGITS
+from bids_varaug.numerics.specification import DIGITS, dither_width
 from bids_varaug.numerics.specification import RoundingSpecification as Rule
-from bids_varaug.numerics.specification import dither_width
 from tests.numerics.bounds import (
     assert_mean,
     assert_odds,

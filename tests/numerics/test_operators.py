@@ -91,7 +91,8 @@ NOT_DRAWN = {  # their random numbers, or uninitialised memory, are not those of
     "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize", "_fill",
 }  # fmt: skip
 # Made-up arguments may crash what is for internal use, or of other devices and layouts
-NOT_CALLED = ("_", "cudnn", "miopen", "mkldnn", "mps", "quantize", "sparse", "lstm", "batch_norm_", "fbgemm", "from_file")
+NOT_CALLED = ("_", "cudnn", "miopen", "mkldnn", "mps", "quantize", "sparse", "lstm", "batch_norm_", "from_file")
+OVERLOADS = ("default", "Tensor", "Scalar", "dim_IntList", "int")
 STAY = {  # made-up operands give 0, 1, whole numbers or what was there before
     "lerp", "_masked_scale", "native_dropout_backward", "linalg_matrix_exp", "special_hermite_polynomial_h",
 }  # fmt: skip
@@ -104,7 +105,7 @@ def test_two_seeds_differ_where_an_operator_rounds_and_only_there():
         operator = operator_of(func)
         if operator.name.startswith(NOT_CALLED):
             continue
-        if func._overloadname not in ("default", "Tensor", "Scalar", "dim_IntList", "int") or operator.name in NOT_DRAWN:
+        if func._overloadname not in OVERLOADS or operator.name in NOT_DRAWN:
             continue
         plain = outcome(func, None)
         if plain is None:
