@@ -33,7 +33,7 @@ EXACT, ELEMENTWISE, MODELLED, DECOMPOSED, APPROXIMATE, ONCE, REFUSED, UNKNOWN = 
 
 _NAMES = {
     EXACT: """
-        __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __rshift__ _aminmax
+        __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __rshift__ _aminmax _foobar
         _amp_foreach_non_finite_check_and_unscale _chunk_cat _conj _conj_physical _copy_from
         _copy_from_and_resize _cudnn_init_dropout_state _cudnn_rnn_flatten_weight _efficientzerotensor
         _fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine

@@ -185,8 +185,9 @@ class Optimiser:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if metadata["fingerprint"] != fingerprint:
                 raise UserError(
-                    f"{path}: checkpoint of another recipe, or of a device with other number formats. Resume with the "
-                    "flags and on the kind of device that wrote it, or train into an empty folder."
+                    f"{path}: checkpoint of another recipe, of a device with other number formats, or (mca members) "
+                    "of a version that rounds otherwise. Resume with the flags, version and kind of device that wrote "
+                    "it, or train into an empty folder."
                 )
             with torch.no_grad():
                 for name, parameter, state in self._states():

@@ -26,6 +26,7 @@ from bids_varaug.locks import file_lock
 from bids_varaug.models.ensemble import MANIFEST, Ensemble, Label, Member, load_ensemble, write_manifest
 from bids_varaug.models.unet import UNet, build_network
 from bids_varaug.models.weights import FORMAT, save_weights
+from bids_varaug.numerics import GENERATOR
 from bids_varaug.numerics.specification import DIGITS
 from bids_varaug.training.calibrate import calibrate
 from bids_varaug.training.labels import LabelScheme
@@ -85,8 +86,9 @@ class Trainer:
         return [DIGITS[self.layer_format(stage)] for stage in self.recipe.stages]
 
     def fingerprint(self, plan: MemberPlan) -> str:
-        """Name what decides a member's weights, but for its rounding: checkpoints carry it."""
-        return f"{self.recipe.fingerprint}-{plan.seed}-{self.digits}"
+        """Name what decides a member's weights, but for the seed of its rounding: checkpoints carry it."""
+        generator = "" if plan.rounding_seed is None else f"-rounding{GENERATOR}"
+        return f"{self.recipe.fingerprint}-{plan.seed}-{self.digits}{generator}"
 
     def train_member(self, plan: MemberPlan) -> UNet:
         """Run the recipe's stages from where the member's checkpoint left off, or from the start.
