@@ -20,8 +20,10 @@ from bids_varaug.numerics.specification import RoundingSpecification
 from bids_varaug.numerics.sums import Blocks, blocks_of, blocks_of_products, bridge_variances, energies
 
 DIRECT = 2**16  # multiply-adds of an operator whose partial sums are all computed
+_DIRECT_IMAGES = 2**19  # the same of a convolution, which comes less often
 _SAMPLED = 2**16  # of a sample
 _VOXELS = 2**14  # of a weight gradient, whose energies are computed
+_FEW = 2**12  # terms of a weight gradient whose energies are computed for each element
 _PAIRS = 16  # channels on either side of a weight gradient whose partial sums are looked at
 
 
@@ -218,7 +220,7 @@ def _perturb_convolution(
         return
     n_out, n_terms = y.shape[1], weight[0].numel()
     n_voxels = y.numel() // n_out
-    is_small = y.numel() * n_terms <= DIRECT
+    is_small = y.numel() * n_terms <= _DIRECT_IMAGES
     rng, voxels, channels = np.random.default_rng(stream), np.arange(n_voxels), np.arange(n_out)
     if not is_small:
         voxels, channels = _sample(rng, (n_voxels, n_out), n_terms)
@@ -232,15 +234,15 @@ def _perturb_convolution(
         deviation = np.moveaxis(np.sqrt(variance).reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
         perturb_(y, torch.from_numpy(np.ascontiguousarray(deviation)).to(y.device), spec, stream)
         return
+    quadratic, linear = bridge_variances(n_terms, spec)
+    quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
     squares = weight.detach().double().square()
     of_inputs = squares.mean((0, 2, 3, 4)).clamp_min(1e-300)
     energy = _window_sums(_channel_energy(x, of_inputs.cpu().numpy()), weight.shape[2:], geometry, y.shape[2:])
     of_outputs = (squares / of_inputs.reshape(1, -1, 1, 1, 1)).mean((1, 2, 3, 4)).cpu().numpy()
     seen = energy.reshape(-1)[torch.from_numpy(voxels).to(energy.device)].cpu().numpy()
     factor = _factor(blocks, seen[:, None] * of_outputs[channels], n_terms, n_out, spec)
-    quadratic, linear = bridge_variances(n_terms, spec)
     offset = None if bias is None else _numpy(bias).astype("f8")
-    quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
     noise = ChannelNoise(factor * quadratic, factor * linear * of_outputs, offset, energy)
     perturb_channels_(y, noise, spec, stream)
 
@@ -312,13 +314,14 @@ def convolution_backward(call: Call, result: tuple[torch.Tensor | None, ...]) ->
             _perturb_by_energy(of_input, of_input, energy, max(n_terms, 1.0), False, call.spec, call.stream(0))
     if of_weight is not None:
         slopes, inputs = (x, gradient) if given["transposed"] else (gradient, x)
-        if groups == 1 and of_weight.numel() and gradient.numel():
-            images = image_of(slopes), image_of(inputs)
-            _perturb_weight_gradient(image_of(of_weight), *images, geometry, call.spec, call.stream(1))
-        else:
+        n_terms, energy = max(slopes.numel() // max(slopes.shape[1], 1), 1), None
+        if groups > 1 or n_terms <= _FEW:
             squares = {"grad_output": gradient.square(), "input": x.square()}
             energy = call.again(**squares, output_mask=[False, True, False])[1]
-            n_terms = max(slopes.numel() // max(slopes.shape[1], 1), 1)
+        if groups == 1 and of_weight.numel() and gradient.numel():
+            images = image_of(slopes), image_of(inputs), None if energy is None else image_of(energy)
+            _perturb_weight_gradient(image_of(of_weight), *images, geometry, call.spec, call.stream(1))
+        else:
             _perturb_by_energy(of_weight, of_weight, energy, n_terms, False, call.spec, call.stream(1))
     if of_bias is not None:
         blocks = blocks_of(gradient, (0, *range(2, gradient.dim())))
@@ -330,13 +333,14 @@ def _perturb_weight_gradient(
     y: torch.Tensor,
     gradient: torch.Tensor,
     x: torch.Tensor,
+    energy: torch.Tensor | None,
     geometry: Geometry,
     spec: RoundingSpecification,
     stream: int,
 ) -> None:
-    """Perturb the gradient (O, C, KX, KY, KZ) of (N, O, X, Y, Z) and (N, C, X', Y', Z') in place.
+    """Perturb the gradient (O, C, KX, KY, KZ) of (N, O, X, Y, Z) and (N, C, X', Y', Z').
 
-    The energy of each pair of channels is that of the tap in the middle, from some voxels. What the partial sums of
+    If it is not given, the energy of each pair of channels is that of the tap in the middle, from some voxels. What the partial sums of
     some pairs drift beyond a bridge counts for all.
     """
     middle = [k // 2 for k in y.shape[2:]]
@@ -344,19 +348,30 @@ def _perturb_weight_gradient(
     n_terms = gradient.numel() // gradient.shape[1]
     if not rows.shape[1]:
         return round_(y, spec, stream)
-    squares = rows.float().square() @ others.float().square().T
-    scale = n_terms / rows.shape[1]
-    energy = squares.double() * scale
+    # Share of the terms of each tap that lie on the image
+    inside = torch.ones((), device=y.device, dtype=torch.float64)
+    for axis, size in enumerate(y.shape[2:]):
+        first, stop = zip(*(_overlap(tap, axis, geometry, gradient, x) for tap in range(size)), strict=True)
+        share = (torch.tensor(stop) - torch.tensor(first)).clamp_min(0).to(inside) / gradient.shape[2 + axis]
+        inside = inside * share.reshape([-1 if d == axis else 1 for d in range(3)])
+    if energy is None:
+        middle_energy = rows.float().square() @ others.float().square().T
+        energy = middle_energy.double()[:, :, None, None, None] * (n_terms / rows.shape[1]) * inside
     quadratic, linear = bridge_variances(n_terms, spec)
     a, b = (_numpy(t[:_PAIRS]).astype("f8") for t in (rows, others.double()))
     blocks = blocks_of_products(a, b.T)
     share, drift = _drift(blocks, step)
     if spec.rounds_exact:
         share = 1.0
-    deviation = share * (
-        quadratic * y.double().square() + linear * (1 + drift) * energy[:, :, None, None, None]
-    )
-    return perturb_(y, deviation.sqrt_(), spec, stream)
+    variance = quadratic * y.double().square() + linear * (1 + drift) * energy.double().clamp_min(0)
+    return perturb_(y, (share * (1.0 if spec.rounds_exact else inside) * variance).sqrt(), spec, stream)
+
+
+def _overlap(tap: int, axis: int, geometry: Geometry, gradient: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
+    """Voxels of a convolution's result, from first to stop, for which a tap lies on the image."""
+    start, stride = tap * geometry.dilation[axis] - geometry.padding[axis], geometry.stride[axis]
+    stop = min(gradient.shape[2 + axis], (x.shape[2 + axis] - 1 - start) // stride + 1)
+    return max(0, -(start // stride)), stop
 
 
 def _voxels(gradient, x, tap, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -365,9 +380,9 @@ def _voxels(gradient, x, tap, geometry: Geometry) -> tuple[torch.Tensor, torch.T
     n_terms = gradient.numel() // gradient.shape[1]
     every = max(1, round((n_terms / _VOXELS) ** (1 / 3))) if n_terms > _VOXELS else 1
     for axis, offset in enumerate(tap):
-        size, n, stride = x.shape[2 + axis], gradient.shape[2 + axis], geometry.stride[axis]
+        n, stride = gradient.shape[2 + axis], geometry.stride[axis]
         start = offset * geometry.dilation[axis] - geometry.padding[axis]
-        first, stop = max(0, -(start // stride)), min(n, (size - 1 - start) // stride + 1)
+        first, stop = _overlap(offset, axis, geometry, gradient, x)
         if stop <= first:
             return gradient.new_empty(gradient.shape[1], 0), x.new_empty(x.shape[1], 0), 1.0
         step = every if n >= 2 * every else 1

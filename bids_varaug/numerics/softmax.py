@@ -62,9 +62,14 @@ def softmax(call: Call, result: torch.Tensor) -> None:
         return
     rows = moved.reshape(-1, moved.shape[-1])
     values = rows.numpy()
+    x = call.given["self"].to(result.dtype)
+    inputs = x.movedim(dim, -1).reshape(rows.shape) if result.dim() else x.reshape(1, 1)
     how = last_rounding(call.spec, result.dtype)
     with torch_threads():
-        _softmax_rows(values, is_log, _deviations(call.spec, values.shape[1]), np.uint64(call.stream()), how)
+        _softmax_rows(
+            values, inputs.numpy(), is_log, call.spec.rounds_exact,
+            _deviations(call.spec, values.shape[1]), np.uint64(call.stream()), how,
+        )  # fmt: skip
     if rows.data_ptr() != moved.data_ptr():
         moved.copy_(rows.reshape(moved.shape))
 
@@ -81,48 +86,37 @@ def _exp2(x):
 
 
 @compiled(forceinline=True)
-def _log2(x):
-    """log2(x) to 2e-3 for positive x; -127 for 0."""
-    bits = bits_of(np.float32(x))
-    exponent = np.float32(np.int32(bits >> np.int32(23)) - np.int32(127))
-    m = float_of(np.int32(np.int32(bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)))
-    inner = np.float32(np.float32(-1.02963) + m * np.float32(0.15394))
-    return np.float32(exponent + np.float32(np.float32(-2.13396) + m * np.float32(np.float32(3.01098) + m * inner)))
-
-
-@compiled(forceinline=True)
 def _ulp(x):
     """2^e of x = m 2^e, 0.5 <= m < 1."""
     return np.float32(2) * float_of(np.int32(bits_of(np.float32(x)) & np.int32(0x7F800000)))
 
 
 @compiled()
-def _softmax_row(y, is_log, of, key, how, distance, power, relative):
+def _softmax_row(y, x, is_log, rounds_exact, of, key, how, distance, power, relative):
     """One row; the last three arrays are working memory of its length, float32."""
     first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
     n, zero = y.size, like(0, how.width)
-    top = y[0]
+    top, largest = y[0], x[0]
     for i in range(1, n):
-        top = max(top, y[i])
-    if is_log:
-        for i in range(n):
-            distance[i] = np.float32(y[i] - top)
-            power[i] = _exp2(distance[i] * np.float32(1.4426950408889634))
-    else:  # q = exp(x - max) = p / max(p)
-        inverse = np.float32(1) / np.float32(top)
-        for i in range(n):
-            power[i] = np.float32(np.float32(y[i]) * inverse)
-            distance[i] = _log2(power[i]) * np.float32(0.6931472)
-    shared = np.float32(0)
+        top, largest = max(top, y[i]), max(largest, x[i])
+    for i in range(n):
+        difference = like(x[i] - largest, zero)
+        distance[i] = np.float32(difference)
+        power[i] = _exp2(distance[i] * np.float32(1.4426950408889634))
+        # What the difference rounds away, as a fraction f of an ulp: the variance is f (1 - f), on average 1/6
+        shift = like(difference - x[i], zero)
+        lost = np.float32(abs(like(x[i] - like(difference - shift, zero), zero) - like(largest + shift, zero)))
+        fraction = lost / max(_ulp(distance[i]) * np.float32(how.ulp * like(0.5, zero)), np.float32(1e-38))
+        share = np.sqrt(max(np.float32(6) * fraction * (np.float32(1) - fraction), np.float32(0)))
+        relative[i] = np.float32(1) if rounds_exact else share
     for i in range(n):
         word = random_word(np.uint32(2 * i), first, second)
-        of_distance = of.of_ulp * _ulp(distance[i]) * np.float32(byte_sum(word))
+        of_distance = of.of_ulp * _ulp(distance[i]) * relative[i] * np.float32(byte_sum(word))
         both = np.float32(of_distance + of.of_value * np.float32(byte_sum(next_word(word, first))))
         inexact = np.float32(1) if distance[i] != np.float32(0) else np.float32(0)
         relative[i] = (of_distance if is_log else both) * inexact
         distance[i] = power[i] * both * inexact
-    total, squares = np.float32(power[0]), np.float32(0)
-    shared = distance[0]
+    total, squares, shared = np.float32(power[0]), np.float32(0), np.float32(distance[0])
     for i in range(1, n):
         total += power[i]
         squares += np.float32(total * total)
@@ -144,13 +138,15 @@ def _softmax_row(y, is_log, of, key, how, distance, power, relative):
 
 
 @compiled(parallel=True)
-def _softmax_rows(y, is_log, of, stream, how):
+def _softmax_rows(y, x, is_log, rounds_exact, of, stream, how):
     n = y.shape[1]
     for task in prange((len(y) + _ROWS - 1) // _ROWS):
         memory = np.empty((3, n), np.float32)
         for row in range(task * _ROWS, min(len(y), (task + 1) * _ROWS)):
             key = chunk_key(stream, row)
-            _softmax_row(y[row], is_log, of, key, how, memory[0], memory[1], memory[2])
+            _softmax_row(
+                y[row], x[row], is_log, rounds_exact, of, key, how, memory[0], memory[1], memory[2]
+            )
 
 
 def _perturb_with_torch(y: torch.Tensor, is_log: bool, call: Call) -> None:
