@@ -26,13 +26,15 @@ from tests.numerics.reference import Arithmetic
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]
 
-RANDOM, POSITIVE, SHUFFLED, IN_ORDER, IMAGE, OFFSET = KINDS = (
+RANDOM, POSITIVE, SHUFFLED, IN_ORDER, IMAGE, OFFSET, BLOB, SPARSE = KINDS = (
     "random",  # standard normal
     "positive",  # uniform in (0, 1)
     "cancelling, shuffled",  # sums a thousandth of their terms' sum, or less; terms in any order
     "cancelling, in order",  # the same, all positive terms first
     "image",  # of a head, for several channels: its convolution, normalised and rectified
     "offset",  # normal, mean 30 standard deviations away from 0
+    "blob",  # of convolutions: a dark image with a cube that is a thousand times brighter
+    "sparse",  # of convolutions: most numbers are 0
 )
 CANCELLING = 1e-3  # how much the negative terms differ from the positive ones
 NORM_SHAPE = (64, 10, 10, 10)
@@ -159,6 +161,17 @@ def cancelling(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.nda
     """Positive numbers and almost their negatives."""
     terms = rng.uniform(size=shape)
     return terms, -terms * (1 + CANCELLING * rng.normal(size=shape))
+
+
+def uneven(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Images (N, C, X, Y, Z): as `draw`, or with a bright cube of a quarter of the side, or mostly 0."""
+    if kind == SPARSE:
+        return rng.normal(size=shape) * (rng.uniform(size=shape) < 0.1)
+    x = draw(rng, RANDOM if kind == BLOB else kind, shape)
+    if kind == BLOB:
+        first, size = shape[-1] // 2, max(2, shape[-1] // 4)
+        x[(..., *[slice(first, first + size)] * 3)] *= 1000
+    return x
 
 
 def sparse(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -335,9 +348,9 @@ def convolutions(images: Images) -> Iterator[Case]:
         ("conv3d weight gradient", weight_data, torch_weight_gradient, reference_weight_gradient),
     )
     for (operator, data, by_torch, by_reference), geometry, kind in itertools.product(
-        parts, GEOMETRIES, KINDS[:5]
+        parts, GEOMETRIES, (*KINDS[:5], BLOB, SPARSE)
     ):
-        if geometry in FEWER_KINDS and kind in (POSITIVE, SHUFFLED):
+        if geometry in FEWER_KINDS and kind in (POSITIVE, SHUFFLED, BLOB):
             continue
         side = weight_side(geometry) if data is weight_data else geometry.side
         yield Case(
@@ -392,7 +405,7 @@ def forward_data(images: Images, kind: str, geometry: Geometry) -> Arrays:
     elif kind in (SHUFFLED, IN_ORDER):
         x, weight = cancelling_factors(rng, kind, shape, kernels, (1, 1))
     else:
-        x, weight = draw(rng, kind, shape), draw(rng, kind, kernels)
+        x, weight = uneven(rng, kind, shape), draw(rng, kind if kind == POSITIVE else RANDOM, kernels)
     places = sample(rng, (1, geometry.others, *geometry.space), 256)
     arrays = {"x": x, "weight": weight, "places": places}
     return arrays | {"bias": rng.normal(size=geometry.others)} if geometry.k == 1 else arrays
@@ -424,7 +437,7 @@ def weight_data(images: Images, kind: str, geometry: Geometry) -> Arrays:
     elif kind in (SHUFFLED, IN_ORDER):
         x, gradient = cancelling_factors(rng, kind, shape, gradient_shape, (0, 0))
     else:
-        x, gradient = draw(rng, kind, shape), draw(rng, kind, gradient_shape)
+        x, gradient = uneven(rng, kind, shape), uneven(rng, SPARSE if kind == BLOB else kind, gradient_shape)
     weight = np.zeros((geometry.others, geometry.summed, *[geometry.k] * 3))
     places = sample(rng, weight.shape, 64)
     return {"gradient": gradient, "x": x, "weight": weight, "places": places}

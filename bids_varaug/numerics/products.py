@@ -340,8 +340,8 @@ def _perturb_weight_gradient(
 ) -> None:
     """Perturb the gradient (O, C, KX, KY, KZ) of (N, O, X, Y, Z) and (N, C, X', Y', Z').
 
-    If it is not given, the energy of each pair of channels is that of the tap in the middle, from some voxels. What the partial sums of
-    some pairs drift beyond a bridge counts for all.
+    If it is not given, the energy of each pair of channels is that of the tap in the middle, from some voxels. What the
+    partial sums of some pairs drift beyond a bridge counts for all.
     """
     middle = [k // 2 for k in y.shape[2:]]
     rows, others, step = _voxels(gradient, x, middle, geometry)
@@ -352,8 +352,8 @@ def _perturb_weight_gradient(
     inside = torch.ones((), device=y.device, dtype=torch.float64)
     for axis, size in enumerate(y.shape[2:]):
         first, stop = zip(*(_overlap(tap, axis, geometry, gradient, x) for tap in range(size)), strict=True)
-        share = (torch.tensor(stop) - torch.tensor(first)).clamp_min(0).to(inside) / gradient.shape[2 + axis]
-        inside = inside * share.reshape([-1 if d == axis else 1 for d in range(3)])
+        of_taps = (torch.tensor(stop) - torch.tensor(first)).clamp_min(0).to(inside) / gradient.shape[2 + axis]
+        inside = inside * of_taps.reshape([-1 if d == axis else 1 for d in range(3)])
     if energy is None:
         middle_energy = rows.float().square() @ others.float().square().T
         energy = middle_energy.double()[:, :, None, None, None] * (n_terms / rows.shape[1]) * inside
