@@ -49,6 +49,7 @@ import numba
 import numpy as np
 import scipy
 import torch
+
 from bids_varaug.numerics import MonteCarloArithmetic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the reference lies with the tests

@@ -28,6 +28,7 @@ from bids_varaug.numerics.specification import RoundingSpecification
 BLOCKS = 64  # of a sum, at most
 _MOST = 2**21  # blocks of all sums together
 _WIDTH = 256  # sums that one task handles side by side
+_THINNED = 4  # of the lines of long blocks of sums side by side, every so many tells energy and count
 _SMALL = 2**15  # terms below which waking other threads takes longer than the work
 
 
@@ -219,17 +220,21 @@ def _add_terms(x, other, has_other, centre, other_centre):
 
 
 @compiled(forceinline=True)
-def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, count):
-    """Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions."""
+def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, count, sparsely):
+    """The total alone, if `sparsely`. Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions."""
     for b in range(x.size):
         term = np.float64(x[b]) - centre[b]
         if has_other:
             term *= np.float64(other[b]) - other_centre[b]
         terms[b] = term
-    for b in range(x.size):
-        total[b] += terms[b]
-        energy[b] += terms[b] * terms[b]
-        count[b] += np.float64(terms[b] != 0)
+    if not sparsely:
+        for b in range(x.size):
+            total[b] += terms[b]
+            energy[b] += terms[b] * terms[b]
+            count[b] += np.float64(terms[b] != 0)
+    else:
+        for b in range(x.size):
+            total[b] += terms[b]
 
 
 def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centre, starts, found):
@@ -251,6 +256,7 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
             memory = np.zeros((6, together * width))
             terms, total, energy, count = memory[0], memory[1], memory[2], memory[3]
             middle, other_middle = memory[4], memory[5]
+            thins, seen = (stop - first) // together > 8 * _THINNED, 0
             for row in range(together):
                 middle[row * width : (row + 1) * width] = centre[a, left:right]
                 other_middle[row * width : (row + 1) * width] = other_centre[a, left:right]
@@ -258,14 +264,17 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
                 size = min(together, stop - i) * width
                 at, other_at = here + i * strides[1] + left, there + i * other_strides[1] + left
                 line = x[at : at + size]
+                skips = thins and (i - first) // together % _THINNED > 0
+                seen += 0 if skips else min(together, stop - i)
                 if has_other:
                     other_line = other[other_at : other_at + size]
-                    _add_row(line, other_line, True, middle, other_middle, terms, total, energy, count)
+                    _add_row(line, other_line, True, middle, other_middle, terms, total, energy, count, skips)
                 else:
-                    _add_row(line, line, False, middle, other_middle, terms, total, energy, count)
+                    _add_row(line, line, False, middle, other_middle, terms, total, energy, count, skips)
             for k in range(3):
+                scale = (stop - first) / seen if k > 0 else 1.0
                 for row in range(together):
-                    sums[k, left:right] += memory[1 + k, row * width : (row + 1) * width]
+                    sums[k, left:right] += memory[1 + k, row * width : (row + 1) * width] * scale
         else:
             for c in range(left, right):
                 at, other_at = here + c * strides[2], there + c * other_strides[2]
