@@ -48,7 +48,7 @@ def bridge(n_terms: float, lanes: int = 1) -> tuple[float, float]:
     --------
     >>> a, b = bridge(1000)
     >>> round(a / 1000, 3), round(b / 1000, 3)
-    (0.332, 0.167)
+    (0.333, 0.167)
     """
     lanes = max(1, min(lanes, int(n_terms)))
     k = max(n_terms / lanes, 1.0)
@@ -221,7 +221,10 @@ def _add_terms(x, other, has_other, centre, other_centre):
 
 @compiled(forceinline=True)
 def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, count, sparsely):
-    """The total alone, if `sparsely`. Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions."""
+    """Add a line to the totals, and to the rest unless `sparsely`.
+
+    Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions.
+    """
     for b in range(x.size):
         term = np.float64(x[b]) - centre[b]
         if has_other:
