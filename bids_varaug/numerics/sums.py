@@ -169,7 +169,7 @@ def blocks_of(
         values = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else values
         return np.ascontiguousarray(np.reshape(values, (outer, inner)), "f8")
 
-    n_blocks = max(1, min(BLOCKS, n_terms, _MOST // max(outer * inner, 1)))
+    n_blocks = max(1, min(BLOCKS, n_terms, max(24, n_terms // 128), _MOST // max(outer * inner, 1)))
     starts = np.arange(n_blocks + 1) * n_terms // n_blocks
     tensors = [stacked(t) for t in (x, other) if t is not None]
     centres = flat(centre), flat(other_centre)
