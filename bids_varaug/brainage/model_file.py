@@ -91,7 +91,7 @@ def load_model(path: Path) -> BrainAgeModel:
     ------
     ModelError
         If it is damaged, of another format, made with another scikit-learn (major or minor version, which may predict
-        otherwise), or holds other types, which are named; a NoInputError if it is not there.
+        otherwise), or holds other types, which are named; a NoInputError if there is none.
     """
     path = Path(path)
     if not path.is_file():

@@ -74,7 +74,7 @@ def read_root(output_dir: Path) -> Origin:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         made = [by for by in content["GeneratedBy"] if by["Name"] == TOOL]
     except FileNotFoundError as error:
-        raise NoInputError(f"{path}: is not there. Give the output directory of the participant level.") from error
+        raise NoInputError(f"{path} does not exist. Give the output directory of the participant level.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TableError(f"{path}: damaged, or without GeneratedBy ({error!r}). {REDO}") from error
     if not made:
@@ -86,7 +86,7 @@ def read_root(output_dir: Path) -> Origin:
             "everybody with one version, into a directory of its own."
         )
     if not table_path.is_file():
-        raise TableError(f"{table_path}: is not there, and without it nobody knows which ensemble this is. {REDO}")
+        raise TableError(f"{table_path} does not exist; it says which ensemble made these files. {REDO}")
     table = read_text_table(table_path)
     missing = [c for c in ("desc_id", "sha256") if c not in table.columns]
     if missing:

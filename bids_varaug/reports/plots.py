@@ -121,7 +121,7 @@ def draw_gains(gains: pd.DataFrame) -> str:
     rows = gains.set_index("augmentation")
     height = 1.2 + 0.46 * len(rows)
     figure = Figure(figsize=(8.2, height))
-    axes = figure.add_axes((0.2, 0.6 / height, 0.47, 1 - 1.0 / height))
+    axes = figure.add_axes((0.31, 0.6 / height, 0.37, 1 - 1.0 / height))
     for y, (name, row) in enumerate(rows.iterrows()):
         color, marker, _ = LOOKS[str(name)]
         axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.4)

@@ -325,7 +325,7 @@ def test_outputs_of_nobody_are_no_input(derivatives, tmp_path):
 
 def test_missing_descriptions_are_an_error(derivatives, tmp_path):
     (tmp_path / "descriptions.tsv").unlink()
-    with pytest.raises(UserError, match="descriptions.tsv: is not there"):
+    with pytest.raises(UserError, match="descriptions.tsv does not exist"):
         derivatives.gather()
 
 

@@ -63,7 +63,7 @@ def test_babs_makes_a_command_line_that_our_parser_takes(level, config, root, tm
         command = command.replace(name, value)
     words = shlex.split(command)
     given = parser.build_parser().parse_args(words[words.index("/job/inputs/data/BIDS") :])
-    assert given.participant_labels == ["01"]
-    assert list(given.session_labels) == (["a"] if level == "session" else [])
+    assert given.participant_labels == ["sub-01"]  # `parse_settings` strips the prefixes
+    assert list(given.session_labels) == (["ses-a"] if level == "session" else [])
     assert str(given.output_dir) == "/job/outputs/bids_varaug"
     assert str(given.work_dir) == "/job/.git/tmp/wkdir"
