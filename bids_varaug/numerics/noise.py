@@ -23,7 +23,7 @@ from numba.np.numpy_support import as_dtype
 from numba.np.ufunc.parallel import get_thread_count
 
 from bids_varaug.machine import compiled
-from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification
+from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification, normal_dither
 
 GENERATOR = 2
 """Version of the streams: the same seed gives other bits under another one."""
@@ -99,6 +99,7 @@ class LastRounding(NamedTuple):
 
     kind: int
     width: np.floating  # of the dither, in numbers of the format
+    variance: np.floating  # of a dither that is one term of normal noise
     ulp: np.floating  # of 1
     step: np.integer  # from one number of the virtual precision to the next
     top: np.integer  # bits of the exponent
@@ -115,7 +116,8 @@ def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRoundi
     magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
     top, low = map(integer, EXPONENTS[dtype])
     ulp = real(2.0 ** (1 - spec.digits))
-    return LastRounding(kind, real(spec.width), ulp, integer(spec.step), top, low, magnitudes)
+    variance = real(normal_dither(spec.rounded_variance) if spec.width else 0.0)
+    return LastRounding(kind, real(spec.width), variance, ulp, integer(spec.step), top, low, magnitudes)
 
 
 def like(value: Any, template: Any) -> Any:
@@ -233,21 +235,35 @@ def _round_array(bits, fractions, stream, how):
 
 @compiled(fastmath={"contract"}, forceinline=True)
 def _noise_chunk(y, other, columns, roots, first, second, kind, has_roots, has_other, how):
-    alpha, offset, beta, slope, intercept = columns[0], columns[1], columns[2], columns[3], columns[4]
-    zero = like(0, how.width)
+    """Noise of one chunk. Dither is one more term of the variance: a second hash would take longer than the root."""
+    quadratic, offset, linear, slope, intercept = columns[0], columns[1], columns[2], columns[3], columns[4]
+    one, step = like(1, how.width), how.step
+    unit, dither = like(2 * how.ulp, one), like(how.variance * like(1 / _BYTES_SD**2, one), one)
     for i in range(y.size):
-        word = random_word(i, first, second)
-        noise = alpha[i] * (y[i] - offset[i]) * like(byte_sum(word), zero)
+        word, distance = random_word(i, first, second), like(y[i] - offset[i], one)
+        # Squares of numbers divided by the largest one's power of two (halved, or that of 2^127 would be subnormal)
+        # neither overflow nor vanish
+        own = like(bits_of(y[i]) & how.top, step)
+        highest = max(own, like(bits_of(distance) & how.top, step))
         if has_roots:
-            word = next_word(word, first)
-            noise += beta[i] * roots[i] * like(byte_sum(word), zero)
+            highest = max(highest, like(bits_of(roots[i]) & how.top, step))
+        inverse = float_of(like(like(how.top - like(how.low << 1, step), step) - highest, step))
+        power, distance = like(float_of(own) * inverse, one), like(distance * inverse, one)
+        variance = like(quadratic[i] * distance * distance, one) + like(dither * power * power, one)
+        if has_roots:
+            root = like(roots[i] * inverse, one)
+            variance += like(linear[i] * root * root, one)
+        spread = like(np.sqrt(variance) * like(byte_sum(word), one), one)
+        noise = like(spread * like(float_of(highest) * unit, one), one)
         if has_other:
             noise += slope[i] * other[i] + intercept[i]
-        bits, moved = bits_of(y[i]), bits_of(like(y[i] + noise, zero))
+        bits, moved = bits_of(y[i]), bits_of(like(y[i] + noise, one))
         # Infinity and NaN stay, and finite numbers stay finite
         finite = like(like(moved & how.top, bits) != how.top, bits)
         moved = like(bits + like(like(moved - bits, bits) & like(-finite, bits), bits), bits)
-        y[i] = float_of(rounded(moved, next_word(word, second), zero, kind, how))
+        if kind != DITHER:
+            moved = rounded(moved, next_word(word, second), like(0, one), kind, how)
+        y[i] = float_of(moved)
 
 
 @compiled()
@@ -375,11 +391,11 @@ class ChannelNoise:
     companion: torch.Tensor | None = None
 
     def columns(self) -> np.ndarray:
-        """(5, C) float64: root of quadratic, offset, root of linear, slope, intercept; 0 for None."""
+        """(5, C) float64: quadratic, offset, linear, slope, intercept; 0 for None."""
         given = (self.quadratic, self.offset, self.linear, self.slope, self.intercept)
         zeros = np.zeros(len(self.quadratic))
         columns = np.stack([zeros if v is None else v for v in given])
-        columns[[0, 2]] = np.sqrt(np.maximum(columns[[0, 2]], 0))
+        columns[[0, 2]] = np.maximum(columns[[0, 2]], 0)
         return columns
 
 
@@ -440,8 +456,8 @@ def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, spec: RoundingSpecif
     dense = ordered.contiguous()
     values, roots = dense.reshape(-1).numpy(), deviation.permute(order).reshape(-1).numpy()
     columns = np.zeros((5, 1), values.dtype)
-    columns[2] = 1 / _BYTES_SD
     how = last_rounding(spec, tensor.dtype)
+    columns[2] = 1 / (_BYTES_SD * how.ulp) ** 2
     _memory_noise(values, values[:0], columns, roots, 1, values.size, False, np.uint64(stream), how)
     if dense is not ordered:
         ordered.copy_(dense)
@@ -462,10 +478,11 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
     y = tensor.detach()
     if y.device.type != "cpu":
         of_channels = torch.as_tensor(noise.columns(), dtype=y.dtype, device=y.device)
-        alpha, offset, beta, slope, intercept = of_channels.reshape(5, 1, -1, 1, 1, 1)
-        deviation = alpha * (y - offset).abs()
+        quadratic, offset, linear, slope, intercept = of_channels.reshape(5, 1, -1, 1, 1, 1)
+        deviation = quadratic.sqrt() * (y - offset).abs()
         if noise.energy is not None:
-            deviation = torch.hypot(deviation, beta * noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype))
+            roots = noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype)
+            deviation = torch.hypot(deviation, linear.sqrt() * roots)
         common = slope * (y if noise.companion is None else noise.companion) + intercept
         torch_perturb_(tensor, deviation, common, spec, stream)
         return
@@ -474,7 +491,8 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
     dense = y if channels_last else y.contiguous()
     values = dense.movedim(1, -1).reshape(-1).numpy() if channels_last else dense.reshape(-1).numpy()
     columns, n_columns = noise.columns(), y.shape[1]
-    columns[[0, 2]] /= _BYTES_SD
+    how = last_rounding(spec, y.dtype)
+    columns[[0, 2]] /= (_BYTES_SD * float(how.ulp)) ** 2
     roots = companion = values[:0]
     if noise.energy is not None:
         roots = noise.energy.clamp_min(0).sqrt_().to(y.dtype).reshape(-1).numpy()
@@ -486,7 +504,6 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
     if channels_last:  # several voxels at once
         columns = np.tile(columns, max(1, _CHUNK // n_columns))
         length = columns.shape[1]
-    how = last_rounding(spec, y.dtype)
     _memory_noise(
         values, companion, columns.astype(values.dtype), roots, n_columns, length, channels_last, np.uint64(stream), how
     )

@@ -9,6 +9,7 @@ s = gradient scale: ``dx = r ((s - total(s) / n) - h total(s h) / n)``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,8 +102,14 @@ def _errors_of_statistics(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Errors of the mean and, relative, of the inverse standard deviation of groups (R, n); one draw a group."""
     n = max(rows.shape[1], 1)
-    total = blocks_of(rows, (1,)).variance(spec, spec.of_operand)
-    squares = blocks_of(rows, (1,), rows, mean, mean).variance(spec, spec.of_product)
+    distances = blocks_of(rows, (1,), centre=mean)
+    sizes = distances.sizes[:, None]
+    energies = distances.energies + 2 * mean * distances.totals + sizes * mean**2
+    total = replace(distances, totals=distances.totals + sizes * mean, energies=energies)
+    total = total.variance(spec, spec.of_operand)
+    # Of the squares themselves only their sums matter much: their own squares are taken for those of normal numbers
+    squares = replace(distances, totals=distances.energies, energies=3 * distances.energies**2 / sizes)
+    squares = squares.variance(spec, spec.of_product)
     # The total's own last rounding, and that of the division
     of_mean = np.sqrt(total / n**2 + 2 * spec.per_energy * spec.of_result * mean**2) * draws(stream, mean.shape)
     return of_mean, _error_of_inverse(squares / n**2, 1 / inverse**2, spec, stream)

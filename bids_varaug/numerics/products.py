@@ -17,12 +17,20 @@ import torch
 from bids_varaug.numerics.call import Call, image_of
 from bids_varaug.numerics.noise import ChannelNoise, perturb_, perturb_channels_, round_
 from bids_varaug.numerics.specification import RoundingSpecification
-from bids_varaug.numerics.sums import Blocks, blocks_of, blocks_of_products, bridge_variances, energies
+from bids_varaug.numerics.sums import (
+    Blocks,
+    PartialSums,
+    blocks_of,
+    blocks_of_products,
+    bridge_variances,
+    energies,
+    partial_sums,
+)
 
 DIRECT = 2**16  # multiply-adds of an operator whose partial sums are all computed
 _DIRECT_IMAGES = 2**19  # the same of a convolution, which comes less often
 _SAMPLED = 2**16  # of a sample
-_VOXELS = 2**14  # of a weight gradient, whose energies are computed
+_VOXELS = 2**13  # of a weight gradient, whose energies are computed
 _FEW = 2**12  # terms of a weight gradient whose energies are computed for each element
 _PAIRS = 16  # channels on either side of a weight gradient whose partial sums are looked at
 
@@ -90,60 +98,60 @@ def perturb_product(
     if not m * n * k:
         return
     if m * n * k <= DIRECT:
-        blocks = blocks_of_products(_numpy(a), _numpy(b))
-        deviation = np.sqrt(_with_bias(blocks, blocks.totals.sum(0), bias is not None, spec))
+        deviation = np.sqrt(_with_bias(partial_sums(_numpy(a), _numpy(b), spec), bias is not None, spec))
         perturb_(y, torch.from_numpy(deviation).to(y.device), spec, stream)
         return
-    rows, columns = _sample(np.random.default_rng(stream), (m, n), k)
-    of_rows, of_columns = _row_energies(a), _row_energies(b.T).cpu().numpy() / k
-    blocks = blocks_of_products(_some(a, rows), _some(b.T, columns).T)
-    factor = _factor(blocks, _some(of_rows, rows)[:, None] * of_columns[columns], k, n, spec)
+    rows, columns = _sample((m, n), k, stream)
+    of_rows, of_columns = _row_energies(a), _row_energies(b.T) / k
+    sums = partial_sums(_some(a, rows), _some(b.T, columns).T, spec)
+    seen = _some(of_rows, rows)[:, None] * _some(of_columns, columns)
+    factor = _factor(sums, seen, k, n, spec)
     quadratic, linear = bridge_variances(k, spec)
-    offset = None
-    if bias is not None:
-        quadratic += spec.per_energy * spec.of_partial_sum
-        offset = _numpy(bias[0]).astype("f8") if bias.stride(0) == 0 else None
-    if bias is not None and offset is None:
-        columns_of = torch.from_numpy(linear * of_columns * factor).to(y.device)
-        scale = torch.as_tensor(factor, device=y.device) * quadratic
-        variance = scale * (y - bias).double().square() + of_rows[:, None] * columns_of
-        perturb_(y, variance.sqrt(), spec, stream)
+    quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
+    if bias is not None and bias.stride(0) != 0:
+        variance = ((y - bias).double().square() * quadratic).addcmul_(of_rows[:, None], of_columns, value=linear)
+        perturb_(y, variance.mul_(torch.from_numpy(factor).to(y.device)).sqrt_(), spec, stream)
         return
-    noise = ChannelNoise(factor * quadratic, factor * linear * of_columns, offset, of_rows.reshape(1, -1, 1, 1))
+    offset = None if bias is None else _numpy(bias[0]).astype("f8")
+    linears = factor * linear * _numpy(of_columns)
     dense = y.contiguous()
+    noise = ChannelNoise(factor * quadratic, linears, offset, of_rows.reshape(1, -1, 1, 1))
     perturb_channels_(dense.view(1, m, n).movedim(2, 1)[..., None, None], noise, spec, stream)
     if dense is not y:
         y.copy_(dense)
 
 
 def _row_energies(a: torch.Tensor) -> torch.Tensor:
-    """(M, K) -> (M,): sums of squares, read as they lie in memory."""
+    """(M, K) -> (M,) float64: sums of squares, read as they lie in memory."""
     weights = np.ones(a.shape[1])
     return energies(a.T[None], weights)[0] if a.stride(0) == 1 else energies(a[:, :, None], weights)[:, 0]
 
 
-def _with_bias(blocks: Blocks, total: np.ndarray, has_bias: bool, spec: RoundingSpecification) -> np.ndarray:
+def _with_bias(sums: PartialSums, has_bias: bool, spec: RoundingSpecification) -> np.ndarray:
     """Variance without the last rounding; with a bias the sum of products is one more partial sum."""
-    variance = blocks.variance(spec, spec.of_product)
-    return variance + spec.per_energy * spec.of_partial_sum * total**2 if has_bias else variance
+    variance = sums.variance(spec)
+    return variance + spec.per_energy * spec.of_partial_sum * sums.totals**2 if has_bias else variance
 
 
-def _sample(rng: np.random.Generator, shape: tuple[int, int], n_terms: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a matrix product whose partial sums are looked at."""
+def _sample(shape: tuple[int, int], n_terms: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a matrix product whose partial sums are looked at, spread evenly from a random place on."""
     at_once = max(_SAMPLED // n_terms, 1)
-    n_rows = min(shape[0], 32, max(8, at_once // shape[1]))
-    n_columns = min(shape[1], max(at_once // n_rows, 8))
-    columns = np.arange(n_columns)
-    if n_columns < shape[1]:
-        columns = rng.choice(shape[1], n_columns, replace=False, shuffle=False)
-    return rng.integers(0, shape[0], n_rows), columns
+    n_rows = min(shape[0], 32, max(16, at_once // shape[1]))
+    n_columns = min(shape[1], max(at_once // n_rows, 4))
+    start = stream % 2**16 / 2**16
+    rows, columns = (
+        ((np.arange(size) + start) * n / size).astype(np.int64)
+        for n, size in zip(shape, (n_rows, n_columns), strict=True)
+    )
+    return rows, columns
 
 
-def _factor(blocks: Blocks, energy: np.ndarray, n_terms: float, n_out: int, spec: RoundingSpecification) -> np.ndarray:
+def _factor(
+    sums: PartialSums, energy: np.ndarray, n_terms: float, n_out: int, spec: RoundingSpecification
+) -> np.ndarray:
     """What the variance by the bridge is to be multiplied by: of each column, or of all together, (n_out,)."""
     quadratic, linear = bridge_variances(n_terms, spec)
-    truth = blocks.variance(spec, spec.of_product)
-    model = quadratic * blocks.totals.sum(0) ** 2 + linear * energy
+    truth, model = sums.variance(spec), quadratic * sums.totals**2 + linear * energy
     if truth.shape[1] == n_out:
         return _ratio(truth.sum(0), model.sum(0))
     return np.full(n_out, _ratio(truth.sum(), model.sum()))
@@ -221,16 +229,15 @@ def _perturb_convolution(
     n_out, n_terms = y.shape[1], weight[0].numel()
     n_voxels = y.numel() // n_out
     is_small = y.numel() * n_terms <= _DIRECT_IMAGES
-    rng, voxels, channels = np.random.default_rng(stream), np.arange(n_voxels), np.arange(n_out)
+    voxels, channels = np.arange(n_voxels), np.arange(n_out)
     if not is_small:
-        voxels, channels = _sample(rng, (n_voxels, n_out), n_terms)
+        voxels, channels = _sample((n_voxels, n_out), n_terms, stream)
     places = np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
     chosen = weight if len(channels) == n_out else weight[torch.from_numpy(channels).to(weight.device)]
-    blocks = blocks_of_products(
-        _patches(x, places, weight.shape[2:], geometry), _numpy(chosen.reshape(len(channels), -1).T)
-    )
+    patches = _patches(x, places, weight.shape[2:], geometry)
+    sums = partial_sums(patches, _numpy(chosen.reshape(len(channels), -1).T), spec)
     if is_small:
-        variance = _with_bias(blocks, blocks.totals.sum(0), bias is not None, spec)
+        variance = _with_bias(sums, bias is not None, spec)
         deviation = np.moveaxis(np.sqrt(variance).reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
         perturb_(y, torch.from_numpy(np.ascontiguousarray(deviation)).to(y.device), spec, stream)
         return
@@ -241,7 +248,7 @@ def _perturb_convolution(
     energy = _window_sums(_channel_energy(x, of_inputs.cpu().numpy()), weight.shape[2:], geometry, y.shape[2:])
     of_outputs = (squares / of_inputs.reshape(1, -1, 1, 1, 1)).mean((1, 2, 3, 4)).cpu().numpy()
     seen = energy.reshape(-1)[torch.from_numpy(voxels).to(energy.device)].cpu().numpy()
-    factor = _factor(blocks, seen[:, None] * of_outputs[channels], n_terms, n_out, spec)
+    factor = _factor(sums, seen[:, None] * of_outputs[channels], n_terms, n_out, spec)
     offset = None if bias is None else _numpy(bias).astype("f8")
     noise = ChannelNoise(factor * quadratic, factor * linear * of_outputs, offset, energy)
     perturb_channels_(y, noise, spec, stream)
@@ -356,15 +363,15 @@ def _perturb_weight_gradient(
         inside = inside * of_taps.reshape([-1 if d == axis else 1 for d in range(3)])
     if energy is None:
         middle_energy = rows.float().square() @ others.float().square().T
-        energy = middle_energy.double()[:, :, None, None, None] * (n_terms / rows.shape[1]) * inside
+        energy = middle_energy.double().mul_(n_terms / rows.shape[1])[:, :, None, None, None] * inside
     quadratic, linear = bridge_variances(n_terms, spec)
-    a, b = (_numpy(t[:_PAIRS]).astype("f8") for t in (rows, others.double()))
-    blocks = blocks_of_products(a, b.T)
+    blocks = blocks_of_products(_numpy(rows[:_PAIRS].double()), _numpy(others[:_PAIRS].double()).T)
     share, drift = _drift(blocks, step)
-    if spec.rounds_exact:
-        share = 1.0
-    variance = quadratic * y.double().square() + linear * (1 + drift) * energy.double().clamp_min(0)
-    return perturb_(y, (share * (1.0 if spec.rounds_exact else inside) * variance).sqrt(), spec, stream)
+    variance, exact = energy.double().clamp_min_(0).mul_(linear * (1 + drift)), y.detach().double()
+    variance.addcmul_(exact, exact, value=quadratic)
+    if not spec.rounds_exact:
+        variance.mul_(share * inside)
+    return perturb_(y, variance.sqrt_(), spec, stream)
 
 
 def _overlap(tap: int, axis: int, geometry: Geometry, gradient: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
@@ -417,7 +424,7 @@ def _drift(blocks: Blocks, step: float) -> tuple[float, float]:
 
 
 def _some(tensor: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-    return _numpy(tensor.detach()[torch.from_numpy(rows).to(tensor.device)])
+    return _numpy(tensor.detach().index_select(0, torch.from_numpy(rows).to(tensor.device)))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,28 +94,78 @@ class Blocks:
         spec : how instructions round
         of_term : variance per term: `of_product` of the specification, or `of_operand` where terms are given
         """
-        with np.errstate(invalid="ignore", over="ignore"):  # infinite terms: their sums stay as they are
-            return self._variance(spec, of_term)
+        shape, lanes = self.totals.shape[1:], max(1, min(spec.lanes, int(self.sizes.sum())))
+        blocks = [np.ascontiguousarray(v).reshape(len(self.sizes), -1) for v in (self.totals, self.energies, self.counts)]
+        squares, energy = _add_paths(*blocks, self.sizes, lanes, spec.rounds_exact)
+        return (spec.per_energy * (spec.of_partial_sum * squares + of_term * energy)).reshape(shape)
 
-    def _variance(self, spec: RoundingSpecification, of_term: float) -> np.ndarray:
-        n = self.sizes.reshape(-1, *[1] * (self.totals.ndim - 1))
-        end, lanes = np.cumsum(self.totals, 0), min(spec.lanes, int(self.sizes.sum()))
-        start, step = end - self.totals, self.totals
-        squares = n * start**2 + start * step * (n + 1) + step**2 * ((n + 1) * (2 * n + 1) / (6 * n))
-        squares += np.maximum(self.energies - step**2 / n, 0) * ((n + 1) / 6)
-        energy = self.energies.sum(0)
-        if lanes > 1:  # each lane has its share of what came before, and a part of its own
-            before = np.cumsum(self.energies, 0) - self.energies / 2
-            squares = (squares + (lanes - 1) * n * before) / lanes**2
-        if not spec.rounds_exact:
-            squares *= self.counts / n
-        total = squares.sum(0)
+
+@compiled()
+def _add_paths(totals, energies, counts, sizes, lanes, rounds_exact):
+    """Squares of all partial sums but the last, and energies, of sums given by their blocks (B, M)."""
+    squares, energy, ends = np.zeros((3, totals.shape[1]))
+    for block in range(len(sizes)):
+        n = sizes[block]
+        for i in range(ends.size):
+            start, step, own = ends[i], totals[block, i], energies[block, i]
+            square = n * start * start + start * step * (n + 1) + step * step * ((n + 1) * (2 * n + 1) / (6 * n))
+            square += max(own - step * step / n, 0.0) * ((n + 1) / 6)
+            if lanes > 1:  # each lane has its share of what came before, and a part of its own
+                square = (square + (lanes - 1) * n * (energy[i] + own / 2)) / lanes**2
+            if not rounds_exact:
+                square *= counts[block, i] / n
+            squares[i] += square
+            ends[i] += step
+            energy[i] += own
+    joined = lanes // 2
+    while joined >= 1:
+        squares += ends**2 / joined + (1 - 1 / joined) * energy
+        joined //= 2
+    return np.maximum(squares - ends**2 - energy * (lanes / max(sizes.sum(), 1.0)), 0), energy
+
+
+class PartialSums(NamedTuple):
+    """Of sums of products, arrays (S, O) float64: squares of all partial sums but the last, of the terms, results."""
+
+    squares: np.ndarray
+    energy: np.ndarray
+    totals: np.ndarray
+
+    def variance(self, spec: RoundingSpecification) -> np.ndarray:
+        """Variance of the sums without their last rounding."""
+        return spec.per_energy * (spec.of_partial_sum * self.squares + spec.of_product * self.energy)
+
+
+def partial_sums(a: np.ndarray, b: np.ndarray, spec: RoundingSpecification) -> PartialSums:
+    """Add up a matrix product as its instructions do, (S, K) times (K, O)."""
+    found = np.zeros((3, b.shape[1], len(a)))
+    lanes = max(1, min(spec.lanes, a.shape[1]))
+    _add_products(np.ascontiguousarray(a.T, "f8"), np.ascontiguousarray(b.T, "f8"), lanes, spec.rounds_exact, found)
+    return PartialSums(*found.swapaxes(1, 2))
+
+
+@compiled()
+def _add_products(a, b, lanes, rounds_exact, found):
+    sums = np.empty((lanes, a.shape[1]))
+    for column in range(len(b)):
+        squares, energy, totals = found[0, column], found[1, column], found[2, column]
+        sums[:] = 0
+        for k in range(len(a)):
+            own, factors, factor = sums[k % lanes], a[k], b[column, k]
+            is_sum = np.float64(k >= lanes)  # not the first term of its lane
+            for s in range(factors.size):
+                term = factor * factors[s]
+                own[s] += term
+                energy[s] += term * term
+                squares[s] += own[s] * own[s] * (is_sum if rounds_exact or term != 0 else 0.0)
         joined = lanes // 2
         while joined >= 1:
-            total += end[-1] ** 2 / joined + (1 - 1 / joined) * energy
+            for lane in range(joined):
+                sums[lane] += sums[lane + joined]
+                squares += sums[lane] ** 2
             joined //= 2
-        total -= end[-1] ** 2 + energy * (lanes / max(self.sizes.sum(), 1))
-        return spec.per_energy * (spec.of_partial_sum * np.maximum(total, 0) + of_term * energy)
+        totals[:] = sums[0]
+        squares[:] = np.maximum(squares - totals**2, 0)
 
 
 def blocks_of_products(a: np.ndarray, b: np.ndarray) -> Blocks:
@@ -169,13 +220,13 @@ def blocks_of(
         values = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else values
         return np.ascontiguousarray(np.reshape(values, (outer, inner)), "f8")
 
-    n_blocks = max(1, min(BLOCKS, n_terms, max(24, n_terms // 128), _MOST // max(outer * inner, 1)))
+    n_blocks = max(1, min(BLOCKS, n_terms // 8, max(24, n_terms // 512), _MOST // max(outer * inner, 1)))
     starts = np.arange(n_blocks + 1) * n_terms // n_blocks
     tensors = [stacked(t) for t in (x, other) if t is not None]
     centres = flat(centre), flat(other_centre)
     if x.device.type == "cpu":
         found = np.zeros((3, n_blocks, outer, inner))
-        flats, strides = zip(*(flat_view(t.numpy()) for t in tensors), strict=True)
+        flats, strides = zip(*(flat_view(t) for t in tensors), strict=True)
         run = _add_blocks_serial if x.numel() < _SMALL else _add_blocks_parallel
         with torch_threads():
             run(flats[0], flats[-1], strides[0], strides[-1], other is not None, *centres, starts, found)
@@ -199,11 +250,10 @@ def _split(x: torch.Tensor, kept: list[int], dims: tuple[int, ...]) -> tuple[lis
     return kept, []
 
 
-def flat_view(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The memory that an array looks at, from its first element on, and strides in elements."""
-    strides = np.array(x.strides, np.int64) // x.itemsize
-    extent = 1 + int(strides @ (np.array(x.shape) - 1)) if x.size else 0
-    return np.lib.stride_tricks.as_strided(x, (extent,), (x.itemsize,)), strides
+def flat_view(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The memory that a tensor looks at, from its first element on, and strides in elements."""
+    extent = 1 + sum(stride * (n - 1) for stride, n in zip(x.stride(), x.shape, strict=True)) if x.numel() else 0
+    return x.as_strided((extent,), (1,)).numpy(), x.stride()
 
 
 @compiled(fastmath={"reassoc"}, forceinline=True)
@@ -259,7 +309,7 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
             memory = np.zeros((6, together * width))
             terms, total, energy, count = memory[0], memory[1], memory[2], memory[3]
             middle, other_middle = memory[4], memory[5]
-            thins, seen = (stop - first) // together > 8 * _THINNED, 0
+            thins, seen = (stop - first) // together > 3 * _THINNED, 0
             for row in range(together):
                 middle[row * width : (row + 1) * width] = centre[a, left:right]
                 other_middle[row * width : (row + 1) * width] = other_centre[a, left:right]
@@ -348,10 +398,12 @@ def energies(x: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
     if x.device.type != "cpu":
         return torch.einsum("n,anc->ac", torch.as_tensor(weights, device=x.device), x.double().square())
     found = torch.empty(x.shape[0], x.shape[2], dtype=torch.float64)
-    run = _add_energies_serial if x.numel() < _SMALL else _add_energies_parallel
-    flat, strides = flat_view(x.numpy())
+    flat, strides = flat_view(x)
+    if x.numel() < _SMALL:
+        _add_energies_serial(flat, strides, np.ascontiguousarray(weights, "f8"), found.numpy())
+        return found
     with torch_threads():
-        run(flat, strides, np.ascontiguousarray(weights, "f8"), found.numpy())
+        _add_energies_parallel(flat, strides, np.ascontiguousarray(weights, "f8"), found.numpy())
     return found
 
 
