@@ -61,6 +61,39 @@ def logsumexp(self: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     return total.log() + (largest if keepdim or not self.dim() else largest.reshape(total.shape))
 
 
+def var_mean(
+    self: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Variance by the squares of distances from the mean."""
+    dims = dim or list(range(self.dim()))
+    mean, count = self.mean(dims, keepdim=True), math.prod(self.shape[d] for d in dims)
+    distance = self - mean
+    squares = distance * (distance.conj() if self.is_complex() else distance)
+    variance = squares.sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
+    return variance.real if self.is_complex() else variance, mean if keepdim else mean.sum(dims)
+
+
+def vector_norm(
+    self: Tensor, ord: float = 2, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """Root of the sum of powers; of complex numbers, by their magnitudes."""
+    x = self if dtype is None else self.to(dtype)
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else dim
+    if math.isinf(ord) or ord == 0 or not x.dim():
+        return NotImplemented
+    if ord == 2 and not x.is_complex():
+        return (x * x).sum(dims, keepdim=keepdim).sqrt()
+    total = (x.abs() if ord == 1 else x.abs() ** ord).sum(dims, keepdim=keepdim)
+    return total if ord == 1 else total ** (1 / ord)
+
+
+def norm(
+    self: Tensor, p: float | None = None, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """`vector_norm` under its older name."""
+    return torch.linalg.vector_norm(self, 2 if p is None else p, dim or None, keepdim, dtype=dtype)
+
+
 def cdist_forward(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
     """Norms of all differences."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
@@ -119,6 +152,13 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_softmax_backward_data": softmax_backward,
     "_log_softmax_backward_data": log_softmax_backward,
     "logsumexp": logsumexp,
+    "var_mean": var_mean,
+    "var": lambda *args, **kwargs: var_mean(*args, **kwargs)[0],
+    "std_mean": lambda *args, **kwargs: (var_mean(*args, **kwargs)[0].sqrt(), var_mean(*args, **kwargs)[1]),
+    "std": lambda *args, **kwargs: var_mean(*args, **kwargs)[0].sqrt(),
+    "linalg_vector_norm": vector_norm,
+    "norm": norm,
+    "_foreach_norm": lambda tensors, ord=2, dtype=None: [norm(tensor, ord, dtype=dtype) for tensor in tensors],
     "_cdist_forward": cdist_forward,
     "_cdist_backward": cdist_backward,
     "_pdist_forward": pdist_forward,
@@ -131,10 +171,21 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
 @cache
 def decomposition_of(func: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """What an operator consists of; None where nobody has written it down."""
-    name = func.overloadpacket.__name__
-    if name in WRITTEN_OUT and func._overloadname == "default":
-        return WRITTEN_OUT[name]
-    return decomposition_table.get(func)
+    own = WRITTEN_OUT.get(func.overloadpacket.__name__)
+    if own is None:
+        return decomposition_table.get(func)
+    outputs = [a.name for a in func._schema.arguments if a.is_out]
+    if not outputs:
+        return own
+
+    def into_outputs(*args: Any, **kwargs: Any) -> Any:
+        targets = [kwargs.pop(name) for name in outputs]
+        results = own(*args, **kwargs)
+        for target, result in zip(targets, results if isinstance(results, tuple) else (results,), strict=True):
+            target.resize_(result.shape).copy_(result)
+        return tuple(targets) if isinstance(results, tuple) else targets[0]
+
+    return into_outputs
 
 
 def call_written_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

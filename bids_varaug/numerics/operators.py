@@ -18,7 +18,6 @@ import torch
 
 from bids_varaug.numerics import norms, products, reductions
 from bids_varaug.numerics.decompositions import decomposition_of
-from bids_varaug.numerics.softmax import softmax
 
 EXACT, ELEMENTWISE, MODELLED, DECOMPOSED, APPROXIMATE, ONCE, REFUSED, UNKNOWN = CLASSES = (
     "exact",  # returns numbers that were there before, whole numbers, random numbers, or none
@@ -91,13 +90,15 @@ _NAMES = {
         silu_backward sin sinc sinh smooth_l1_loss_backward soft_margin_loss_backward softplus softplus_backward
         softshrink softshrink_backward sqrt square sub tan tanh tanh_backward xlogy""",
     DECOMPOSED: """
-        _cdist_backward _cdist_forward _euclidean_dist _fused_rms_norm _fused_rms_norm_backward
+        _cdist_backward _cdist_forward _euclidean_dist _fused_rms_norm _fused_rms_norm_backward _log_softmax
         _log_softmax_backward_data _pdist_forward _safe_softmax _scaled_dot_product_flash_attention_for_cpu
-        _scaled_dot_product_flash_attention_for_cpu_backward _softmax_backward_data _trilinear
-        _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _weight_norm_interface
-        binary_cross_entropy dist grid_sampler_2d huber_loss linalg_cross logsumexp mse_loss renorm
-        smooth_l1_loss soft_margin_loss upsample_bicubic2d upsample_bilinear2d upsample_linear1d
-        upsample_trilinear3d""",
+        _scaled_dot_product_flash_attention_for_cpu_backward _softmax _softmax_backward_data _trilinear
+        _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _weight_norm_interface 
+        binary_cross_entropy dist grid_sampler_2d huber_loss linalg_cross linalg_vector_norm logsumexp
+        mse_loss multi_margin_loss multilabel_margin_loss_forward nansum native_group_norm
+        native_group_norm_backward native_layer_norm native_layer_norm_backward nll_loss2d_forward
+        nll_loss_forward norm renorm smooth_l1_loss soft_margin_loss std std_mean trace upsample_bicubic2d
+        upsample_bilinear2d upsample_linear1d upsample_trilinear3d var var_mean""",
     APPROXIMATE: """
         _cholesky_solve_helper _compute_linear_combination _linalg_det _linalg_eigh _linalg_eigvals
         _linalg_slogdet _linalg_solve_ex _linalg_svd cholesky cholesky_inverse cholesky_solve geqrf
@@ -141,14 +142,7 @@ _MODELS: dict[Callable[..., None], str] = {
     norms.batch_norm: "native_batch_norm _native_batch_norm_legit cudnn_batch_norm _batch_norm_with_update "
                       "_native_batch_norm_legit_no_training _batch_norm_no_update",
     norms.batch_norm_backward: "native_batch_norm_backward cudnn_batch_norm_backward",
-    norms.group_norm: "native_group_norm",
-    norms.group_norm_backward: "native_group_norm_backward",
-    norms.layer_norm: "native_layer_norm",
-    norms.layer_norm_backward: "native_layer_norm_backward",
-    softmax: "_softmax _log_softmax",
-    reductions.total: "sum nansum mean trace",
-    reductions.spread: "var std var_mean std_mean",
-    reductions.norm: "linalg_vector_norm norm",
+    reductions.total: "sum mean",
     reductions.product: "prod cumprod",
     reductions.cumulative: "cumsum",
     reductions.scattered: """
@@ -165,7 +159,6 @@ _MODELS: dict[Callable[..., None], str] = {
         upsample_linear1d_backward upsample_bilinear2d_backward upsample_trilinear3d_backward
         upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward
         _upsample_lanczos2d_aa_backward grid_sampler_2d_backward grid_sampler_3d_backward""",
-    reductions.positive: "nll_loss_forward nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward",
     reductions.fourier: "_fft_c2c _fft_r2c _fft_c2r",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Noise of sums and means, variances, norms, scattered and cumulative sums, pooling, transforms, linear algebra."""
+"""Noise of sums and means, scattered and cumulative sums, pooling, transforms and linear algebra."""
 
 from __future__ import annotations
 
@@ -41,79 +41,19 @@ def _perturb(y: torch.Tensor, variance: Any, spec: RoundingSpecification, stream
 
 
 def total(call: Call, result: torch.Tensor) -> None:
-    """sum, nansum, mean, trace: the division is the last rounding of a mean."""
-    x: torch.Tensor = call.given["self"]
-    spec = call.spec
-    if call.name == "trace":
-        x = x.diagonal()
-    if (not x.is_floating_point() and not x.is_complex()) or not x.numel() or x.dtype.itemsize < result.dtype.itemsize:
-        x = x.to(result.dtype)
+    """sum, mean: the division is the last rounding of a mean."""
+    x, spec = call.given["self"], call.spec
     if not x.dim() or not x.numel() or result.dtype != x.dtype:
         return round_(torch.view_as_real(result) if result.is_complex() else result, spec, call.stream())
-    dims = _dims(call.given, x) if call.name != "trace" else (0,)
+    dims = _dims(call.given, x)
     count = math.prod(x.shape[d] for d in dims)
     for number, (y, terms) in enumerate(_parts(result, x)):
-        terms = torch.nan_to_num(terms, 0.0) if call.name == "nansum" else terms
         variance = blocks_of(terms, dims).variance(spec, spec.of_operand)
         if call.name == "mean":
             squares = y.detach().double().square().cpu().numpy().reshape(variance.shape)
             variance = variance / count**2 + spec.per_energy * spec.of_partial_sum * squares
         _perturb(y, variance, spec, call.stream(number))
     return None
-
-
-def spread(call: Call, result: Result) -> None:
-    """var, std, var_mean, std_mean: the variance of the sum of squares about the mean; its division is the last."""
-    x, spec, results = call.given["self"], call.spec, result if isinstance(result, tuple) else (result,)
-    if not x.numel() or x.is_complex():
-        for number, y in enumerate(results):
-            round_(y, spec, call.stream(number))
-        return
-    dims, y = _dims(call.given, x), results[0]
-    count, correction = math.prod(x.shape[d] for d in dims), call.given.get("correction")
-    if correction is None:
-        correction = float(call.given.get("unbiased", True))
-    centre = x.detach().mean(dims, dtype=torch.float64)
-    blocks = blocks_of(x, dims, x, centre, centre)
-    squares = y.detach().double().reshape(blocks.energy.shape).cpu().numpy()
-    is_root = call.name.startswith("std")
-    variance = blocks.variance(spec, spec.of_product) / max(count - correction, 1) ** 2
-    # The sum's own last rounding, and the operand of the root
-    variance = variance + spec.per_energy * spec.of_partial_sum * (squares ** (4 if is_root else 2))
-    if is_root:
-        variance = np.divide(variance, 4 * squares**2, out=np.zeros_like(variance), where=squares > 0)
-        variance += spec.per_energy * spec.of_partial_sum * squares**2 / 4
-    _perturb(y, variance, spec, call.stream())
-    if len(results) > 1:
-        blocks = blocks_of(x, dims)
-        mean = results[1].detach().double().square().reshape(blocks.energy.shape).cpu().numpy()
-        variance = blocks.variance(spec, spec.of_operand) / count**2 + spec.per_energy * spec.of_partial_sum * mean
-        _perturb(results[1], variance, spec, call.stream(1))
-
-
-def norm(call: Call, result: torch.Tensor) -> None:
-    """Norms: that of the sum of |x|^p, through the root; the largest magnitude and the number of elements are exact."""
-    x, spec = call.given["self"], call.spec
-    order = call.given.get("ord", call.given.get("p", 2))
-    order = 2.0 if order is None else float(order)
-    if math.isinf(order) or order == 0:
-        return None
-    if not x.numel() or x.dtype.itemsize < 4:
-        return round_(result, spec, call.stream())
-    dims = _dims(call.given, x)
-    x = x.detach().abs() if x.is_complex() else x.detach()
-    if order == 2:
-        blocks = blocks_of(x, dims, x)
-    else:
-        blocks = blocks_of(x.abs().double() if order == 1 else x.abs().double().pow(order), dims)
-    y = result.detach().double().cpu().numpy().reshape(blocks.energy.shape)
-    sums = blocks.totals.sum(0)
-    variance = blocks.variance(spec, spec.of_operand if order == 1 else spec.of_product)
-    if order != 1:
-        variance = variance + spec.per_energy * spec.of_partial_sum * sums**2
-        relative = np.divide(variance, sums**2, out=np.zeros_like(variance), where=sums > 0)
-        variance = relative * (y / order) ** 2
-    return _perturb(result, variance, spec, call.stream())
 
 
 def product(call: Call, result: torch.Tensor) -> None:
@@ -232,18 +172,6 @@ def weighted(call: Call, result: Result) -> None:
         of_sums = call.spec.of_partial_sum * (a * y.double().square() + b * energy * 0.6)
         variance = call.spec.per_energy * (of_sums + call.spec.of_product * energy * 0.6)
         _perturb(y, variance * (y != 0), call.spec, call.stream(number))
-
-
-def positive(call: Call, result: Result) -> None:
-    """Losses: sums or means of many terms of one sign, by result and number of terms."""
-    given, spec = call.given, call.spec
-    for number, y in enumerate(result if isinstance(result, tuple) else (result,)):
-        x, target = given["self"], given.get("target")
-        terms = target if x.dim() > 1 and target is not None and not target.is_floating_point() else x
-        n_terms = max(terms.numel() / max(y.numel(), 1), 1.0)
-        a, b = bridge(n_terms, spec.lanes)
-        factor = spec.of_partial_sum * (a + (2 * b + 1) / n_terms)
-        _perturb(y, spec.per_energy * factor * y.double().square(), spec, call.stream(number))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

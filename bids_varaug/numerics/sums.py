@@ -95,8 +95,9 @@ class Blocks:
         of_term : variance per term: `of_product` of the specification, or `of_operand` where terms are given
         """
         shape, lanes = self.totals.shape[1:], max(1, min(spec.lanes, int(self.sizes.sum())))
-        blocks = [np.ascontiguousarray(v).reshape(len(self.sizes), -1) for v in (self.totals, self.energies, self.counts)]
-        squares, energy = _add_paths(*blocks, self.sizes, lanes, spec.rounds_exact)
+        found = self.totals, self.energies, self.counts
+        flat = [np.ascontiguousarray(values).reshape(len(self.sizes), -1) for values in found]
+        squares, energy = _add_paths(*flat, self.sizes, lanes, spec.rounds_exact)
         return (spec.per_energy * (spec.of_partial_sum * squares + of_term * energy)).reshape(shape)
 
 
