@@ -213,7 +213,8 @@ def blocks_of(
     n_terms = math.prod(x.shape[d] for d in dims)
 
     def stacked(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().permute(order).reshape(outer, n_terms, inner)
+        found = tensor.detach().permute(order).reshape(outer, n_terms, inner)
+        return found if found.stride(2 if inner > 1 else 1) == 1 else found.contiguous()
 
     def flat(values: torch.Tensor | np.ndarray | None) -> np.ndarray:
         if values is None:
@@ -295,15 +296,13 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
     """Fill found (3, B, A, C) with totals, energies and counts of terms x[a, i, c] (and other) of each block."""
     n_blocks, outer, inner = found.shape[1:]
     n_parts = (inner + _WIDTH - 1) // _WIDTH
-    side_by_side = inner > 1 and strides[2] == 1 and (other_strides[2] == 1 or not has_other)
-    in_line = strides[1] == 1 and (other_strides[1] == 1 or not has_other)
     for task in prange(outer * n_blocks * n_parts):
         a, block, part = task // (n_blocks * n_parts), task // n_parts % n_blocks, task % n_parts
         first, stop = starts[block], starts[block + 1]
         left, right = part * _WIDTH, min(inner, (part + 1) * _WIDTH)
         here, there = a * strides[0], a * other_strides[0]
         sums = found[:, block, a]
-        if side_by_side:
+        if inner > 1:
             width = right - left
             is_dense = strides[1] == width and (other_strides[1] == width or not has_other)
             together = max(1, 2 * _WIDTH // width) if is_dense else 1  # rows that are one line of memory
@@ -330,40 +329,12 @@ def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centr
                 for row in range(together):
                     sums[k, left:right] += memory[1 + k, row * width : (row + 1) * width] * scale
         else:
-            for c in range(left, right):
-                at, other_at = here + c * strides[2], there + c * other_strides[2]
-                if in_line and has_other:
-                    line, other_line = x[at + first : at + stop], other[other_at + first : other_at + stop]
-                    terms = _add_terms(line, other_line, True, centre[a, c], other_centre[a, c])
-                elif in_line:
-                    line = x[at + first : at + stop]
-                    terms = _add_terms(line, line, False, centre[a, c], 0.0)
-                else:
-                    last, other_last = at + (stop - 1) * strides[1] + 1, other_at + (stop - 1) * other_strides[1] + 1
-                    line = x[at + first * strides[1] : last : max(strides[1], 1)]
-                    other_line = line
-                    if has_other:
-                        other_line = other[
-                            other_at + first * other_strides[1] : other_last : max(other_strides[1], 1)
-                        ]
-                    terms = _add_strided(
-                        line, other_line, has_other, centre[a, c], other_centre[a, c], stop - first
-                    )
-                sums[0, c], sums[1, c], sums[2, c] = terms
-
-
-@compiled()
-def _add_strided(x, other, has_other, centre, other_centre, n):
-    """As `_add_terms`; an expanded axis has one element, for all terms."""
-    total, energy, count = 0.0, 0.0, 0
-    for i in range(n):
-        term = np.float64(x[min(i, x.size - 1)]) - centre
-        if has_other:
-            term *= np.float64(other[min(i, other.size - 1)]) - other_centre
-        total += term
-        energy += term * term
-        count += np.int64(term != 0)
-    return total, energy, count
+            line, other_line = x[here + first : here + stop], other[there + first : there + stop]
+            if has_other:
+                added = _add_terms(line, other_line, True, centre[a, 0], other_centre[a, 0])
+            else:
+                added = _add_terms(line, line, False, centre[a, 0], 0.0)
+            sums[0, 0], sums[1, 0], sums[2, 0] = added
 
 
 _add_blocks_serial, _add_blocks_parallel = compiled()(_add_blocks), compiled(parallel=True)(_add_blocks)
@@ -396,6 +367,7 @@ def energies(x: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
     (A, C) float64
     """
     x = x.detach()
+    x = x if x.stride(2 if x.shape[2] > 1 else 1) == 1 else x.contiguous()
     if x.device.type != "cpu":
         return torch.einsum("n,anc->ac", torch.as_tensor(weights, device=x.device), x.double().square())
     found = torch.empty(x.shape[0], x.shape[2], dtype=torch.float64)
@@ -425,23 +397,17 @@ def _add_energies(x, strides, weights, found):
         rows = range(task // n_parts * length, min(outer, (task // n_parts + 1) * length))
         left, right = task % n_parts * length, min(inner, (task % n_parts + 1) * length)
         for a in rows:
-            if inner == 1 and strides[1] == 1:
+            if inner == 1:
                 found[a, 0] = _energy(x[a * strides[0] : a * strides[0] + n], weights)
                 continue
             out = found[a, left:right]
             out[:] = 0
             for i in range(n):
                 at = a * strides[0] + i * strides[1]
-                weight = weights[i]
-                if strides[2] == 1:
-                    row = x[at + left : at + right]
-                    for c in range(out.size):
-                        value = np.float64(row[c])
-                        out[c] += weight * value * value
-                else:
-                    for c in range(out.size):
-                        value = np.float64(x[at + (left + c) * strides[2]])
-                        out[c] += weight * value * value
+                weight, row = weights[i], x[at + left : at + right]
+                for c in range(out.size):
+                    value = np.float64(row[c])
+                    out[c] += weight * value * value
 
 
 _add_energies_serial, _add_energies_parallel = compiled()(_add_energies), compiled(parallel=True)(_add_energies)
