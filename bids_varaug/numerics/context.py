@@ -111,12 +111,12 @@ class MonteCarloArithmetic(TorchDispatchMode):
     that are exact whatever their operands: copies, views, conversions, comparisons, indexing, padding, sign changes,
     ReLU, clamping, max-pooling, nearest neighbours, random numbers, multiplication by a power of two, addition of 0. An
     operator that happens to be exact for its operands, such as 1.0 + 2.0, is recognised in mode random alone. The
-    table of operators is `operators.CLASS_OF`.
+    table of operators is data/operators.tsv.
 
-    *Sums.* Convolutions, matrix products, sums, means, variances, norms, normalisations, softmax and their gradients
-    carry the error of all their partial sums, first to last (or in `lanes` interleaved sums that are added pairwise),
-    whatever order torch's own kernels take. Attention, recurrent layers, distances and interpolation run as what they
-    consist of. With "none", each element of a result is rounded once.
+    *Sums.* Convolutions, matrix products, sums, means, batch normalisation and their gradients carry the error of all
+    their partial sums, first to last (or in `lanes` interleaved sums that are added pairwise), whatever order torch's
+    own kernels take. Softmax, norms, attention, recurrent layers, distances and interpolation run as what they consist
+    of. With "none", each element of a result is rounded once.
 
     *Formats.* float32 and float64 are computed at the virtual precision t, complex numbers part by part. Results in
     float16 and bfloat16, also those of autocast, are rounded once, at t or the format's own 11 or 8 bits, whichever is

@@ -23,7 +23,7 @@ from numba.np.numpy_support import as_dtype
 from numba.np.ufunc.parallel import get_thread_count
 
 from bids_varaug.machine import compiled
-from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification, normal_dither
+from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification
 
 GENERATOR = 2
 """Version of the streams: the same seed gives other bits under another one."""
@@ -99,7 +99,7 @@ class LastRounding(NamedTuple):
 
     kind: int
     width: np.floating  # of the dither, in numbers of the format
-    variance: np.floating  # of a dither that is one term of normal noise
+    variance: np.floating  # of a dither that is one term of normal noise: rounding to the format adds 1/12
     ulp: np.floating  # of 1
     step: np.integer  # from one number of the virtual precision to the next
     top: np.integer  # bits of the exponent
@@ -116,7 +116,7 @@ def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRoundi
     magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
     top, low = map(integer, EXPONENTS[dtype])
     ulp = real(2.0 ** (1 - spec.digits))
-    variance = real(normal_dither(spec.rounded_variance) if spec.width else 0.0)
+    variance = real(spec.rounded_variance - 1 / 12 if spec.width else 0.0)
     return LastRounding(kind, real(spec.width), variance, ulp, integer(spec.step), top, low, magnitudes)
 
 
@@ -481,8 +481,8 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
         quadratic, offset, linear, slope, intercept = of_channels.reshape(5, 1, -1, 1, 1, 1)
         deviation = quadratic.sqrt() * (y - offset).abs()
         if noise.energy is not None:
-            roots = noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype)
-            deviation = torch.hypot(deviation, linear.sqrt() * roots)
+            of_places = noise.energy[:, None].clamp_min(0).sqrt().to(y.dtype)
+            deviation = torch.hypot(deviation, linear.sqrt() * of_places)
         common = slope * (y if noise.companion is None else noise.companion) + intercept
         torch_perturb_(tensor, deviation, common, spec, stream)
         return

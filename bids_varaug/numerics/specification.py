@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -162,22 +161,3 @@ def _rounded_variance(width: float) -> float:
         total += 2 * step**2 * (min(half, step + 0.5) - (step - 0.5)) / width
         step += 1
     return total
-
-
-@lru_cache
-def normal_dither(variance: float) -> float:
-    """Variance of a normal number whose nearest integer has the variance given: see `dither_width`.
-
-    Examples
-    --------
-    >>> round(normal_dither(1 / 6), 4), round(normal_dither(100), 2)
-    (0.1306, 99.92)
-    """
-    if variance > 4:
-        return variance - 1 / 12
-    low, high = 0.0, variance
-    for _ in range(80):
-        middle = (low + high) / 2
-        found = sum((2 * k - 1) * math.erfc((k - 0.5) / math.sqrt(2 * middle)) for k in range(1, 30))
-        low, high = (middle, high) if found < variance else (low, middle)
-    return (low + high) / 2

@@ -222,7 +222,8 @@ def blocks_of(
         values = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else values
         return np.ascontiguousarray(np.reshape(values, (outer, inner)), "f8")
 
-    n_blocks = max(1, min(BLOCKS, n_terms // 8, max(24, n_terms // 512), _MOST // max(outer * inner, 1)))
+    finest = n_terms if x.numel() <= _SMALL else n_terms // 8
+    n_blocks = max(1, min(BLOCKS, finest, max(24, n_terms // 512), _MOST // max(outer * inner, 1)))
     starts = np.arange(n_blocks + 1) * n_terms // n_blocks
     tensors = [stacked(t) for t in (x, other) if t is not None]
     centres = flat(centre), flat(other_centre)

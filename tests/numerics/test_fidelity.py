@@ -206,9 +206,9 @@ OPERATORS = {
         normalised_torch(lambda x, a, b: F.batch_norm(x, None, None, a, b, training=True)),
         normalised_reference(None),
     ),
-    "group_norm": (
+    "group_norm": (  # as in torch's own kernel, slopes of scale and shift are sums of each sample's
         channel_data,
-        normalised_torch(lambda x, a, b: F.group_norm(x, 12, a, b)),
+        normalised_torch(lambda x, a, b: F.group_norm(x, 12, a, b), ("y", "dx")),
         normalised_reference(12),
     ),
     "instance_norm": (  # torch sums its slopes of scale and shift sample by sample
@@ -281,7 +281,9 @@ MANY = ["sum", "product", "conv3d", "batch_norm", "layer_norm"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_spread_is_that_of_rounded_instructions(operator, kind):
-    assert_within(compared(operator, kind))
+    # Softmax is decomposed, and its differences that are exact are rounded too; group normalisation sums x gradient
+    limits = (POOLED[0], 1.35) if operator == "group_norm" else POOLED
+    assert_within(compared(operator, kind), limits, 0.8 if operator == "softmax" else 0.9)
 
 
 @pytest.mark.parametrize("kind", ["blob", "sparse"])
