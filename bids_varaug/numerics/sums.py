@@ -23,8 +23,8 @@ import torch
 from numba import prange
 
 from bids_varaug.machine import compiled
-from bids_varaug.numerics.noise import torch_threads
-from bids_varaug.numerics.specification import RoundingSpecification
+from bids_varaug.numerics.noise import bits_of, float_of, torch_threads
+from bids_varaug.numerics.specification import MEAN_SQUARE_ULP, RoundingSpecification
 
 BLOCKS = 64  # of a sum, at most
 _MOST = 2**21  # blocks of all sums together
@@ -126,7 +126,11 @@ def _add_paths(totals, energies, counts, sizes, lanes, rounds_exact):
 
 
 class PartialSums(NamedTuple):
-    """Of sums of products, arrays (S, O) float64: squares of all partial sums but the last, of the terms, results."""
+    """Of sums of products, arrays (S, O) float64.
+
+    `squares` of all partial sums but the last, and of the terms (`energy`), are those of their units in the last place
+    over `MEAN_SQUARE_ULP`; `totals` are the results.
+    """
 
     squares: np.ndarray
     energy: np.ndarray
@@ -145,6 +149,13 @@ def partial_sums(a: np.ndarray, b: np.ndarray, spec: RoundingSpecification) -> P
     return PartialSums(*found.swapaxes(1, 2))
 
 
+@compiled(forceinline=True)
+def _square_by_ulp(x):
+    """4^e of ``x = m 2^e``, 0.5 <= m < 1, over its mean for x^2 = 1; 0 for 0."""
+    power = float_of(bits_of(x) & np.int64(0x7FF0000000000000))
+    return power * power * (4 / MEAN_SQUARE_ULP)
+
+
 @compiled()
 def _add_products(a, b, lanes, rounds_exact, found):
     sums = np.empty((lanes, a.shape[1]))
@@ -157,16 +168,18 @@ def _add_products(a, b, lanes, rounds_exact, found):
             for s in range(factors.size):
                 term = factor * factors[s]
                 own[s] += term
-                energy[s] += term * term
-                squares[s] += own[s] * own[s] * (is_sum if rounds_exact or term != 0 else 0.0)
+                energy[s] += _square_by_ulp(term)
+                squares[s] += _square_by_ulp(own[s]) * (is_sum if rounds_exact or term != 0 else 0.0)
         joined = lanes // 2
         while joined >= 1:
             for lane in range(joined):
                 sums[lane] += sums[lane + joined]
-                squares += sums[lane] ** 2
+                for s in range(totals.size):
+                    squares[s] += _square_by_ulp(sums[lane, s])
             joined //= 2
-        totals[:] = sums[0]
-        squares[:] = np.maximum(squares - totals**2, 0)
+        for s in range(totals.size):
+            totals[s] = sums[0, s]
+            squares[s] = max(squares[s] - _square_by_ulp(totals[s]), 0.0)
 
 
 def blocks_of_products(a: np.ndarray, b: np.ndarray) -> Blocks:

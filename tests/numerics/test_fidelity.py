@@ -283,7 +283,7 @@ MANY = ["sum", "product", "conv3d", "batch_norm", "layer_norm"]
 def test_spread_is_that_of_rounded_instructions(operator, kind):
     # Softmax is decomposed, and its differences that are exact are rounded too; group normalisation sums x gradient
     limits = (POOLED[0], 1.35) if operator == "group_norm" else POOLED
-    assert_within(compared(operator, kind), limits, 0.8 if operator == "softmax" else 0.9)
+    assert_within(compared(operator, kind), limits, 0.8 if operator == "softmax" else 0.88)
 
 
 @pytest.mark.parametrize("kind", ["blob", "sparse"])
@@ -294,7 +294,7 @@ def test_spread_of_uneven_images(kind):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("operator", MANY)
 def test_spread_with_lanes_fused_and_in_float64(operator, setting):
-    assert_within(compared(operator, "random", **SETTINGS[setting]))
+    assert_within(compared(operator, "random", **SETTINGS[setting]), share=0.85)
 
 
 @pytest.mark.parametrize("mode, precision", [("pb", 24), ("mca", 24), ("sr", 16), ("ud", 24), ("random", 24)])
