@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="bids_varaug",
         description="Segment T1w images with a numerical ensemble and map where its members disagree (participant); "
-        "predict age from the volumes (group).",
+        "check the volumes of a group, and predict age from them (group).",
         epilog="Flags may be spelled with underscores too (--participant_label).",
         allow_abbrev=False,
     )
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("bids_dir", type=absolute_path, help="input BIDS dataset")
     add("output_dir", type=absolute_path, help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
     add("level", metavar="{participant,group}",
-        help="level of the analysis: segment images, or predict age from the volumes")
+        help="level of the analysis: segment images; or check their volumes, and predict age from them")
     add = parser.add_argument_group("images").add_argument
     add("--participant-label", dest="participant_labels", type=participant_label, nargs="+", metavar="LABEL",
         help="participants to process, with or without sub- (default: all)")
@@ -102,6 +103,22 @@ def build_segment_parser() -> argparse.ArgumentParser:
         help="where the networks run (default: %(default)s)")
     add("--omp-nthreads", dest="n_threads", type=whole_number(1), metavar="N",
         help=f"threads (default: all, at most {MAX_DEFAULT_THREADS})")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
+    return parser
+
+
+def build_power_parser() -> argparse.ArgumentParser:
+    """Parser of ``bids_varaug-power``."""
+    parser = Parser(
+        prog="bids_varaug-power",
+        description="Could numerical noise change a published result? Statistics of two groups of equal size, or of a "
+        "correlation, after Chatelain et al. (2026).",
+    )
+    add = parser.add_argument
+    add("--npvr", type=number(0, math.inf), required=True, metavar="RATIO",
+        help="numerical-to-population variability ratio: SD over runs / SD over people (models/power.tsv, column npv)")
+    add("--n", type=whole_number(4), required=True, metavar="N", help="people in the study")
+    add("--p", type=number(1e-300, 1), required=True, metavar="P", help="published two-sided p-value")
     add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
     return parser
 
@@ -159,6 +176,7 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("group level").add_argument
     for name in ("age", "site", "sex"):
         add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
+    add("--no-brain-age", action="store_true", help="only check the volumes; needs no ages")
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,
@@ -294,6 +312,21 @@ def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
         if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return what reads a number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
 
     return read
 

@@ -195,6 +195,34 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
     return _svg(figure)
 
 
+@_styled
+def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.ndarray) -> str:
+    """SVG of every image's volumes [mm3], a row per structure, beside the range of plausible ones.
+
+    `structures` has name, low and high, missing where there is no range; (R,) bool `outlying` images stand out.
+    """
+    order = pair_sides(structures["name"])[:MAX_ROWS]
+    height = 1.4 + 0.25 * len(order)
+    figure = Figure(figsize=(8.8, height))
+    axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
+    limits = structures.set_index("name").loc[order]
+    rows = np.arange(len(order))
+    axes.barh(rows, limits["high"] - limits["low"], 0.62, limits["low"], color="#cfe3f1", label="plausible in adults")
+    shift = np.linspace(-0.22, 0.22, len(volumes)) if len(volumes) > 1 else np.zeros(1)
+    for mask, color, label in ((~outlying, BLUE, "image"), (outlying, VERMILLION, "image that stands out")):
+        x, y = volumes.loc[mask, order].to_numpy(float), rows + shift[mask, None]
+        if x.size:
+            axes.plot(
+                x.ravel(), y.ravel(), "o", color=color, markersize=3.2 if len(volumes) <= 200 else 2.0, alpha=0.7,
+                markeredgewidth=0, label=label, rasterized=x.size > RASTER_FROM,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    _name_rows(axes, order, FONT - 1)
+    axes.set_xlabel("volume [mm³], logarithmic")
+    figure.legend(bbox_to_anchor=(0.26, 1.0), ncols=3)
+    return _svg(figure)
+
+
 @matplotlib.style.context(["default", STYLE, {"axes.edgecolor": BLACK}])
 def draw_volumes(members: pd.DataFrame) -> bytes:
     """PNG of the volumes of every structure, one dot per member, relative to the mean of the members.
