@@ -217,6 +217,9 @@ def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.nd
                 markeredgewidth=0, label=label, rasterized=x.size > RASTER_FROM,
             )  # fmt: skip
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [10.0**e for e in range(-3, 8) if low <= 10.0**e <= high]
+    _set_ticks(axes, ticks, [f"{t:,g}" for t in ticks])
     _name_rows(axes, order, FONT - 1)
     axes.set_xlabel("volume [mm³], logarithmic")
     figure.legend(bbox_to_anchor=(0.26, 1.0), ncols=3)

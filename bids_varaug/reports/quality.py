@@ -37,6 +37,8 @@ def quality_page(
     structures : name, mean, low, high [mm3], n_outside, unreliable (share of the images), cv, npv
     power, changes : of `power_table` (or None) and `paired_changes`
     """
+    images = images.sort_values(["distance", "n_unreliable"], ascending=False, kind="stable")
+    volumes = volumes.loc[images.index]
     outlying = images["distance"] > OUTLYING
     reports = {p: names.report(output_dir, p.removeprefix("sub-")) for p in images["participant_id"].unique()}
     links = [reports[p].name if reports[p].exists() else "" for p in images["participant_id"]]
@@ -44,7 +46,7 @@ def quality_page(
     figure = plots.draw_ranges(volumes, structures, outlying.to_numpy())
     people = None
     if len(changes):
-        text = changes["name"].map(plots.short_name) + changes["change"].map(" {:+.1f} %".format)
+        text = changes["name"].map(plots.short_name) + changes["change"].map(" {:+.1f} %".format).str.replace("-", "−")
         visits = changes.assign(beyond=text.where(changes["mark"] == "beyond"))
         visits = visits.groupby(["participant_id", "session_id", "first_session", "days"], sort=False, dropna=False)
         people = visits["beyond"].agg(n_beyond="count", beyond=lambda texts: ", ".join(texts.dropna())).reset_index()

@@ -155,9 +155,7 @@ def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, Peop
         cohort = gather_cohort(settings.output_dir, people, progress=progress, **asked)
     else:
         if (settings.bids_dir / "participants.tsv").exists():
-            path = settings.bids_dir / "participants.tsv"
-        unfetched = path.is_symlink() and not path.exists() and model is None and not settings.no_brain_age
-        people = read_people(settings.bids_dir, **columns, require_age=unfetched)
+            people = read_people(settings.bids_dir, **columns, require_age=False)
         cohort = read_features_table(settings.features_table, people, **columns, **asked)
     return cohort, people, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
 

@@ -20,6 +20,7 @@ from bids_varaug.derivatives.write import write_table
 from bids_varaug.inputs.sessions import order_sessions
 from bids_varaug.inputs.tables import some
 from bids_varaug.reports.group import RunInfo
+from bids_varaug.reports.html import signed
 from bids_varaug.reports.quality import quality_page
 from bids_varaug.settings import Settings
 from bids_varaug.variability.change import comparable, paired_changes
@@ -93,13 +94,11 @@ def _describe_images(cohort: Cohort, volumes: np.ndarray, verdicts: pd.DataFrame
         images[f"n_{verdict}"] = images["image"].map(count).fillna(0).where(known)
     doubtful = verdicts[verdicts["verdict"].isin(["unreliable", "caution"])]
     doubtful = doubtful.sort_values(["verdict", "cv"], ascending=False, kind="stable")
-    worst: dict[str, list[str]] = {}
-    for image, name, reason in doubtful[["image", "name", "reason"]].itertuples(index=False):
-        worst.setdefault(image, []).append(f"{name}: {str(reason).partition(';')[0]}")
-    images["worst"] = ["; ".join(worst.get(image, [])[:3]) for image in images["image"]]
+    worst = doubtful.groupby("image")["name"].agg(list).to_dict()
+    images["worst"] = [some(worst.get(image, []), shown=3) for image in images["image"]]
     images["distance"] = distances
     odd = np.nan_to_num(np.abs(deviations)).argmax(axis=1)
-    images["odd"] = pd.Series([f"{cohort.names[f]} {deviations[i, f]:+.1f}" for i, f in enumerate(odd)]).where(
+    images["odd"] = pd.Series([f"{cohort.names[f]} {signed(deviations[i, f])}" for i, f in enumerate(odd)]).where(
         distances > OUTLYING
     )
     return images
