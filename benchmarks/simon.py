@@ -1,10 +1,10 @@
 """Outliers and detectable changes on one man's many sessions, against the published repeatability.
 
-    python benchmarks/simon.py simon_freesurfer.csv [simon_fastserfer.csv ...]
+    python benchmarks/simon.py simon_freesurfer.csv simon_fastserfer.csv
 
-The tables hold volumes by pair of sessions and structure of SIMON (one man, 73 sessions over 17 years, several scanners)
-as published with arXiv:2504.15931. Sessions count as repeated scans: their standard deviation is that of a scan, with
-scanners and some ageing in it. Failed segmentations are found by `robust_distances` and left out.
+The tables hold volumes by pair of sessions and structure of SIMON (one man, 73 sessions over 17 years, several
+scanners) as published with arXiv:2504.15931. Sessions count as repeated scans: their standard deviation is that of a
+scan, with scanners and some ageing in it. Failed segmentations are found by `robust_distances` and left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def main() -> None:
         np.testing.assert_allclose(sd_scan, 100 * kept.std() / kept.mean())  # the CV, as anybody would compute it
         changes = paired_changes(as_runs, list(kept), kept.to_numpy()[:, None], {"sub-1": list(kept.index)})
         beyond = changes["mark"].eq("beyond").groupby(changes["name"]).mean()
-        table = pd.DataFrame({"SD, all": whole, "SD of a scan": sd_scan, "detectable": 2**0.5 * 1.96 * sd_scan}, kept.columns)
+        table = pd.DataFrame(
+            {"SD, all": whole, "SD of a scan": sd_scan, "detectable": 2**0.5 * 1.96 * sd_scan}, kept.columns
+        )
         table = table.assign(beyond=100 * beyond)
         print(f"[%], {freedom} degrees of freedom; beyond: changes since the first session")
         print(table[~table.index.str.contains("Cortex|Gyrus|Insula")].round(1).to_string(), "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
 import os
 import re
 import sys
@@ -103,22 +102,6 @@ def build_segment_parser() -> argparse.ArgumentParser:
         help="where the networks run (default: %(default)s)")
     add("--omp-nthreads", dest="n_threads", type=whole_number(1), metavar="N",
         help=f"threads (default: all, at most {MAX_DEFAULT_THREADS})")
-    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
-    return parser
-
-
-def build_power_parser() -> argparse.ArgumentParser:
-    """Parser of ``bids_varaug-power``."""
-    parser = Parser(
-        prog="bids_varaug-power",
-        description="Could numerical noise change a published result? Statistics of two groups of equal size, or of a "
-        "correlation, after Chatelain et al. (2026).",
-    )
-    add = parser.add_argument
-    add("--npvr", type=number(0, math.inf), required=True, metavar="RATIO",
-        help="numerical-to-population variability ratio: SD over runs / SD over people (models/power.tsv, column npv)")
-    add("--n", type=whole_number(4), required=True, metavar="N", help="people in the study")
-    add("--p", type=number(1e-300, 1), required=True, metavar="P", help="published two-sided p-value")
     add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
     return parser
 
@@ -312,21 +295,6 @@ def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
         if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
-
-    return read
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Return what reads a number from `low` to `high`."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return value
 
     return read
 

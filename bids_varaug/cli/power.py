@@ -5,24 +5,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bids_varaug.cli.parser import build_power_parser
-from bids_varaug.errors import ExitCode, UserError
+from bids_varaug import __version__
+from bids_varaug.cli.parser import Parser
+from bids_varaug.errors import ExitCode, UsageError
+
+
+def build_parser() -> Parser:
+    """Parser of ``bids_varaug-power``."""
+    text = "Could numerical noise change a published result? For two groups of equal size, or a correlation."
+    parser = Parser(prog="bids_varaug-power", description=text)
+    add = parser.add_argument
+    add("--npvr", type=float, required=True, help="numerical-to-population variability ratio: models/power.tsv, npv")
+    add("--n", type=int, required=True, help="people in the study")
+    add("--p", type=float, required=True, help="published p-value, two-sided")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what numerical noise does to a statistic; returns the exit code."""
-    try:
-        given = build_power_parser().parse_args(argv)
-    except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    from bids_varaug.variability.power import ALPHA, flip_probability, noise_of_statistics  # --help needs no scipy
+    """Print what numerical noise does to each statistic; returns the exit code."""
+    from bids_varaug.variability.power import ALPHA, flip_probability, noise_of_statistics
 
+    try:
+        given = build_parser().parse_args(argv)
+        table = noise_of_statistics(given.npvr, given.n, given.p)
+    except (UsageError, ValueError) as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
     print(f"NPVR {given.npvr:g}, {given.n} people, p = {given.p:g} (two-sided)\n")
-    print("statistic   value  SD by numerical noise")
-    for name, (value, sd) in noise_of_statistics(given.npvr, given.n, given.p).iterrows():
-        print(f"{name:9} {value:7.3f}  {sd:.3f}")
-    rerun, clean = (float(flip_probability(given.npvr, given.n, given.p, rerun=again)) for again in (True, False))
+    print(table.rename(columns={"sd": "SD by numerical noise"}).round(3).to_string())
+    rerun, clean = (flip_probability(given.npvr, given.n, given.p, rerun=again) for again in (True, False))
     print(f"\nProbability that one more run of the pipeline has p on the other side of {ALPHA:g}: {rerun:.1%}")
     print(f"Probability that p without numerical noise is on the other side: {clean:.1%}")
     return int(ExitCode.DONE)

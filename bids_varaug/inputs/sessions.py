@@ -34,13 +34,12 @@ def order_sessions(bids_dir: Path, participant: str, sessions: Sequence[str]) ->
 def _acquisition_times(folder: Path, sessions: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Session and time as written; those of the scans only where the table of sessions has none."""
     table = _read(folder / f"{folder.name}_sessions.tsv")
-    session, time = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS), find_column(table.columns, "acq_time")
-    found = set()
-    if session and time:
-        for label, text in table[[session, time]].dropna().itertuples(index=False):
-            found.add(prefixed(label, "ses"))
-            yield prefixed(label, "ses"), text
-    for label in set(sessions) - found:
+    column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
+    found = {}
+    if column and "acq_time" in table:
+        found = {prefixed(label, "ses"): text for label, text in table[[column, "acq_time"]].dropna().to_numpy()}
+        yield from found.items()
+    for label in set(sessions) - found.keys():
         scans = _read(folder / label / f"{folder.name}_{label}_scans.tsv")
         if {"filename", "acq_time"} <= set(scans):
             images = scans[scans["filename"].str.contains("_T1w.", regex=False, na=False)]

@@ -48,7 +48,7 @@ def tabulate(
         if name in table.columns and (_is_text(column) or table.empty or table[name].notna().any())
     }
     orders = orders or {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"class": class_, "cells": [_cell(row[name], c, orders.get(name, ())) for name, c in shown.items()]}
         for class_, row in zip(row_classes or [""] * len(table), table.to_dict("records"), strict=True)
     ]

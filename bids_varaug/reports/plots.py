@@ -199,7 +199,7 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
 def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.ndarray) -> str:
     """SVG of every image's volumes [mm3], a row per structure, beside the range of plausible ones.
 
-    `structures` has name, low and high, missing where there is no range; (R,) bool `outlying` images stand out.
+    `structures` has name, low and high, missing where there is no range; (R,) bool `outlying` images are red.
     """
     order = pair_sides(structures["name"])[:MAX_ROWS]
     height = 1.4 + 0.25 * len(order)
@@ -208,21 +208,19 @@ def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.nd
     limits = structures.set_index("name").loc[order]
     rows = np.arange(len(order))
     axes.barh(rows, limits["high"] - limits["low"], 0.62, limits["low"], color="#cfe3f1", label="plausible in adults")
-    shift = np.linspace(-0.22, 0.22, len(volumes)) if len(volumes) > 1 else np.zeros(1)
-    for mask, color, label in ((~outlying, BLUE, "image"), (outlying, VERMILLION, "image that stands out")):
-        x, y = volumes.loc[mask, order].to_numpy(float), rows + shift[mask, None]
-        if x.size:
-            axes.plot(
-                x.ravel(), y.ravel(), "o", color=color, markersize=3.2 if len(volumes) <= 200 else 2.0, alpha=0.7,
-                markeredgewidth=0, label=label, rasterized=x.size > RASTER_FROM,
-            )  # fmt: skip
+    top = np.argsort(outlying, kind="stable")  # what stands out is drawn last
+    shift, many = np.linspace(-0.22, 0.22, len(volumes))[top], len(volumes) * len(order) > RASTER_FROM
+    sizes, colors = np.where(outlying, 24, 5 if many else 12)[top], np.where(outlying, VERMILLION, BLUE)[top]
+    for row, name in enumerate(order):
+        x = volumes[name].to_numpy()[top]
+        axes.scatter(x, row + shift, sizes, colors, alpha=0.7, linewidths=0, rasterized=many)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     ticks = [10.0**e for e in range(-3, 8) if low <= 10.0**e <= high]
     _set_ticks(axes, ticks, [f"{t:,g}" for t in ticks])
     _name_rows(axes, order, FONT - 1)
     axes.set_xlabel("volume [mm³], logarithmic")
-    figure.legend(bbox_to_anchor=(0.26, 1.0), ncols=3)
+    figure.legend(bbox_to_anchor=(0.26, 1.0))
     return _svg(figure)
 
 

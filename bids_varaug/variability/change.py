@@ -5,7 +5,6 @@ Members differ in the level of a volume more than in its change: the change is t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -97,17 +96,6 @@ def summarise_changes(changes: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
     table.insert(2, "sd_num", np.sqrt(table.pop("square")))
     return table.reset_index()
-
-
-def comparable(observations: Sequence[str]) -> set[str]:
-    """Names of images without participant, session and run: sessions that differ in these differ in more than time.
-
-    Examples
-    --------
-    >>> comparable(["sub-1_ses-a_acq-x_run-1", "sub-1_ses-a_acq-x_run-2"])
-    {'acq-x'}
-    """
-    return {re.sub(r"(^|_)(sub|ses|run)-[^_]+", "", name).lstrip("_") for name in observations}
 
 
 def _quantile(freedom: int) -> float:

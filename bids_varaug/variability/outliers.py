@@ -37,12 +37,14 @@ def robust_distances(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ([7], 2)
     """
     distances, deviations = np.full(len(volumes), np.nan), np.full(volumes.shape, np.nan)
-    smallest = np.where(volumes > 0, volumes, np.inf).min(axis=0, initial=np.inf)
+    if len(volumes) < MIN_IMAGES:
+        return distances, deviations
+    smallest = np.where(volumes > 0, volumes, np.inf).min(axis=0)
     logs = np.log(np.where(volumes > 0, volumes, np.where(np.isfinite(smallest), smallest / 2, 1.0)))
-    centred = logs - np.median(logs, axis=0) if len(logs) else logs
-    spread = _MAD * np.median(np.abs(centred), axis=0) if len(logs) else np.zeros(volumes.shape[1])
+    centred = logs - np.median(logs, axis=0)
+    spread = _MAD * np.median(np.abs(centred), axis=0)
     known = spread > 1e-9
-    if len(volumes) < MIN_IMAGES or not known.any():
+    if not known.any():
         return distances, deviations
     scores = centred[:, known] / spread[known]
     covariance, _ = ledoit_wolf(np.clip(scores, -CLIP, CLIP), assume_centered=True)

@@ -1,7 +1,7 @@
 """What numerical noise does to the statistics of a study, after Chatelain et al. (2026).
 
-NPVR, the numerical-to-population variability ratio, is the standard deviation of a measure over repeated runs, over that
-between people. Noise is independent between people; n people are in two groups of n / 2, or in one correlation.
+NPVR is the numerical-to-population variability ratio: standard deviation of a measure over runs / between people. Noise
+is independent between people; n people are in two groups of n / 2, or in one correlation.
 doi:10.1038/s41598-026-64679-2
 """
 
@@ -30,7 +30,7 @@ def noise_of_statistics(npvr: float, n: int, p: float) -> pd.DataFrame:
     >>> noise_of_statistics(0.2, 100, 0.03).round(3).loc["d"].tolist()
     [0.44, 0.04]
     """
-    if not npvr >= 0 or not n > 2 or not 0 < p <= 1:
+    if not 0 <= npvr < np.inf or not n > 2 or not 0 < p <= 1:
         raise ValueError(f"npvr {npvr}, n {n} or p {p} is out of range")
     value = float(t.isf(p / 2, n - 2))
     r = value / np.sqrt(value**2 + n - 2)

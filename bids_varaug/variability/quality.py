@@ -18,7 +18,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -205,19 +205,6 @@ def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = N
     young, old = (np.log(rows[[f"{at}_low", f"{at}_high"]].to_numpy(float)) for at in ("young", "old"))
     low, high = np.exp((1 - share) * young + share * old).T
     return low * (SEX_RATIO if sex == "M" else 1), high / (SEX_RATIO if sex == "F" else 1)
-
-
-def adult_limits(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `volume_limits` of adults of any age by FreeSurfer's names, NaN where there are none.
-
-    Examples
-    --------
-    >>> adult_limits(["Left-Hippocampus", "CSF"])[0].tolist()
-    [1800.0, nan]
-    """
-    bare = [name.removeprefix("Left-").removeprefix("Right-") for name in names]
-    rows = LIMITS.drop_duplicates("name").set_index("name").reindex(bare)
-    return rows["low"].to_numpy(float), rows["high"].to_numpy(float)
 
 
 def describe_limits(age: float | None = None, sex: str | None = None) -> str:

@@ -54,7 +54,6 @@ from bids_varaug.settings import Settings
 from bids_varaug.workflows.quality import write_quality
 
 MODEL = "models/brainage.skops"
-REPORTS = (names.GROUP_REPORT, names.QUALITY_REPORT)
 
 
 def run_group(settings: Settings) -> Path | None:
@@ -113,12 +112,13 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 def _rewrite_pages(settings: Settings) -> Path | None:
     """Write the pages of the last run again; return the first."""
-    saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in REPORTS}
+    reports = (names.GROUP_REPORT, names.QUALITY_REPORT)
+    saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in reports}
     pages = {report: load_page(path) for report, path in saved.items() if path.exists()}
-    pages = pages or {REPORTS[0]: load_page(saved[REPORTS[0]])}  # which says what is missing
+    pages = pages or {names.GROUP_REPORT: load_page(saved[names.GROUP_REPORT])}  # an error that says what is missing
     if settings.dry_run:
         return None
-    return [write_text(page.html(), settings.output_dir / report) for report, page in pages.items()][0]
+    return next(iter([write_text(page.html(), settings.output_dir / name) for name, page in pages.items()]))
 
 
 def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str | None, Cohort]:
@@ -131,8 +131,8 @@ def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str 
             read_people(settings.bids_dir, age_column=settings.age_column)
         except UserError as error:
             return str(error), cohort
-        reasons = some([f"{who}: {why}" for who, why in people.left_out.items()], "; ")
-        return f"fewer than {MIN_PARTICIPANTS} participants have an age. {reasons}".strip(), cohort
+        listed = some([f"{who}: {why}" for who, why in people.left_out.items()], "; ")
+        return f"fewer than {MIN_PARTICIPANTS} participants have an age. {listed}".strip(), cohort
     if known.all():
         return None, cohort
     same = match_people(people, ids["participant_id"], ids["session_id"].dropna().unique(), "", [])

@@ -20,133 +20,117 @@ from bids_varaug.derivatives.write import write_table
 from bids_varaug.inputs.sessions import order_sessions
 from bids_varaug.inputs.tables import some
 from bids_varaug.reports.group import RunInfo
-from bids_varaug.reports.html import signed
 from bids_varaug.reports.quality import quality_page
 from bids_varaug.settings import Settings
-from bids_varaug.variability.change import comparable, paired_changes
-from bids_varaug.variability.outliers import OUTLYING, robust_distances
+from bids_varaug.variability.change import paired_changes
+from bids_varaug.variability.outliers import robust_distances
 from bids_varaug.variability.power import MIN_PEOPLE, power_table
-from bids_varaug.variability.quality import adult_limits
+from bids_varaug.variability.quality import LIMITS
 
-VERDICTS = ["name", "cv", "verdict", "reason", "volume_mean", "volume_low", "volume_high"]
+VERDICTS = ["name", "cv", "verdict", "volume_mean", "volume_low", "volume_high"]
 
 
 def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> Path:
     """Write the tables and the page of the reliability of a cohort's volumes [mm3]; return the page."""
-    has_members, told = cohort.members is not None, len(notes)
-    notes = list(notes)
     volumes = cohort.baseline[:, None] if cohort.members is None else cohort.members
-    verdicts = _read_verdicts(settings.output_dir, cohort.people, notes)
+    added: list[str] = []
+    verdicts = _read_verdicts(settings.output_dir, cohort.people, added)
+    changes = _find_changes(settings.bids_dir, cohort, volumes, added)
+    for note in added:
+        print(f"Note: {note}", file=sys.stderr)
     images = _describe_images(cohort, volumes, verdicts)
     structures = _describe_structures(cohort, volumes, verdicts)
-    changes = _find_changes(settings.bids_dir, cohort, volumes, notes)
-    for note in notes[told:]:
-        print(f"Note: {note}", file=sys.stderr)
-    n_people = cohort.people["participant_id"].nunique()
-    power = power_table(cohort.names, structures["npv"], n_people) if n_people >= MIN_PEOPLE and has_members else None
-    _write(settings.output_dir / "phenotype/volumes.tsv", _volumes_table(cohort, volumes, images), cohort.names)
-    for path, table in {"phenotype/changes.tsv": changes, "models/power.tsv": power}.items():
-        if table is not None and len(table):
-            _write(settings.output_dir / path, table)
-    citation = cite("quality", package_versions(), has_members=has_members, has_changes=len(changes) > 0)
+    n_people, power = cohort.people["participant_id"].nunique(), pd.DataFrame()
+    if n_people >= MIN_PEOPLE and cohort.members is not None:
+        power = power_table(cohort.names, structures["npv"], n_people)
+    sums = np.concatenate([volumes.sum(axis=2, keepdims=True), volumes], axis=2)
+    columns = pd.Index(["brain", *cohort.names])
+    means = pd.DataFrame(sums.mean(axis=1), columns=columns)
+    spread = pd.DataFrame(sums.std(axis=1, ddof=1) if cohort.members is not None else None, columns=columns + "_sd")
+    ids = images[["participant_id", "session_id", "image", "n_unreliable", "distance"]]
+    wide = pd.concat([ids, means, spread], axis=1).dropna(axis=1, how="all")
+    for path, table in {"phenotype/volumes": wide, "phenotype/changes": changes, "models/power": power}.items():
+        if len(table):
+            _write(settings.output_dir / f"{path}.tsv", table)
+    citation = cite("quality", package_versions(), has_members=cohort.members is not None, has_changes=len(changes) > 0)
     write_group_logs(settings, citation, "CITATION_quality.md")
     run = RunInfo(
-        citation.methods, cohort.left_out, notes, cohort.source, {"level": "group"}, package_versions(),
+        citation.methods, cohort.left_out, [*notes, *added], cohort.source, {"level": "group"}, package_versions(),
         sloppy=bool(cohort.source.get("sloppy")),
     )  # fmt: skip
-    means = pd.DataFrame(volumes.mean(axis=1), columns=list(cohort.names))
     page = quality_page(run, settings.output_dir, images, means, structures, power, changes)
     page.save((names.logs(settings.output_dir) / names.QUALITY_REPORT).with_suffix(".json"))
     return write_text(page.html(), settings.output_dir / names.QUALITY_REPORT)
 
 
-def _write(path: Path, table: pd.DataFrame, structures: Sequence[str] = ()) -> None:
-    """Write a table and its sidecar; `structures` have a column of volumes, and one of standard deviations."""
+def _write(path: Path, table: pd.DataFrame) -> None:
+    """Write a table and its sidecar; columns that are not in ``columns.tsv`` are volumes and their SDs."""
     write_table(table, path)
-    columns = names.table_columns(f"group_{path.stem}")
-    for name in structures:
-        columns |= {name: columns["volume_mean"], f"{name}_sd": columns["volume_sd"]}
-    shown = {name: column for name, column in columns.items() if name in table}
-    write_json(describe_columns(shown), path.with_suffix(".json"))
+    known = names.table_columns(f"group_{path.stem}")
+    volume, sd = known.get("volume_mean"), known.get("volume_sd")
+    columns = {name: known.get(name, sd if name.endswith("_sd") else volume) for name in table}
+    sidecar = describe_columns({name: column for name, column in columns.items() if column})
+    write_json(sidecar, path.with_suffix(".json"))
 
 
 def _read_verdicts(output_dir: Path, people: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Rows of every image's table of structures, with the column image; none of older versions, without verdicts."""
     ending, without, tables = names.OUTPUTS["regions_tsv"].name(""), [], [pd.DataFrame(columns=["image", *VERDICTS])]
     for participant, session, image in people[["participant_id", "session_id", "observation"]].itertuples(index=False):
-        path = Path(output_dir, participant, *([session] if isinstance(session, str) else []), "anat", image + ending)
+        path = Path(output_dir, participant, session if isinstance(session, str) else "", "anat", image + ending)
         try:
             tables.append(pd.read_csv(path, sep="\t", na_values="n/a", usecols=VERDICTS).assign(image=image))
         except (OSError, ValueError):
             without.append(image)
     if without:
-        notes.append(f"Images without verdicts (their table of structures is missing, old or damaged): {some(without)}.")
+        notes.append(
+            f"Images without verdicts (their table of structures is missing, old or damaged): {some(without)}."
+        )
     return pd.concat(tables, ignore_index=True)
 
 
 def _describe_images(cohort: Cohort, volumes: np.ndarray, verdicts: pd.DataFrame) -> pd.DataFrame:
     """Row per image, see `quality_page`."""
     distances, deviations = robust_distances(volumes.mean(axis=1))
-    images = cohort.people[["participant_id", "session_id"]].assign(image=cohort.people["observation"])
-    known = images["image"].isin(verdicts["image"])
-    for verdict in ("unreliable", "caution"):
-        count = verdicts.loc[verdicts["verdict"] == verdict, "image"].value_counts()
-        images[f"n_{verdict}"] = images["image"].map(count).fillna(0).where(known)
+    people = cohort.people.rename(columns={"observation": "image"})
+    images = people[["participant_id", "session_id", "image"]].assign(distance=distances, **{
+        f"n_{name}": people["image"].map((verdicts["verdict"] == name).groupby(verdicts["image"]).sum())
+        for name in ("unreliable", "caution")
+    })  # fmt: skip
     doubtful = verdicts[verdicts["verdict"].isin(["unreliable", "caution"])]
-    doubtful = doubtful.sort_values(["verdict", "cv"], ascending=False, kind="stable")
-    worst = doubtful.groupby("image")["name"].agg(list).to_dict()
-    images["worst"] = [some(worst.get(image, []), shown=3) for image in images["image"]]
-    images["distance"] = distances
+    worst = doubtful.sort_values(["verdict", "cv"], ascending=False).groupby("image")["name"].agg(list).to_dict()
     odd = np.nan_to_num(np.abs(deviations)).argmax(axis=1)
-    images["odd"] = pd.Series([f"{cohort.names[f]} {signed(deviations[i, f])}" for i, f in enumerate(odd)]).where(
-        distances > OUTLYING
+    return images.assign(
+        worst=[some(worst.get(image, []), shown=2) for image in images["image"]],
+        odd=np.array(cohort.names)[odd],
+        deviation=deviations[np.arange(len(odd)), odd],
     )
-    return images
 
 
 def _describe_structures(cohort: Cohort, volumes: np.ndarray, verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Row per structure: name, mean, low, high (for adults of any age), n_outside, cv, npv, unreliable."""
+    """Row per structure, see `quality_page`."""
     table = pd.DataFrame({"name": cohort.names, "mean": volumes.mean(axis=(0, 1))})
-    table["low"], table["high"] = adult_limits(cohort.names)
-    outside = ~verdicts["volume_mean"].between(verdicts["volume_low"], verdicts["volume_high"])
-    outside = outside.where(verdicts["volume_low"].notna())
-    by_name = verdicts.assign(outside=outside, unreliable=verdicts["verdict"] == "unreliable").groupby("name")
-    table["n_outside"] = table["name"].map(by_name["outside"].sum(min_count=1))
-    table["unreliable"] = table["name"].map(by_name["unreliable"].mean())
+    limits = LIMITS.drop_duplicates("name").set_index("name")[["low", "high"]]  # of adults of any age
+    table = table.join(limits, on=table["name"].str.removeprefix("Left-").str.removeprefix("Right-"))
+    outside = (verdicts["volume_mean"] < verdicts["volume_low"]) | (verdicts["volume_mean"] > verdicts["volume_high"])
+    table["n_outside"] = table["name"].map(outside.groupby(verdicts["name"]).sum())
+    table["unreliable"] = table["name"].map((verdicts["verdict"] == "unreliable").groupby(verdicts["name"]).mean())
     if cohort.members is None:
         return table.assign(cv=np.nan, npv=np.nan)
     return table.merge(numerical_variability(cohort)[["name", "cv", "npv"]], on="name")
 
 
 def _find_changes(bids_dir: Path, cohort: Cohort, volumes: np.ndarray, notes: list[str]) -> pd.DataFrame:
-    """`paired_changes` of participants with several sessions, with the days between them; what to note about these."""
-    with_session = cohort.people.dropna(subset=["session_id"]).groupby("participant_id", sort=False)
-    days = {
-        participant: order_sessions(bids_dir, participant, sessions)
-        for participant, sessions in with_session["session_id"].unique().items()
-        if len(sessions) > 1
-    }
-    if undated := [participant for participant, of in days.items() if np.isnan(list(of.values())).any()]:
+    """`paired_changes` of participants with several sessions, with the days between them."""
+    sessions = cohort.people.dropna(subset=["session_id"]).groupby("participant_id", sort=False)["session_id"].unique()
+    days = {who: order_sessions(bids_dir, who, labels) for who, labels in sessions.items() if len(labels) > 1}
+    if undated := [who for who, since in days.items() if np.isnan([*since.values()]).any()]:
         notes.append(
-            f"Sessions without a date (acq_time in *_sessions.tsv or *_scans.tsv) are in the order of their labels: "
+            "Sessions without a date (acq_time in *_sessions.tsv or *_scans.tsv) are in the order of their labels: "
             f"{some(undated)}. Check that this is their order in time."
         )
-    kinds = cohort.people.groupby(["participant_id", "session_id"])["observation"].agg(comparable)
-    if mixed := [p for p in days if kinds[p].map(sorted).map(str).nunique() > 1]:
-        notes.append(f"Sessions differ in more than time (other entities in the names of their images): {some(mixed)}.")
-    changes = paired_changes(cohort.people, cohort.names, volumes, {p: list(of) for p, of in days.items()})
+    changes = paired_changes(cohort.people, cohort.names, volumes, {who: list(since) for who, since in days.items()})
     if len(changes):
         at = zip(changes["participant_id"], changes["session_id"], strict=True)
-        changes.insert(3, "days", [days[participant][session] for participant, session in at])
+        changes.insert(3, "days", [days[who][session] for who, session in at])
     return changes
-
-
-def _volumes_table(cohort: Cohort, volumes: np.ndarray, images: pd.DataFrame) -> pd.DataFrame:
-    """Row per image: ids, number of unreliable structures, distance; then mean volumes, and SDs over members."""
-    volumes = np.concatenate([volumes.sum(axis=2, keepdims=True), volumes], axis=2)  # the brain first
-    columns = ["brain", *cohort.names]
-    table = images[["participant_id", "session_id", "image", "n_unreliable", "distance"]].dropna(axis=1, how="all")
-    means = pd.DataFrame(volumes.mean(axis=1), columns=columns)
-    if cohort.members is None:
-        return pd.concat([table, means], axis=1)
-    return pd.concat([table, means, pd.DataFrame(volumes.std(axis=1, ddof=1), columns=[f"{c}_sd" for c in columns])], axis=1)

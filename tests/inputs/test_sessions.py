@@ -24,7 +24,9 @@ def test_dates_of_the_table_of_sessions_decide(tmp_path):
 
 
 def test_dates_of_the_scans_fill_in_and_only_those_of_t1w_images_count(tmp_path):
-    write(tmp_path, "sub-01_sessions.tsv", "session_id\tacq_time", "ses-1\t2001-01-05", "ses-2\tn/a", "ses-10\t2001-01-04")
+    write(
+        tmp_path, "sub-01_sessions.tsv", "session_id\tacq_time", "ses-1\t2001-01-05", "ses-2\tn/a", "ses-10\t2001-01-04"
+    )
     write(tmp_path, "ses-2/sub-01_ses-2_scans.tsv", "filename\tacq_time", "anat/sub-01_ses-2_T1w.nii.gz\t2001-01-06",
           "func/sub-01_ses-2_bold.nii.gz\t1999-01-01")  # fmt: skip
     assert list(order_sessions(tmp_path, "sub-01", SESSIONS)) == ["ses-10", "ses-1", "ses-2"]
@@ -32,7 +34,14 @@ def test_dates_of_the_scans_fill_in_and_only_those_of_t1w_images_count(tmp_path)
 
 @pytest.mark.parametrize("wrong", ["n/a", "9/20/01", "yesterday"])
 def test_a_missing_date_is_not_guessed(tmp_path, wrong):
-    write(tmp_path, "sub-01_sessions.tsv", "session_id\tacq_time", "ses-10\t2001-01-01", "ses-2\t2001-01-02", f"ses-1\t{wrong}")
+    write(
+        tmp_path,
+        "sub-01_sessions.tsv",
+        "session_id\tacq_time",
+        "ses-10\t2001-01-01",
+        "ses-2\t2001-01-02",
+        f"ses-1\t{wrong}",
+    )
     days = order_sessions(tmp_path, "sub-01", SESSIONS)
     assert list(days) == SESSIONS and all(map(math.isnan, days.values()))
 

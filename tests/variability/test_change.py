@@ -39,7 +39,9 @@ def test_unchanged_people_are_beyond_in_5_percent_and_a_loss_is_found():
     assert (changes["mark"] == "beyond").mean() == pytest.approx(0.05, abs=0.025)
     assert changes["detectable_rescan"].median() == pytest.approx(1.96, rel=0.1)  # 1 % scans, two in each session
     later = np.array([name.split("_")[1] == "ses-b" for name in names])
-    lost = paired_changes(images(*names), list("wxyz"), 1000 * level * scans * (1 - 0.05 * later)[:, None, None], sessions)
+    lost = paired_changes(
+        images(*names), list("wxyz"), 1000 * level * scans * (1 - 0.05 * later)[:, None, None], sessions
+    )
     assert (lost["mark"] == "beyond").mean() > 0.98
     summary = summarise_changes(lost).set_index("name")
     assert list(summary.index) == list("wxyz") and summary.loc["w", "change"] == pytest.approx(-5, abs=0.2)

@@ -1,6 +1,7 @@
 """The group level without ages: tables and page of the reliability of volumes."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -75,8 +76,6 @@ def derivatives(tmp_path_factory):
 
 @pytest.fixture
 def output(derivatives, tmp_path):
-    import shutil
-
     return shutil.copytree(derivatives, tmp_path / "derivatives")
 
 
@@ -96,9 +95,10 @@ def test_people_without_ages_get_volumes_outliers_power_and_changes(bids, output
     assert cv.median() == pytest.approx(0.02, rel=0.5)
     np.testing.assert_allclose(volumes["brain"], volumes[list(STRUCTURES.values())].sum(axis=1), rtol=1e-5)
     sidecar = json.loads((output / "phenotype/volumes.json").read_text())
-    assert set(volumes) - {"participant_id", "session_id"} <= set(sidecar) and sidecar["Left-Hippocampus_sd"]["Units"] == "mm^3"
+    assert set(volumes) - {"participant_id", "session_id"} <= set(sidecar)
+    assert sidecar["Left-Hippocampus_sd"]["Units"] == "mm^3"
     power = pd.read_csv(output / "models/power.tsv", sep="\t", index_col="name")
-    assert power.loc["Left-Hippocampus", "sd_d"] == pytest.approx(2 * power.loc["Left-Hippocampus", "npv"] / 12**0.5, rel=1e-4)
+    assert power["sd_d"].to_numpy() == pytest.approx(2 * power["npv"].to_numpy() / 12**0.5, rel=1e-4)
     assert not (output / "group_brainage.html").exists() and not (output / "phenotype/brainage.tsv").exists()
     page = (output / "group_quality.html").read_text()
     assert '<a href="sub-02.html">sub-02_run-1</a>' in page and "sub-03.html" not in page
