@@ -40,9 +40,9 @@ def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> P
         print(f"Note: {note}", file=sys.stderr)
     images = _describe_images(cohort, volumes, verdicts)
     structures = _describe_structures(cohort, volumes, verdicts)
-    n_people, power = cohort.people["participant_id"].nunique(), pd.DataFrame()
-    if n_people >= MIN_PEOPLE and cohort.members is not None:
-        power = power_table(cohort.names, structures["npv"], n_people)
+    power = pd.DataFrame()
+    if structures["npv"].notna().any():
+        power = power_table(cohort.names, structures["npv"], cohort.people["participant_id"].nunique())
     sums = np.concatenate([volumes.sum(axis=2, keepdims=True), volumes], axis=2)
     columns = pd.Index(["brain", *cohort.names])
     means = pd.DataFrame(sums.mean(axis=1), columns=columns)
@@ -117,7 +117,11 @@ def _describe_structures(cohort: Cohort, volumes: np.ndarray, verdicts: pd.DataF
     table["unreliable"] = table["name"].map((verdicts["verdict"] == "unreliable").groupby(verdicts["name"]).mean())
     if cohort.members is None:
         return table.assign(cv=np.nan, npv=np.nan)
-    return table.merge(numerical_variability(cohort)[["name", "cv", "npv"]], on="name")
+    enough = cohort.people["participant_id"].nunique() >= MIN_PEOPLE
+    return table.assign(
+        cv=np.sqrt(volumes.var(axis=1, ddof=1).mean(axis=0)) / table["mean"],
+        npv=numerical_variability(cohort)["npv"] if enough else np.nan,
+    )
 
 
 def _find_changes(bids_dir: Path, cohort: Cohort, volumes: np.ndarray, notes: list[str]) -> pd.DataFrame:
