@@ -45,7 +45,7 @@ from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
 from bids_varaug.derivatives.write import write_table
-from bids_varaug.errors import FiltersError, UserError
+from bids_varaug.errors import FiltersError, UsageError, UserError
 from bids_varaug.inputs.participants import People, read_people
 from bids_varaug.inputs.tables import some
 from bids_varaug.models.ensemble import sha256_of
@@ -70,6 +70,8 @@ def run_group(settings: Settings) -> Path | None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if settings.reports_only:
         return _rewrite_pages(settings)
+    if settings.no_brain_age and (settings.features_table or settings.apply_model):
+        raise UsageError("--no-brain-age: nothing is left to do with --features-table or --apply-model. Leave one out.")
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     everybody, people, notes = _read(settings, model)
     volumes = everybody = _select(everybody, settings)

@@ -140,6 +140,11 @@ def test_outputs_pass_the_validator(bids, output):
     assert run_validator(output) == []
 
 
+def test_other_features_have_no_page_of_their_own(bids, output, capsys):
+    assert run(bids, output, "--no-brain-age", "--features-table", str(output / "descriptions.tsv")) == 64
+    assert "nothing is left to do" in capsys.readouterr().err
+
+
 def test_few_images_and_damaged_tables_are_said(bids, output):
     (output / f"sub-08/anat/sub-08{REGIONS}").write_text("index\n")
     assert run(bids, output, "--participant-label", "07", "08", "09") == 0
