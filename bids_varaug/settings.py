@@ -48,6 +48,7 @@ class Settings:
     age_column: str = "age"
     site_column: str = "site"
     sex_column: str = "sex"
+    no_brain_age: bool = False
     brainage_model: str = "auto"
     augmentation: str = "all"
     cv_folds: int = 5

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="bids_varaug",
         description="Segment T1w images with a numerical ensemble and map where its members disagree (participant); "
-        "predict age from the volumes (group).",
+        "check the volumes of a group, and predict age from them (group).",
         epilog="Flags may be spelled with underscores too (--participant_label).",
         allow_abbrev=False,
     )
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("bids_dir", type=absolute_path, help="input BIDS dataset")
     add("output_dir", type=absolute_path, help="output directory; inside BIDS_DIR only below BIDS_DIR/derivatives/")
     add("level", metavar="{participant,group}",
-        help="level of the analysis: segment images, or predict age from the volumes")
+        help="level of the analysis: segment images; or check their volumes, and predict age from them")
     add = parser.add_argument_group("images").add_argument
     add("--participant-label", dest="participant_labels", type=participant_label, nargs="+", metavar="LABEL",
         help="participants to process, with or without sub- (default: all)")
@@ -159,6 +159,7 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("group level").add_argument
     for name in ("age", "site", "sex"):
         add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
+    add("--no-brain-age", action="store_true", help="only check the volumes; needs no ages")
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,

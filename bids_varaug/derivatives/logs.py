@@ -24,9 +24,9 @@ def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]
     _write(settings, tables, cite_participant(settings, ensemble, members), "CITATION.md")
 
 
-def write_group_logs(settings: Settings, citation: Citation) -> None:
-    """Write ``logs/CITATION_group.md`` and the settings of a run of the group level."""
-    _write(settings, {}, citation, "CITATION_group.md")
+def write_group_logs(settings: Settings, citation: Citation, name: str = "CITATION_group.md") -> None:
+    """Write how to cite, and the settings of a run of the group level."""
+    _write(settings, {}, citation, name)
 
 
 def _write(settings: Settings, tables: Mapping[str, Mapping[str, str]], citation: Citation, name: str) -> None:

@@ -20,6 +20,7 @@ DATASET_DESCRIPTION = "dataset_description.json"
 DESCRIPTIONS_TABLE = "descriptions.tsv"
 LOOKUP_TABLE = "seg-varaug_dseg.tsv"
 GROUP_REPORT = "group_brainage.html"
+QUALITY_REPORT = "group_quality.html"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,6 @@ def logs(output_dir: Path) -> Path:
 
 
 def bidsignore() -> str:
-    """Patterns of what BIDS has no name for: some outputs, reports, figures and models."""
+    """Patterns of what BIDS has no name for: some outputs, reports, figures, models; phenotype tables by image."""
     # 'figures/' would match a folder's name only, and the validator still look inside.
-    return "*.html\nfigures\nmodels\n*_morph.*\n*_statmap.*\n"
+    return "*.html\nfigures\nmodels\nphenotype/changes.*\nphenotype/volumes.*\n*_morph.*\n*_statmap.*\n"

@@ -139,7 +139,7 @@ def sidecar(
     if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
     table = names.OUTPUTS["regions_tsv"] if key == "consensus_dseg" else output
-    return content | _describe_columns(table.columns)
+    return content | describe_columns(table.columns)
 
 
 def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Member]:
@@ -151,7 +151,8 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     return list(request.members if key == "members_tsv" else request.perturbed)
 
 
-def _describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
+def describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
+    """Sidecar of a table: description and unit of each column."""
     return {
         name: {"Description": column.description}
         | ({"Units": column.unit} if column.unit else {})
@@ -197,7 +198,7 @@ def write_dataset_files(
     path = output_dir / names.DESCRIPTIONS_TABLE
     write_table(descriptions_table(members), path)
     text = "What each desc- entity stands for; members with their checkpoints."
-    write_json({"Description": text} | _describe_columns(names.table_columns("members")), path.with_suffix(".json"))
+    write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
     table = pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
     write_table(table, output_dir / names.LOOKUP_TABLE)

@@ -121,7 +121,7 @@ def read_people(
         if not require_age:
             return People(pd.DataFrame(columns=_COLUMNS))
         fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}" if path.is_symlink() else ""
-        need = "The group level needs it, with the columns participant_id and age (sex and site are optional)"
+        need = "Brain age needs it, with the columns participant_id and age (sex and site are optional)"
         raise NoInputError(f"{path}: not found. {need}.{fetch}")
     table = read_text_table(path)
     age, sex, site = (

@@ -106,7 +106,7 @@ def evaluation_page(
     if numerics is not None and numerics["ratio"].notna().any():
         others = [(other.name, other.numerics) for other in compared if other.numerics["ratio"].notna().any()]
         figures["ratios"] = plots.draw_ratios(numerics, others)
-    return _page(
+    return make_page(
         "group.html",
         run,
         best=best,
@@ -149,7 +149,7 @@ def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]
     low = high = np.array([np.nan])
     if len(known):
         low, high = bootstrap_interval(errors.abs().to_numpy()[:, None], np.random.default_rng(0), N_BOOTSTRAP)
-    return _page(
+    return make_page(
         "applied.html",
         run,
         n_people=len(people),
@@ -168,7 +168,8 @@ def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]
     )
 
 
-def _page(template: str, run: RunInfo, **values: Any) -> Page:
+def make_page(template: str, run: RunInfo, **values: Any) -> Page:
+    """Make a page of a template; what fills it becomes JSON."""
     source = {key: value for key, value in run.source.items() if key != "sha256"}
     return Page(template, _as_json({"run": asdict(replace(run, source=source)), **values}))
 

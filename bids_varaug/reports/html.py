@@ -29,6 +29,7 @@ def tabulate(
     columns: Mapping[str, Column],
     row_classes: Iterable[str] | None = None,
     orders: Mapping[str, Sequence[str]] | None = None,
+    links: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Headings and rows of a table as ``parts.table`` of the templates takes them.
 
@@ -39,6 +40,7 @@ def tabulate(
         class of its cells: "text", "text long" (may be broken into lines), "text hash"
     row_classes : class of each row, "" for none
     orders : column to its texts in the order in which they are sorted, where that is not alphabetical
+    links : column to the address that each of its cells leads to, "" for none
     """
     shown = {
         name: column
@@ -46,10 +48,13 @@ def tabulate(
         if name in table.columns and (_is_text(column) or table.empty or table[name].notna().any())
     }
     orders = orders or {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"class": class_, "cells": [_cell(row[name], c, orders.get(name, ())) for name, c in shown.items()]}
         for class_, row in zip(row_classes or [""] * len(table), table.to_dict("records"), strict=True)
     ]
+    for name, addresses in (links or {}).items():
+        for row, address in zip(rows, addresses, strict=True):
+            row["cells"][list(shown).index(name)]["href"] = address
     headings = [
         {"heading": c.heading, "tooltip": c.description, "class": "text" if _is_text(c) else ""} for c in shown.values()
     ]

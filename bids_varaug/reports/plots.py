@@ -195,6 +195,35 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
     return _svg(figure)
 
 
+@_styled
+def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.ndarray) -> str:
+    """SVG of every image's volumes [mm3], a row per structure, beside the range of plausible ones.
+
+    `structures` has name, low and high, missing where there is no range; (R,) bool `outlying` images are red.
+    """
+    order = pair_sides(structures["name"])[:MAX_ROWS]
+    height = 1.4 + 0.25 * len(order)
+    figure = Figure(figsize=(8.8, height))
+    axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
+    limits = structures.set_index("name").loc[order]
+    rows = np.arange(len(order))
+    axes.barh(rows, limits["high"] - limits["low"], 0.62, limits["low"], color="#cfe3f1", label="plausible in adults")
+    top = np.argsort(outlying, kind="stable")  # what stands out is drawn last
+    shift, many = np.linspace(-0.22, 0.22, len(volumes))[top], len(volumes) * len(order) > RASTER_FROM
+    sizes, colors = np.where(outlying, 24, 5 if many else 12)[top], np.where(outlying, VERMILLION, BLUE)[top]
+    for row, name in enumerate(order):
+        x = volumes[name].to_numpy()[top]
+        axes.scatter(x, row + shift, sizes, colors, alpha=0.7, linewidths=0, rasterized=many)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [10.0**e for e in range(-3, 8) if low <= 10.0**e <= high]
+    _set_ticks(axes, ticks, [f"{t:,g}" for t in ticks])
+    _name_rows(axes, order, FONT - 1)
+    axes.set_xlabel("volume [mm³], logarithmic")
+    figure.legend(bbox_to_anchor=(0.26, 1.0))
+    return _svg(figure)
+
+
 @matplotlib.style.context(["default", STYLE, {"axes.edgecolor": BLACK}])
 def draw_volumes(members: pd.DataFrame) -> bytes:
     """PNG of the volumes of every structure, one dot per member, relative to the mean of the members.

@@ -18,10 +18,10 @@ from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
 from bids_varaug.brainage.features import asymmetries, relative_volumes
-from bids_varaug.brainage.features_table import read_features_table
+from bids_varaug.brainage.features_table import look_up_people, match_people, read_features_table
 from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
-from bids_varaug.brainage.models import BrainAgeModel, fit_brain_age
+from bids_varaug.brainage.models import MIN_PARTICIPANTS, BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.outputs import (
     PHENOTYPE_TABLE,
     applied_sidecar,
@@ -45,14 +45,15 @@ from bids_varaug.derivatives.citation import Citation, cite
 from bids_varaug.derivatives.logs import write_group_logs
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
 from bids_varaug.derivatives.write import write_table
-from bids_varaug.errors import FiltersError, UserError
-from bids_varaug.inputs.participants import read_people
+from bids_varaug.errors import FiltersError, UsageError, UserError
+from bids_varaug.inputs.participants import People, read_people
+from bids_varaug.inputs.tables import some
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, evaluation_page, load_page
 from bids_varaug.settings import Settings
+from bids_varaug.workflows.quality import write_quality
 
 MODEL = "models/brainage.skops"
-REPORT_CONTENT = "group_brainage.json"  # in the folder of logs
 
 
 def run_group(settings: Settings) -> Path | None:
@@ -68,11 +69,16 @@ def run_group(settings: Settings) -> Path | None:
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if settings.reports_only:
-        page = load_page(names.logs(settings.output_dir) / REPORT_CONTENT)
-        return None if settings.dry_run else _write_page(settings, page)
+        return _rewrite_pages(settings)
+    if settings.no_brain_age and (settings.features_table or settings.apply_model):
+        raise UsageError("--no-brain-age: nothing is left to do with --features-table or --apply-model. Leave one out.")
     model = None if settings.apply_model is None else load_model(settings.apply_model)
-    everybody, notes = _read(settings, model)
-    volumes = _select(everybody, settings)
+    everybody, people, notes = _read(settings, model)
+    volumes = everybody = _select(everybody, settings)
+    no_brain_age = None
+    if people is not None and model is None and settings.features_table is None:
+        no_brain_age, volumes = _with_ages(settings, everybody, people)
+        notes += [f"Brain age is not predicted: {no_brain_age}"] if no_brain_age else []
     how = _how_made(settings, model)
     cohort = _derive(volumes, how)
     notes += [
@@ -91,6 +97,11 @@ def run_group(settings: Settings) -> Path | None:
         )
         return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
+    if settings.features_table is None and model is None:
+        page = write_quality(settings, everybody, notes)
+        if no_brain_age:
+            return page
+        print(f"For the reliability of the volumes, open {page}.", file=sys.stderr)
     if model is not None:
         return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
@@ -101,22 +112,54 @@ def _print_notes(notes: Iterable[str]) -> None:
         print(f"Note: {note}", file=sys.stderr)
 
 
-def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, list[str]]:
-    """Volumes, or features of a table, of people with their age, sex and site; what to note about them."""
+def _rewrite_pages(settings: Settings) -> Path | None:
+    """Write the pages of the last run again; return the first."""
+    reports = (names.GROUP_REPORT, names.QUALITY_REPORT)
+    saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in reports}
+    pages = {report: load_page(path) for report, path in saved.items() if path.exists()}
+    pages = pages or {names.GROUP_REPORT: load_page(saved[names.GROUP_REPORT])}  # an error that says what is missing
+    if settings.dry_run:
+        return None
+    return next(iter([write_text(page.html(), settings.output_dir / name) for name, page in pages.items()]))
+
+
+def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str | None, Cohort]:
+    """Why brain age cannot be predicted, if so; and the images of known age, the others left out with reasons."""
+    if settings.no_brain_age:
+        return "--no-brain-age.", cohort
+    known, ids = np.isfinite(cohort.age), cohort.people[["participant_id", "session_id", "observation"]]
+    if cohort.people["participant_id"][known].nunique() < MIN_PARTICIPANTS:
+        try:
+            read_people(settings.bids_dir, age_column=settings.age_column)
+        except UserError as error:
+            return str(error), cohort
+        listed = some([f"{who}: {why}" for who, why in people.left_out.items()], "; ")
+        return f"fewer than {MIN_PARTICIPANTS} participants have an age. {listed}".strip(), cohort
+    if known.all():
+        return None, cohort
+    same = match_people(people, ids["participant_id"], ids["session_id"].dropna().unique(), "", [])
+    _, reasons = look_up_people(ids[~known], people, same)
+    return None, replace(cohort.take(known), left_out=cohort.left_out | reasons)
+
+
+def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, People | None, list[str]]:
+    """Volumes, or features of a table, with age, sex and site; the people; and what to note about them."""
     columns = {name: getattr(settings, name) for name in ("age_column", "sex_column", "site_column")}
-    asked: dict[str, Any] = {"require_age": model is None}
+    asked: dict[str, Any] = {"require_age": model is None and settings.features_table is not None}
     if model is not None:
         asked["features"] = model.source.get("measured", model.names)
     people = None  # a table of features may have its own
     if settings.features_table is None:
-        people = read_people(settings.bids_dir, **columns, require_age=model is None)
+        path = settings.bids_dir / "participants.tsv"
+        unfetched = path.is_symlink() and not path.exists() and model is None and not settings.no_brain_age
+        people = read_people(settings.bids_dir, **columns, require_age=unfetched)
         progress = partial(tqdm, desc="Reading tables", unit="file", disable=None)
         cohort = gather_cohort(settings.output_dir, people, progress=progress, **asked)
     else:
         if (settings.bids_dir / "participants.tsv").exists():
             people = read_people(settings.bids_dir, **columns, require_age=False)
         cohort = read_features_table(settings.features_table, people, **columns, **asked)
-    return cohort, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
+    return cohort, people, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
 
 
 def _select(cohort: Cohort, settings: Settings) -> Cohort:
@@ -172,7 +215,7 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list
     }
     citation = cite("applied", package_versions(), model=described, features=_features_text(settings, cohort))
     run = _run_info(settings, cohort, notes, citation, {})
-    return _write_page(settings, applied_page(run, predicted, described), save=True)
+    return _write_page(settings, applied_page(run, predicted, described))
 
 
 def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]) -> Path:
@@ -216,7 +259,7 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]
     if not np.isfinite(cohort.age).all():
         notes = [*notes, "Some people have no age: they count for numerics, not for the model."]
     run = _run_info(settings, cohort, notes, citation, evaluation.settings)
-    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared), save=True)
+    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared))
 
 
 def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
@@ -273,7 +316,6 @@ def _run_info(
     )  # fmt: skip
 
 
-def _write_page(settings: Settings, page: Page, save: bool = False) -> Path:
-    if save:
-        page.save(names.logs(settings.output_dir) / REPORT_CONTENT)
+def _write_page(settings: Settings, page: Page) -> Path:
+    page.save((names.logs(settings.output_dir) / names.GROUP_REPORT).with_suffix(".json"))
     return write_text(page.html(), settings.output_dir / names.GROUP_REPORT)

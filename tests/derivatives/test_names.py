@@ -55,7 +55,8 @@ def test_image_and_table_of_one_name_share_the_sidecar(scan):
 
 
 def test_bidsignore_lists_figures_without_slash():
-    assert names.bidsignore().split() == ["*.html", "figures", "models", "*_morph.*", "*_statmap.*"]
+    by_image = ["phenotype/changes.*", "phenotype/volumes.*"]
+    assert names.bidsignore().split() == ["*.html", "figures", "models", *by_image, "*_morph.*", "*_statmap.*"]
 
 
 def test_report_lies_where_browsers_find_it():

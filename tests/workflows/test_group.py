@@ -239,7 +239,6 @@ def test_reports_only_makes_the_same_page_without_fitting(bids, output, capsys):
     ("flags", "code", "message"),
     [
         (["--age-column", "years"], 65, "years"),
-        (["--participant-label", "01", "02", "03"], 65, "10"),
         (["--participant-label", "99"], 18, "nobody"),
         (["--compare", "fs=/nowhere"], 64, "/nowhere"),
         (["--compare", "a/b=/tmp"], 64, "letters and digits"),
@@ -249,6 +248,22 @@ def test_requests_that_cannot_be_met(bids, output, flags, code, message, capsys)
     assert run(bids, output, *flags) == code
     assert message in capsys.readouterr().err
     assert not (output / "group_brainage.html").exists()
+
+
+def test_few_people_with_age_get_no_brain_age(bids, output, capsys):
+    assert run(bids, output, "--participant-label", "01", "02", "03") == 0
+    assert "fewer than 10 participants have an age" in capsys.readouterr().err
+    assert (output / "group_quality.html").exists() and not (output / "group_brainage.html").exists()
+
+
+def test_who_has_no_age_is_left_out_of_brain_age_only(bids, output):
+    people = (bids / "participants.tsv").read_text().replace("sub-30\t80.0", "sub-30\tn/a")
+    (bids / "participants.tsv").write_text(people)
+    assert run(bids, output, "--augmentation", "none") == 0
+    assert len(pd.read_csv(output / "phenotype/brainage.tsv", sep="\t")) == N - 1
+    assert "no age (n/a)" in (output / "group_brainage.html").read_text()
+    volumes = pd.read_csv(output / "phenotype/volumes.tsv", sep="\t")
+    assert "sub-30" in set(volumes["participant_id"]) and len(volumes) == N
 
 
 def test_dry_run_fits_and_writes_nothing(bids, output, capsys):

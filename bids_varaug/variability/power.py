@@ -1,0 +1,72 @@
+"""What numerical noise does to the statistics of a study, after Chatelain et al. (2026).
+
+NPVR is the numerical-to-population variability ratio: standard deviation of a measure over runs / between people. Noise
+is independent between people; n people are in two groups of n / 2, or in one correlation.
+doi:10.1038/s41598-026-64679-2
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.stats import norm, t
+
+ALPHA = 0.05
+MAX_FLIPS = 0.05
+"""Share of reruns on the other side of `ALPHA` up to which a p-value counts as safe."""
+REPORTED_P = (0.04, 0.01)
+MIN_PEOPLE = 4
+
+
+def noise_of_statistics(npvr: float, n: int, p: float) -> pd.DataFrame:
+    """Two-sided p as Cohen's d, t, F (of one degree of freedom) and r, and what numerical noise adds to each.
+
+    ``sd(d) = 2 npvr / sqrt(n)``, for small d; ``sd(t) = npvr``; ``sd(F) = 2 sqrt(F) npvr``;
+    ``sd(r) = npvr sqrt((1 - r^2) / (n - 1))``, partial r too. ValueError unless npvr >= 0, n > 2 and 0 < p <= 1.
+
+    Examples
+    --------
+    >>> noise_of_statistics(0.2, 100, 0.03).round(3).loc["d"].tolist()
+    [0.44, 0.04]
+    """
+    if not 0 <= npvr < np.inf or not n > 2 or not 0 < p <= 1:
+        raise ValueError(f"npvr {npvr}, n {n} or p {p} is out of range")
+    value = float(t.isf(p / 2, n - 2))
+    r = value / np.sqrt(value**2 + n - 2)
+    rows = {
+        "d": (2 * value / np.sqrt(n), 2 * npvr / np.sqrt(n)),
+        "t": (value, npvr),
+        "F": (value**2, 2 * value * npvr),
+        "r": (r, npvr * np.sqrt((1 - r**2) / (n - 1))),
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "sd"])
+
+
+def flip_probability(npvr: ArrayLike, n: int, p: float, *, rerun: bool = True) -> np.ndarray:
+    """Probability that a p-value published for one run lies on the other side of `ALPHA`.
+
+    Either in one more run of the same images (``t + sqrt(2) npvr z``: both runs are noisy), or, with ``rerun=False``,
+    without any numerical noise (``t + npvr z``). Shape of `npvr`; NaN where that is NaN.
+
+    Examples
+    --------
+    >>> flip_probability([0.05, 0.5], 100, 0.03).round(2).tolist()
+    [0.0, 0.38]
+    """
+    value, critical = t.isf([p / 2, ALPHA / 2], n - 2)
+    sd = np.maximum(np.asarray(npvr, np.float64), 1e-12) * (np.sqrt(2) if rerun else 1)
+    above = norm.sf((critical - value) / sd) + norm.cdf((-critical - value) / sd)
+    return 1 - above if p < ALPHA else above
+
+
+def power_table(names: ArrayLike, npvr: ArrayLike, n: int) -> pd.DataFrame:
+    """Row per structure: name, npv, sd_d and sd_r (of a small effect), flips_P of `REPORTED_P`, p_safe.
+
+    p_safe is the largest p of which at most `MAX_FLIPS` of reruns lie above `ALPHA`.
+    """
+    npvr = np.asarray(npvr, np.float64)
+    safe = t.isf(ALPHA / 2, n - 2) + norm.isf(MAX_FLIPS) * np.sqrt(2) * npvr
+    flips = {f"flips_{p}": flip_probability(npvr, n, p) for p in REPORTED_P}
+    noise = {"sd_d": 2 * npvr / np.sqrt(n), "sd_r": npvr / np.sqrt(n - 1)}
+    return pd.DataFrame({"name": names, "npv": npvr, **noise, **flips, "p_safe": 2 * t.sf(safe, n - 2)})
