@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch without CUDA (a tenth of the size). For a GPU: make demo TORCH_INDEX=https://pypi.org/simple
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Two files of tests at a time
+# Two files of tests at a time, on one thread each
 PYTEST_ARGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 
@@ -39,6 +39,7 @@ demo: $(VENV)/.demo
 	@echo "Open the reports: $(CURDIR)/demo/derivatives/sub-mni152.html"
 	@echo "                  $(CURDIR)/demo/cohort_derivatives/group_brainage.html"
 
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 keep_caches_below(ROOT / ".pytest_cache")
 
 
-# What runs the whole program takes minutes a file: begun last, it would leave one worker alone.
+# What takes a minute or more, the longest first: begun last, it would leave one worker alone.
 LONG_FIRST = tuple(
     ROOT / "tests" / part
-    for part in ("slurm", "test_real_heads.py", "workflows", "cli", "platforms", "faults")
-)
+    for part in ("test_real_heads.py", "workflows/test_participant.py", "slurm", "numerics", "faults", "workflows",
+                 "cli", "platforms")
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

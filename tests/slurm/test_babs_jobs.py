@@ -25,7 +25,7 @@ from tests.workflows.test_participant import digests
 
 NAME = "bids-varaug-0-1-0"
 SIF = os.environ.get("BIDS_VARAUG_SIF")
-OPTIONS = ("--sloppy", "--n-members", "2")
+OPTIONS = ("--sloppy", "--n-members", "1")
 STAND_IN = """\
 #!/bin/bash
 # singularity run OPTIONS IMAGE ARGUMENTS, without singularity: the app that is installed here.
@@ -88,7 +88,7 @@ def configuration(root: Path, bids_dir: Path, ensemble: Path, folder: Path) -> P
     config["cluster_resources"]["customized_text"] = "#SBATCH --cpus-per-task=1\n#SBATCH --mem=8G\n"
     config["script_preamble"] = f". {folder}/preamble"
     config["job_compute_space"] = str(folder / "scratch")
-    config["bids_app_args"] |= {"--sloppy": "", "--n-members": "2", "--nprocs": "1"}
+    config["bids_app_args"] |= {"--sloppy": "", "--n-members": "1", "--nprocs": "1"}
     if SIF is None:
         config["bids_app_args"]["--ensemble"] = str(ensemble)
     path = folder / "babs.yaml"

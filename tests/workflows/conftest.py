@@ -85,6 +85,15 @@ def dataset(tmp_path_factory) -> Path:
     return bids_dir
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, small_ensemble) -> "Run":
+    """The app on a dataset of two participants with an image each."""
+    bids_dir = describe(tmp_path_factory.mktemp("pair") / "bids")
+    write_t1w(bids_dir, "sub-01", head(1))
+    write_t1w(bids_dir, "sub-02", head(2))
+    return Run(bids_dir, small_ensemble)
+
+
 @dataclass(frozen=True)
 class Run:
     """Runs the app in this process on one dataset."""
@@ -96,7 +105,7 @@ class Run:
         """Command line without the program's name."""
         return [str(self.bids_dir), str(out), "participant", "--ensemble", str(self.ensemble),
                 "-w", str(out.with_name(out.name + "-work")), "--skip-bids-validation",
-                *options]  # fmt: skip
+                "--omp-nthreads", "1", *options]  # fmt: skip
 
     def __call__(self, out: Path, *options: str) -> int:
         """Run and return the exit code."""

@@ -24,14 +24,14 @@ ROOT_FILES = {
     ".bidsignore", "dataset_description.json", "descriptions.json", "descriptions.tsv",
     "seg-varaug_dseg.tsv", "sub-01.html", "sub-02.html",
 }  # fmt: skip
-SETTINGS = ("--members", "ieee", "seed", "--nprocs", "1", "--omp-nthreads", "1")
+SETTINGS = ("--members", "ieee", "seed", "--nprocs", "1")
 
 
 @pytest.fixture(scope="module")
-def plain(app, linear, tmp_path_factory):
+def plain(pair, linear, tmp_path_factory):
     """What one process makes of both participants."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    assert app(out, *linear, *SETTINGS) == 0
+    assert pair(out, *linear, *SETTINGS) == 0
     return out
 
 
@@ -89,10 +89,10 @@ def assert_as_plain(out: Path, plain: Path) -> None:
     assert leftovers == []
 
 
-def test_two_participants_at_once_are_as_one_run_of_both(app, plain, linear, tmp_path):
+def test_two_participants_at_once_are_as_one_run_of_both(pair, plain, linear, tmp_path):
     out = tmp_path / "out"
     commands = [
-        app.arguments(out, *linear, *SETTINGS, "--participant-label", label)
+        pair.arguments(out, *linear, *SETTINGS, "--participant-label", label)
         for label in ("01", "02")
     ]
     for code, error in run_together(out, *commands):
@@ -101,9 +101,9 @@ def test_two_participants_at_once_are_as_one_run_of_both(app, plain, linear, tmp
 
 
 @pytest.mark.parametrize("work", ["same", "other"])
-def test_participant_started_twice_is_done_once(app, plain, linear, tmp_path, work):
+def test_participant_started_twice_is_done_once(pair, plain, linear, tmp_path, work):
     out = tmp_path / "out"
-    command = app.arguments(out, *linear, *SETTINGS)  # sub-01 first, of two
+    command = pair.arguments(out, *linear, *SETTINGS)  # sub-01 first, of two
     again = [*command, "-w", str(tmp_path / "other")] if work == "other" else command
     answers = run_together(out, command, again)
     assert sorted(code for code, _ in answers) == [0, 1]

@@ -15,7 +15,7 @@ from bids_varaug.workflows.plan import RECORD, is_finished, record_finished, rem
 from tests.workflows.conftest import Run, describe, head, write_t1w
 from tests.workflows.test_participant import digests
 
-CLEAN = ("--clean-workdir", "--n-members", "1")
+CLEAN = ("--clean-workdir", "--members", "ieee")
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def test_work_of_a_written_scan_is_removed_and_the_next_run_goes_on(app, linear,
     capfd.readouterr()
     assert app(out, *linear, *CLEAN) == 0
     told = capfd.readouterr().err
-    assert "2 T1w image(s), 3 member(s) each, on cpu; 1 of them are done" in told
+    assert "2 T1w image(s), 1 member(s) each, on cpu; 1 of them are done" in told
     assert "sub-01:" not in told and "sub-02: written (1 of 1 scans)" in told
     assert labels.stat().st_mtime_ns == before
     assert not list(work.glob("bids_varaug_*"))
 
-    assert app(tmp_path / "plain", *linear, "--n-members", "1") == 0
+    assert app(tmp_path / "plain", *linear, "--members", "ieee") == 0
     assert digests(out) == digests(tmp_path / "plain")
 
 
