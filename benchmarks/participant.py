@@ -59,8 +59,6 @@ def time_steps(
     bids_dir: Path, folder: Path, threads: int, ensemble_name: str, n_grids: int
 ) -> None:
     """Run each step in this process."""
-    import numpy as np
-
     settings = Settings(bids_dir, folder / "steps", "participant", folder / "work", grids=n_grids)
     (scan,) = find_scans(settings).scans
     ensemble = load_ensemble(ensemble_name)
@@ -93,11 +91,8 @@ def time_steps(
                 segment_with_member(head, ensemble_name, member, path, "cpu", threads, shift=shift)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
-        summary = summarise_members(paths, families, work / "mean.safetensors")
-    np.savez(work / "maps.npz", **summary.maps)
-    np.savez(work / "counts.npz", **summary.counts)
-    names = ("geometry.json", "mean.safetensors", "maps.npz", "counts.npz")
-    files = Intermediate(*(work / name for name in names), tuple(paths))
+        summary = summarise_members(paths, families, work)
+    files = Intermediate(work / "geometry.json", *summary, tuple(paths))
     with timed("to the native grid, derivatives"):
         write_scan(ScanRequest(settings, scan, ensemble, members), files, work, threads)
     with timed("report"):

@@ -225,7 +225,7 @@ class Segmentation:
         Raises
         ------
         UsageError, OutputError
-            As `check_output_dir`.
+            If the folder is a BIDS dataset or not empty, or cannot be written.
         """
         output_dir = Path(output_dir).absolute()
         check_output_dir(output_dir)
@@ -242,12 +242,7 @@ class Segmentation:
 def check_output_dir(output_dir: Path) -> None:
     """Make a folder for the derivatives of one image.
 
-    Raises
-    ------
-    UsageError
-        If it is a BIDS dataset, or not empty.
-    OutputError
-        If it cannot be written.
+    `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written.
     """
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
@@ -280,14 +275,10 @@ def _run_steps(plan: Plan, path: Path) -> Intermediate:
     for member in plan.single_pass:
         segment_with_member(head, ensemble, member, folder / f"{member.id}.safetensors", *where, shift=shift)
     posteriors = tuple(folder / f"{member.id}.safetensors" for member in plan.members)
-    mean, geometry_file = folder / "mean.safetensors", folder / "geometry.json"
-    geometry.save(geometry_file)
+    geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
-    summary = summarise_members(posteriors, families, mean, settings.family_maps)
-    maps, counts = folder / "maps.npz", folder / "counts.npz"
-    for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
-    return Intermediate(geometry_file, mean, maps, counts, posteriors)
+    summary = summarise_members(posteriors, families, folder, settings.family_maps)
+    return Intermediate(folder / "geometry.json", *summary, posteriors)
 
 
 def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:

@@ -66,12 +66,6 @@ def compiled(**options: Any) -> Callable[..., Any]:
 
     In a read-only container without a home directory numba raises while it looks for a place for its cache; the kernel
     is then compiled again in each process (seconds, same result).
-
-    >>> @compiled()
-    ... def twice(x):
-    ...     return 2 * x
-    >>> twice(4)
-    8
     """
     import numba
 

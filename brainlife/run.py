@@ -102,11 +102,14 @@ def arguments(config: Mapping[str, Any], output_dir: Path) -> list[str]:
     return line + [f"--{name}" for name in SWITCHES if config.get(name)]
 
 
+def _output(key: str, scan: Scan, output_dir: Path) -> Path:
+    return output_dir / Path(scan.relative).parent / names.OUTPUTS[key].name(scan.prefix)
+
+
 def write_parcellation(scan: Scan, output_dir: Path, labels, folder: Path) -> None:
     """Write datatype neuro/parcellation/volume: ``parc.nii.gz`` and ``label.json``."""
     folder.mkdir(exist_ok=True)
-    consensus = names.OUTPUTS["consensus_dseg"].path(output_dir, scan)
-    shutil.copyfile(consensus, folder / "parc.nii.gz")
+    shutil.copyfile(_output("consensus_dseg", scan, output_dir), folder / "parc.nii.gz")
     rows = []
     for label in labels:
         if label.index:  # not the background
@@ -126,8 +129,7 @@ def write_parcellation(scan: Scan, output_dir: Path, labels, folder: Path) -> No
 
 def product(scan: Scan, output_dir: Path) -> dict[str, Any]:
     """What Brainlife shows (pictures, a message) and keeps for queries (the table of regions)."""
-    path = names.OUTPUTS["regions_tsv"].path(output_dir, scan)
-    regions = pd.read_csv(path, sep="\t", na_values=["n/a"])
+    regions = pd.read_csv(_output("regions_tsv", scan, output_dir), sep="\t", na_values=["n/a"])
     shown: list[dict[str, str]] = []
     dice = regions.dropna(subset="dice_min")
     if len(dice):

@@ -184,12 +184,7 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """The request that a command line makes; `argv` is without the program's name.
 
-    Raises
-    ------
-    UsageError
-        Exit code 64, or 17 for a level that does not exist.
-    NoInputError, OutputError
-        As `check_paths`.
+    `UsageError` for what cannot be asked for (exit code 64, or 17 for an unknown level); else raises as `check_paths`.
     """
     argv = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
@@ -222,8 +217,6 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
 def dash_flag(argument: str) -> str:
     """Spell a flag with dashes; values stay as they are.
 
-    Examples
-    --------
     >>> dash_flag("--work_dir=my_dir"), dash_flag("my_dir")
     ('--work-dir=my_dir', 'my_dir')
     """
@@ -234,10 +227,7 @@ def dash_flag(argument: str) -> str:
 def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
     """What the flags in a TOML file say: their names without ``--``, with dashes or underscores.
 
-    Raises
-    ------
-    UsageError
-        If it is not TOML, or holds an unknown flag or a value that the flag does not take.
+    `UsageError` if it is not TOML, or holds an unknown flag or a value that the flag does not take.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -339,13 +329,7 @@ def ensemble_name(text: str) -> str:
 
 
 def read_file(flag: str, path: Path, form: str, parse: Callable[[str], Any]) -> Any:
-    """Content of the settings file of a flag.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be read or parsed.
-    """
+    """Content of the settings file of a flag; `UsageError` if it cannot be read or parsed."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -380,16 +364,9 @@ def read_plugin(path: Path) -> Mapping[str, Any]:
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     """Refuse directories that would lose or mix up data; nothing is created.
 
-    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do.
-
-    Raises
-    ------
-    NoInputError
-        If the input is no readable directory.
-    UsageError
-        If one directory lies in another where it must not, or the output belongs to another tool.
-    OutputError
-        If the output or work directory cannot be written.
+    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. `NoInputError` if the
+    input is no readable directory; `UsageError` if one directory lies in another where it must not, or the output
+    belongs to another tool; `OutputError` if the output or work directory cannot be written.
     """
     if not os.path.isdir(bids_dir):
         kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"

@@ -83,13 +83,7 @@ def _share(text: str) -> float:
 
 
 def make_recipe(arguments: argparse.Namespace, n_classes: int) -> Recipe:
-    """Return the standard recipe with the changes that the command line asks for.
-
-    Raises
-    ------
-    UsageError
-        If ``--steps`` names no stage, or gives no number.
-    """
+    """Return the standard recipe with the changes that the command line asks for; `UsageError` for a wrong --steps."""
     from bids_varaug.models.ensemble import NetworkShape
     from bids_varaug.training.recipe import STAGES, Recipe
     from bids_varaug.training.synthesis import SynthesisSettings
@@ -108,13 +102,7 @@ def make_recipe(arguments: argparse.Namespace, n_classes: int) -> Recipe:
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Load the label maps and train every member asked for.
-
-    Raises
-    ------
-    UserError
-        If there are no label maps, or none to train on.
-    """
+    """Load the label maps and train every member asked for; `UserError` if there is nothing to train on."""
     import torch
 
     from bids_varaug.machine import keep_freed_memory, resolve_device, use_threads
@@ -163,10 +151,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 def choose_members(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the ids in ``--members``, or the one that ``--member-index`` picks.
 
-    Raises
-    ------
-    UsageError
-        If there is no such member, or ``--no-resume`` would delete those of the other tasks.
+    `UsageError` if there is no such member, or ``--no-resume`` would delete those of the other tasks.
     """
     from bids_varaug.training.members import parse_members
 

@@ -53,8 +53,6 @@ def _toml_table(name: str, values: Mapping[str, Any]) -> str:
 def toml_value(value: Any) -> str:
     """Write a string, path, number, boolean, list or mapping as TOML.
 
-    Examples
-    --------
     >>> toml_value(("a", 1, {"b": True}))
     '["a", 1, {"b" = true}]'
     """

@@ -33,14 +33,15 @@ class Column:
     description: str  # for sidecars, and for who points at the heading
 
 
-def _read_table(name: str) -> list[list[str]]:
+def read_template_table(name: str) -> list[list[str]]:
+    """Rows of a table of texts in ``data/templates``, without its header."""
     with (files("bids_varaug") / "data" / "templates" / name).open(encoding="utf-8") as stream:
         return list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
 
 
 def table_columns(table: str) -> dict[str, Column]:
     """Columns of a table in ``data/templates/columns.tsv``, by name."""
-    return {name: Column(*values) for of, name, *values in _read_table("columns.tsv") if of == table}
+    return {name: Column(*values) for of, name, *values in read_template_table("columns.tsv") if of == table}
 
 
 def _columns_of(table: str) -> dict[str, Column]:
@@ -86,8 +87,6 @@ class Output:
     def name(self, prefix: str, member: str | None = None) -> str:
         """File name after the prefix of a T1w image; ValueError if `member` is missing, or one too many.
 
-        Examples
-        --------
         >>> OUTPUTS["member_dseg"].name("sub-01", member="mca01")
         'sub-01_seg-varaug_desc-mca01_dseg.nii.gz'
         """
@@ -95,21 +94,12 @@ class Output:
             raise ValueError(f"{self.key}: member={member!r}, but per_member={self.per_member}")
         return f"{prefix}_{self.pattern.format(member=member)}"
 
-    def path(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
-        """Absolute path of the output of one T1w image."""
-        return Path(output_dir) / Path(scan.relative).parent / self.name(scan.prefix, member)
-
-    def sidecar(self, output_dir: Path, scan: Scan, member: str | None = None) -> Path:
-        """JSON sidecar; an image and a table of the same name share it."""
-        path = self.path(output_dir, scan, member)
-        return path.with_name(path.name.removesuffix(self.extension) + ".json")
-
 
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 OUTPUTS: dict[str, Output] = {
     key: Output(key, pattern, description, units, _columns_of(columns))
-    for key, pattern, units, columns, description in _read_table("outputs.tsv")
+    for key, pattern, units, columns, description in read_template_table("outputs.tsv")
 }
 
 
@@ -129,11 +119,13 @@ class ScanRequest:
 
     def path(self, key: str, member: str | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`."""
-        return OUTPUTS[key].path(self.settings.output_dir, self.scan, member)
+        folder = self.settings.output_dir / Path(self.scan.relative).parent
+        return folder / OUTPUTS[key].name(self.scan.prefix, member)
 
     def sidecar(self, key: str, member: str | None = None) -> Path:
-        """Absolute path of its JSON sidecar."""
-        return OUTPUTS[key].sidecar(self.settings.output_dir, self.scan, member)
+        """Absolute path of its JSON sidecar; an image and a table of the same name share it."""
+        path = self.path(key, member)
+        return path.with_name(path.name.removesuffix(OUTPUTS[key].extension) + ".json")
 
 
 def report(output_dir: Path, subject: str) -> Path:

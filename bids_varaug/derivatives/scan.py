@@ -99,12 +99,12 @@ def write_scan(
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
     doubts = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
-    told = {
+    quality_keys = {
         "VolumeLimits": limits,
         "VerdictThresholds": quality.describe_thresholds(),
         "Warnings": [*geometry.warnings, *doubts, *few, *quality.describe_verdicts(regions)],
     }
-    writer.image("consensus_dseg", labels, extra=told)
+    writer.image("consensus_dseg", labels, extra=quality_keys)
     writer.image("brain_mask", brain)
     calibration = {"Temperature": ensemble.temperature, "TemperatureDescription": _TEMPERATURE_TEXT}
     writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)

@@ -29,19 +29,6 @@ PACKAGES = (
 GRIDS_KEY = "Grids"
 """On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
-# The desc- entities: of members by family, and of summaries.
-_MEMBER_TEXTS = {
-    "ieee": "Baseline member, trained without perturbation",
-    "mca": "Member trained under Monte Carlo arithmetic",
-    "seed": "Member trained from another random seed",
-    "rr": "Baseline member run under random rounding",
-}
-_SUMMARY_TEXTS = {
-    "consensus": "Consensus of the perturbed members",
-    "mean": "Mean over the perturbed members",
-    "brain": "All structures of the consensus together",
-    "members": "One row per member and structure",
-}
 
 
 def package_version() -> str:
@@ -108,13 +95,9 @@ def sidecar(
     skull_stripped: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """JSON sidecar of one output (of the consensus labels: also of the table of that name).
+    """JSON sidecar of one output (of the consensus labels: also of the table of that name), with the `extra` keys.
 
-    Parameters
-    ----------
-    key : of `names.OUTPUTS`
-    member : id, where the output is of one alone; or family
-    extra : further keys, e.g. ``{"Threshold": 0.5}``
+    `member` is an id or a family, where the output is of one alone.
     """
     output = names.OUTPUTS[key]
     raw = f"bids:raw:{request.scan.relative}"
@@ -164,10 +147,11 @@ def describe_columns(columns: Mapping[str, names.Column]) -> dict[str, Any]:
 
 def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
     """Meaning of every ``desc-`` entity: one row per member (with its checkpoint), then summaries and families."""
+    texts = dict(names.read_template_table("descriptions.tsv"))
     rows = [
         {
             "desc_id": f"desc-{member.id}",
-            "description": _MEMBER_TEXTS.get(member.family, f"Member of the family {member.family}"),
+            "description": texts.get(member.family, f"Member of the family {member.family}"),
             "family": member.family,
             "seed": str(member.seed),
             "precision": None if member.precision is None else str(member.precision),
@@ -175,9 +159,10 @@ def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
         }
         for member in members
     ]
+    summaries = {name: texts[name] for name in ("consensus", "mean", "brain", "members")}
     families = dict.fromkeys(member.family for member in members if member.family != member.id)
-    texts = _SUMMARY_TEXTS | {family: f"Members of the family {family}" for family in families}
-    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in texts.items()]
+    summaries |= {family: f"Members of the family {family}" for family in families}
+    rows += [{"desc_id": f"desc-{name}", "description": text} for name, text in summaries.items()]
     return pd.DataFrame(rows)
 
 

@@ -29,13 +29,8 @@ def write_image(
 ) -> Path:
     """Write a NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 
-    Parameters
-    ----------
-    data : (X, Y, Z) or (X, Y, Z, N), written in its own type; bool as uint8
-        Of a `numpy.memmap`, one volume at a time is in memory.
-    affine : (4, 4) float, voxel indices to mm
-    source_header : of the image whose grid this is, see `image_header`
-    slope : stored value x `slope` = value; e.g. 1/255 keeps a probability in a byte
+    Data (X, Y, Z) or (X, Y, Z, N) keep their type; bool becomes uint8. Of a `numpy.memmap`, one volume at a time is in
+    memory. Stored values x `slope` are values: 1/255 keeps a probability in a byte. See `image_header` for the rest.
     """
     dtype = np.dtype(np.uint8) if data.dtype == bool else data.dtype
     header = image_header(data.shape, dtype, affine, source_header, slope)

@@ -131,35 +131,26 @@ def resample_map(values: np.ndarray, geometry: Geometry, order: int = 1, fill: f
 
 
 def resample_posterior(
-    offsets: np.ndarray,
-    voxels: np.ndarray,
-    posterior: np.ndarray,
-    geometry: Geometry,
-    out: np.ndarray | None = None,
-    temperature: float = 1.0,
+    stored: np.ndarray, posterior: np.ndarray, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1
 ) -> np.ndarray:
     """Bring a sparse posterior from the head box (X, Y, Z) to the image's own grid.
 
-    Returns the most probable class, uint8, ties to the lower index. Voxels that are not stored, or lie outside the box,
-    count as background. The same bits for any number of threads.
+    Returns the most probable class, uint8, ties to the lower index. The same bits for any number of threads.
 
     Parameters
     ----------
-    offsets : (X + 1,) int64, rows of slab x of the box are ``offsets[x]:offsets[x + 1]``
-    voxels : (N,) int32, flat index ``y * Z + z`` within the slab
-    posterior : (N, K) float32, sums to 1 over K
+    stored : (X * Y * Z,) bool, voxels of the box that are stored, in C order; others, and those outside the box, count
+        as background
+    posterior : (N, K) float32, of the voxels stored; sums to 1 over K
     out : (*native_shape, K) uint8, zeros; takes the interpolated posterior, probability * 255, rounded. May be a
         `numpy.memmap`: 32 classes at 512^3 voxels are 4.3 GB
     temperature : T; probabilities p become p^(1/T), scaled to sum to 1, which moves no label
     """
-    n_classes, box = posterior.shape[1], geometry.box
-    if len(offsets) != box.shape[0] + 1 or not offsets[-1] == len(voxels) == len(posterior):
-        raise ValueError("offsets, voxels, posterior and box do not belong together")
-    wanted = (*geometry.native_shape, n_classes)
+    box, wanted = geometry.box, (*geometry.native_shape, posterior.shape[1])
     if out is not None and (out.shape != wanted or out.dtype != np.uint8):
         raise ValueError(f"out must be uint8 of shape {wanted}")
-    rows = np.full((box.shape[0], math.prod(box.shape[1:])), -1, np.int32)
-    rows[np.repeat(np.arange(box.shape[0]), np.diff(offsets)), voxels] = np.arange(len(voxels))
+    rows = np.full(stored.shape, -1, np.int32)
+    rows[stored] = np.arange(len(posterior))
     row_of = insert(rows.reshape(box.shape), box, geometry.conformed_shape, fill=-1)
     labels = np.zeros(geometry.native_shape, np.uint8)
     out = np.empty((0, 0, 0, 0), np.uint8) if out is None else out

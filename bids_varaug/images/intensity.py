@@ -72,8 +72,8 @@ def _spacing(levels: np.ndarray) -> tuple[float, float]:
     with np.errstate(all="ignore"):
         counts = np.rint(gaps / gaps.min())
         step = (levels[-1] - levels[0]) / counts.sum()
-        places = (levels - levels[0]) / step
-    even = counts.sum() < _MOST_LEVELS and np.abs(places - np.rint(places)).max() < 0.1
+        steps = (levels - levels[0]) / step
+    even = counts.sum() < _MOST_LEVELS and np.abs(steps - np.rint(steps)).max() < 0.1
     return float(levels[0]), float(step) if even else 0.0
 
 

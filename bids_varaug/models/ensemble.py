@@ -22,7 +22,6 @@ ROUNDED = "rr"
 """Family of the members that are the baseline under random rounding, which no file holds."""
 MANIFEST = "manifest.json"
 FORMAT = 2
-OLDER_FORMATS = (1,)  # without trunk and temperature
 
 
 @dataclass(frozen=True)
@@ -52,27 +51,21 @@ class Label:
 class Member:
     """One network, and how it is run.
 
-    Attributes
-    ----------
-    family : what was perturbed in training: "ieee" (nothing: the baseline), "mca" or "seed"; or "rr", the baseline's
-        weights run under random rounding (see `round_inference`)
-    seed : of the training, or of the rounding
-    precision : virtual precision of the rounding, bits (8 where a Monte Carlo member was trained with bfloat16 layers,
-        whose other operators have 24); None for members without
-    sha256 : of the weights file
-    base : id of the member whose weights that file adds to; None where it adds to the trunk, or is whole
-    steps, format : of its training and its file; None in earlier ensembles
+    Families say what was perturbed in training: "ieee" (nothing: the baseline), "mca" or "seed"; or "rr", the
+    baseline's weights run under random rounding (see `round_inference`).
     """
 
     id: str
     family: str
-    seed: int
+    seed: int  # of the training, or of the rounding
+    # Virtual precision of the rounding, bits (8 where a Monte Carlo member was trained with bfloat16 layers, whose
+    # other operators have 24); None for members without.
     precision: int | None
     file: str
-    sha256: str
-    base: str | None = None
-    steps: int | None = None
-    format: str | None = None
+    sha256: str  # of that file
+    base: str | None = None  # member whose weights the file adds to; None where it adds to the trunk, or is whole
+    steps: int | None = None  # of the training; None in earlier ensembles, as the next
+    format: str | None = None  # of the weights
 
     @property
     def is_baseline(self) -> bool:
@@ -89,24 +82,19 @@ class Member:
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
-    Attributes
-    ----------
-    voxel_size : mm
-    labels : labels[k] describes class k
-    trunk : see `models.trunk`; None where the members' weights are whole
-    temperature : T that makes the mean posterior as sure as it is right: p becomes p^(1/T), scaled to sum to 1, on the
-        T1w's own grid; labels and members' posteriors do not depend on it
+    The temperature T makes the mean posterior as sure as it is right: p becomes p^(1/T), scaled to sum to 1, on the
+    T1w's own grid. Labels and members' posteriors do not depend on it.
     """
 
     name: str
     version: str
     directory: Path
-    voxel_size: float
-    labels: tuple[Label, ...]
+    voxel_size: float  # mm
+    labels: tuple[Label, ...]  # of class k
     network: NetworkShape
     members: tuple[Member, ...]
     training: dict
-    trunk: Trunk | None = None
+    trunk: Trunk | None = None  # None where the members' weights are whole
     temperature: float = 1.0
 
     @property
@@ -134,7 +122,7 @@ def load_ensemble(name: str) -> Ensemble:
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if (found := values.pop("format")) not in (FORMAT, *OLDER_FORMATS):
+        if (found := values.pop("format")) != FORMAT:
             raise EnsembleError(
                 f"{path}: format {found}; this version reads {FORMAT}. Use the version of bids_varaug that trained it."
             )
@@ -180,12 +168,9 @@ def write_manifest(ensemble: Ensemble) -> None:
 
 
 def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | None = None) -> tuple[Member, ...]:
-    """Return the members asked for, the baseline first, else in the manifest's order.
+    """Return the members `wanted` ("all", families or ids), the baseline first, else in the manifest's order.
 
-    Parameters
-    ----------
-    wanted : "all", families or ids
-    n_members : keep the first n of each family; None keeps all
+    `n_members` keeps the first n of each family.
     """
     wanted = set(wanted)
     unknown = sorted(wanted - {"all"} - {name for m in ensemble.members for name in (m.id, m.family)})
@@ -203,22 +188,10 @@ def select_members(ensemble: Ensemble, wanted: Iterable[str], n_members: int | N
 
 
 def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tuple[Member, ...]:
-    """Return members that are the baseline run under random rounding [1]_, "rr01", "rr02", ...
+    """Return 0 to 99 members that are the baseline run under random rounding, "rr01", "rr02", ...
 
-    Parameters
-    ----------
-    n_members : 0 to 99
-    random_seed : any; each gives every member another seed. A member's seed depends on its number alone, so that more
-        of them leave the first ones what they are.
-
-    Raises
-    ------
-    UsageError
-        If the ensemble has no baseline.
-
-    References
-    ----------
-    .. [1] Gonzalez Pepe et al. (2023), arXiv:2308.01939.
+    So Gonzalez Pepe et al. (2023), arXiv:2308.01939. Each `random_seed` gives every member another seed, which depends
+    on its number alone: more members leave the first ones what they are. `UsageError` if there is no baseline.
     """
     if not n_members:
         return ()

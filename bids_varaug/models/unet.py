@@ -138,14 +138,9 @@ class UNet(nn.Module):
         return x, tuple(deep[:-1])
 
     def features_by_slabs(self, image: torch.Tensor, n_slabs: int = 16) -> Features:
-        """Return `features` of one image without gradients, the rim `n_slabs` voxels at a time.
+        """Return `features` of one image (1, 1, X, Y, Z) without gradients, the rim `n_slabs` (even) voxels at a time.
 
         Full-resolution features exist once, not three times: a whole head takes 1 GB, not 3.
-
-        Parameters
-        ----------
-        image : (1, 1, X, Y, Z) float32
-        n_slabs : even
         """
         x, deep = self.body(fold(image))
         convolution, norm, rectify = self.rim.layers
@@ -175,17 +170,9 @@ class UNet(nn.Module):
     def coarse_logits(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Classify an image on the body's own grid, at an eighth of the cost of the whole network.
 
-        The image stands for one twice as fine whose 2x2x2 cubes are constant, and the logits are the mean over the
-        subvoxels. What the body learns this way the whole network can use.
-
-        Parameters
-        ----------
-        image : (B, 1, x, y, z) float32; sides are multiples of half of ``shape.multiple``
-
-        Returns
-        -------
-        logits : (B, x, y, z, K)
-        deep : the decoder's coarser levels, as in `Features`
+        The image (B, 1, x, y, z) float32, with sides that are multiples of half of ``shape.multiple``, stands for one
+        twice as fine whose 2x2x2 cubes are constant. The logits (B, x, y, z, K) are the mean over the subvoxels. What
+        the body learns this way the whole network can use. The decoder's coarser levels are as in `Features`.
         """
         x, deep = self.body(image.expand(-1, 8, -1, -1, -1))
         weight, bias = (parameter.flatten(0, 2).mean(0) for parameter in self._body_head_by_subvoxel())
@@ -196,12 +183,7 @@ class UNet(nn.Module):
         return unfold(self.body_head(features.body)) + self.rim_head(features.rim)
 
     def classify_rows(self, features: Features, a: int, b: int) -> torch.Tensor:
-        """Return the logits of every second voxel along x and z, at phases a and b (0 or 1).
-
-        Returns
-        -------
-        (B, X/2, Y, Z/2, K), equal to ``classify(features)[:, :, a::2, :, b::2]`` with K last
-        """
+        """Return ``classify(features)[:, :, a::2, :, b::2]`` with K last, for phases a and b (0 or 1)."""
         k = self.shape.n_classes
         weight, bias = (parameter[a, :, b].flatten(0, 1) for parameter in self._body_head_by_subvoxel())
         coarse = F.linear(features.body.movedim(1, -1), weight, bias)

@@ -33,14 +33,10 @@ def tabulate(
 ) -> dict[str, Any]:
     """Headings and rows of a table as ``parts.table`` of the templates takes them.
 
-    Parameters
-    ----------
-    table : columns without a `Column`, and those of numbers of which none is known, are left out
-    columns : name to `Column`, in the order shown; its form is of numbers a format or a name in `FORMS`, of text the
-        class of its cells: "text", "text long" (may be broken into lines), "text hash"
-    row_classes : class of each row, "" for none
-    orders : column to its texts in the order in which they are sorted, where that is not alphabetical
-    links : column to the address that each of its cells leads to, "" for none
+    Columns without a `Column`, and those of numbers of which none is known, are left out. The form of a `Column` is of
+    numbers a format or a name in `FORMS`, of text the class of its cells: "text", "text long" (may be broken into
+    lines), "text hash". `orders` gives a column's texts in the order in which they are sorted, where that is not
+    alphabetical; `links` the address that each of its cells leads to, "" for none.
     """
     shown = {
         name: column
@@ -81,8 +77,6 @@ def _cell(value: Any, column: Column, order: Sequence[str]) -> dict[str, str]:
 def plain(value: Any) -> str:
     """A setting as a reader writes it.
 
-    Examples
-    --------
     >>> plain(("mca", "seed")), plain(True), plain(None), plain({"C": 0.5})
     ('mca, seed', 'yes', '–', 'C: 0.5')
     """
@@ -102,8 +96,6 @@ def plain(value: Any) -> str:
 def signed(value: float) -> str:
     """Number with sign and two decimals (three where two would be 0.00), a true minus.
 
-    Examples
-    --------
     >>> signed(0.314), signed(-0.0042), signed(0.0)
     ('+0.31', '−0.004', '+0.00')
     """
@@ -114,8 +106,6 @@ def signed(value: float) -> str:
 def p_text(p_value: float | None) -> str:
     """P-value as it is written after the letter p.
 
-    Examples
-    --------
     >>> p_text(0.0002), p_text(0.034)
     ('< 0.001', '= 0.034')
     """
@@ -124,11 +114,9 @@ def p_text(p_value: float | None) -> str:
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
 
 
-def _fixed(value: float, digits: int = 2) -> str:
-    return f"{value:,.{digits}f}"
-
-
-FILTERS: dict[str, Callable[..., str]] = {"fixed": _fixed, "p": p_text, "plain": plain, "signed": signed}
+FILTERS: dict[str, Callable[..., str]] = {
+    "fixed": lambda value, digits=2: f"{value:,.{digits}f}", "p": p_text, "plain": plain, "signed": signed,
+}  # fmt: skip
 FORMS: dict[str, Callable[[float], str]] = {
     "p": lambda value: p_text(value).removeprefix("= "),
     "percent": lambda share: f"{100 * share:.2f}",

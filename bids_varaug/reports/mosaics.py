@@ -69,13 +69,8 @@ MAP_STYLES: dict[str, MapStyle] = {
 class Mosaic:
     """Slices of a T1w through its labelled brain, a row for each plane; each method draws over them and returns a PNG.
 
-    Parameters
-    ----------
-    t1w : (X, Y, Z) number, native grid
-    labels : (X, Y, Z) integer, native grid, 0 = background; where all are 0 the whole image is shown
-    affine : (4, 4) float, voxel to world [mm]
-    n_slices : slices per plane
-    max_width : of the mosaic [px]
+    All arrays are on the native grid, whose affine is voxel to world [mm]. Where all labels are 0 the whole image is
+    shown. `max_width` is in px.
     """
 
     def __init__(

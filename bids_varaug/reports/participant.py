@@ -31,9 +31,6 @@ from bids_varaug.settings import Settings
 from bids_varaug.variability.maps import UNRELIABLE_BELOW
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
-NO_VERDICTS = (
-    "The table of structures is of an older version, without verdicts. Run without --reports-only to get them."
-)
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
 # Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
 # the same report.
@@ -56,17 +53,12 @@ class ScanReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # what was done to this image
 
 
-def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
-    """Write a participant's report and figures from the derivatives of the scans; ScanError if any is missing."""
-    return write_participant_report(requests[0], [scan_report(request) for request in requests])
-
-
 def scan_report(request: ScanRequest) -> ScanReport:
     """Draw one scan's figures and collect its tables and warnings."""
     t1w = load_t1w(request.scan.path, request.settings.trust)
     sidecar = _existing(request.sidecar("regions_tsv"), request)
     try:
-        told = dict(json.loads(sidecar.read_bytes()))
+        notes = dict(json.loads(sidecar.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ScanError(f"{sidecar}: damaged ({error}). Run without --reports-only.") from error
     members = _read_table(request, "members_tsv")
@@ -77,8 +69,8 @@ def scan_report(request: ScanRequest) -> ScanReport:
         figures=dict(_draw(request, t1w.data, t1w.affine, members)),
         regions=_read_table(request, "regions_tsv"),
         members=members,
-        warnings=told.get("Warnings", [NO_VERDICTS]),
-        limits=told.get("VolumeLimits", ""),
+        warnings=notes.get("Warnings", []),
+        limits=notes.get("VolumeLimits", ""),
         provenance={"T1w": request.scan.relative, "Grid": f"{shape} voxels of {size} mm"},
     )
 
@@ -116,21 +108,23 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in _SHOWN}
 
 
-def write_participant_report(request: ScanRequest, scans: Sequence[ScanReport]) -> Path:
-    """Write the report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path."""
-    path = names.report(request.settings.output_dir, request.scan.subject)
+def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
+    """Write a participant's report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
+
+    It is made from the derivatives of the scans; ScanError if any is missing.
+    """
+    path = names.report(requests[0].settings.output_dir, requests[0].scan.subject)
+    scans = [scan_report(request) for request in requests]
     for scan in scans:
         for name, png in scan.figures.items():
             with replacing(path.with_suffix("") / "figures" / figure_name(scan.prefix, name)) as stream:
                 stream.write(png)
-    return write_text(render_participant_report(request, scans), path)
+    return write_text(render_participant_report(requests[0], scans), path)
 
 
 def figure_name(prefix: str, name: str) -> str:
     """File name of a figure.
 
-    Examples
-    --------
     >>> figure_name("sub-01_run-2", "entropy")
     'sub-01_run-2_desc-entropy_T1w.png'
     """

@@ -147,7 +147,7 @@ def draw_learning_curve(curve: pd.DataFrame) -> str:
     names = list(dict.fromkeys(curve["augmentation"]))
     for number, name in enumerate(names):
         rows = curve[curve["augmentation"] == name].sort_values("n_participants")
-        # A little apart, so that limits of equal values do not hide each other.
+        # A little apart, so that equal intervals do not hide each other.
         x = rows["n_participants"] * 1.018 ** (number - (len(names) - 1) / 2)
         color, marker, line = LOOKS[name]
         axes.vlines(x, rows["low"], rows["high"], color=color, linewidth=1.2, alpha=0.6)

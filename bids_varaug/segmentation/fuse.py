@@ -19,7 +19,7 @@ from bids_varaug.segmentation.posterior import (
     save_posterior,
     split_slabs,
 )
-from bids_varaug.variability.maps import FLOAT32_BITS, sample_std, significant_bits, unreliable, vote_entropy
+from bids_varaug.variability.maps import FLOAT32_BITS, significant_bits, unreliable, vote_entropy
 from bids_varaug.variability.regions import ALL, group_members, mean_entropy, region_counts, suffix_of
 
 _MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unreliable": np.bool_}
@@ -29,41 +29,25 @@ _MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unrel
 class Fusion:
     """Consensus of an ensemble and how its members disagree about it, on the head box.
 
-    The maps are those of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more.
-    With one member there is no spread: entropy and std are 0 and mean nothing.
+    Maps (X, Y, Z) of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more. With
+    one member there is no spread: entropy and std are 0 and mean nothing.
 
-    Attributes
-    ----------
-    mean : mean posterior; its labels are the consensus, ties go to the lower class
-    maps : name -> (X, Y, Z)
-
-        - entropy : float32, bit, of the votes
-        - std : float32, of the posteriors of the consensus label (sample, n - 1)
-        - sigbits : float32, bit, of the same posteriors; 24 where the members agree exactly
-        - unreliable : bool, where less than `variability.maps.UNRELIABLE_BELOW` voted for the consensus label
+    - entropy : float32, bit, of the votes
+    - std : float32, of the posteriors of the consensus label (sample, n - 1)
+    - sigbits : float32, bit, of the same posteriors; 24 where the members agree exactly
+    - unreliable : bool, where less than `variability.maps.UNRELIABLE_BELOW` voted for the consensus label
     """
 
-    mean: SparsePosterior
+    mean: SparsePosterior  # mean posterior; its labels are the consensus, ties go to the lower class
     maps: dict[str, np.ndarray]
 
 
 def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -> Fusion:
     """Average the posteriors of the perturbed members and measure how they differ.
 
-    Parameters
-    ----------
-    paths : (M,) posterior files, see `segmentation.posterior`
-    families : (M,) family of each, see `group_members`; None takes all for perturbed
-
-    Raises
-    ------
-    ValueError
-        If there is no path.
-    UserError
-        If a file is damaged, or the members' boxes or classes differ.
+    `paths` are one posterior file or more, see `segmentation.posterior`; `families` are those of the members, see
+    `group_members` (None takes all for perturbed). `UserError` if a file is damaged, or boxes or classes differ.
     """
-    if not paths:
-        raise ValueError("no member to fuse")
     groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
     groups = {group: members for group, members in groups.items() if group == ALL or len(members) > 1}
     labels = np.zeros(check_same_box(paths), np.uint8)
@@ -123,7 +107,7 @@ class _Tally:
         self.votes[np.arange(len(labels)), labels] += 1
 
     def spread(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
-        std = sample_std(self.squares, self.n_members)
+        std = np.sqrt(self.squares / max(1, self.n_members - 1))
         votes_for = self.votes[np.arange(len(consensus)), consensus]
         split = votes_for < self.n_members
         entropy = np.zeros(len(consensus), np.float32)
@@ -132,30 +116,28 @@ class _Tally:
         return {"entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std), "unreliable": doubt}
 
 
-class MembersSummary(NamedTuple):
-    """`Fusion.maps` (those of families only if wanted), and counts per member and class.
+class Summary(NamedTuple):
+    """Files of what all members say together."""
 
-    `counts`: volumes (M, K) and intersections (M, M, K) int64, voxels; entropy_mean and entropy_mean_FAMILY (K,) bit.
-    """
-
-    maps: dict[str, np.ndarray]
-    counts: dict[str, np.ndarray]
+    mean: Path  # mean posterior of the consensus, safetensors
+    maps: Path  # `Fusion.maps`, .npz
+    counts: Path  # volumes (M, K), intersections (M, M, K) int64 [voxels]; entropy_mean(_FAMILY) (K,) [bit], .npz
 
 
 def summarise_members(
-    paths: Sequence[Path], families: Sequence[str], mean_path: Path, family_maps: bool = False
-) -> MembersSummary:
+    paths: Sequence[Path], families: Sequence[str], folder: Path, family_maps: bool = False
+) -> Summary:
     """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
     Parameters
     ----------
-    paths : posterior file of every member
-    families : (M,) family of each
-    mean_path : where the mean posterior of the consensus goes
-    family_maps : whether to return maps of each family too
+    paths, families : posterior file and family of every member
+    folder : where the results go
+    family_maps : whether to keep maps of each family too
     """
+    files = Summary(folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz")
     fusion = fuse_members(paths, families)
-    save_posterior(mean_path, fusion.mean)
+    save_posterior(files.mean, fusion.mean)
     n_classes = fusion.mean.rows.shape[1]
     found = region_counts(label_slabs(paths), len(paths), n_classes)
     counts = {"volumes": found.volumes, "intersections": found.intersections}
@@ -163,4 +145,7 @@ def summarise_members(
         if name.startswith("entropy"):
             mean = mean_entropy(fusion.mean.labels, values, n_classes)
             counts[name.replace("entropy", "entropy_mean")] = mean
-    return MembersSummary(fusion.maps if family_maps else {name: fusion.maps[name] for name in _MAPS}, counts)
+    maps = fusion.maps if family_maps else {name: fusion.maps[name] for name in _MAPS}
+    for file, arrays in ((files.maps, maps), (files.counts, counts)):
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
+    return files

@@ -27,14 +27,9 @@ def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
 
     Parameters
     ----------
-    network : in evaluation mode, on the device to use; trained on images of both resolutions
-    head : (X, Y, Z) float32, any unit, network grid, RAS; sides are multiples of ``network.shape.multiple``
+    network : trained on images of both resolutions
+    head : as the image of `segment_volume`
     voxel_size : of the network grid, mm
-
-    Returns
-    -------
-    Box
-        Within `head`; its sides are multiples of ``network.shape.multiple``.
     """
     multiple = network.shape.multiple
     half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()

@@ -32,21 +32,11 @@ def segment_with_member(
     offset: Offset = (0, 0, 0),
     shift: Path | None = None,
 ) -> None:
-    """Load a member, segment, and write its posterior to `out`.
+    """Load a member of the ensemble (or of `round_inference` of it), segment, and write its posterior to `out`.
 
-    Parameters
-    ----------
-    head : (X, Y, Z) float32, head box on the network grid
-    member : of that ensemble, or of `round_inference` of it
-    offset : of the grid to segment on, see `move_to_grid`
-    shift : file of the change that several grids make, see `shift_posterior`; None adds nothing
-
-    Raises
-    ------
-    EnsembleError
-        If the member's weights are damaged.
-    ScanError
-        If the device runs out of memory.
+    The head (X, Y, Z) is float32, on the network grid. `offset` is that of the grid to segment on, see `move_to_grid`,
+    and `shift` a file of the change that several grids make, see `shift_posterior`; None adds nothing. `EnsembleError`
+    if the weights are damaged, `ScanError` if the device runs out of memory.
     """
     with _network(ensemble_name, member, device, num_threads, head) as network:
         with arithmetic_of(member):
@@ -83,13 +73,9 @@ def _network(ensemble_name: str, member: Member, device: str, num_threads: int, 
 def arithmetic_of(member: Member) -> AbstractContextManager:
     """Return the floating-point arithmetic in which a member segments.
 
-    Plain, or random rounding of what torch computes [1]_: the scaling of the image's intensities, the network and its
+    Plain, or random rounding of what torch computes: the scaling of the image's intensities, the network and its
     softmax. What comes before (resampling to the network grid) and after (largest component, fusion, resampling to the
     grid of the image) runs in numpy, scipy and numba, and is never perturbed.
-
-    References
-    ----------
-    .. [1] Gonzalez Pepe et al. (2023), arXiv:2308.01939.
     """
     if not member.is_rounded:
         return nullcontext()

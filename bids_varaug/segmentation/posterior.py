@@ -33,15 +33,12 @@ _ROWS_AT_ONCE = 2**16  # with all their zeros
 class SparsePosterior:
     """Class probabilities on the head box.
 
-    Attributes
-    ----------
-    labels : (X, Y, Z) uint8, most probable class
-    rows : csr_array (X * Y * Z, K) float, one row for each voxel in C order. Class 0, the background, is left out: its
-        probability is what a row lacks to 1, and an empty row is surely background.
+    There is one row for each voxel, in C order. Class 0, the background, is left out: its probability is what a row
+    lacks to 1, and an empty row is surely background.
     """
 
-    labels: np.ndarray
-    rows: csr_array
+    labels: np.ndarray  # (X, Y, Z) uint8, most probable class
+    rows: csr_array  # (X * Y * Z, K) float
 
     @classmethod
     def from_rows(cls, rows: csr_array, shape: tuple[int, ...]) -> SparsePosterior:
@@ -67,26 +64,14 @@ class SparsePosterior:
         """Return class indices on the image's own grid; see `images.conform.resample_posterior`."""
         from bids_varaug.images.conform import resample_posterior  # with torch, which fusing needs not
 
-        by_slab = self.stored.reshape(len(self.labels), -1)
-        offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(by_slab, axis=1))])
-        voxels = by_slab.nonzero()[1].astype(np.int32)
-        return resample_posterior(offsets, voxels, self.posterior, geometry, out, temperature)
+        return resample_posterior(self.stored, self.posterior, geometry, out, temperature)
 
 
 def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
-    """Leave out the background and what is no larger than `SMALLEST`.
+    """Return rows (V, K) without the background and what is no larger than `SMALLEST`.
 
-    Parameters
-    ----------
-    posterior : (N, K) float32, of the voxels stored
-    stored : (V,) bool, N of which are True
+    Of V voxels, those `stored` (V,) have a `posterior` (N, K) float32.
 
-    Returns
-    -------
-    csr_array (V, K)
-
-    Examples
-    --------
     >>> posterior = np.array([[0.25, 0, 0.75], [0.5, 0.5, 1e-9]], np.float32)
     >>> sparse_rows(posterior, np.array([True, False, True])).indices.tolist()
     [2, 1]

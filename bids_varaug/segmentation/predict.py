@@ -31,16 +31,10 @@ def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     ----------
     network : in evaluation mode, on the device to use
     image : (X, Y, Z) float32, any unit, head box of the network grid, RAS; sides are multiples of
-        ``network.shape.multiple``
-
-    Raises
-    ------
-    ValueError
-        If a side is not such a multiple.
+        ``network.shape.multiple``, else a `ValueError`
     """
-    multiple = network.shape.multiple
-    if image.ndim != 3 or any(side % multiple for side in image.shape):
-        raise ValueError(f"image of shape {image.shape}: sides must be multiples of {multiple}")
+    if image.ndim != 3 or any(side % network.shape.multiple for side in image.shape):
+        raise ValueError(f"image of shape {image.shape}: sides must be multiples of {network.shape.multiple}")
     device = next(network.parameters()).device
     tensor = normalise_intensity(torch.from_numpy(np.ascontiguousarray(image)).to(device))
     features = network.features_by_slabs(tensor[None, None])
@@ -72,8 +66,6 @@ def _classify(network: UNet, part: Features) -> tuple[np.ndarray, csr_array]:
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """Keep the largest face-connected part of a mask (X, Y, Z) bool.
 
-    Examples
-    --------
     >>> largest_component(np.array([[[1, 1, 0, 1]]], bool)).astype(int).tolist()
     [[[1, 1, 0, 0]]]
     """

@@ -34,8 +34,6 @@ def move_to_grid(image: np.ndarray, offset: Offset) -> np.ndarray:
 
     Its voxel v is voxel v + `offset` of `image`; the plane that would lie beyond the last repeats it.
 
-    Examples
-    --------
     >>> move_to_grid(np.arange(4).reshape(4, 1, 1), (1, 0, 0)).ravel().tolist()
     [1, 2, 3, 3]
     """
@@ -72,8 +70,6 @@ def average_grids(paths: Sequence[Path], grids: Sequence[Offset], mean_path: Pat
 def _place_on_first(shape: tuple[int, ...], offset: Offset) -> np.ndarray:
     """Voxel of a grid at each voxel of the first, (X * Y * Z,) int; their number where it lacks it.
 
-    Examples
-    --------
     >>> _place_on_first((3, 1, 1), (1, 0, 0)).tolist()
     [3, 0, 1]
     """

@@ -27,30 +27,18 @@ def calibrate(
 ) -> dict[str, float]:
     """Find the temperature T of the mean posterior p: that of least cross-entropy of p^(1/T).
 
-    The mean is that of the perturbed members (of the baseline where it is alone), on images of subjects that training
-    left out [1]_, at voxels within and around the brain.
+    The mean is that of the perturbed members (of the baseline where it is alone), at voxels within and around the
+    brain, on images of `subjects`, which training left out and the generator's device holds (Guo et al. 2017, On
+    calibration of modern neural networks, ICML; on calibrating the mean and not the members: Rahaman & Thiery 2021,
+    Uncertainty quantification and deep ensembles, NeurIPS).
 
-    Parameters
-    ----------
-    subjects : on the generator's device, not used in training
-
-    Returns
-    -------
-    dict
-        ``temperature``, above 1 where the mean posterior was too sure; ``cross_entropy_before`` and ``cross_entropy``,
-        without and with it, nat per voxel.
-
-    References
-    ----------
-    .. [1] Guo et al. (2017), On calibration of modern neural networks, ICML; on calibrating the mean and not the
-       members: Rahaman & Thiery (2021), Uncertainty quantification and deep ensembles, NeurIPS.
+    Returns ``temperature``, above 1 where the mean posterior was too sure; ``cross_entropy_before`` and
+    ``cross_entropy``, without and with it, nat per voxel.
     """
     perturbed = [m for m in ensemble.members if not m.is_baseline] or list(ensemble.members)
     seeds = range(FIRST_SEED, FIRST_SEED + IMAGES_PER_SUBJECT * len(subjects))
-    drawn = [
-        _draw(generator, subjects[number // IMAGES_PER_SUBJECT], ensemble.voxel_size, seed)
-        for number, seed in enumerate(seeds)
-    ]
+    repeated = [subject for subject in subjects for _ in range(IMAGES_PER_SUBJECT)]
+    drawn = [_draw(generator, *each, ensemble.voxel_size) for each in zip(repeated, seeds, strict=True)]
 
     def logits() -> Iterator[torch.Tensor]:
         for member in perturbed:
@@ -80,32 +68,20 @@ def log_mean_posterior(logits: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def cross_entropy(log_mean: torch.Tensor, truth: torch.Tensor, temperature: float) -> float:
-    """Mean cross-entropy of a posterior at a temperature, nat.
-
-    Parameters
-    ----------
-    log_mean : (V, K) float64, logarithm of the mean posterior
-    truth : (V,) int64
-    """
+    """Mean cross-entropy [nat] of a posterior, of which (V, K) logarithms are given, at a temperature."""
     return float(F.nll_loss(F.log_softmax(log_mean / temperature, dim=-1), truth))
 
 
 @torch.inference_mode()
 def logits_at(network: UNet, image: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return logits (V, K) float32, on the CPU, at the voxels where `chosen` is True.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) float32, on the network's device; X even
-    chosen : (X, Y, Z) bool
-    """
+    """Return logits (V, K) float32, on the CPU, at the voxels of an image (X even) where `chosen` (X, Y, Z) is True."""
     features = network.features_by_slabs(image[None, None])
     parts = zip(features.by_slabs(2), chosen.split(2), strict=True)
     return torch.cat([network.classify(part)[0][:, here].T.cpu() for part, here in parts])
 
 
 def _draw(
-    generator: SyntheticImageGenerator, subject: TrainingSubject, voxel_size: float, seed: int
+    generator: SyntheticImageGenerator, subject: TrainingSubject, seed: int, voxel_size: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return an image, its target, and voxels drawn from in and around the brain, a mask."""
     image, target = generator.draw(subject, SHAPE, voxel_size, seed)

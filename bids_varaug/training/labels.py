@@ -23,29 +23,18 @@ _SIDE = re.compile(r"left|right|(?<![a-z])(?:lh|rh|l|r)(?![a-z])", re.IGNORECASE
 
 @dataclass(frozen=True)
 class LabelScheme:
-    """The generation classes (what synthesis draws) and the target classes (what is learnt).
+    """The G generation classes (what synthesis draws) and the target classes (what is learnt)."""
 
-    Attributes
-    ----------
-    ids : (G,) int32, label id of each generation class, ids[0] = 0
-    names : names of the generation classes
-    targets : (G,) uint8, class index k of the target, 0 = background
-    mirror : (G,) uint8, generation class on the other side (itself for midline structures)
-    tissue : (G,) uint8, index into `TISSUES`
-    t1_mean, t1_sd : (G,) float32, T1w intensity relative to white matter = 1, its spread over people
-    target_ids, target_names : id and name of each target class, background first
-    also : further ids of label maps, and what they count as: one id of `ids`, or one for each side
-    """
-
-    ids: np.ndarray
+    ids: np.ndarray  # (G,) int32, label ids, 0 first
     names: tuple[str, ...]
-    targets: np.ndarray
-    mirror: np.ndarray
-    tissue: np.ndarray
-    t1_mean: np.ndarray
-    t1_sd: np.ndarray
-    target_ids: tuple[int, ...]
+    targets: np.ndarray  # (G,) uint8, class index k of the target, 0 = background
+    mirror: np.ndarray  # (G,) uint8, generation class on the other side (itself for midline structures)
+    tissue: np.ndarray  # (G,) uint8, index into `TISSUES`
+    t1_mean: np.ndarray  # (G,) float32, T1w intensity relative to white matter = 1
+    t1_sd: np.ndarray  # (G,) float32, its spread over people
+    target_ids: tuple[int, ...]  # of each target class, background first, as the next
     target_names: tuple[str, ...]
+    # Further ids of label maps, and what they count as: one id of `ids`, or one for each side.
     also: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -113,8 +102,6 @@ def _parse_also(table: pd.DataFrame) -> dict[int, tuple[int, ...]]:
 def other_side(name: str) -> str | None:
     """Return the name of a structure's counterpart, None for one without a side.
 
-    Examples
-    --------
     >>> other_side("Left-Hippocampus"), other_side("ctx_rh_insula"), other_side("Brain-Stem")
     ('Right-Hippocampus', 'ctx_lh_insula', None)
     """

@@ -50,15 +50,8 @@ def plan_member(member_id: str) -> MemberPlan:
 
 
 def parse_members(text: str) -> tuple[str, ...]:
-    """Expand "ieee,mca01..mca04" into ids, in the order given.
+    """Expand "ieee,mca01..mca04" into ids, in the order given; `UsageError` for what is no id or range of a family.
 
-    Raises
-    ------
-    UsageError
-        If a part is no member id or range of one family.
-
-    Examples
-    --------
     >>> parse_members("ieee,seed01..seed03")
     ('ieee', 'seed01', 'seed02', 'seed03')
     """
@@ -81,18 +74,10 @@ def parse_members(text: str) -> tuple[str, ...]:
 def train_in_parallel(
     command_of: Callable[[str, str], Sequence[str]], ids: Sequence[str], devices: Sequence[str], logs: Path
 ) -> None:
-    """Run one command for each member, as many at once as there are `devices`.
+    """Run one command for each member, as many at once as there are `devices`, which may be listed repeatedly.
 
-    Parameters
-    ----------
-    command_of : member id, device -> arguments of ``python -m``
-    devices : one entry for each process that may run at a time; a name may be listed repeatedly
-    logs : folder that gets ``<member>.txt``, what the process printed
-
-    Raises
-    ------
-    UserError
-        If one or more ended with an error; the others are finished first.
+    `command_of` gives, for a member's id and a device, the arguments of ``python -m``; the folder `logs` gets what the
+    processes print, in ``<member>.txt``. `UserError` if one or more end with an error; the others are finished first.
     """
     logs.mkdir(parents=True, exist_ok=True)
     remaining = iter(ids)

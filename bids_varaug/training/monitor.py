@@ -34,22 +34,13 @@ class LabelledImage(NamedTuple):
 
 @dataclass
 class TrainingMonitor:
-    """Receives every step of every member.
+    """Receives every step of every member."""
 
-    Attributes
-    ----------
-    directory : gets ``<member>.tsv`` (one row a step) and ``<member>.png``
-    images : real ones to evaluate on
-    every : steps between two evaluations
-    class_ids : label id of each class, background first
-    voxel_size : of the network grid, mm
-    """
-
-    directory: Path
-    images: Sequence[LabelledImage]
-    every: int
-    class_ids: Sequence[int]
-    voxel_size: float
+    directory: Path  # gets ``<member>.tsv`` (one row a step) and ``<member>.png``
+    images: Sequence[LabelledImage]  # real ones to evaluate on
+    every: int  # steps between two evaluations
+    class_ids: Sequence[int]  # label id of each class, background first
+    voxel_size: float  # of the network grid, mm
     member: str | None = field(default=None, init=False)
     bar: tqdm | None = field(default=None, init=False)
 
@@ -115,10 +106,8 @@ def draw_curves(log: Path) -> None:
 def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[LabelledImage]:
     """Pair ``<name>_T1w.nii.gz`` with a ``<name>*_dseg.nii.gz`` beside it (``desc-aseg`` first).
 
-    Parameters
-    ----------
-    names : label id -> name; maps whose own table (``*_dseg.tsv``) calls every id something else belong to another
-        atlas and are passed over, those without a table are believed
+    Maps whose own table (``*_dseg.tsv``) calls every id of `names` something else belong to another atlas and are
+    passed over; those without a table are believed.
     """
     found = []
     for t1w in sorted(directory.rglob("*_T1w.nii*")):
@@ -140,16 +129,8 @@ def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
 
 
 def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Dice of each label, (K,) float64; NaN where the truth lacks it.
+    """Dice of the labels `ids`; NaN where the truth lacks one. Its voxels below 0 do not count.
 
-    Parameters
-    ----------
-    found : (X, Y, Z) int, label ids
-    truth : (X, Y, Z) int, label ids; voxels below 0 do not count
-    ids : (K,) labels to compare
-
-    Examples
-    --------
     >>> dice_with_truth(np.array([[[4, 4, 4, 2]]]), np.array([[[4, 4, 0, -1]]]), [4, 2])
     array([0.8, nan])
     """

@@ -32,12 +32,8 @@ _RMS = 0.2  # of an update's elements per unit of learning rate: about that of A
 def segmentation_loss(logits: torch.Tensor, target: torch.Tensor, balanced: bool = False) -> torch.Tensor:
     """Mean cross-entropy plus one minus the mean soft Dice of the structures present, () float32.
 
-    Parameters
-    ----------
-    logits : (..., K)
-    target : (...) integer, class index, 0 = background
-    balanced : weigh a voxel by one over the square root of its class's voxels, so that small structures are learnt
-        early; the posteriors are then no longer calibrated
+    Of logits (..., K) and classes (...), 0 = background. If `balanced`, a voxel has the weight of one over the square
+    root of its class's voxels: small structures are learnt early; the posteriors are then no longer calibrated.
     """
     log_p = F.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=1)
     target = target.reshape(-1).long()
@@ -55,25 +51,14 @@ def segmentation_loss(logits: torch.Tensor, target: torch.Tensor, balanced: bool
 
 
 def training_loss(
-    network: UNet,
-    image: torch.Tensor,
-    target: torch.Tensor,
-    seed: int,
-    balanced: bool = False,
-    body_only: bool = False,
+    network: UNet, image: torch.Tensor, target: torch.Tensor, seed: int, balanced: bool = False, body_only: bool = False
 ) -> torch.Tensor:
     """Loss of the finest logits, plus that of the decoder's coarser levels.
 
     The finest logits are those of every second voxel along two axes, at a phase drawn from `seed`: a quarter of the
     voxels gives the same gradient on average; the last layer and the softmax of all would take half of a training step.
-    Each deep level is compared with the label in the middle of each of its voxels.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) float32
-    target : (X, Y, Z) uint8
-    balanced : see `segmentation_loss`
-    body_only : the image is on the grid of the network's body, and the finest logits are those of `UNet.coarse_logits`
+    Each deep level is compared with the label in the middle of each of its voxels. If `body_only`, the image (X, Y, Z)
+    is on the grid of the network's body, and the finest logits are those of `UNet.coarse_logits`.
     """
     if body_only:
         logits, levels = network.coarse_logits(image[None, None])

@@ -29,15 +29,10 @@ _MIN_VOXELS = 200
 
 @dataclass(frozen=True)
 class TrainingSubject:
-    """What images are drawn from.
+    """What images are drawn from."""
 
-    Attributes
-    ----------
-    classes : (X, Y, Z) uint8, generation class, RAS axes, 1 mm
-    t1w : (X, Y, Z) float32, in [0, 1.5] as `normalise_intensity` leaves it; None to draw synthetic images only
-    """
-
-    classes: torch.Tensor
+    classes: torch.Tensor  # (X, Y, Z) uint8, generation class, RAS axes, 1 mm
+    # (X, Y, Z) float32, in [0, 1.5] as `normalise_intensity` leaves it; None to draw synthetic images only.
     t1w: torch.Tensor | None = None
 
 
@@ -100,14 +95,10 @@ def crop_to_labels(labels: np.ndarray) -> tuple[slice, ...]:
 
 
 def merge_labels(labels: np.ndarray, scheme: LabelScheme) -> np.ndarray:
-    """Replace ids that the table lists as `also` by those that they count as.
+    """Replace ids (X, Y, Z) that the table lists as `also` by those that they count as.
 
     An id without a side (FreeSurfer's corpus callosum, WM hypointensities) goes, voxel by voxel, to the side of the
-    nearest voxel of the same target structure; without such voxels it stays.
-
-    Parameters
-    ----------
-    labels : (X, Y, Z) integer ids, voxels about as long as wide
+    nearest voxel of the same target structure; without such voxels it stays. Voxels are about as long as wide.
     """
     merged = labels.copy()
     present = [int(i) for i in np.unique(labels) if int(i) in scheme.also]

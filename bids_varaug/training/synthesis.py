@@ -86,19 +86,9 @@ class SyntheticImageGenerator:
     def draw(
         self, subject: TrainingSubject, shape: tuple[int, int, int], voxel_size: float, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one random image and its target labels.
+        """Return one random image (float32, in [0, 1.5] as `normalise_intensity` leaves it) and its classes (uint8).
 
-        Parameters
-        ----------
-        subject : on the same device
-        shape : sides of the window to draw, voxels
-        voxel_size : of the window, mm
-        seed : names the draw
-
-        Returns
-        -------
-        image : shape float32, in [0, 1.5] as `normalise_intensity` leaves it
-        target : shape uint8, class index
+        Both fill a window of `shape` voxels of `voxel_size` mm; `subject` is on the same device.
         """
         rng = _Random(seed, self.device, voxel_size)
         points = self._sample_points(subject, shape, rng)

@@ -54,22 +54,15 @@ class Trainer:
 
     Several processes may train members of one ensemble side by side: each adds its own members to what it finds in the
     manifest.
-
-    Attributes
-    ----------
-    directory : gets manifest, weights and ``checkpoints/``
-    subjects : on `device`
-    on_step : called with member id, report and network after every step
-    save_every : steps between two checkpoints
     """
 
-    directory: Path
+    directory: Path  # gets manifest, weights and ``checkpoints/``
     recipe: Recipe
     scheme: LabelScheme
-    subjects: Sequence[TrainingSubject]
+    subjects: Sequence[TrainingSubject]  # on `device`
     device: str
-    on_step: Callable[[str, StepReport, UNet], None] = lambda member, report, network: None
-    save_every: int = 50
+    on_step: Callable[[str, StepReport, UNet], None] = lambda member, report, network: None  # called after every step
+    save_every: int = 50  # steps between two checkpoints
 
     @cached_property
     def generator(self) -> SyntheticImageGenerator:
@@ -161,14 +154,9 @@ class Trainer:
         return ensemble
 
     def calibrate_ensemble(self, subjects: Sequence[TrainingSubject], names: Sequence[str]) -> Ensemble:
-        """Fit the temperature on subjects left out of training, and write it to the manifest.
+        """Fit the temperature on subjects left out of training, and write it and their names to the manifest.
 
-        Nothing is done where the same members were calibrated before.
-
-        Parameters
-        ----------
-        subjects : on the trainer's device
-        names : of their label maps, for the manifest
+        Nothing is done where the same members were calibrated before. The subjects are on the trainer's device.
         """
         ensemble = self._read_manifest()
         weights = hashlib.sha256("".join(m.sha256 for m in ensemble.members).encode()).hexdigest()

@@ -46,28 +46,6 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     return entropy.astype(np.float32)
 
 
-def sample_std(squares: np.ndarray, n_members: int) -> np.ndarray:
-    """Sample standard deviation over members, ``sqrt(squares / (n_members - 1))``.
-
-    Parameters
-    ----------
-    squares : (...) float, ``sum_m (x_m - mean)**2`` as the recurrence of Welford (1962, Technometrics 4(3)) leaves it
-
-    Returns
-    -------
-    (...) float64, unit of x; 0 for one member, which has no spread to speak of
-
-    Examples
-    --------
-    >>> float(sample_std(np.array(2.0), 3))
-    1.0
-    """
-    squares = np.asarray(squares, dtype=np.float64)
-    if n_members < 2:
-        return np.zeros_like(squares)
-    return np.sqrt(squares / (n_members - 1))
-
-
 def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """How many leading bits of a value the perturbations leave alone.
 

@@ -15,14 +15,7 @@ WHITE, CORTEX = (2, 41), (3, 42)
 
 
 def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -> list[str]:
-    """All warnings about one image.
-
-    Parameters
-    ----------
-    zooms : (3,) voxel size [mm]
-    t1w : (X, Y, Z) number, native grid
-    labels : (X, Y, Z) integer, consensus, native grid; FreeSurfer ids, 0 = background
-    """
+    """All warnings about an image of a voxel size [mm] with its consensus (FreeSurfer ids), both on the native grid."""
     found = check_contrast(t1w, labels), check_saturation(t1w, labels)
     return [text for text in (check_voxel_size(zooms), check_field_of_view(labels), *found) if text]
 
@@ -46,8 +39,8 @@ def check_field_of_view(labels: np.ndarray) -> str | None:
     if not total or on_edge / total <= EDGE_FRACTION:
         return None
     return (
-        f"The brain reaches the edge of the image ({on_edge:,} labelled voxels lie on it): part of "
-        "it may be outside the field of view, and volumes too small."
+        f"The brain reaches the edge of the image ({on_edge:,} labelled voxels lie on it): part of it may be outside "
+        "the field of view, and volumes too small."
     )
 
 

@@ -100,13 +100,11 @@ def judge_regions(
 
     Parameters
     ----------
-    regions : DataFrame, one row per structure, as `variability.regions.region_table` returns it
-        index, name, volume_mean [mm3], cv and dice_min with those within families (cv_FAMILY, dice_min_FAMILY); NaN
-        where there is no such value
+    regions : as `variability.regions.region_table` returns it: one row per structure with index, name, volume_mean
+        [mm3], cv and dice_min with those within families (cv_FAMILY, dice_min_FAMILY)
     members : perturbed members of each family
     voxel_volume : of the coarser grid of the image's and the network's, mm3
-    age : years, if known
-    sex : "F", "M"; others, and None, have the limits of both
+    age, sex : as for `volume_limits`
 
     Returns
     -------
@@ -185,16 +183,10 @@ def _implausible(
 
 
 def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper plausible volume [mm3] of structures, (R,) float64 each, NaN for structures without.
+    """Lower and upper plausible volume [mm3] of structures by FreeSurfer id, (R,) float64 each, NaN for those without.
 
-    Parameters
-    ----------
-    ids : (R,) FreeSurfer ids
-    age : years; below `ADULT_AGE`, NaN and None give the limits of all adults
-    sex : "F" or "M"; else the limits of both
+    Without an age of `ADULT_AGE` or more [years] they are those of all adults, without a sex "F" or "M" those of both.
 
-    Examples
-    --------
     >>> [values.round().tolist() for values in volume_limits(np.array([17, 999]), 80.0, "M")]
     [[1980.0, nan], [6200.0, nan]]
     """
@@ -210,8 +202,6 @@ def volume_limits(ids: np.ndarray, age: float | None = None, sex: str | None = N
 def describe_limits(age: float | None = None, sex: str | None = None) -> str:
     """Describe whose limits of volume apply.
 
-    Examples
-    --------
     >>> describe_limits(63.2, "F")
     'Broad limits of volume for women of 63.2 years'
     >>> describe_limits(12.0)
@@ -235,8 +225,6 @@ def describe_thresholds() -> dict[str, dict[str, float]]:
 def describe_families(members: Mapping[str, int]) -> list[str]:
     """Warn of families with too few members for their spread to be trusted; the baseline alone gives no warning.
 
-    Examples
-    --------
     >>> describe_families({"mca": 5, "seed": 2})
     ['Family seed has 2 members: below 5, its spread is uncertain.']
     """

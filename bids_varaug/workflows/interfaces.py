@@ -162,12 +162,9 @@ class FuseMembers(_Step):
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
 
-        mean, maps, counts = folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz"
         paths = [Path(file) for file in self.inputs.posterior_files]
-        summary = summarise_members(paths, self.inputs.families, mean, self.inputs.family_maps)
-        for file, arrays in ((maps, summary.maps), (counts, summary.counts)):
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
-        return {"mean_file": mean, "maps_file": maps, "counts_file": counts}
+        files = summarise_members(paths, self.inputs.families, folder, self.inputs.family_maps)
+        return {f"{name}_file": path for name, path in files._asdict().items()}
 
 
 class _WriteInput(BaseInterfaceInputSpec):
@@ -200,8 +197,8 @@ class WriteScan(_Step):
         )  # fmt: skip
         written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
         if doubts:
-            told = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
-            print(told, f"See sub-{request.scan.subject}.html.", file=sys.stderr)
+            warning = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
+            print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)
         if request.settings.clean_workdir:
             record_finished(request, written, folder.parent)
         return {"out_files": written}

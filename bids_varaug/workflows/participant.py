@@ -239,8 +239,6 @@ def _merge_node(n_inputs: int, name: str) -> Node:
 def node_name(prefix: str) -> str:
     """A scan's prefix as nipype wants it: letters, digits and underscores, still unique.
 
-    Examples
-    --------
     >>> node_name("sub-01_acq-a+b")
     'sub_01_acq_a_x2b_b'
     """

@@ -22,8 +22,8 @@ OUT = Path("/out")
         ("members_tsv", "seg-varaug_desc-members_morph.tsv"),
     ],
 )
-def test_name_carries_the_entities_of_the_t1w(scan, key, expected):
-    path = names.OUTPUTS[key].path(OUT, scan)
+def test_name_carries_the_entities_of_the_t1w(request_, key, expected):
+    path = request_.path(key)
     assert path == OUT / "sub-01/ses-a/anat" / f"sub-01_ses-a_acq-x_run-02_{expected}"
 
 
@@ -31,27 +31,23 @@ def test_every_output_is_in_the_table_of_expected_names():
     assert len(names.OUTPUTS) == 15
 
 
-def test_member_output_is_named_for_the_member(scan):
-    path = names.OUTPUTS["member_dseg"].path(OUT, scan, member="mca01")
+def test_member_output_is_named_for_the_member(request_):
+    path = request_.path("member_dseg", "mca01")
     assert path.name == "sub-01_ses-a_acq-x_run-02_seg-varaug_desc-mca01_dseg.nii.gz"
 
 
-def test_member_output_without_a_member_is_refused(scan):
+def test_member_output_without_a_member_is_refused(request_):
     with pytest.raises(ValueError, match="member_dseg"):
-        names.OUTPUTS["member_dseg"].path(OUT, scan)
+        request_.path("member_dseg")
 
 
-def test_no_two_outputs_share_a_name(scan):
-    paths = [
-        output.path(OUT, scan, member="x9" if output.per_member else None)
-        for output in names.OUTPUTS.values()
-    ]
+def test_no_two_outputs_share_a_name(request_):
+    paths = [request_.path(key, "x9" if output.per_member else None) for key, output in names.OUTPUTS.items()]
     assert len(set(paths)) == len(paths)
 
 
-def test_image_and_table_of_one_name_share_the_sidecar(scan):
-    image, table = names.OUTPUTS["consensus_dseg"], names.OUTPUTS["regions_tsv"]
-    assert image.sidecar(OUT, scan) == table.sidecar(OUT, scan)
+def test_image_and_table_of_one_name_share_the_sidecar(request_):
+    assert request_.sidecar("consensus_dseg") == request_.sidecar("regions_tsv")
 
 
 def test_bidsignore_lists_figures_without_slash():

@@ -70,8 +70,7 @@ def files(tmp_path) -> Intermediate:
 
 def outputs(request: ScanRequest) -> set[str]:
     """Keys of what lies in the output folder, of images and tables."""
-    where = request.settings.output_dir, request.scan
-    return {k for k, o in OUTPUTS.items() if not o.per_member and o.path(*where).exists()}
+    return {key for key, output in OUTPUTS.items() if not output.per_member and request.path(key).exists()}
 
 
 def test_every_output_but_those_of_members_is_written(request_, files, tmp_path):
@@ -101,14 +100,13 @@ def test_maps_of_a_family_are_written_beside_those_of_all(request_, files, tmp_p
               for name, values in maps.items()}  # fmt: skip
     np.savez(files.maps, **maps, **theirs)
     written, _ = write_scan(request_, files, tmp_path)
-    where = request_.settings.output_dir, request_.scan, "mca"
-    paths = {key: OUTPUTS[f"{key}_of_family"].path(*where) for key in SPREAD}
+    paths = {key: request_.path(f"{key}_of_family", "mca") for key in SPREAD}
     assert set(paths.values()) <= set(written)
     assert nib.load(paths["entropy"]).get_fdata().max() == 0
-    sidecar = json.loads(OUTPUTS["entropy_of_family"].sidecar(*where).read_text())
+    sidecar = json.loads(request_.sidecar("entropy_of_family", "mca").read_text())
     assert sidecar["Members"] == ["mca01", "mca02"]
     assert sidecar["MembersPerFamily"] == {"mca": 2}
-    mask = json.loads(OUTPUTS["unreliable_mask_of_family"].sidecar(*where).read_text())
+    mask = json.loads(request_.sidecar("unreliable_mask_of_family", "mca").read_text())
     assert mask["Threshold"] == 0.75
 
 
@@ -132,7 +130,7 @@ def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
 
 def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
-    path = OUTPUTS["mean_probseg"].path(request_.settings.output_dir, request_.scan)
+    path = request_.path("mean_probseg")
     image = nib.load(path)
     assert image.get_data_dtype() == np.uint8
     assert image.get_fdata()[2, 3, 4] == pytest.approx([0.2, 0.8], abs=1 / 510)
@@ -141,16 +139,14 @@ def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
 
 def test_labels_are_freesurfer_ids(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
-    path = OUTPUTS["consensus_dseg"].path(request_.settings.output_dir, request_.scan)
-    labels = np.asarray(nib.load(path).dataobj)
+    labels = np.asarray(nib.load(request_.path("consensus_dseg")).dataobj)
     assert labels[2, 3, 4] == 17 and np.count_nonzero(labels) == 1
 
 
 def told(request: ScanRequest) -> tuple[pd.Series, dict]:
     """Row of the table of regions, and its sidecar."""
-    where = request.settings.output_dir, request.scan
-    table = pd.read_csv(OUTPUTS["regions_tsv"].path(*where), sep="\t", na_values="n/a")
-    return table.iloc[0], json.loads(OUTPUTS["regions_tsv"].sidecar(*where).read_text())
+    table = pd.read_csv(request.path("regions_tsv"), sep="\t", na_values="n/a")
+    return table.iloc[0], json.loads(request.sidecar("regions_tsv").read_text())
 
 
 def test_verdicts_stand_in_table_and_sidecar_and_are_told(request_, files, tmp_path):

@@ -17,25 +17,19 @@ CONFORMED = (12, 10, 11)
 def sparse():
     """A random posterior on the box, about half of its voxels stored."""
     rng = np.random.default_rng(0)
-    stored = rng.random(BOX.shape).reshape(BOX.shape[0], -1) < 0.5
-    offsets = np.concatenate([[0], np.cumsum(stored.sum(1))])
-    voxels = np.nonzero(stored)[1].astype(np.int32)
-    posterior = rng.dirichlet([0.3] * K, len(voxels)).astype(np.float32)
-    return offsets, voxels, posterior
+    stored = rng.random(np.prod(BOX.shape)) < 0.5
+    return stored, rng.dirichlet([0.3] * K, stored.sum()).astype(np.float32)
 
 
 @pytest.fixture
 def dense(sparse):
     """The same on the whole conformed grid, (X, Y, Z, K)."""
-    offsets, voxels, posterior = sparse
+    stored, posterior = sparse
     full = np.zeros((*CONFORMED, K), np.float32)
     full[..., 0] = 1
-    for x in range(BOX.shape[0]):
-        rows = slice(offsets[x], offsets[x + 1])
-        y, z = np.divmod(voxels[rows], BOX.shape[2])
-        y, z = y + BOX.start[1], z + BOX.start[2]
-        inside = (y >= 0) & (y < CONFORMED[1]) & (z < CONFORMED[2])
-        full[x + BOX.start[0], y[inside], z[inside]] = posterior[rows][inside]
+    for voxel, row in zip(np.argwhere(stored.reshape(BOX.shape)) + BOX.start, posterior, strict=True):
+        if (voxel >= 0).all() and (voxel < CONFORMED).all():
+            full[tuple(voxel)] = row
     return full
 
 
@@ -105,9 +99,11 @@ def test_posterior_can_be_written_into_a_file(sparse, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_refused(sparse):
-    offsets, voxels, posterior = sparse
-    with pytest.raises(ValueError, match="belong together"):
-        resample((offsets, voxels[1:], posterior), np.eye(4), CONFORMED)
+    stored, posterior = sparse
+    with pytest.raises(ValueError, match="cannot assign"):
+        resample((stored, posterior[1:]), np.eye(4), CONFORMED)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        resample((stored[:-1], posterior[: stored[:-1].sum()]), np.eye(4), CONFORMED)
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.reports import participant
-from bids_varaug.reports.participant import figure_name, shown_settings, write_participant_report
+from bids_varaug.reports.participant import figure_name, shown_settings, write_subject_report
 from bids_varaug.settings import Settings
 
 HOSTILE = "sub-01_<script>alert(1)</script>\"onload='x'&amp;"
@@ -118,15 +118,21 @@ def test_hostile_versions_are_escaped(make_content, monkeypatch):
     assert HOSTILE in "".join(Page(make_content().html()).text)
 
 
-def test_same_content_gives_the_same_bytes(make_content):
+@pytest.fixture
+def write(make_content, monkeypatch):
+    """Write a report."""
     content = make_content()
-    first, second = (write_participant_report(content.request, content.scans).read_bytes() for _ in range(2))
+    monkeypatch.setattr(participant, "scan_report", lambda request: content.scans[0])
+    return lambda: write_subject_report([content.request])
+
+
+def test_same_content_gives_the_same_bytes(write):
+    first, second = (write().read_bytes() for _ in range(2))
     assert first == second
 
 
-def test_figures_are_written_beside_the_report(make_content):
-    content = make_content()
-    path = write_participant_report(content.request, content.scans)
+def test_figures_are_written_beside_the_report(write):
+    path = write()
     figure = path.parent / "sub-01" / "figures" / "sub-01_run-1_desc-entropy_T1w.png"
     assert path.name == "sub-01.html" and figure.read_bytes() == b"\x89PNG two"
 
@@ -135,9 +141,8 @@ def test_figure_names_cannot_leave_their_folder():
     assert figure_name("../../x", "../y") == "x_desc-y_T1w.png"
 
 
-def test_nothing_partial_is_left(make_content, tmp_path):
-    content = make_content()
-    write_participant_report(content.request, content.scans)
+def test_nothing_partial_is_left(write, tmp_path):
+    write()
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bids_varaug.variability.maps import (
-    sample_std,
     significant_bits,
     unreliable,
     vote_entropy,
@@ -63,16 +62,6 @@ def test_zero_that_varies_has_no_bits():
 
 def test_zero_that_does_not_vary_has_all_bits():
     assert significant_bits(np.zeros(1), np.zeros(1)).tolist() == [24]
-
-
-def test_std_is_numpys_with_one_degree_of_freedom_less():
-    values = np.random.default_rng(0).normal(size=(7, 50))
-    squares = ((values - values.mean(0)) ** 2).sum(0)
-    np.testing.assert_allclose(sample_std(squares, 7), values.std(0, ddof=1))
-
-
-def test_one_member_has_no_std():
-    assert sample_std(np.array([0.0]), 1).tolist() == [0]
 
 
 def test_a_quarter_of_dissent_is_still_reliable():
