@@ -71,11 +71,9 @@ def _network(ensemble_name: str, member: Member, device: str, num_threads: int, 
 
 
 def arithmetic_of(member: Member) -> AbstractContextManager:
-    """Return the floating-point arithmetic in which a member segments.
+    """Return the arithmetic in which a member segments: plain, or random rounding of what torch computes.
 
-    Plain, or random rounding of what torch computes: the scaling of the image's intensities, the network and its
-    softmax. What comes before (resampling to the network grid) and after (largest component, fusion, resampling to the
-    grid of the image) runs in numpy, scipy and numba, and is never perturbed.
+    What comes before and after (resampling, fusion) runs in numpy, scipy and numba, and is never perturbed.
     """
     if not member.is_rounded:
         return nullcontext()
