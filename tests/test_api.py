@@ -86,7 +86,7 @@ def test_members_are_chosen_as_in_the_app(t1w, small_ensemble):
 
 
 def test_everything_is_saved_and_the_temporary_folder_is_removed(t1w, small_ensemble, tmp_path):
-    result = segment(t1w, ensemble=small_ensemble, family_maps=True, device="cpu")
+    result = segment(t1w, ensemble=small_ensemble, members="mca", family_maps=True, device="cpu")
     folder = result._request.settings.output_dir
     labels = result.labels
     files = {path.name for path in result.save(tmp_path / "out", report=True)}

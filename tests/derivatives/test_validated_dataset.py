@@ -1,6 +1,7 @@
 """Every output name, tried with the schema validator."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,10 +36,11 @@ MEMBERS = [
 
 
 def _write_outputs(output_dir, scan):
-    affine = np.diag([2.0, 2, 2, 1])
+    affine, request = np.diag([2.0, 2, 2, 1]), request_of(scan)
+    request = replace(request, settings=replace(request.settings, output_dir=output_dir))
     for key, output in names.OUTPUTS.items():
         member = "mca01" if output.per_member else None
-        path = output.path(output_dir, scan, member)
+        path = request.path(key, member)
         if output.extension == ".tsv":
             row = dict.fromkeys(output.columns, 1) | {"name": "L-Hip", "index": 17}
             if "verdict" in row:
@@ -52,8 +54,8 @@ def _write_outputs(output_dir, scan):
             write.write_image(np.ones(shape, dtype), affine, path)
         # The table shares the sidecar of the consensus labels, which describes both.
         if key != "regions_tsv":
-            content = sidecars.sidecar(request_of(scan), key, member, extra={"Threshold": 0.5})
-            write_json(content, output.sidecar(output_dir, scan, member))
+            content = sidecars.sidecar(request, key, member, extra={"Threshold": 0.5})
+            write_json(content, request.sidecar(key, member))
     figures = output_dir / f"sub-{scan.subject}" / "figures"
     write_text("png", figures / figure_name(scan.prefix, "entropy"))
     write_text("<html></html>", names.report(output_dir, scan.subject))
