@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_participants(tmp_path, small_ensemble, full):
         path.parent.mkdir(parents=True)
         os.link(first, path)
     code = "import sys; from bids_varaug.cli.run import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *App(bids_dir, small_ensemble, ()).arguments(out)]
+    command = [sys.executable, "-c", code, *App(bids_dir, small_ensemble, ()).arguments(out, "--members", "ieee")]
     started = time.monotonic()
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(command, stderr=errors)
