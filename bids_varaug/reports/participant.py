@@ -168,8 +168,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
         if f"{name}_{family}" in scan.regions
     }
     others = {name: Column(name, "{:.4g}", "", name) for name in scan.regions if name not in columns | within}
-    verdicts = scan.regions.get("verdict", pd.Series("good", scan.regions.index))
-    classes = [verdict if verdict in VERDICTS and verdict != "good" else "" for verdict in verdicts]
+    classes = scan.regions["verdict"].replace("good", "").tolist()
     regions = scan.regions.replace({"verdict": MARKS})
     has_spread = regions[list(within)].notna().to_numpy().any()
     return {
