@@ -124,7 +124,7 @@ def test_steps_without_a_record_stay(written):
 def test_too_little_disk_is_told_before_the_work(app, linear, tmp_path, monkeypatch, capfd):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    app(tmp_path / "out", *linear, "--participant-label", "01")
+    app(tmp_path / "out", *linear, "--participant-label", "01", "--members", "ieee")
     told = capfd.readouterr().err
     assert f"WARNING: {tmp_path}/out-work: the members of 1 image(s) need about " in told
     assert "--clean-workdir" in told
