@@ -97,12 +97,12 @@ def write_scan(
     writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
     regions, members, limits = _tables(request, files, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
-    doubts = find_warnings(voxel_sizes(affine), t1w, labels)
+    warnings = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
     quality_keys = {
         "VolumeLimits": limits,
         "VerdictThresholds": quality.describe_thresholds(),
-        "Warnings": [*geometry.warnings, *doubts, *few, *quality.describe_verdicts(regions)],
+        "Warnings": [*geometry.warnings, *warnings, *few, *quality.describe_verdicts(regions)],
     }
     writer.image("consensus_dseg", labels, extra=quality_keys)
     writer.image("brain_mask", brain)
@@ -126,9 +126,9 @@ def write_scan(
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):
         writer.written.append(write_table(table, request.path(key)))
     origin = _origin(request)  # the group level must not mix ensembles or versions
-    _remove_strangers(request, origin, writer.written)
+    _remove_outdated(request, origin, writer.written)
     writer.sidecar("members_tsv", extra=origin)
-    return writer.written, [*doubts, *quality.describe_verdicts(regions, n_named=3)]
+    return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
 
 
 def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -> None:
@@ -158,16 +158,16 @@ def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tu
             if group == ALL or len(members) > 1
         }
     labels, voxel = request.ensemble.labels, voxel_volume(geometry.conformed_affine)
-    age, sex, doubt = _age_and_sex(request)
+    age, sex, reason = _age_and_sex(request)
     table = region_table(counts, families, labels, voxel, entropy)
     coarser = max(voxel, voxel_volume(geometry.native_affine))
     regions = quality.judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)
     volumes = members_table(counts, [member.id for member in request.members], families, labels, voxel)
-    return regions, volumes, f"{quality.describe_limits(age, sex)}{doubt}."
+    return regions, volumes, f"{quality.describe_limits(age, sex)}{reason}."
 
 
 def _age_and_sex(request: ScanRequest) -> tuple[float | None, str | None, str]:
-    """Age and sex at the scan, None where the dataset's tables do not tell, and their error."""
+    """Age and sex at the scan, None where the tables of the dataset lack them, and why."""
     settings, scan = request.settings, request.scan
     subject = prefixed(scan.subject)
     try:
@@ -195,7 +195,7 @@ def _origin(request: ScanRequest) -> dict[str, Any]:
     return {"Ensemble": ensemble, "GeneratedBy": [{"Name": TOOL, "Version": package_version()}]}
 
 
-def _remove_strangers(request: ScanRequest, origin: Mapping[str, Any], written: list[Path]) -> None:
+def _remove_outdated(request: ScanRequest, origin: Mapping[str, Any], written: list[Path]) -> None:
     """Remove what a run with another ensemble left of this image, and this run did not replace.
 
     Labels of members would be taken for those of this run.

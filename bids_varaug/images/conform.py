@@ -79,8 +79,8 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
     mask = uncut = head_mask(whole.data, voxel_size)
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
         uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
-    doubt = is_probably_cropped(uncut, voxel_size)
-    warnings = native.warnings + ((doubt,) if doubt else ())
+    cropped = is_probably_cropped(uncut, voxel_size)
+    warnings = native.warnings + ((cropped,) if cropped else ())
     volume = float(mask.sum()) * voxel_volume(whole.affine)
     grids = whole.data.shape, whole.affine, native.data.shape, native.affine
     return extract(whole.data, box), Geometry(voxel_size, box, *grids, volume, warnings)

@@ -40,7 +40,7 @@ TEMPLATE = "left out: volumes in a template space are not the person's. Name the
 PART = "left out: part of a head. To process it, filter on chunk or hemi (--bids-filter-file)."
 DERIVED = "left out beside its raw image. To use it, filter on desc or space (--bids-filter-file)."
 PHASE = "left out: the phase, real or imaginary part of an image has no T1w contrast."
-_COMPLAINTS = (BAD_FOLDER, BAD_FILE)
+_ERRORS = (BAD_FOLDER, BAD_FILE)
 _NOTES = (IGNORED, TEMPLATE, PART, DERIVED)  # not PHASE: beside magnitude images, and nobody expects it to be processed
 _EXPECTED = "sub-{0}/[ses-<label>/]anat/*_T1w.nii[.gz]."
 
@@ -96,7 +96,7 @@ class Selection:
     """What the request found; one message for each reason."""
 
     scans: tuple[Scan, ...]  # images whose content is there, in natural order of their paths
-    complaints: tuple[str, ...] = ()  # what cannot be processed; any means exit code 1
+    errors: tuple[str, ...] = ()  # what cannot be processed; any means exit code 1
     notes: tuple[str, ...] = ()  # what is left out on purpose
 
 
@@ -128,10 +128,10 @@ def find_scans(settings: Settings) -> Selection:
     if not wanted:
         none = f"{bids_dir}: none of the {len(usable)} T1w image(s) {unmet} Loosen the selection."
         raise FiltersError("\n".join([none, *_explain(misnamed | left_out)]))
-    scans, complaints = _split_available(bids_dir, wanted, not named)
+    scans, errors = _split_available(bids_dir, wanted, not named)
     if not scans:
-        raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *complaints]))
-    complaints += _explain(misnamed | left_out, _COMPLAINTS)
+        raise NoInputError("\n".join([f"{bids_dir}: no T1w image can be read.", *errors]))
+    errors += _explain(misnamed | left_out, _ERRORS)
     cause = {path.partition("/")[0]: reason for path, reason in unusable.items()}
     cause |= {f"sub-{scan.subject}": f"no usable T1w image {unmet}" for scan in usable}
     present = {f"sub-{scan.subject}" for scan in wanted}
@@ -140,8 +140,8 @@ def find_scans(settings: Settings) -> Selection:
         present |= {path.partition("/")[0] for path, reason in unusable.items() if reason == IGNORED}
     for label in participants:
         if (folder := f"sub-{label}") not in present:
-            complaints.append(f"{folder}: {cause.get(folder, f'no {_EXPECTED.format(label)}')}")
-    return Selection(tuple(scans), tuple(complaints), tuple(_explain(left_out, _NOTES)))
+            errors.append(f"{folder}: {cause.get(folder, f'no {_EXPECTED.format(label)}')}")
+    return Selection(tuple(scans), tuple(errors), tuple(_explain(left_out, _NOTES)))
 
 
 def select_participants(settings: Settings) -> list[str]:
@@ -255,7 +255,7 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
     return [scan for scan in chosen if scan.relative not in left_out], left_out
 
 
-def _explain(left_out: Mapping[str, str], reasons: Iterable[str] = (*_COMPLAINTS, *_NOTES, PHASE)) -> list[str]:
+def _explain(left_out: Mapping[str, str], reasons: Iterable[str] = (*_ERRORS, *_NOTES, PHASE)) -> list[str]:
     """One message for each of these reasons."""
     names = {reason: [name for name in left_out if left_out[name] == reason] for reason in reasons}
     return [f"{some(names[reason], shown=MANY)}: {reason}" for reason in reasons if names[reason]]
@@ -264,7 +264,7 @@ def _explain(left_out: Mapping[str, str], reasons: Iterable[str] = (*_COMPLAINTS
 def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> tuple[list[Scan], list[str]]:
     """Images that can be opened, and what is wrong with the others; many links in one message."""
     available: dict[str, Scan] = {}
-    absent, complaints = [], []
+    absent, errors = [], []
     for scan in scans:
         twin = available.get(scan.prefix)
         try:
@@ -275,15 +275,15 @@ def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> 
             else:
                 same = f"{twin.relative} would give outputs of the same names"
                 choose = "Keep one of them, or choose with --bids-filter-file"
-                complaints.append(f"{scan.relative}: {same}. {choose}. This one is skipped.")
+                errors.append(f"{scan.relative}: {same}. {choose}. This one is skipped.")
         except OSError as error:
-            complaints.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
+            errors.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
     if absent:
-        complaints.append(
+        errors.append(
             f"{some(absent, shown=MANY)}: skipped, only a link is here, its content was not fetched. To fetch it:\n"
             f"  {datalad_command(bids_dir, absent, whole_dataset)}"
         )
-    return list(available.values()), complaints
+    return list(available.values()), errors
 
 
 def _is_elsewhere(participants: Collection[str], path: str) -> bool:

@@ -112,8 +112,10 @@ class _Tally:
         split = votes_for < self.n_members
         entropy = np.zeros(len(consensus), np.float32)
         entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
-        doubt = unreliable(votes_for, self.n_members)
-        return {"entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std), "unreliable": doubt}
+        return {
+            "entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std),
+            "unreliable": unreliable(votes_for, self.n_members),
+        }  # fmt: skip
 
 
 class Summary(NamedTuple):

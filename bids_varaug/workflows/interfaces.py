@@ -78,8 +78,8 @@ class Conform(_Step):
 
         inputs = self.inputs
         head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
-        for doubt in geometry.warnings:
-            print(f"WARNING: {inputs.in_file}: {doubt}", file=sys.stderr)
+        for warning in geometry.warnings:
+            print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):
             from bids_varaug.segmentation.member import crop_with_member
 
@@ -195,9 +195,9 @@ class WriteScan(_Step):
             Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file),
             tuple(map(Path, inputs.posterior_files)),
         )  # fmt: skip
-        written, doubts = write_scan(request, intermediate, folder, inputs.num_threads)
-        if doubts:
-            warning = f"WARNING: {request.scan.path}: {' '.join(doubts)}"
+        written, warnings = write_scan(request, intermediate, folder, inputs.num_threads)
+        if warnings:
+            warning = f"WARNING: {request.scan.path}: {' '.join(warnings)}"
             print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)
         if request.settings.clean_workdir:
             record_finished(request, written, folder.parent)

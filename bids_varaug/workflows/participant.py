@@ -54,12 +54,12 @@ def run_participants(settings: Settings) -> ExitCode:
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
-        return ExitCode.SUBJECT_FAILED if selection.complaints else ExitCode.DONE
+        return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
     labels = plan.ensemble.labels
     write_dataset_files(settings.bids_dir, settings.output_dir, labels, plan.members, sloppy=settings.sloppy)
     write_logs(settings, plan.ensemble, plan.members)
     step = write_reports if settings.reports_only else _segment
-    complete = step(plan, selection.scans) and not selection.complaints
+    complete = step(plan, selection.scans) and not selection.errors
     return ExitCode.DONE if complete else ExitCode.SUBJECT_FAILED
 
 
@@ -73,8 +73,8 @@ def _select(settings: Settings) -> Selection:
     selection = find_scans(settings)
     for note in selection.notes:
         print(f"WARNING: {note}", file=sys.stderr)
-    for complaint in selection.complaints:
-        print(f"ERROR: {complaint}", file=sys.stderr)
+    for error in selection.errors:
+        print(f"ERROR: {error}", file=sys.stderr)
     return selection
 
 

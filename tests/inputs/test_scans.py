@@ -62,7 +62,7 @@ def _found(settings: Settings) -> list[str]:
 
 def _without_t1w(selection: Selection) -> list[str]:
     """Participants who are complained of, and not only a file of theirs."""
-    return [found[1] for told in selection.complaints if (found := re.match(r"sub-(\w+): ", told))]
+    return [found[1] for told in selection.errors if (found := re.match(r"sub-(\w+): ", told))]
 
 
 def test_every_t1w_of_every_session_acquisition_and_run_is_found(request_for):
@@ -184,7 +184,7 @@ def test_filter_value_of_a_wrong_type_is_told(request_for):
 def test_dangling_link_is_reported_and_the_others_go_on(request_for, bids_dir):
     _dangle(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz")
     selection = find_scans(request_for())
-    complaint, _ = selection.complaints
+    complaint, _ = selection.errors
     assert complaint.startswith("sub-04/anat/sub-04_T1w.nii.gz: ")
     assert complaint.endswith("datalad get sub-04/anat/sub-04_T1w.nii.gz")
     assert len(selection.scans) == 5
@@ -192,7 +192,7 @@ def test_dangling_link_is_reported_and_the_others_go_on(request_for, bids_dir):
 
 def test_unlocked_annex_pointer_counts_as_absent(request_for, bids_dir):
     _touch(bids_dir / "sub-04/anat/sub-04_T1w.nii.gz", b"/annex/objects/MD5E-s1--0.nii.gz\n")
-    assert "datalad get sub-04/anat/sub-04_T1w.nii.gz" in find_scans(request_for()).complaints[0]
+    assert "datalad get sub-04/anat/sub-04_T1w.nii.gz" in find_scans(request_for()).errors[0]
 
 
 def test_only_dangling_links_print_the_exact_command(request_for, bids_dir):
@@ -213,7 +213,7 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(request_for, bids_dir
     _touch(bids_dir / "sub-10/anat/sub-10_T1w.nii")
     selection = find_scans(request_for(participant_labels=("10",)))
     assert len(selection.scans) == 1
-    assert "outputs of the same names" in selection.complaints[0]
+    assert "outputs of the same names" in selection.errors[0]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_file_that_does_not_agree_with_its_folders_is_named_and_nobodys(
     _touch(bids_dir / name)
     selection = find_scans(request_for(participant_labels=("01", "02", "10")))
     assert [scan.relative for scan in selection.scans] == before
-    (complaint,) = selection.complaints
+    (complaint,) = selection.errors
     assert complaint.startswith(f"{name}: not processed")
 
 
@@ -264,7 +264,7 @@ def test_all_folders_with_impossible_labels_are_named_in_one_message(request_for
         _touch(bids_dir / name / "sub-01_T1w.nii.gz")
     selection = find_scans(request_for())
     assert [scan.relative for scan in selection.scans] == before
-    complaint, without = selection.complaints
+    complaint, without = selection.errors
     assert sorted(complaint.partition(": not processed. ")[0].split(", ")) == sorted(STRANGE)
     assert without.startswith("sub-03: no ")
 
@@ -272,7 +272,7 @@ def test_all_folders_with_impossible_labels_are_named_in_one_message(request_for
 def test_folders_and_files_with_bad_names_have_a_message_each(request_for, bids_dir):
     _touch(bids_dir / "Sub-17/anat/Sub-17_T1w.nii.gz")
     _touch(bids_dir / "sub-02/anat/sub-01_T1w.nii.gz")
-    folder, file, _ = find_scans(request_for()).complaints
+    folder, file, _ = find_scans(request_for()).errors
     assert folder.startswith("Sub-17: not processed. Folders of ")
     assert file.startswith("sub-02/anat/sub-01_T1w.nii.gz: not processed. File names ")
 
@@ -288,7 +288,7 @@ def test_folder_with_an_impossible_label_is_no_matter_of_a_named_participant(req
     _touch(bids_dir / "sub-02_copy" / "anat" / "sub-02_T1w.nii.gz")
     selection = find_scans(request_for(participant_labels=("02",)))
     assert [scan.relative for scan in selection.scans] == [FILES[4]]
-    assert selection.complaints == ()
+    assert selection.errors == ()
 
 
 DERIVATIVES = [
@@ -386,8 +386,8 @@ def test_participant_of_whom_all_is_left_out_is_told_why(
     _touch(bids_dir / f"sub-06/anat/sub-06_{name}_T1w.nii.gz")
     selection = find_scans(request_for(participant_labels=labels))
     assert "06" in _without_t1w(selection)
-    assert any(told.startswith(f"sub-06: {reason}") for told in selection.complaints)
-    assert "filters" not in "".join(selection.complaints)
+    assert any(told.startswith(f"sub-06: {reason}") for told in selection.errors)
+    assert "filters" not in "".join(selection.errors)
     with pytest.raises(NoInputError, match=f"of participant 06 can be used.\n.*T1w.*: {reason}"):
         find_scans(request_for(participant_labels=("06",)))
 
@@ -401,8 +401,8 @@ FLAGS = {
 @pytest.mark.parametrize("flags", [list(FLAGS), *([flag] for flag in FLAGS)])
 def test_only_flags_that_were_given_are_named(request_for, flags):
     given = {name: value for flag in flags for name, value in FLAGS[flag].items()}
-    complaints = find_scans(request_for(participant_labels=("01", "02"), **given)).complaints
-    assert complaints == (f"sub-02: no usable T1w image passes {' and '.join(flags)}.",)
+    errors = find_scans(request_for(participant_labels=("01", "02"), **given)).errors
+    assert errors == (f"sub-02: no usable T1w image passes {' and '.join(flags)}.",)
 
 
 def test_error_names_the_only_flag_that_was_given(request_for):
@@ -419,7 +419,7 @@ def test_images_that_differ_in_what_only_derivatives_have_do_not_collide(request
         _touch(bids_dir / name)
     selection = find_scans(request_for(participant_labels=("20",)))
     assert [scan.prefix for scan in selection.scans] == ["sub-20"]
-    assert f"{names[1]}: {names[0]} would give outputs of the same names" in selection.complaints[0]
+    assert f"{names[1]}: {names[0]} would give outputs of the same names" in selection.errors[0]
     chosen = request_for(participant_labels=("20",), bids_filters={"t1w": {"desc": "preproc"}})
     assert _found(chosen) == [names[1]]
 
@@ -448,7 +448,7 @@ def test_bidsignore_decides_what_is_processed(request_for, bids_dir, lines, left
     (bids_dir / ".bidsignore").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     selection = find_scans(request_for())
     assert [scan.relative for scan in selection.scans] == [FILES[number] for number in left]
-    assert all(complaint.startswith("sub-03") for complaint in selection.complaints)
+    assert all(complaint.startswith("sub-03") for complaint in selection.errors)
 
 
 def test_ignored_participant_is_not_without_t1w(request_for, bids_dir):
@@ -456,7 +456,7 @@ def test_ignored_participant_is_not_without_t1w(request_for, bids_dir):
     _touch(bids_dir / "sub-01_copy" / "anat" / "sub-01_T1w.nii.gz")
     selection = find_scans(request_for(exclude_participant_labels=("03",)))
     assert len(selection.scans) == 4
-    assert selection.complaints == ()
+    assert selection.errors == ()
     assert selection.notes == (f"{FILES[8]}: left out by .bidsignore.",)
 
 
@@ -466,8 +466,8 @@ def test_named_participant_who_is_ignored_is_told(request_for, bids_dir):
         find_scans(request_for(participant_labels=("01", "02")))
     with pytest.raises(NoInputError, match="of participant 10.*\n.*10_T1w.nii.gz: .*bidsignore"):
         find_scans(request_for(participant_labels=("10",)))
-    complaints = find_scans(request_for(participant_labels=("01", "10"))).complaints
-    assert complaints == ("sub-10: left out by .bidsignore.",)
+    errors = find_scans(request_for(participant_labels=("01", "10"))).errors
+    assert errors == ("sub-10: left out by .bidsignore.",)
 
 
 def test_bidsignore_that_cannot_be_read_is_told(request_for, bids_dir):
