@@ -56,7 +56,7 @@ def test_permissions_follow_the_umask(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 74), (errno.EACCES, 73)])
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 74), (errno.EIO, 74), (errno.EACCES, 73)])
 def test_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, number, code):
     path = tmp_path / "a.nii.gz"
     path.write_text("old")

@@ -157,6 +157,13 @@ def test_weights_of_another_network_are_refused(ensemble):
         load_member(other, other.members[0])
 
 
+@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
+def test_impossible_temperature_is_refused(ensemble, temperature):
+    write_manifest(replace(ensemble, temperature=temperature))
+    with pytest.raises(EnsembleError, match="damaged manifest .temperature"):
+        load_ensemble(str(ensemble.directory))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 99}'])
 def test_damaged_manifest_is_refused(ensemble, text):
     (ensemble.directory / "manifest.json").write_text(text)

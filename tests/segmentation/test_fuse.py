@@ -190,7 +190,7 @@ def test_members_on_different_boxes_are_refused(paths, members, tmp_path, part):
             fuse_members(files)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "absent", "wrong class", "lost row"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "absent", "wrong class", "lost row", "label beyond"])
 def test_damaged_file_is_named(paths, tmp_path, damage):
     if damage == "truncated":
         paths[1].write_bytes(paths[1].read_bytes()[:-10])
@@ -200,7 +200,7 @@ def test_damaged_file_is_named(paths, tmp_path, damage):
         paths[1].unlink()
     else:
         tensors = load_file(paths[1])
-        part = "classes" if damage == "wrong class" else "counts"
+        part = {"wrong class": "classes", "lost row": "counts", "label beyond": "labels"}[damage]
         tensors[part].flat[tensors[part].argmax()] = 200
         save_file(tensors, paths[1], {"n_classes": str(K)})
     with pytest.raises(UserError, match="mca01.safetensors: this work file is damaged"):

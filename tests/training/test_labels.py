@@ -86,6 +86,14 @@ def test_a_structure_without_its_counterpart_is_refused(tmp_path):
         load_scheme(table(tmp_path, "index name\n7 Left-A\n3 Stem\n"))
 
 
+@pytest.mark.parametrize(
+    "rows", ["index name target\n7 A 8\n", "index name mirror\n7 A 8\n", "index name tissue\n7 A bone\n"]
+)
+def test_targets_mirrors_and_tissues_that_do_not_exist_are_refused(tmp_path, rows):
+    with pytest.raises(UserError, match=r"targets and mirrors must be ids of the table .*, tissues one of"):
+        load_scheme(table(tmp_path, rows))
+
+
 def test_ids_listed_twice_are_refused(tmp_path):
     with pytest.raises(UserError, match="unique"):
         load_scheme(table(tmp_path, "index name\n7 A\n7 B\n"))
