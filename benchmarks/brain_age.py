@@ -37,7 +37,7 @@ import pandas as pd
 
 from bids_varaug.brainage.augment import AUGMENTATIONS
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
-from bids_varaug.brainage.evaluate import CONTRASTS, bootstrap_interval, evaluate_brain_age, sign_flip_p_values
+from bids_varaug.brainage.evaluate import LINEAR_MEAN, bootstrap_interval, compare_losses, evaluate_brain_age, participant_losses
 from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import ENDING, gather_cohort
@@ -175,44 +175,33 @@ def paired_study(
     cohort: Cohort, model: str, sizes: list[int], repeats: int, seed: int
 ) -> pd.DataFrame:
     """Errors and paired gains of each contrast for each number of training participants."""
-    rows = []
+    # `analytic` is linear: compared with the linear model without augmentation.
+    fits = [(name, model, name) for name in AUGMENTATIONS] + [(LINEAR_MEAN, closed_form_model(model), "mean")]
+    studies = []
     for size in sizes:
-        errors = np.zeros((repeats, len(cohort), len(AUGMENTATIONS)))
-        linear = np.zeros((repeats, len(cohort)))
+        tables = []
         for repeat in range(repeats):
             folds = grouped_folds(cohort.groups, 5, seed + repeat)
             for k in range(5):
                 rng = np.random.default_rng([seed + repeat, k])
-                train = rng.permutation(np.flatnonzero(folds != k))[: size or None]
-                train, test = cohort.take(np.sort(train)), cohort.take(folds == k)
-                for a, name in enumerate(AUGMENTATIONS):
-                    estimator, _ = fit_estimator(train, model, name, seed + repeat)
-                    predicted = predict_ages(estimator, test, name)
-                    errors[repeat, folds == k, a] = np.abs(predicted - test.age)
-                # `analytic` is linear: compared with the linear model without augmentation.
-                estimator, _ = fit_estimator(train, closed_form_model(model), "mean", seed + repeat)
-                predicted = predict_ages(estimator, test, "mean")
-                linear[repeat, folds == k] = np.abs(predicted - test.age)
-        by_name = dict(zip(AUGMENTATIONS, np.moveaxis(errors, 2, 0), strict=True))
-        bases = [linear if name == "analytic" else by_name[against] for name, against in CONTRASTS]
-        paired = np.stack(bases, axis=2) - np.stack([by_name[name] for name, _ in CONTRASTS], axis=2)
-        gains = paired.mean(axis=0)
-        rng = np.random.default_rng([seed, size])
-        low, high = bootstrap_interval(gains, rng, 2000)
-        p_values = sign_flip_p_values(gains, rng, 5000)
-        over_repeats = paired.mean(axis=1)
-        for a, ((name, against), part) in enumerate(CONTRASTS.items()):
-            rows.append(
-                {
-                    "model": model, "n": size or round(len(cohort) * 0.8), "part": part,
-                    "contrast": f"{name} over {against}", "mae": by_name[name].mean(),
-                    "mae_none": by_name["none"].mean(), "gain": gains[:, a].mean(), "low": low[a],
-                    "high": high[a], "p_value": p_values[a],
-                    "sd_over_repeats": over_repeats[:, a].std(ddof=1) if repeats > 1 else np.nan,
-                }
-            )  # fmt: skip
-        print(pd.DataFrame(rows[-len(CONTRASTS) :]).round(4).to_string(index=False), flush=True)
-    return pd.DataFrame(rows)
+                drawn = rng.permutation(np.flatnonzero(folds != k))[: size or None]
+                train, test = cohort.take(np.sort(drawn)), cohort.take(folds == k)
+                ids = test.people[["participant_id"]].assign(of=repeat, fold=k, n_train=len(train))
+                for name, fitted, augmentation in fits:
+                    estimator, _ = fit_estimator(train, fitted, augmentation, seed + repeat)
+                    loss = np.abs(predict_ages(estimator, test, augmentation) - test.age)
+                    tables.append(ids.assign(augmentation=name, loss=loss))
+        table = pd.concat(tables)
+        errors = participant_losses(table).mean()
+        gains = compare_losses(table, {("analytic", "mean"): LINEAR_MEAN})
+        studies.append(
+            gains.assign(
+                model=model, n=size or round(len(cohort) * 0.8), mae=errors[gains["augmentation"]].to_numpy(),
+                mae_none=errors["none"], contrast=gains["augmentation"] + " over " + gains["against"],
+            )
+        )  # fmt: skip
+        print(studies[-1].round(4).to_string(index=False), flush=True)
+    return pd.concat(studies, ignore_index=True)
 
 
 def draw_gains(table: pd.DataFrame, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import f as f_distribution
+from scipy.stats import t as t_distribution
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from sklearn.pipeline import make_pipeline
@@ -44,9 +45,7 @@ centred on the mean of the members, so that averaging is in none of the later ga
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
-N_PERMUTATIONS = 5000
 IDS = ["participant_id", "session_id", "observation", "age"]
-Predict = Callable[[Cohort, Cohort], pd.DataFrame]
 SCORE_COLUMNS = (
     "augmentation", "n", "mae", "mae_low", "mae_high", "rmse", "r2", "r", "bias_slope", "mae_corrected",
     "bias_slope_corrected", "coverage", "interval_width",
@@ -68,11 +67,8 @@ class Evaluation:
         site; where there are 3 or more) and ``ridge`` (ridge on age, not augmented)
         augmentation, n (participants), mae, mae_low, mae_high (95 %, bootstrap over participants), and
         `agreement_scores`
-    gains : one row per contrast of `CONTRASTS`
-        part ("averaging", "augmentation" or "structure"), augmentation, against (``mean, linear model`` for
-        ``analytic`` where the model asked for is not linear: the change of model is no effect of augmentation), gain
-        (MAE of against - MAE; positive is better), low, high (95 %, bootstrap over participants), p_value (two-sided
-        sign-flip permutation over participants), p_corrected and effect (of `judge_gains`)
+    gains : one row per contrast of `CONTRASTS`, see `compare_losses`; against is ``mean, linear model`` for
+        ``analytic`` where the model asked for is not linear: the change of model is no effect of augmentation
     learning_curve : one row per number of training participants and augmentation
         n_participants, augmentation, mae, low, high; empty if not asked for
     sites : leave-one-site-out, one row per site
@@ -93,12 +89,57 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Observations to train on and to test, as masks. `kind` is "folds", "curve" or "site".
+
+    `of` is the repeat, the number of training participants, or the site that is held out.
+    """
+
+    kind: str
+    of: Any
+    fold: int
+    train: np.ndarray
+    test: np.ndarray
+    seed: int
+
+    def label(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table of its predictions with the columns kind, of, fold."""
+        return table.assign(kind=self.kind, of=self.of, fold=self.fold)
+
+
+def make_splits(
+    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, curve_sizes: Iterable[int] = (), leave_site_out: bool
+) -> list[Split]:
+    """Splits of participants: folds of each repeat (its seed is ``seed + repeat``), learning curve, held-out sites.
+
+    Of the learning curve, smaller training samples are part of larger ones, within the folds of the first repeat; sizes
+    that a training fold does not have are left out.
+    """
+    if cv_folds < 2 or repeats < 1:
+        raise ValueError(f"{cv_folds} folds, {repeats} repeats: at least 2 and 1 are needed")
+    splits = []
+    for repeat in range(repeats):
+        folds = grouped_folds(cohort.groups, cv_folds, seed + repeat)
+        splits += [Split("folds", repeat, k, folds != k, folds == k, seed + repeat) for k in range(folds.max() + 1)]
+    first = [split for split in splits if split.of == 0]
+    trained = [np.unique(cohort.groups[split.train]) for split in first]
+    smallest = min(map(len, trained))
+    for size in sorted({int(n) for n in curve_sizes if MIN_PARTICIPANTS <= n < smallest}):
+        for k, (split, people) in enumerate(zip(first, trained, strict=True)):
+            drawn = np.random.default_rng([seed, k]).permutation(people)[:size]
+            splits.append(Split("curve", size, k, np.isin(cohort.groups, drawn), split.test, seed))
+    sites = cohort.sites if leave_site_out else None
+    if sites is not None:
+        splits += [Split("site", site, 0, sites != site, sites == site, seed) for site in np.unique(sites)]
+    return splits
+
+
 def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
     """Decide of each gain whether it helps; files and reports only repeat it.
 
-    It helps where its interval lies above 0 and a test that allows for the number of augmentations tried agrees: in a
-    few dozen people the bootstrap interval alone is too narrow, and the best of several is chosen. It harms where the
-    same holds below 0.
+    It helps where its interval lies above 0 and its p-value, corrected for the number of augmentations tried, is below
+    0.05: the best of several is chosen. It harms where the same holds below 0.
 
     Parameters
     ----------
@@ -129,7 +170,7 @@ def evaluate_brain_age(
     cohort: Cohort, *, model: str = "auto", augmentations: Sequence[str] | None = None, cv_folds: int = 5,
     repeats: int = 1, seed: int = 0, log_volumes: bool = False, coverage: float = 0.9,
     curve_sizes: Sequence[int] | None = CURVE_SIZES, leave_site_out: bool = True, n_bootstrap: int = N_BOOTSTRAP,
-    n_permutations: int = N_PERMUTATIONS, progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score a model with every augmentation on the same held-out participants.
 
@@ -142,14 +183,11 @@ def evaluate_brain_age(
     model : one of `models.MODELS`
     augmentations : of `augment.AUGMENTATIONS`; ``none`` is always among them, and ``mean`` where members are used. All
         if not given and the cohort has members, otherwise ``none`` alone
-    cv_folds, repeats : repeat r assigns participants to folds with ``seed + r``
-    seed : of folds, drawn noise, bootstrap and permutations
+    cv_folds, repeats, seed, curve_sizes, leave_site_out : of `make_splits`; None: no learning curve. The seed is that
+        of drawn noise and of the bootstrap too
     log_volumes : as `fit_brain_age`; of the row ``ridge`` too
     coverage : of the prediction intervals
-    curve_sizes : numbers of training participants of the learning curve, of the first repeat; those that a training
-        fold does not have are left out. None: no curve
-    leave_site_out : whether to hold out site after site, where there are at least 3
-    n_bootstrap, n_permutations : samples for intervals and p-values
+    n_bootstrap : samples for intervals of errors
     progress : called with the number of fits done and of all fits
 
     Raises
@@ -157,172 +195,171 @@ def evaluate_brain_age(
     UserError
         With fewer than 10 participants with age, or as in `fit_brain_age`.
     """
-    if cv_folds < 2 or repeats < 1:
-        raise ValueError(f"{cv_folds} folds, {repeats} repeats: at least 2 and 1 are needed")
-    asked = (AUGMENTATIONS if cohort.members is not None else ()) if augmentations is None else augmentations
-    wanted = ["none", *(["mean"] if set(asked) & set(USES_MEMBERS) else []), *asked]
-    augmentations = sorted(set(wanted), key=[*AUGMENTATIONS, *asked].index)
+    augmentations = tried_augmentations(cohort, augmentations)
     for augmentation in augmentations:
         known = check_trainable(cohort, augmentation, MIN_PARTICIPANTS)
-    cohort, groups = known, known.groups
+    cohort = known
+    splits = make_splits(cohort, cv_folds, repeats, seed, curve_sizes=curve_sizes or (), leave_site_out=leave_site_out)
     linear = closed_form_model(model) if "analytic" in augmentations else model
-    folds = [grouped_folds(groups, cv_folds, seed + repeat) for repeat in range(repeats)]
-    splits = [(repeat, fold == k) for repeat, fold in enumerate(folds) for k in range(fold.max() + 1)]
-    first = [test for repeat, test in splits if repeat == 0]
-    training_sizes = [len(np.unique(groups[~test])) for test in first]
-    sizes = sorted({int(n) for n in curve_sizes or () if MIN_PARTICIPANTS <= n < min(training_sizes)})
-    sites = cohort.sites if leave_site_out else None
-    n_sites = 0 if sites is None else len(np.unique(sites))
-    n_fits = len(augmentations) * (len(splits) + len(sizes) * len(first) + n_sites + 1)
-    done = count(1)
+    how = {"model": model, "linear": linear, "log_volumes": log_volumes, "coverage": coverage}
+    done, n_fits = count(1), len(augmentations) * (len(splits) + 1)
 
     def tick() -> None:
         if progress is not None:
             progress(next(done), n_fits)
 
-    def predict_only(train: Cohort, test: Cohort) -> pd.DataFrame:
-        """Held-out predictions of each augmentation, without intervals."""
-        tables = []
-        for augmentation in augmentations:
-            estimator, _ = fit_estimator(train, model, augmentation, seed, log_volumes=log_volumes)
-            tables.append(_labelled(test, augmentation, predict_ages(estimator, test, augmentation)))
-            tick()
-        return pd.concat(tables, ignore_index=True)
-
-    def predict_all(train: Cohort, test: Cohort, repeat: int) -> pd.DataFrame:
-        """Held-out predictions of each augmentation and of what they are compared with."""
-        tables = _simple_predictions(train, test, cohort.sites is not None, log_volumes)
-        if linear != model:
-            estimator, _ = fit_estimator(train, linear, "mean", seed + repeat, log_volumes=log_volumes)
-            tables.append(_labelled(test, LINEAR_MEAN, predict_ages(estimator, test, "mean")))
-        for augmentation in augmentations:
-            fitted = fit_brain_age(
-                train, model, augmentation, seed + repeat, log_volumes=log_volumes, min_participants=2
-            )
-            tables.append(fitted.predict(test, coverage).assign(augmentation=augmentation))
-            tick()
-        return pd.concat(tables, ignore_index=True).assign(repeat=repeat)
-
-    held_out = [predict_all(cohort.take(~test), cohort.take(test), repeat) for repeat, test in splits]
-    table = pd.concat(held_out, ignore_index=True)
-    # Withheld in one fold, from all: the gaps of some people alone would mislead.
-    withheld = table["corrected"].isna().groupby(table["augmentation"]).transform("any")
-    table.loc[withheld, "corrected"] = np.nan
-    means = table.groupby(["augmentation", "observation"])[list(VALUES)].mean()
-    people = [cohort.people[IDS].assign(augmentation=name) for name in augmentations]
-    predictions = pd.concat(people, ignore_index=True).join(means, on=["augmentation", "observation"])
-    rng = np.random.default_rng([seed, 1])
-    scores, gains = _score(table, augmentations, linear != model, rng, n_bootstrap, n_permutations)
-    curve = _learning_curve(cohort, first, sizes, seed, predict_only, rng)
-    if sizes:
-        curve += _curve_rows(round(np.mean(training_sizes)), table[table["augmentation"].isin(augmentations)], rng)
-    site_rows = [] if sites is None else _leave_sites_out(cohort, sites, predict_only)
+    table = pd.concat([_held_out(cohort, split, augmentations, tick, **how) for split in splits], ignore_index=True)
     chosen = {}
     for augmentation in augmentations:
         chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
         tick()
+    rng = np.random.default_rng([seed, 1])
+    folds = table[table["kind"] == "folds"]
+    # Withheld in one fold, from all: the gaps of some people alone would mislead.
+    withheld = folds["corrected"].isna().groupby(folds["augmentation"]).transform("any")
+    folds = folds.assign(corrected=folds["corrected"].mask(withheld))
+    means = folds.groupby(["augmentation", "observation"])[list(VALUES)].mean()
+    people = pd.concat([cohort.people[IDS].assign(augmentation=name) for name in augmentations], ignore_index=True)
+    predictions = people.join(means, on=["augmentation", "observation"])
+    against = {("analytic", "mean"): LINEAR_MEAN} if linear != model else {}
     return Evaluation(
-        predictions, scores, gains,
-        learning_curve=pd.DataFrame(curve, columns=["n_participants", "augmentation", "mae", "low", "high"]),
-        sites=pd.DataFrame(site_rows) if site_rows else pd.DataFrame(columns=["site", "n"]),
-        reliability=_reliability(predictions, cohort),
-        chosen=chosen,
+        predictions, _score(folds, [*augmentations, *BASELINES], rng, n_bootstrap), compare_losses(folds, against),
+        _learning_curve(table, augmentations, rng), _site_errors(table, augmentations),
+        _reliability(predictions, cohort), chosen,
         settings={
             "model": model, "augmentations": augmentations, "cv_folds": cv_folds, "repeats": repeats, "seed": seed,
-            "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(groups)),
-            "n_observations": len(cohort), "n_features": len(cohort.names), "n_sites": n_sites,
-            "n_members": 0 if cohort.members is None else cohort.members.shape[1],
-            "n_bootstrap": n_bootstrap, "n_permutations": n_permutations,
+            "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(cohort.groups)),
+            "n_observations": len(cohort), "n_features": len(cohort.names),
+            "n_sites": sum(split.kind == "site" for split in splits),
+            "n_members": 0 if cohort.members is None else cohort.members.shape[1], "n_bootstrap": n_bootstrap,
         },
     )  # fmt: skip
 
 
-def _labelled(test: Cohort, name: str, predicted: np.ndarray | float) -> pd.DataFrame:
-    return test.people[IDS].assign(predicted=predicted, augmentation=name)
+def tried_augmentations(cohort: Cohort, asked: Sequence[str] | None) -> list[str]:
+    """Those asked for (None: all that the cohort allows) and what they are compared with, in the usual order."""
+    if asked is None:
+        asked = AUGMENTATIONS if cohort.members is not None else ()
+    wanted = {"none", *(["mean"] if set(asked) & set(USES_MEMBERS) else []), *asked}
+    return sorted(wanted, key=[*AUGMENTATIONS, *asked].index)
 
 
-def _mean_age(train: Cohort) -> float:
-    return float(np.average(train.age, weights=train.weights))
+def _held_out(
+    cohort: Cohort, split: Split, augmentations: Sequence[str], tick: Callable[[], None], *, model: str, linear: str,
+    log_volumes: bool, coverage: float,
+) -> pd.DataFrame:  # fmt: skip
+    """Predictions of one split by each augmentation and by what they are compared with; intervals of folds only."""
+    train, test = cohort.take(split.train), cohort.take(split.test)
+    predictions = _simple_predictions(train, test, cohort.sites is not None, log_volumes)
+    if linear != model and split.kind == "folds":
+        estimator, _ = fit_estimator(train, linear, "mean", split.seed, log_volumes=log_volumes)
+        predictions[LINEAR_MEAN] = predict_ages(estimator, test, "mean")
+    ids = test.people[IDS]
+    tables = [ids.assign(predicted=predicted, augmentation=name) for name, predicted in predictions.items()]
+    for augmentation in augmentations:
+        if split.kind == "folds":
+            options = {"log_volumes": log_volumes, "min_participants": 2}
+            table = fit_brain_age(train, model, augmentation, split.seed, **options).predict(test, coverage)
+        else:
+            estimator, _ = fit_estimator(train, model, augmentation, split.seed, log_volumes=log_volumes)
+            table = ids.assign(predicted=predict_ages(estimator, test, augmentation))
+        tables.append(table.assign(augmentation=augmentation))
+        tick()
+    table = pd.concat(tables, ignore_index=True)
+    losses = (table["predicted"] - table["age"]).abs()
+    return split.label(table).assign(loss=losses, n_train=len(np.unique(train.groups)))
 
 
-def _simple_predictions(train: Cohort, test: Cohort, by_site: bool, log_volumes: bool) -> list[pd.DataFrame]:
+def _simple_predictions(train: Cohort, test: Cohort, by_site: bool, log_volumes: bool) -> dict[str, Any]:
     """Held-out predictions of `BASELINES`, which are not augmented."""
     logs = [LogVolumes(train.names)] if log_volumes else []
     ridge = make_pipeline(*logs, StandardScaler(), RidgeCV(ALPHAS))
     ridge.fit(train.baseline, train.age, ridgecv__sample_weight=train.weights)
-    tables = [_labelled(test, "mean_predictor", _mean_age(train))]
+    mean = float(np.average(train.age, weights=train.weights))
+    at_site = {}
     if by_site:
         participants = train.people.groupby(["site", "participant_id"])["age"].mean()
-        at_site = test.people["site"].map(participants.groupby("site").mean()).fillna(_mean_age(train))
-        tables.append(_labelled(test, "site_predictor", at_site))
-    return [*tables, _labelled(test, "ridge", ridge.predict(test.baseline))]
+        at_site["site_predictor"] = test.people["site"].map(participants.groupby("site").mean()).fillna(mean)
+    return {"mean_predictor": mean, **at_site, "ridge": ridge.predict(test.baseline)}
 
 
-def _errors(table: pd.DataFrame) -> pd.DataFrame:
-    """Absolute error of each participant (rows) by each augmentation, mean over observations and repeats."""
-    table = table.assign(error=(table["predicted"] - table["age"]).abs())
-    return table.pivot_table(index="participant_id", columns="augmentation", values="error")
+def participant_losses(table: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """Mean loss of each participant (and of each value of the columns `by`), a column per augmentation."""
+    return table.pivot_table(index=[*by, "participant_id"], columns="augmentation", values="loss")
 
 
-def _score(
-    table: pd.DataFrame, augmentations: Sequence[str], has_linear: bool, rng: np.random.Generator,
-    n_bootstrap: int, n_permutations: int,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
-    names = [name for name in (*augmentations, *BASELINES, LINEAR_MEAN) if (table["augmentation"] == name).any()]
-    errors = _errors(table)[names]
-    gains = pd.DataFrame(
-        [
-            (part, name, LINEAR_MEAN if name == "analytic" and has_linear else against)
-            for (name, against), part in CONTRASTS.items()
-            if {name, against} <= set(augmentations)
-        ],
-        columns=["part", "augmentation", "against"],
-    )
-    # Models that are equal by construction differ by rounding, which a sign test would find.
-    differences = np.round(errors[gains["against"]].to_numpy() - errors[gains["augmentation"]].to_numpy(), 6)
-    low, high = bootstrap_interval(np.concatenate([errors, differences], axis=1), rng, n_bootstrap)
-    parts = table.groupby(["augmentation", "repeat"], sort=False)
+def _score(folds: pd.DataFrame, names: Sequence[str], rng: np.random.Generator, n_bootstrap: int) -> pd.DataFrame:
+    errors = participant_losses(folds)
+    errors = errors[[name for name in names if name in errors]]
+    low, high = bootstrap_interval(errors.to_numpy(), rng, n_bootstrap)
+    parts = folds.groupby(["augmentation", "of"], sort=False)
     by_repeat = [{"augmentation": name} | agreement_scores(part) for (name, _), part in parts]
-    scores = pd.DataFrame(by_repeat).groupby("augmentation").mean().loc[names]
-    scores = scores.assign(n=len(errors), mae_low=low[: len(names)], mae_high=high[: len(names)])
-    scores = scores.drop(index=LINEAR_MEAN, errors="ignore").reset_index()[list(SCORE_COLUMNS)]
-    gains = gains.assign(
-        gain=differences.mean(axis=0),
-        low=low[len(names) :],
-        high=high[len(names) :],
-        p_value=sign_flip_p_values(differences, rng, n_permutations),
-    )
-    return scores, judge_gains(gains)
+    scores = pd.DataFrame(by_repeat).groupby("augmentation").mean().loc[list(errors)]
+    return scores.assign(n=len(errors), mae_low=low, mae_high=high).reset_index()[list(SCORE_COLUMNS)]
+
+
+def compare_losses(folds: pd.DataFrame, against: Mapping[tuple[str, str], str] | None = None) -> pd.DataFrame:
+    """Paired gains of `CONTRASTS`, with intervals that allow for the variation of the training set.
+
+    The variance of the mean gain is ``(1 / J + n_test / n_train) s^2`` for J folds (of all repeats): Nadeau & Bengio
+    (2003, Machine Learning 52, 239-281) so correct for folds that train on the same people. Here s^2, the variance of
+    the mean over the n_test participants of a fold, is that of the participants' differences over n_test. Interval
+    and p-value are those of t with P - 1 degrees of freedom for P participants.
+
+    Parameters
+    ----------
+    folds : columns participant_id, augmentation, of (repeat), fold, n_train (participants), loss
+    against : what a contrast is compared with in place of its second part
+
+    Returns
+    -------
+    DataFrame
+        part ("averaging", "augmentation" or "structure"), augmentation, against, gain (loss of against - loss; positive
+        is better), low, high (95 %), p_value (two-sided), p_corrected and effect (of `judge_gains`)
+    """
+    losses = participant_losses(folds, "of")
+    runs = folds.drop_duplicates(["of", "fold"])
+    rows = []
+    for (name, other), part in CONTRASTS.items():
+        base = (against or {}).get((name, other), other)
+        if not {name, base} <= set(losses):
+            continue
+        # Models that are equal by construction differ by rounding, which a test would find.
+        difference = (losses[base] - losses[name]).round(6)
+        gain, n = difference.mean(), difference.groupby("participant_id").ngroups
+        variance = difference.groupby("of").var(ddof=1).mean() / n  # of the mean, were the models given
+        n_test = n * folds["of"].nunique() / len(runs)
+        error = np.sqrt(variance * n / n_test * (1 / len(runs) + n_test / runs["n_train"].mean()))
+        reach = error * t_distribution.ppf((1 + CONFIDENCE) / 2, n - 1)
+        p_value = 2 * t_distribution.sf(abs(gain) / error, n - 1) if error > 0 else 1.0
+        rows.append((part, name, base, gain, gain - reach, gain + reach, p_value))
+    columns = ["part", "augmentation", "against", "gain", "low", "high", "p_value"]
+    return judge_gains(pd.DataFrame(rows, columns=columns))
 
 
 def _learning_curve(
-    cohort: Cohort, tests: Sequence[np.ndarray], sizes: Sequence[int], seed: int, predict: Predict,
-    rng: np.random.Generator,
-) -> list[tuple]:  # fmt: skip
+    table: pd.DataFrame, augmentations: Sequence[str], rng: np.random.Generator
+) -> pd.DataFrame:
     """Error against the number of training participants, always on all held-out people."""
+    table = table[table["augmentation"].isin(augmentations)]
+    parts = list(table[table["kind"] == "curve"].groupby("of"))
+    folds = table[table["kind"] == "folds"]
+    parts += [(round(folds.drop_duplicates(["of", "fold"])["n_train"].mean()), folds)] if parts else []
     rows = []
-    for size in sizes:
-        parts = []
-        for k, test in enumerate(tests):  # of one draw, smaller sizes are part of larger
-            drawn = np.random.default_rng([seed, k]).permutation(np.unique(cohort.groups[~test]))[:size]
-            parts.append(predict(cohort.take(np.isin(cohort.groups, drawn)), cohort.take(test)))
-        rows += _curve_rows(size, pd.concat(parts), rng)
-    return rows
+    for size, part in parts:
+        errors = participant_losses(part)[list(augmentations)]
+        low, high = bootstrap_interval(errors.to_numpy(), rng, 500)
+        rows += [(size, name, errors[name].mean(), low[i], high[i]) for i, name in enumerate(errors)]
+    return pd.DataFrame(rows, columns=["n_participants", "augmentation", "mae", "low", "high"])
 
 
-def _leave_sites_out(cohort: Cohort, sites: np.ndarray, predict: Predict) -> list[dict[str, Any]]:
+def _site_errors(table: pd.DataFrame, augmentations: Sequence[str]) -> pd.DataFrame:
     rows = []
-    for site in np.unique(sites):
-        train, test = cohort.take(sites != site), cohort.take(sites == site)
-        errors = _errors(pd.concat([predict(train, test), _labelled(test, "mean_predictor", _mean_age(train))]))
-        rows.append({"site": site, "n": len(errors)} | errors.mean().add_prefix("mae_").to_dict())
-    return rows
-
-
-def _curve_rows(size: int, table: pd.DataFrame, rng: np.random.Generator) -> list[tuple]:
-    errors = _errors(table)[list(table["augmentation"].unique())]
-    low, high = bootstrap_interval(errors.to_numpy(), rng, 500)
-    return [(size, name, errors[name].mean(), low[i], high[i]) for i, name in enumerate(errors)]
+    for site, part in table[table["kind"] == "site"].groupby("of"):
+        errors = participant_losses(part)
+        means = errors[sorted([*augmentations, "mean_predictor"])].mean()
+        rows.append({"site": site, "n": len(errors)} | means.add_prefix("mae_").to_dict())
+    return pd.DataFrame(rows, columns=None if rows else ["site", "n"])
 
 
 def _reliability(predictions: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
@@ -380,20 +417,6 @@ def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, n_draws: in
     means = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) @ values / n for _ in range(n_draws)])
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
-
-
-def sign_flip_p_values(differences: np.ndarray, rng: np.random.Generator, n_permutations: int) -> np.ndarray:
-    """Two-sided p-values, (A,), that paired differences, (P, A), are symmetric about zero; 1 where all are zero.
-
-    The sign of each participant's difference is flipped at random; the p-value is the share of flipped means at least
-    as far from zero, the observed one counted in (Phipson & Smyth 2010, Statistical Applications in Genetics and
-    Molecular Biology 9(1), 39).
-    """
-    observed = np.abs(differences.sum(axis=0)) - 1e-9 * np.abs(differences).sum(axis=0)
-    reached = np.ones(differences.shape[1])
-    for _ in range(n_permutations):
-        reached += np.abs((rng.integers(0, 2, len(differences)) * 2.0 - 1.0) @ differences) >= observed
-    return reached / (n_permutations + 1)
 
 
 def intraclass_correlation(values: np.ndarray, groups: np.ndarray, confidence: float = CONFIDENCE) -> dict[str, float]:

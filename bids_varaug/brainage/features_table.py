@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
+from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
 from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some
 from bids_varaug.models.ensemble import BASELINE
@@ -29,9 +28,6 @@ ENTITIES = {"participant": "sub", "session": "ses", "run": "run", "member": ""}
 # First column of FreeSurfer's asegstats2table and aparcstats2table.
 _FREESURFER_IDS = re.compile(r"Measure:\w+|[lr]h\.[\w.]+\.\w+")
 _MOSTLY = 0.5  # share of numbers that makes a column with some text one of numbers
-# The label of a file or folder of BIDS, which no underscore ends unless an entity follows.
-_SUBJECT = re.compile(r"(?<![a-z0-9])sub-([a-z0-9+]+)(?=$|[\\/.]|_[a-z]+-|_T1w)", flags=re.IGNORECASE)
-_ADDED = re.compile(r"\.long\..*$|(_MR\d+)?(_T1w)?(\.nii|\.gz|\.mg[hz]|\.0)*$", re.IGNORECASE)
 
 
 def read_features_table(
@@ -232,92 +228,3 @@ def _feature_columns(
         if name not in ignored:
             names.append(name)
     return names, ignored
-
-
-def look_up_people(
-    ids: pd.DataFrame, people: People | None, same: Mapping[str, str]
-) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Observations with the age, sex and site of `people`, and why ages are missing.
-
-    `ids` has the columns participant_id, session_id and observation; `same` is of `match_people`.
-    """
-    known, reasons = [], {}
-    participants = set() if people is None else set(people.participants)
-    for who, session, observation in ids.itertuples(index=False, name=None):
-        person = None if people is None else people.find(same.get(who, who), same.get(session, session))
-        known.append((np.nan, None, None) if person is None else (person.age, person.sex, person.site))
-        if people is None:
-            continue
-        if person is None:
-            at = f" at {session or 'no session'}" if same.get(who, who) in participants else ""
-            reasons[observation] = f"{who} is not in {people.source}{at}"
-        elif np.isnan(person.age):
-            reasons[observation] = person.reason or f"no age in {people.source}"
-    found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)
-    return pd.concat([ids, found.astype({"age": "float64"})], axis=1), reasons
-
-
-def plain_label(label: str) -> str:
-    """Label without prefix, leading zeros, case, folders, endings of files and of FreeSurfer.
-
-    Examples
-    --------
-    >>> plain_label("sub-001"), plain_label("/data/sub-01_ses-1_T1w.nii.gz"), plain_label("ses-02")
-    ('1', '1', '2')
-    >>> plain_label("sub01"), plain_label("01_MR1")
-    ('1', '1')
-    >>> plain_label("OAS0007.long.OAS0007_base"), plain_label("sub-OAS7")
-    ('oas7', 'oas7')
-    """
-    inside = _SUBJECT.search(label)
-    name = inside[1] if inside else re.split(r"[\\/]", label)[-1]
-    name = re.sub(r"^((sub|ses)-)?((sub|subj|subject|ses)[-_ ]?(?=\d))?", "", name, flags=re.IGNORECASE)
-    return re.sub(r"(?<!\d)0+(?=\d)", "", _ADDED.sub("", name, count=1).lower())
-
-
-def match_people(
-    people: People | None, participants: Iterable[str], sessions: Collection[str], here: str, notes: list[str]
-) -> dict[str, str]:
-    """Spelling in `people` of participants and sessions of a table called `here`, where it differs; that is noted.
-
-    A TableError says that one label could be several known ones, or several could be one.
-    """
-    if people is None:
-        return {}
-    participants, listed = list(dict.fromkeys(participants)), people.participants
-    same = _match_labels(participants, listed, here, people.source, notes)
-    if participants and listed and not {same.get(p, p) for p in participants} & set(listed):
-        bare = [label.removeprefix("sub-") for label in (participants[0], *listed)]
-        close = difflib.get_close_matches(bare[0], bare[1:], n=1, cutoff=0.3)
-        guess = f" Did you mean that {participants[0]} is sub-{close[0]}?" if close else ""
-        notes.append(
-            f"No participant of {here} ({some(participants, shown=3)}) is in {people.source} "
-            f"({some(listed, shown=3)}).{guess} Write each label the same way in both."
-        )
-    known = people.table["session_id"].dropna().unique()
-    return same | _match_labels(sessions, known, here, people.source, notes)
-
-
-def _match_labels(labels: Iterable[str], known: Iterable[str], here: str, there: str, notes: list) -> dict[str, str]:
-    ours, theirs = ({key: list(group) for key, group in _by_plain(side)} for side in (labels, known))
-    shared = [key for key in sorted(ours.keys() & theirs.keys()) if not set(ours[key]) <= set(theirs[key])]
-    said = [
-        f"{' and '.join(ours[key])} here {'are' if ours[key][1:] else 'is'} {' or '.join(theirs[key])} there"
-        for key in shared
-    ]
-    unclear = [text for key, text in zip(shared, said, strict=True) if len(ours[key]) + len(theirs[key]) > 2]
-    if unclear:
-        raise TableError(
-            f"{here} and {there} spell labels differently. Did you mean that {some(unclear, ', that ')}? Write each "
-            "label the same way in both."
-        )
-    if said:
-        notes.append(
-            f"{here} and {there} spell {len(said)} label(s) differently; each fits only one and was taken for it: "
-            f"{some(said, '; ')}."
-        )
-    return {ours[key][0]: theirs[key][0] for key in shared}
-
-
-def _by_plain(labels: Iterable[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    return groupby(sorted(dict.fromkeys(labels), key=plain_label), key=plain_label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage import provenance
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
-from bids_varaug.brainage.features_table import look_up_people, match_people
-from bids_varaug.brainage.provenance import MixedDerivativesError, Origin
-from bids_varaug.derivatives import names
+from bids_varaug.derivatives import names, provenance
+from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin
 from bids_varaug.errors import NoInputError
+from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People
 from bids_varaug.inputs.scans import natural_key
 from bids_varaug.inputs.tables import some
@@ -44,9 +44,7 @@ class MorphTable:
 class _Image:
     """A table, the entities of its image, and who made it."""
 
-    participant_id: str
-    session_id: str | None
-    observation: str
+    ids: tuple[str, str | None, str]  # participant, session, observation
     table: MorphTable
     origin: Origin
 
@@ -96,7 +94,8 @@ def gather_cohort(
     files.sort(key=lambda path: (natural_key(path.name), path.name))
     left_out: dict[str, str] = {}
     images = _read_images(progress(files), output_dir, left_out)
-    _check_origins(root, images)
+    origins = [root, *(image.origin for image in images)]
+    _check_origins(origins, images)
     images = _same_structures(images, left_out)
     notes: list[str] = []
     there = {path.relative_to(output_dir).parts[0]: None for path in files}
@@ -104,15 +103,25 @@ def gather_cohort(
     same = match_people(people, there, sessions, output_dir.name, notes)
     without = set(people.participants) - {same.get(p, p) for p in there}
     left_out |= {p: f"no *{ENDING}: the participant level gave nothing" for p in people.participants if p in without}
-    ids = [(image.participant_id, image.session_id, image.observation) for image in images]
-    frame = pd.DataFrame(ids, columns=["participant_id", "session_id", "observation"], dtype=object)
+    ids = ["participant_id", "session_id", "observation"]
+    frame = pd.DataFrame([image.ids for image in images], columns=ids, dtype=object)
     frame, age_reasons = look_up_people(frame, people, same)
     found = Gathered(frame, *_stacked([image.table for image in images]), left_out, age_reasons)
-    source = _source(root, images) | {"notes": notes}
-    cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
     family_of = {member: family for image in images for member, family in image.table.families.items()}
-    families = {family_of[member]: [m for m in cohort.member_ids if family_of[m] == family_of[member]]
-                for member in cohort.member_ids}  # fmt: skip
+    digests = {member: sha for origin in origins for member, sha in origin.sha256.items()}
+    source = {
+        "kind": "bids_varaug",
+        "ensemble": next((origin.ensemble for origin in origins if origin.ensemble), None),
+        "ensemble_version": next((origin.version for origin in origins if origin.version), None),
+        "bids_varaug": root.tool_version,
+        "sloppy": root.sloppy,
+        "sha256": {member: sha for member, sha in digests.items() if member in family_of},
+        "notes": notes,
+    }
+    cohort = assemble(found, source, UNIT, features=features, require_age=require_age)
+    families: dict[str, list[str]] = {}
+    for member in cohort.member_ids:
+        families.setdefault(family_of[member], []).append(member)
     return replace(cohort, source=cohort.source | {"families": families})
 
 
@@ -139,23 +148,21 @@ def read_morph(path: Path) -> MorphTable:
         values = np.array(volumes).astype(np.float64)
     except ValueError as error:
         raise MorphError(f"a row cannot be read, it holds no number ({error})") from error
-    by_member: dict[str, list[tuple[int, str]]] = {}
-    for member, pair in zip(members, pairs, strict=True):
-        by_member.setdefault(member, []).append(pair)
-    first_member, first = next(iter(by_member.items()))
-    if len(set(first)) < len(first):
-        raise MorphError(f"member {first_member} has a structure twice")
-    for member, theirs in by_member.items():
-        if theirs != first:
+    counts = Counter(members)
+    n = counts[members[0]]
+    for member, other in counts.items():
+        if other != n:
             raise MorphError(
-                f"is truncated or damaged: the structures of the members differ (of {first_member} {len(first)}, of "
-                f"{member} {len(theirs)} rows)"
+                f"is truncated or damaged: the structures of the members differ (of {members[0]} {n}, of {member} "
+                f"{other} rows)"
             )
-    if list(members) != [member for member in by_member for _ in first]:
-        raise MorphError("rows of a member do not stand together")
+    if list(members) != [m for m in counts for _ in range(n)] or pairs != pairs[:n] * len(counts):
+        raise MorphError("is damaged: rows of a member do not stand together, or its structures are not the others'")
+    if len(set(pairs[:n])) < n:
+        raise MorphError(f"member {members[0]} has a structure twice")
     if not (values >= 0).all() or np.isinf(values).any():
         raise MorphError("a volume is missing, negative or infinite")
-    return MorphTable(dict(zip(members, families, strict=True)), tuple(first), values.reshape(-1, len(first)))
+    return MorphTable(dict(zip(members, families, strict=True)), tuple(pairs[:n]), values.reshape(-1, n))
 
 
 def _read_images(files: Iterable[Path], output_dir: Path, left_out: dict[str, str]) -> list[_Image]:
@@ -173,14 +180,12 @@ def _read_images(files: Iterable[Path], output_dir: Path, left_out: dict[str, st
             lacking = [m for m in named if m not in table.families] if isinstance(named, list) else []
             if lacking:
                 raise MorphError(f"is truncated: of the members in its sidecar, {some(lacking)} are missing")
-        except MorphError as error:
-            left_out[observation] = f"{relative}: {error}"
+        except (MorphError, OSError) as error:
+            why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+            left_out[observation] = f"{relative}: {why}"
             continue
-        except OSError as error:
-            left_out[observation] = f"{relative}: cannot be read ({error.strerror})"
-            continue
-        session = folders[1] if len(folders) > 1 else None
-        images.append(_Image(folders[0], session, observation, table, provenance.sidecar_origin(sidecar, observation)))
+        ids = (folders[0], folders[1] if len(folders) > 1 else None, observation)
+        images.append(_Image(ids, table, provenance.sidecar_origin(sidecar, observation)))
     return images
 
 
@@ -192,12 +197,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check_origins(root: Origin, images: list[_Image]) -> None:
+def _check_origins(origins: Sequence[Origin], images: list[_Image]) -> None:
     """Refuse a mixture of ensembles, versions or settings."""
-    origins = [root, *(image.origin for image in images)]
     provenance.check_same_origin(origins)
     known = set().union(*(origin.sha256 for origin in origins))
-    strangers = {image.observation: [m for m in image.table.families if m not in known] for image in images}
+    strangers = {image.ids[2]: [m for m in image.table.families if m not in known] for image in images}
     listed = [f"{name} ({some(members)})" for name, members in strangers.items() if members]
     if listed:
         raise MixedDerivativesError(
@@ -208,23 +212,20 @@ def _check_origins(root: Origin, images: list[_Image]) -> None:
 
 def _same_structures(images: list[_Image], left_out: dict[str, str]) -> list[_Image]:
     """Leave out images that lack structures; refuse those that have others."""
-    if not images:
-        return []
-    every: dict[Structures, list[_Image]] = {}
-    for image in images:
-        every.setdefault(image.table.structures, []).append(image)
-    usual = max(every, key=lambda structures: (len(every[structures]), len(structures)))
-    strange = [i.observation for structures, theirs in every.items() if set(structures) - set(usual) for i in theirs]
+    counts = Counter(image.table.structures for image in images)
+    usual = max(counts, key=lambda structures: (counts[structures], len(structures)), default=())
+    strange = [image.ids[2] for image in images if set(image.table.structures) - set(usual)]
     if strange:
         raise MixedDerivativesError(
             f"other structures than in the other {len(images) - len(strange)} images: {some(strange)}. They come from "
             "another ensemble; give each ensemble an output directory of its own."
         )
-    for structures, theirs in every.items():
-        lacking = [structure[1] for structure in usual if structure not in structures]
-        if lacking:
-            left_out.update({image.observation: f"is truncated: {some(lacking)} missing" for image in theirs})
-    return every[usual]
+    for image in images:
+        if image.table.structures != usual:
+            lacking = [name for index, name in usual if (index, name) not in image.table.structures]
+            why = f"is truncated: {some(lacking)} missing" if lacking else "has another order of rows"
+            left_out[image.ids[2]] = why
+    return [image for image in images if image.table.structures == usual]
 
 
 def _stacked(tables: list[MorphTable]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
@@ -236,17 +237,3 @@ def _stacked(tables: list[MorphTable]) -> tuple[np.ndarray, np.ndarray, tuple[st
     for row, table in enumerate(tables):
         values[row, [ids.index(member) for member in table.families]] = table.volumes
     return values, np.isfinite(values).any(axis=2), tuple(ids), structures
-
-
-def _source(root: Origin, images: list[_Image]) -> dict[str, Any]:
-    origins = [root, *(image.origin for image in images)]
-    digests = {member: sha for origin in origins for member, sha in origin.sha256.items()}
-    there = {member for image in images for member in image.table.families}
-    return {
-        "kind": "bids_varaug",
-        "ensemble": next((origin.ensemble for origin in origins if origin.ensemble), None),
-        "ensemble_version": next((origin.version for origin in origins if origin.version), None),
-        "bids_varaug": root.tool_version,
-        "sloppy": root.sloppy,
-        "sha256": {member: sha for member, sha in digests.items() if member in there},
-    }

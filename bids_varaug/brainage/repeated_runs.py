@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.features_table import plain_label
 from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.inputs.matching import plain_label
 
 # Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then
 # those of FastSurfer's segmentation alone, then any other of volumes.

@@ -9,14 +9,14 @@ from bids_varaug.brainage.evaluate import (
     SCORE_COLUMNS,
     agreement_scores,
     bootstrap_interval,
+    compare_losses,
     evaluate_brain_age,
     intraclass_correlation,
-    sign_flip_p_values,
 )
 from bids_varaug.errors import ExitCode, UserError
 from tests.brainage.cohorts import simulated_cohort
 
-QUICK = {"n_bootstrap": 200, "n_permutations": 200}
+QUICK = {"n_bootstrap": 200}
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +144,32 @@ def test_scores_of_a_perfect_and_of_a_mean_prediction():
     assert (mean["r2"], mean["bias_slope"]) == pytest.approx((0, -1)) and np.isnan(mean["r"])
 
 
-def test_sign_flips_find_a_shift_and_not_its_absence():
+def made_up_losses(differences, n_folds=5, repeats=1):
+    """Losses of `none`, and of `mean` that is better by these differences, (P,)."""
+    tables = []
+    for repeat in range(repeats):
+        ids = pd.DataFrame({"participant_id": range(len(differences)), "of": repeat, "loss": 5.0})
+        ids = ids.assign(fold=ids["participant_id"] % n_folds, n_train=len(ids) * (n_folds - 1) / n_folds)
+        tables += [ids.assign(augmentation="none"), ids.assign(augmentation="mean", loss=5.0 - differences)]
+    return pd.concat(tables)
+
+
+def test_gains_are_found_where_they_are_and_not_where_none_is():
     rng = np.random.default_rng(0)
-    differences = rng.normal([0.0, 0.5], 1.0, (100, 2))
-    null, shifted = sign_flip_p_values(differences, rng, 999)
-    assert null > 0.05 and shifted == pytest.approx(0.001)
-    assert sign_flip_p_values(np.zeros((5, 1)), rng, 99).tolist() == [1.0]
+    null, shifted = (compare_losses(made_up_losses(rng.normal(m, 1.0, 100))).iloc[0] for m in (0.0, 0.7))
+    assert null["effect"] == "unclear" and null["p_value"] > 0.05
+    assert shifted["effect"] == "helps" and shifted["gain"] == pytest.approx(0.7, abs=0.3)
+    assert compare_losses(made_up_losses(np.zeros(5))).iloc[0]["p_value"] == 1.0
+
+
+def test_interval_of_a_gain_is_that_of_nadeau_and_bengio():
+    differences = np.random.default_rng(1).normal(0, 1, 200)
+    for n_folds, repeats in ((5, 1), (10, 1), (5, 4)):
+        row = compare_losses(made_up_losses(differences, n_folds, repeats)).iloc[0]
+        # The variance of a fold's mean, corrected for the overlap of the training folds.
+        s2 = differences.var(ddof=1) / (200 / n_folds)
+        wanted = 1.972 * np.sqrt(s2 * (1 / (n_folds * repeats) + 1 / (n_folds - 1)))
+        assert row["high"] - row["gain"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_bootstrap_has_the_width_of_the_standard_error():

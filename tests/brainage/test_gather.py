@@ -6,7 +6,7 @@ import pytest
 
 from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.gather import ENDING, gather_cohort
-from bids_varaug.brainage.provenance import MixedDerivativesError
+from bids_varaug.derivatives.provenance import MixedDerivativesError
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.participants import People, read_people

@@ -64,7 +64,7 @@ def test_nothing_but_predictions_is_a_page_too():
 def test_a_real_study_can_be_shown():
     cohort = simulated_cohort(n=24, n_members=3, n_features=3, sessions=2, n_sites=3)
     study = evaluate_brain_age(cohort, model="ridge", augmentations=("mean",), cv_folds=2,
-                               curve_sizes=(10,), n_bootstrap=50, n_permutations=50)  # fmt: skip
+                               curve_sizes=(10,), n_bootstrap=50)  # fmt: skip
     numerics = numerical_variability(cohort)
     page = make_page(study, numerics=numerics, compared=()).html()
     assert "structure2" in page and ">nan<" not in page
@@ -92,7 +92,7 @@ def test_words_say_what_the_numbers_do(gains, expected, sentence):
     ("p_value", "expected"),
     [(0.128, "No gain"), (0.03, "No gain"), (0.01, "Augmentation helps"), (np.nan, "No gain")],
 )
-def test_interval_and_permutation_test_must_agree_on_a_gain(p_value, expected):
+def test_interval_and_corrected_p_must_agree_on_a_gain(p_value, expected):
     study = make_study(gains={"mean": 0.0, "members": 1.1})
     study = replace(study, gains=make_gains({"mean": 0.0, "members": 1.1}, 0.5, p_value))
     verdict, sentences = answer(make_page(study))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.brainage.provenance import MixedDerivativesError, Origin, check_rerun
+from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin, check_rerun
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.inputs.scans import Scan
 
