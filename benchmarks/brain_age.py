@@ -37,7 +37,13 @@ import pandas as pd
 
 from bids_varaug.brainage.augment import AUGMENTATIONS
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
-from bids_varaug.brainage.evaluate import LINEAR_MEAN, bootstrap_interval, compare_losses, evaluate_brain_age, participant_losses
+from bids_varaug.brainage.evaluate import (
+    LINEAR_MEAN,
+    bootstrap_interval,
+    compare_losses,
+    evaluate_brain_age,
+    participant_losses,
+)
 from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import ENDING, gather_cohort

@@ -142,9 +142,8 @@ class Gathered:
     def drop_features(self, reasons: Mapping[int, str]) -> dict[str, str]:
         """Drop features by their place; return the reasons by name."""
         dropped = {self.names[f]: reason for f, reason in reasons.items()}
-        if reasons:
-            self.values = np.delete(self.values, list(reasons), axis=2)
-            self.names = tuple(name for name in self.names if name not in dropped)
+        self.values = np.delete(self.values, list(reasons), axis=2) if reasons else self.values
+        self.names = tuple(name for name in self.names if name not in dropped)
         return dropped
 
 

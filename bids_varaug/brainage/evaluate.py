@@ -59,34 +59,21 @@ class Evaluation:
     Ages and everything derived from them in years. A score is a mean over participants, each with the same weight
     however many observations it has; of several repeats, predictions are averaged for the table, errors for the scores.
 
-    Attributes
-    ----------
-    predictions : one row per observation with age and augmentation
-        augmentation, and the columns of `BrainAgeModel.predict`
-    scores : one row per augmentation, and of ``mean_predictor`` (the mean age), ``site_predictor`` (the mean age of the
-        site; where there are 3 or more) and ``ridge`` (ridge on age, not augmented)
-        augmentation, n (participants), mae, mae_low, mae_high (95 %, bootstrap over participants), and
-        `agreement_scores`
-    gains : one row per contrast of `CONTRASTS`, see `compare_losses`; against is ``mean, linear model`` for
-        ``analytic`` where the model asked for is not linear: the change of model is no effect of augmentation
-    learning_curve : one row per number of training participants and augmentation
-        n_participants, augmentation, mae, low, high; empty if not asked for
-    sites : leave-one-site-out, one row per site
-        site, n (participants), mae_AUGMENTATION per augmentation, mae_mean_predictor; empty without sites
-    reliability : ICC(3,1) where participants have several observations, otherwise empty
-        kind ("prediction" or "feature"), name (augmentation or feature), and the fields of `intraclass_correlation`
-    chosen : augmentation -> `Choice` of the fit on all participants
-    settings : how it was done: model, cv_folds, repeats, seed, coverage, n_participants, ...
+    Columns are described in ``data/templates/columns.tsv``. A table that does not apply is empty.
     """
 
-    predictions: pd.DataFrame
+    predictions: pd.DataFrame  # per observation and augmentation, see `BrainAgeModel.predict`
+    # Per augmentation, and of ``mean_predictor`` (the mean age), ``site_predictor`` (the mean age of the site; where
+    # there are 3 or more) and ``ridge`` (on age, not augmented): `agreement_scores`, and a bootstrap over participants.
     scores: pd.DataFrame
+    # Per contrast of `CONTRASTS`, see `compare_losses`; ``analytic`` is compared with ``mean, linear model`` where the
+    # model asked for is not linear: the change of model is no effect of augmentation.
     gains: pd.DataFrame
-    learning_curve: pd.DataFrame
-    sites: pd.DataFrame
-    reliability: pd.DataFrame
-    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    learning_curve: pd.DataFrame  # per number of training participants and augmentation
+    sites: pd.DataFrame  # leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor
+    reliability: pd.DataFrame  # `intraclass_correlation` of predictions and features
+    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Choice` of the fit to all, by augmentation
+    settings: dict[str, Any] = field(default_factory=dict)  # model, cv_folds, repeats, seed, n_participants, ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,15 +128,8 @@ def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
     It helps where its interval lies above 0 and its p-value, corrected for the number of augmentations tried, is below
     0.05: the best of several is chosen. It harms where the same holds below 0.
 
-    Parameters
-    ----------
-    gains : table with columns part, low, high (95 % interval), p_value
-
-    Returns
-    -------
-    DataFrame
-        The same with the columns p_corrected (Bonferroni; comparisons with controls do not count as tried) and effect
-        ("helps", "harms" or "unclear")
+    Adds to a table with part, low, high (95 % interval) and p_value the columns p_corrected (Bonferroni; comparisons
+    with controls do not count as tried) and effect ("helps", "harms" or "unclear").
     """
     tried = (gains["part"] != "structure").sum()
     p_corrected = (gains["p_value"].astype(float) * max(tried, 1)).clip(upper=1.0)
@@ -377,16 +357,9 @@ def _reliability(predictions: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
 def agreement_scores(table: pd.DataFrame) -> dict[str, float]:
     """Scores of one set of held-out predictions, each participant counting once.
 
-    Parameters
-    ----------
-    table : columns participant_id, age, predicted, corrected, lower, upper [year]; the last three NaN where unknown
-
-    Returns
-    -------
-    dict
-        mae, rmse [year]; r2 (0 for the mean of these very ages, negative if worse); r (Pearson; NaN for a constant
-        prediction); bias_slope (of predicted - age on age; 0 without bias); both after correction; coverage (share of
-        ages in the prediction interval), interval_width [year]
+    `table` has participant_id, age, predicted, corrected, lower, upper [year]; the last three NaN where unknown. r2 is
+    0 for the mean of these very ages, negative if worse; r is NaN for a constant prediction; bias_slope is that of
+    predicted - age on age; coverage the share of ages in the prediction interval.
     """
     age, predicted, corrected, lower, upper = table[["age", *VALUES[:4]]].to_numpy(float).T
     weights = participant_weights(table["participant_id"])

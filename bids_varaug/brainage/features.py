@@ -23,7 +23,9 @@ BRAIN = ("brainsegvol", "brainsegvolnotvent", "brainvol", "totalbrainvolume")
 _NO_VOLUME = re.compile(
     r"thick|(?<!accumbens.)area|curv|fold|std|holes|euler|avg_en|ratio|-to-|asymmetry", re.IGNORECASE
 )
-_SIDES = (("Left-", "Right-"), ("lh_", "rh_"), ("lh.", "rh."), ("lh", "rh"), ("left_", "right_"))
+_SIDES = (
+    ("Left-", "Right-"), ("ctx-lh-", "ctx-rh-"), ("lh_", "rh_"), ("lh.", "rh."), ("lh", "rh"), ("left_", "right_"),
+)  # fmt: skip
 
 
 def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
-from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
+from bids_varaug.inputs.leaks import reason_by_name, reasons_by_value
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
 from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some

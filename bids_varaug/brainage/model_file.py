@@ -87,11 +87,8 @@ def _reproducible(archive: bytes) -> bytes:
 def load_model(path: Path) -> BrainAgeModel:
     """Read a model; nothing but the types of `TRUSTED` and of scikit-learn is made.
 
-    Raises
-    ------
-    ModelError
-        If it is damaged, of another format, made with another scikit-learn (major or minor version, which may predict
-        otherwise), or holds other types, which are named; a NoInputError if there is none.
+    A ModelError says that it is damaged, of another format, made with another scikit-learn (major or minor version,
+    which may predict otherwise), or holds other types, which are named; a NoInputError that there is none.
     """
     path = Path(path)
     if not path.is_file():
@@ -128,21 +125,9 @@ def load_model(path: Path) -> BrainAgeModel:
 def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> pd.DataFrame:
     """Predict ages of other people, whose ages need not be known.
 
-    Parameters
-    ----------
-    cohort : with all features of the model; others are ignored
-    coverage : of the prediction interval
-
-    Returns
-    -------
-    DataFrame
-        As `BrainAgeModel.predict`. What the reader should know is in ``attrs["notes"]``, a list of sentences
-
-    Raises
-    ------
-    UserError
-        If features are missing or not finite, or come from another ensemble, version, grid or set of weights than those
-        of training; each is named.
+    Returns what `BrainAgeModel.predict` does; what the reader should know is in ``attrs["notes"]``, a list of
+    sentences. Features that the model does not know are ignored. A UserError names those that are missing or not
+    finite, or says that they come from another ensemble, version, grid or set of weights than those of training.
     """
     chosen = cohort.with_features(model.names)
     notes = _check_same_source(model, cohort)

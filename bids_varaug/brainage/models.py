@@ -41,6 +41,7 @@ ALPHAS = np.logspace(-1, 6, 22)
 # Kernel exp(-WIDTH |x - x'|^2 / F): features are standardised, so that the squared distance of two people is about 2 F.
 WIDTH = 0.3
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
+    "ridge": {"alpha": ALPHAS.tolist()},
     "bayesian_ridge": {},
     "svr": {"C": (1.0, 4.0)},
     "gpr": {"alpha": (0.03, 0.1, 0.3, 1.0, 3.0)},
@@ -55,16 +56,21 @@ VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 
 @dataclass(frozen=True)
 class Choice:
-    """One model with everything that has to be decided before it is fitted.
+    """What is decided before a model is fitted; `inner_mae` is the error in years by which it was chosen.
 
     `model` is one of `MODELS` but ``auto``, or ``average`` (equal weights on several; its `hyperparameters` are those
-    of each); `log_age` whether it predicts ``log(age + 1)``; `inner_mae` the error in years by which it was chosen.
+    of each); `log_age` whether it predicts ``log(age + 1)``.
     """
 
     model: str
     log_age: bool
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     inner_mae: float = float("nan")
+
+
+def closed_form_model(model: str) -> str:
+    """Return the model that ``analytic`` fits where this one is asked for."""
+    return model if model in LINEAR_MODELS else "bayesian_ridge"
 
 
 def to_scale(age: np.ndarray, log_age: bool) -> np.ndarray:
@@ -112,64 +118,35 @@ def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> Regres
     return VotingRegressor([(part, _regressor(part, theirs, n_features)) for part, theirs in values.items()])
 
 
-def closed_form_model(model: str) -> str:
-    """Return the model that ``analytic`` fits where this one is asked for."""
-    return model if model in LINEAR_MODELS else "bayesian_ridge"
-
-
 @dataclass(frozen=True, eq=False)
 class BrainAgeModel:
     """A fitted model of age, the models of its inner folds, and what they missed by.
 
-    Attributes
-    ----------
-    names : of the F features, in order
-    estimator : predicts years from (R, F) features, of which it takes logarithms itself if asked to
-    fold_estimators : one per inner fold of participants, fitted without it
-    residuals, residual_folds, residual_weights : (N,) absolute errors of these on the participants held out, on the
-        model's scale of age; the fold of each; its weight, 1 in all per participant
-    correction : of age bias, fitted to the same held-out predictions
-    chosen, augmentation : the fields of `Choice`, and what it was trained with
-    source, unit : of the features, as in `Cohort`
-    training : n_participants, n_observations, age_min, age_max [year], seed
+    The residuals, (N,), are absolute errors of the models of the inner folds on the participants held out, on the
+    model's scale of age; each has its fold and its weight, 1 in all per participant.
     """
 
-    names: tuple[str, ...]
-    estimator: BaseEstimator
-    fold_estimators: tuple[BaseEstimator, ...]
+    names: tuple[str, ...]  # of the F features, in order
+    estimator: BaseEstimator  # predicts years from (R, F) features, takes logarithms itself if asked to
+    fold_estimators: tuple[BaseEstimator, ...]  # one per inner fold of participants, fitted without it
     residuals: np.ndarray
     residual_folds: np.ndarray
     residual_weights: np.ndarray
-    correction: BiasCorrection
-    chosen: Mapping[str, Any]
+    correction: BiasCorrection  # of age bias, fitted to the same held-out predictions
+    chosen: Mapping[str, Any]  # the fields of `Choice`
     augmentation: str
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)  # of the features, as in `Cohort`
     unit: str = ""
+    # n_participants, n_observations, age_min, age_max [year], seed
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, cohort: Cohort, coverage: float = 0.9) -> pd.DataFrame:
-        """Predict the age of each observation.
+        """Predict the age of each observation, see `predict_ages`; a CohortError names features that are lacking.
 
-        From the baseline with ``none``, from the mean of the members with ``mean``, otherwise the mean of the
-        predictions from each member. Features of one value per observation are predicted from as they are.
-
-        Parameters
-        ----------
-        cohort : with the features of the model, in any order
-        coverage : probability with which the interval is to contain the age (CV+), see
-            `calibration.cross_conformal_interval`; computed on the model's scale of age
-
-        Returns
-        -------
-        one row per observation
-            participant_id, session_id, observation, age, predicted, corrected (for age bias, without knowing the age;
-            NaN where that is withheld), lower, upper (of the prediction interval around `predicted`; NaN if training
-            had too few participants), sd_num (standard deviation over members, NaN without), all in years
-
-        Raises
-        ------
-        CohortError
-            If the cohort lacks features of the model.
+        Returns one row per observation: participant_id, session_id, observation, age, predicted, corrected (for age
+        bias, without knowing the age; NaN where that is withheld), lower, upper (CV+ interval that contains the age
+        with probability `coverage`, made on the model's scale of age; NaN if training had too few participants), sd_num
+        (standard deviation over members, NaN without), all in years.
         """
         cohort, log_age = cohort.with_features(self.names), bool(self.chosen["log_age"])
         predicted = predict_ages(self.estimator, cohort, self.augmentation)
@@ -247,7 +224,10 @@ def fit_estimator(
 
 
 def predict_ages(estimator: BaseEstimator, cohort: Cohort, augmentation: str) -> np.ndarray:
-    """Ages from the features that an augmentation predicts from, (R,) float64, years."""
+    """Ages, (R,) float64, years: from the baseline with ``none``, from the members' mean with ``mean``.
+
+    Otherwise the mean of the predictions from each member. Features of one value are predicted from as they are.
+    """
     if cohort.members is None:
         return _predict(estimator, cohort.baseline)
     if augmentation in USES_MEMBERS:
@@ -288,17 +268,28 @@ def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) ->
     return cohort
 
 
+def _ridge_path(
+    x: np.ndarray, age: np.ndarray, weights: np.ndarray, x_test: np.ndarray, log_age: bool
+) -> np.ndarray:
+    """Predictions of ridge with every penalty, from one fit: each is the penalty of a target of its own."""
+    scaler = StandardScaler().fit(x, sample_weight=weights)
+    targets = np.repeat(to_scale(age, log_age)[:, None], len(ALPHAS), axis=1)
+    ridge = Ridge(ALPHAS, solver="cholesky").fit(scaler.transform(x), targets, sample_weight=weights)
+    return ridge.predict(scaler.transform(x_test))
+
+
 class _Training:
     """A cohort made ready for fitting with one augmentation: rows, weights, folds."""
 
     def __init__(self, cohort: Cohort, augmentation: str, seed: int, log_volumes: bool) -> None:
         self.augmentation, self.seed = augmentation, seed
         self.age, self.groups, self.weights, self.sites = cohort.age, cohort.groups, cohort.weights, cohort.sites
-        self.x, self.members = centers(cohort, augmentation), cohort.members
-        self.logs = LogVolumes(cohort.names).fit(self.x) if log_volumes else None
-        if self.logs is not None:
+        self.x, self.logs = centers(cohort, augmentation), None
+        self.members = cohort.members if augmentation in USES_MEMBERS else None
+        if log_volumes:
+            self.logs = LogVolumes(cohort.names).fit(self.x)
             self.x = self.logs.transform(self.x)
-            if self.members is not None and augmentation in USES_MEMBERS:  # the mean of logarithms, as `predict_ages`
+            if self.members is not None:  # the mean of logarithms, as `predict_ages`
                 flat = self.members.reshape(-1, self.members.shape[2])
                 self.members = self.logs.transform(flat).reshape(self.members.shape)
                 self.x = self.members.mean(axis=1)
@@ -314,49 +305,39 @@ class _Training:
                 f"{MAX_KERNEL_ROWS} are refused. Use --brainage-model ridge, bayesian_ridge or auto."
             )
         averaged = AVERAGED if self.sites is None else AVERAGED_OVER_SITES
-        options = []
+        best = []
         for log_age in (False, True):
             names = averaged if model == "auto" else (model,)
-            best = [min(self._options(name, log_age), key=itemgetter(0)) for name in names]
+            options = [min(self._options(name, log_age), key=itemgetter(0)) for name in names]
+            held_out = np.mean([predictions for _, _, predictions in options], axis=0)
+            choice = options[0][1]
             if model == "auto":
-                held_out = np.mean([predictions for _, _, predictions in best], axis=0)
-                parts = {choice.model: dict(choice.hyperparameters) for _, choice, _ in best}
-                best = [self._option(Choice("average", log_age, parts), held_out)]
-            options += best
-        mae, choice, _ = min(options, key=itemgetter(0))
+                parts = {part.model: dict(part.hyperparameters) for _, part, _ in options}
+                choice = Choice("average", log_age, parts)
+            best.append((self._error(held_out, log_age), choice))
+        mae, choice = min(best, key=itemgetter(0))
         return replace(choice, inner_mae=mae)
 
     def _options(self, model: str, log_age: bool) -> Iterator[tuple[float, Choice, np.ndarray]]:
         """Every setting of a model: its error in years, itself, and held-out predictions on its own scale of age."""
-        folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, self.seed)
-        splits = [(np.flatnonzero(folds != k), folds == k) for k in range(folds.max() + 1)]
-        if model == "ridge":
-            held_out = np.zeros((len(self.x), len(ALPHAS)))
-            for train, test in splits:
-                held_out[test] = self._ridge_path(train, self.x[test], log_age)
-            for alpha, column in zip(ALPHAS, held_out.T, strict=True):
-                yield self._option(Choice(model, log_age, {"alpha": float(alpha)}), column)
-        elif model in GRIDS:
-            for values in ParameterGrid(GRIDS[model]):
-                choice, column = Choice(model, log_age, values), np.zeros(len(self.x))
-                for train, test in splits:
-                    rows = self._rows(train, choice, augment=model in LINEAR_MODELS)
-                    column[test] = fit_weighted(choice, *rows).predict(self.x[test])
-                yield self._option(choice, to_scale(column, log_age))
-        else:
+        if model not in GRIDS:
             raise ValueError(f"no such model: {model}; there are {', '.join(MODELS)}")
+        settings = [Choice(model, log_age, values) for values in ParameterGrid(GRIDS[model])]
+        folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, self.seed)
+        held_out = np.zeros((len(self.x), len(settings)))
+        for k in range(folds.max() + 1):
+            train, test = np.flatnonzero(folds != k), folds == k
+            rows = self._rows(train, settings[0], augment=model in LINEAR_MODELS)
+            if model == "ridge":
+                held_out[test] = _ridge_path(*rows, self.x[test], log_age)
+            else:
+                fitted = [fit_weighted(choice, *rows).predict(self.x[test]) for choice in settings]
+                held_out[test] = to_scale(np.stack(fitted, axis=1), log_age)
+        for choice, column in zip(settings, held_out.T, strict=True):
+            yield self._error(column, log_age), choice, column
 
-    def _ridge_path(self, train: np.ndarray, x_test: np.ndarray, log_age: bool) -> np.ndarray:
-        """Predictions of ridge with every penalty, from one fit: each is the penalty of a target of its own."""
-        x, age, weights = self._rows(train, Choice("ridge", log_age))
-        scaler = StandardScaler().fit(x, sample_weight=weights)
-        targets = np.repeat(to_scale(age, log_age)[:, None], len(ALPHAS), axis=1)
-        ridge = Ridge(ALPHAS, solver="cholesky").fit(scaler.transform(x), targets, sample_weight=weights)
-        return ridge.predict(scaler.transform(x_test))
-
-    def _option(self, choice: Choice, held_out: np.ndarray) -> tuple[float, Choice, np.ndarray]:
-        error = np.abs(from_scale(held_out, choice.log_age) - self.age)
-        return float(np.average(error, weights=self.weights)), choice, held_out
+    def _error(self, held_out: np.ndarray, log_age: bool) -> float:
+        return float(np.average(np.abs(from_scale(held_out, log_age) - self.age), weights=self.weights))
 
     def fit(self, choice: Choice, rows: np.ndarray) -> BaseEstimator:
         """Fit what was chosen to these observations' augmented rows."""
@@ -366,7 +347,7 @@ class _Training:
     def _rows(self, rows: np.ndarray, choice: Choice, augment: bool = True) -> tuple[np.ndarray, ...]:
         """Features, ages and weights of the training rows made from these observations."""
         x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
-        if self.members is None or self.augmentation not in USES_MEMBERS or not augment:
+        if self.members is None or not augment:
             return x, age, weights
         rng = np.random.default_rng([self.seed, len(rows)])
         members = augmented_members(self.members[rows], weights, self.groups[rows], self.augmentation, rng)

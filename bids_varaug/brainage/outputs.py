@@ -36,21 +36,11 @@ def evaluated_tables(evaluation: Evaluation, augmentation: str | None = None) ->
 
 
 def phenotype_tables(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Brain age of every participant, and of every session where there are such.
+    """Brain age of every participant, and of every session where there are such: path -> table.
 
     Several images of a session are averaged, and in the table of participants, all of a participant's. BIDS wants each
-    participant once in a phenotype table, so that sessions have tables of their own.
-
-    Parameters
-    ----------
-    predictions : of `BrainAgeModel.predict`; further columns called brain_age_... are averaged too
-
-    Returns
-    -------
-    path relative to the output directory -> table
-        ``phenotype/brainage.tsv``: participant_id, age, brain_age, brain_age_corrected, brain_age_gap, lower, upper,
-        sd_num, n_images, and the further columns; all but n_images in years. With sessions also
-        ``phenotype/brainage_ses-LABEL.tsv`` for each, with a column session_id
+    participant once in a phenotype table, so that sessions have tables of their own, with a column session_id. Columns
+    are those of ``data/templates/brainage.json``; columns of `predictions` called brain_age_... are averaged too.
     """
     tables = {PHENOTYPE_TABLE: _table(predictions)}
     for session, rows in predictions.dropna(subset=["session_id"]).groupby("session_id"):

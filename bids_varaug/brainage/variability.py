@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from scipy.stats import norm, t, wilcoxon
 
 from bids_varaug.brainage.augment import summed_covariances
 from bids_varaug.brainage.cohort import Cohort
+from bids_varaug.brainage.features import find_pairs
 from bids_varaug.derivatives.names import OUTPUTS
 from bids_varaug.errors import UserError
 
@@ -49,62 +51,43 @@ def numerical_variability(
     distribution that counts the runs of a participant as M participants, and is several times too narrow. Members are
     taken as given, not drawn.
 
-    Parameters
-    ----------
-    cohort : with members. Members absent in an observation are NaN; observations with fewer than two members of a
-        feature do not count
-    dice_min, unreliable : by feature, see `read_regions`
-
-    Returns
-    -------
-    one row per feature, in the cohort's order
-        name, mean, sd_num, sd_anat (in the feature's unit), ratio, low, high (95 % confidence interval), npv, cv
-        (sd_num / mean), dice_min and unreliable (NaN where unknown), n_needed (`participants_needed`), n_participants,
-        n_members (largest number). The ratio is infinite where nothing but numerical spread is seen, and NaN with fewer
-        than two participants or in a feature that is constant
+    Members absent in an observation are NaN; observations with fewer than two members of a feature do not count.
+    `dice_min` and `unreliable`, by feature, are of `read_regions`. Returns one row per feature, in the cohort's order;
+    ``data/templates/columns.tsv`` describes the columns. The ratio is infinite where nothing but numerical spread is
+    seen, and NaN with fewer than two participants or in a feature that is constant.
     """
     if cohort.members is None:
         raise ValueError("numerical variability needs members; this cohort has one value per row")
-    present = np.isfinite(cohort.members)
-    n_members = present.sum(axis=1)
-    groups = cohort.groups
-    with np.errstate(invalid="ignore", divide="ignore"):
-        center = np.where(present, cohort.members, 0.0).sum(axis=1) / n_members
-        squares = np.where(present, (cohort.members - center[:, None]) ** 2, 0.0).sum(axis=1)
-        variance = np.where(n_members >= 2, squares / (n_members - 1), np.nan)
-        sums = {
-            name: pd.DataFrame(values).groupby(groups).sum().to_numpy()
-            for name, values in {
-                "observations": np.isfinite(variance),
-                "variance": variance,
-                "mean": np.where(n_members >= 2, center, np.nan),
-                "of_mean": variance / n_members,
-            }.items()
-        }
-        observations, variance = sums["observations"].astype(float), sums["variance"]
+    n_members = np.isfinite(cohort.members).sum(axis=1)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # of features that somebody lacks
+        variance = np.where(n_members >= 2, np.nanvar(cohort.members, axis=1, ddof=1), np.nan)
+        center = np.where(n_members >= 2, np.nanmean(cohort.members, axis=1), np.nan)
+        variances = pd.DataFrame(variance).groupby(cohort.groups)
+        observations, summed = variances.count().to_numpy(float), variances.sum().to_numpy()
         known = observations > 0
-        mean = sums["mean"] / np.where(known, observations, np.nan)
-        of_mean = np.nanmean(sums["of_mean"] / np.where(known, observations, np.nan) ** 2, axis=0)
+        mean = pd.DataFrame(center).groupby(cohort.groups).mean().to_numpy()
+        of_mean = pd.DataFrame(variance / n_members).groupby(cohort.groups).sum().to_numpy()
+        of_mean = np.nanmean(of_mean / np.where(known, observations, np.nan) ** 2, axis=0)
         n = known.sum(axis=0)
-        sd_num = np.sqrt(variance.sum(axis=0) / observations.sum(axis=0))
+        sd_num = np.sqrt(summed.sum(axis=0) / observations.sum(axis=0))
         between = np.where(n > 1, np.nanvar(mean, axis=0) * n / (n - 1), np.nan)
         sd_anat = np.sqrt(np.maximum(between - of_mean, 0.0))
         constant = np.sqrt(sd_num**2 + between) <= TINY * np.abs(np.nanmean(mean, axis=0))
         ratio = np.where(constant | (n < 2), np.nan, sd_num / sd_anat)
-        reach = _jackknife_reach(variance, observations, mean)
+        reach = _jackknife_reach(summed, observations, mean)
         low, high = (_ratio(sd_num**2 / between * np.exp(2 * d), of_mean / sd_num**2) for d in (-reach, reach))
-        single_run = np.sqrt(_single_run_variance(cohort))
-        columns = {
-            "name": cohort.names, "mean": np.nanmean(mean, axis=0), "sd_num": sd_num, "sd_anat": sd_anat,
-            "ratio": ratio, "low": np.where(np.isnan(ratio), np.nan, low),
-            "high": np.where(np.isnan(ratio), np.nan, high),
-            "npv": sd_num / np.where(single_run > 0, single_run, np.nan),
-        }  # fmt: skip
-    table = pd.DataFrame(columns)
+        # Of what one member gives, over participants; the mean over members.
+        runs = pd.DataFrame(cohort.members.reshape(len(cohort), -1)).groupby(cohort.groups).mean().var(ddof=1)
+        single_run = np.sqrt(np.nanmean(runs.to_numpy().reshape(cohort.members.shape[1:]), axis=0))
+        table = pd.DataFrame({"name": cohort.names, "mean": np.nanmean(mean, axis=0), "sd_num": sd_num})
+        table = table.assign(sd_anat=sd_anat, ratio=ratio, low=low, high=high)
+        table.loc[np.isnan(ratio), ["low", "high"]] = np.nan
+        table["npv"] = sd_num / np.where(single_run > 0, single_run, np.nan)
     return table.assign(
         cv=table["sd_num"] / table["mean"].where(table["mean"] > 0),
-        dice_min=[float(dice_min.get(name, np.nan)) for name in cohort.names],
-        unreliable=[float(unreliable.get(name, np.nan)) for name in cohort.names],
+        dice_min=table["name"].map(dice_min).astype(float),
+        unreliable=table["name"].map(unreliable).astype(float),
         n_needed=participants_needed(ratio),
         n_participants=n,
         n_members=n_members.max(axis=0, initial=0),
@@ -127,14 +110,6 @@ def _ratio(u: np.ndarray, k: np.ndarray) -> np.ndarray:
     return np.where(k * u < 1, np.sqrt(u / np.maximum(1 - k * u, 0.0)), np.where(np.isnan(u), np.nan, np.inf))
 
 
-def _single_run_variance(cohort: Cohort) -> np.ndarray:
-    """Variance over participants of what one member gives, pooled over members, (F,)."""
-    assert cohort.members is not None
-    flat = pd.DataFrame(cohort.members.reshape(len(cohort), -1))
-    variance = flat.groupby(cohort.groups).mean().var(ddof=1).to_numpy()
-    return np.nanmean(variance.reshape(cohort.members.shape[1:]), axis=0)
-
-
 def participants_needed(
     ratio: np.ndarray | float, effect_size: float = EFFECT_SIZE, *, confidence: float = CONFIDENCE
 ) -> np.ndarray:
@@ -146,15 +121,8 @@ def participants_needed(
     which ``z sd(d) <= effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share
     (a bias of the pipeline) is not in it.
 
-    Parameters
-    ----------
-    ratio : any shape, sd_num / sd_anat of one member; infinity is allowed
-    effect_size : largest tolerated numerical error of Cohen's d
-    confidence : probability with which it holds
-
-    Returns
-    -------
-    float64, shape of `ratio`; at least 4, NaN where the ratio is NaN
+    `ratio`, of any shape, is sd_num / sd_anat of one member, infinity allowed. Returns float64 of its shape, at least
+    4, NaN where the ratio is NaN.
 
     Examples
     --------
@@ -179,15 +147,10 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
         covariance          = 1/R sum_i sum_m (x_im - x_i)(y_im - y_i) / (M - 1)
         relative_covariance = the same of x_im / x_i and y_im / y_i
 
-    Parameters
-    ----------
-    cohort : with members, none missing; families are those of ``source["families"]`` with two members or more
-
-    Returns
-    -------
-    one row per family and pair of features, each pair once, a feature with itself among them
-        family ("all", then "mca", ...), name, other, covariance, relative_covariance (NaN where one is absent in
-        somebody), correlation (of the covariance; NaN where one does not vary), n_members, n_observations
+    No member may be missing. Families are "all", and those of ``source["families"]`` with two members or more. Returns
+    one row per family and pair of features, each pair once, a feature with itself among them: family, name, other,
+    covariance, relative_covariance (NaN where one is absent in somebody), correlation (of the covariance; NaN where one
+    does not vary), n_members, n_observations.
     """
     if cohort.members is None:
         raise ValueError("numerical covariance needs members; this cohort has one value per row")
@@ -212,20 +175,11 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
 
 
 def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
-    """Minimum Dice and verdicts of each structure, from the participant level's tables.
+    """Minimum Dice and verdicts from the participant level's tables: measure -> structure -> value.
 
-    Minimum Dice falls as members are added: compare only ensembles of the same size.
-
-    Parameters
-    ----------
-    output_dir : of the derivatives
-    observations : entities of the images that count (``sub-01_ses-1``) to their participant; default all
-
-    Returns
-    -------
-    measure -> structure -> value
-        dice_min: mean over participants (of the mean over their images); unreliable: share of the images whose volume
-        has this verdict, absent in tables of older versions
+    dice_min is a mean over participants (of the mean over their images), and falls as members are added; unreliable is
+    the share of the images whose volume has this verdict, absent in tables of older versions. `observations` are the
+    entities of the images that count (``sub-01_ses-1``) to their participant; default all.
     """
     ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
     tables = []
@@ -260,9 +214,8 @@ def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
     Wilcoxon signed-rank test on ``log(ours / other)``, and the Hodges-Lehmann estimate (1963, Annals of Mathematical
     Statistics 34(2), 598-611) of that log ratio (median of the means of all pairs) with the confidence interval that
-    belongs to the test. Structures are the units, as in the papers' tables of FreeSurfer against FastSurfer; left and
-    right of one brain are not independent, so the test is optimistic. Of minimum Dice, ``1 - dice_min`` is compared, so
-    that more is worse in every row.
+    belongs to the test. Structures are the units; left and right of one are not independent, and count once, with the
+    mean of their logarithms. Of minimum Dice, ``1 - dice_min`` is compared, so that more is worse in every row.
 
     Returns a row per measure that both know in two structures or more: measure (``ratio``: sd_num / sd_anat, ``cv``:
     sd_num / mean, ``1 - dice_min``), n (structures), median_ours, median_other, ratio (ours / other; below 1, ours
@@ -270,25 +223,29 @@ def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     UserError says that tables of `numerical_variability` share fewer than two structures.
     """
     paired = ours.merge(other, on="name", suffixes=("_ours", "_other"))
-    if len(paired) < 2:
+    names = list(paired["name"])
+    both = {side: stem for stem, *sides in find_pairs(names) for side in sides}
+    structures = [both.get(at, name) for at, name in enumerate(names)]
+    if len(set(structures)) < 2:
         raise UserError(
-            f"The two pipelines share {len(paired)} structures, of {', '.join(ours['name'].head(3))} ... and "
-            f"{', '.join(other['name'].head(3))} ... Names must be those of FreeSurfer's aseg; rename the columns of "
-            "the other table."
+            f"The two pipelines share {len(set(structures))} structures (left and right count once), of "
+            f"{', '.join(ours['name'].head(3))} ... and {', '.join(other['name'].head(3))} ... Names must be those of "
+            "FreeSurfer's aseg; rename the columns of the other table."
         )
     columns = ["measure", "n", "median_ours", "median_other", "ratio", "low", "high", "p_value"]
     rows = []
     for measure in COMPARED:
-        a, b = (paired[f"{measure}_{side}"].to_numpy(np.float64) for side in ("ours", "other"))
+        values = paired[[f"{measure}_ours", f"{measure}_other"]].to_numpy(np.float64)
         if measure == "dice_min":
-            measure, a, b = "1 - dice_min", 1 - a, 1 - b
-        known = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
-        if known.sum() < 2:
+            measure, values = "1 - dice_min", 1 - values
+        known = (np.isfinite(values) & (values > 0)).all(axis=1)
+        logs = pd.DataFrame(np.log(values[known])).groupby(np.array(structures)[known]).mean()
+        if len(logs) < 2:
             continue
-        difference = np.log(a[known] / b[known])
+        difference = (logs[0] - logs[1]).to_numpy()
         low, middle, high = np.exp(_hodges_lehmann(difference))
         p_value = 1.0 if np.all(difference == 0) else float(wilcoxon(difference).pvalue)
-        rows.append((measure, known.sum(), np.median(a[known]), np.median(b[known]), middle, low, high, p_value))
+        rows.append((measure, len(logs), *np.exp(logs).median(), middle, low, high, p_value))
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from bids_varaug.brainage.features_table import read_features_table
-from bids_varaug.brainage.leaks import reason_by_name, reasons_by_value
-from bids_varaug.brainage.repeated_runs import read_aseg_stats
+from bids_varaug.inputs.freesurfer import read_aseg_stats
+from bids_varaug.inputs.leaks import reason_by_name, reasons_by_value
 
 
 @pytest.mark.parametrize(
