@@ -46,9 +46,10 @@ from bids_varaug.brainage.evaluate import (
 )
 from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
-from bids_varaug.brainage.gather import ENDING, gather_cohort
+from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.models import closed_form_model, fit_estimator, predict_ages
 from bids_varaug.brainage.variability import numerical_variability
+from bids_varaug.derivatives.read import ENDING
 from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")

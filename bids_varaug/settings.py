@@ -49,6 +49,9 @@ class Settings:
     site_column: str = "site"
     sex_column: str = "sex"
     no_brain_age: bool = False
+    include: str | None = None
+    target: str | None = None
+    covariates: tuple[str, ...] = ()
     brainage_model: str = "auto"
     augmentation: str = "all"
     cv_folds: int = 5

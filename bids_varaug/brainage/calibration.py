@@ -30,17 +30,9 @@ def cross_conformal_interval(
     at least ``2 coverage - 1``, and in practice about `coverage`. Rows of one participant share a weight of 1, so that
     a participant counts once (Lee, Barber & Willett 2023, arXiv:2306.06342).
 
-    Found by bisection, so that 40,000 residuals by 10,000 predictions are never a table.
-
-    Parameters
-    ----------
-    fold_predictions : (K, P) of the model of each fold, for P new rows
-    residuals, folds, weights : (R,) each: errors >= 0, the held-out fold of each, 0 ... K - 1, and its weight
-
-    Returns
-    -------
-    (P, 2) float64
-        NaN where there are too few participants for this coverage (fewer than 9 for 0.9).
+    `fold_predictions`, (K, P), are of the model of each fold, for P new rows; residuals (>= 0), held-out folds (0 ...
+    K - 1) and weights (R,) each. Returns (P, 2) float64, NaN where there are too few participants for this coverage
+    (fewer than 9 for 0.9). Found by bisection, so that 40,000 residuals by 10,000 predictions are never a table.
 
     Examples
     --------

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from bids_varaug.errors import UserError
 from bids_varaug.inputs.tables import some
@@ -25,29 +25,21 @@ class CohortError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """Observations (one T1w image, or one row of a table) of people with features.
+    """R observations (one T1w image, or one row of a table) of people with F features.
 
-    Parameters
-    ----------
-    people : one row per observation, R in all: `participant_id` (``sub-01``); `session_id` (``ses-1`` or None);
-        `observation`, the image's entities (``sub-01_ses-1_run-2``), unique; `age` in years, float, NaN where unknown;
-        `sex` ("F", "M", "O" or None); `site` (str or None). Index 0 ... R - 1
-    names : of the F features
-    baseline : (R, F) float64, of the unperturbed member (`ieee`); where there is none, the mean of the members
-    members : (R, M, F) float64, of each perturbed member, M >= 2; or None for tables of one value
-    member_ids : of the M members ("mca01", ...), empty without members
-    left_out : why somebody is not among the observations, by participant or observation
-    source, unit : what the features are (names, versions and digests of the ensemble, or a table), and "mm3" or ""
+    `people` has one row per observation, index 0 ... R - 1: `participant_id` (``sub-01``); `session_id` (``ses-1`` or
+    None); `observation`, the image's entities (``sub-01_ses-1_run-2``), unique; `age` in years, float, NaN where
+    unknown; `sex` ("F", "M", "O" or None); `site` (str or None).
     """
 
     people: pd.DataFrame
     names: tuple[str, ...]
-    baseline: np.ndarray
-    members: np.ndarray | None = None
-    member_ids: tuple[str, ...] = ()
-    left_out: dict[str, str] = field(default_factory=dict)
-    source: dict[str, Any] = field(default_factory=dict)
-    unit: str = ""
+    baseline: np.ndarray  # (R, F) float64, of the unperturbed member; where there is none, the mean of the members
+    members: np.ndarray | None = None  # (R, M, F) float64, of each perturbed member, M >= 2; None: one value each
+    member_ids: tuple[str, ...] = ()  # of the M members ("mca01", ...)
+    left_out: dict[str, str] = field(default_factory=dict)  # why, by participant or observation
+    source: dict[str, Any] = field(default_factory=dict)  # names, versions and digests of the ensemble, or a table
+    unit: str = ""  # "mm3" or nothing
 
     def __len__(self) -> int:
         return len(self.baseline)
@@ -101,8 +93,10 @@ def participant_weights(groups: np.ndarray | pd.Series) -> np.ndarray:
     return 1.0 / counts[index]
 
 
-def grouped_folds(groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+def grouped_folds(groups: np.ndarray, n_folds: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
     """Held-out fold of each row, (R,) int64 from 0, at most `n_folds`, of nearly equal size; no group is split.
+
+    Each fold has `strata` (R,) in equal shares, as far as possible.
 
     Examples
     --------
@@ -110,9 +104,10 @@ def grouped_folds(groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     >>> bool(folds[0] == folds[1]), sorted(set(folds.tolist()))
     (True, [0, 1])
     """
-    splitter = GroupKFold(min(n_folds, len(np.unique(groups))), shuffle=True, random_state=seed)
+    kind = GroupKFold if strata is None else StratifiedGroupKFold
+    splitter = kind(min(n_folds, len(np.unique(groups))), shuffle=True, random_state=seed)
     fold = np.zeros(len(groups), np.int64)
-    for k, (_, held_out) in enumerate(splitter.split(np.zeros(len(groups)), groups=groups)):
+    for k, (_, held_out) in enumerate(splitter.split(np.zeros(len(groups)), strata, groups)):
         fold[held_out] = k
     return fold
 
@@ -169,18 +164,10 @@ def assemble(
     would cost more observations than a feature is worth; after it, those that are the same for everybody. Values are
     never imputed: an imputed one would have no numerical variability.
 
-    Parameters
-    ----------
-    found : consumed
-    source, unit : of the cohort; to `source` are added "baseline" (the member, or "mean of the members"), "members"
-        (perturbed), "unused_members" and "dropped_features" (reasons by name)
-    features : names of the features to take, constant or not (those of a fitted model); default: all
-    require_age : whether observations without age are left out
-
-    Raises
-    ------
-    CohortError
-        If one of `features` is missing; if no observation or no feature is left.
+    `found` is consumed. To `source` are added "baseline" (the member, or "mean of the members"), "members" (perturbed),
+    "unused_members" and "dropped_features" (reasons by name). `features` are those to take, constant or not (of a
+    fitted model); default: all. With `require_age`, observations without age are left out. A CohortError says that one
+    of `features` is missing, or that no observation or no feature is left.
     """
     if features is not None:
         check_features(found.names, features)

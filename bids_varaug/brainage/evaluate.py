@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
@@ -30,10 +29,12 @@ from bids_varaug.brainage.models import (
     fit_estimator,
     predict_ages,
 )
+from bids_varaug.variability.reliability import intraclass_correlation
 
 BASELINES = ("mean_predictor", "site_predictor", "ridge")
 LINEAR_MEAN = "mean, linear model"
-CONTRASTS = {
+Contrast = tuple[str, str]
+CONTRASTS: dict[Contrast, str] = {
     ("mean", "none"): "averaging",
     ("members", "mean"): "augmentation",
     ("analytic", "mean"): "augmentation",
@@ -42,6 +43,8 @@ CONTRASTS = {
 }
 """What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all are
 centred on the mean of the members, so that averaging is in none of the later gains."""
+TRIED = ("averaging", "augmentation")
+"""Parts that are tried for what is best; others are controls."""
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
@@ -96,18 +99,17 @@ class Split:
 
 
 def make_splits(
-    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, curve_sizes: Iterable[int] = (), leave_site_out: bool
-) -> list[Split]:
+    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, curve_sizes: Iterable[int] = (), leave_site_out: bool,
+    strata: np.ndarray | None = None,
+) -> list[Split]:  # fmt: skip
     """Splits of participants: folds of each repeat (its seed is ``seed + repeat``), learning curve, held-out sites.
 
     Of the learning curve, smaller training samples are part of larger ones, within the folds of the first repeat; sizes
     that a training fold does not have are left out.
     """
-    if cv_folds < 2 or repeats < 1:
-        raise ValueError(f"{cv_folds} folds, {repeats} repeats: at least 2 and 1 are needed")
     splits = []
     for repeat in range(repeats):
-        folds = grouped_folds(cohort.groups, cv_folds, seed + repeat)
+        folds = grouped_folds(cohort.groups, cv_folds, seed + repeat, strata)
         splits += [Split("folds", repeat, k, folds != k, folds == k, seed + repeat) for k in range(folds.max() + 1)]
     first = [split for split in splits if split.of == 0]
     trained = [np.unique(cohort.groups[split.train]) for split in first]
@@ -131,7 +133,7 @@ def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
     Adds to a table with part, low, high (95 % interval) and p_value the columns p_corrected (Bonferroni; comparisons
     with controls do not count as tried) and effect ("helps", "harms" or "unclear").
     """
-    tried = (gains["part"] != "structure").sum()
+    tried = gains["part"].isin(TRIED).sum()
     p_corrected = (gains["p_value"].astype(float) * max(tried, 1)).clip(upper=1.0)
     sure = p_corrected < ALPHA
     effect = np.select([sure & (gains["low"] > 0), sure & (gains["high"] < 0)], ["helps", "harms"], "unclear")
@@ -139,18 +141,21 @@ def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_augmentation(evaluation: Evaluation) -> str:
-    """Augmentation whose predictions stand for the cohort: of ``none`` and those that help, that of the least error."""
-    gains, scores = evaluation.gains, evaluation.scores
-    helpful = gains[(gains["effect"] == "helps") & (gains["part"] != "structure")]
-    candidates = scores[scores["augmentation"].isin(["none", *helpful["augmentation"]])]
-    return str(candidates.loc[candidates["mae"].idxmin(), "augmentation"])
+    """Augmentation whose predictions stand for the cohort, see `best_of`."""
+    return best_of(evaluation.gains, evaluation.scores.set_index("augmentation")["mae"])
+
+
+def best_of(gains: pd.DataFrame, losses: pd.Series) -> str:
+    """Of ``none`` and the augmentations that help, that of the least loss."""
+    helpful = gains[(gains["effect"] == "helps") & gains["part"].isin(TRIED)]["augmentation"]
+    return str(losses[["none", *helpful]].idxmin())
 
 
 def evaluate_brain_age(
     cohort: Cohort, *, model: str = "auto", augmentations: Sequence[str] | None = None, cv_folds: int = 5,
     repeats: int = 1, seed: int = 0, log_volumes: bool = False, coverage: float = 0.9,
     curve_sizes: Sequence[int] | None = CURVE_SIZES, leave_site_out: bool = True, n_bootstrap: int = N_BOOTSTRAP,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:  # fmt: skip
     """Score a model with every augmentation on the same held-out participants.
 
@@ -159,21 +164,13 @@ def evaluate_brain_age(
 
     Parameters
     ----------
-    cohort : observations without age are left out
-    model : one of `models.MODELS`
-    augmentations : of `augment.AUGMENTATIONS`; ``none`` is always among them, and ``mean`` where members are used. All
-        if not given and the cohort has members, otherwise ``none`` alone
-    cv_folds, repeats, seed, curve_sizes, leave_site_out : of `make_splits`; None: no learning curve. The seed is that
-        of drawn noise and of the bootstrap too
-    log_volumes : as `fit_brain_age`; of the row ``ridge`` too
+    cohort : observations without age are left out; a UserError says that fewer than 10 participants have one
+    model, log_volumes : as `fit_brain_age`
+    augmentations : as `tried_augmentations`
+    cv_folds, repeats, seed, curve_sizes, leave_site_out : as `make_splits`; None: no learning curve
     coverage : of the prediction intervals
     n_bootstrap : samples for intervals of errors
     progress : called with the number of fits done and of all fits
-
-    Raises
-    ------
-    UserError
-        With fewer than 10 participants with age, or as in `fit_brain_age`.
     """
     augmentations = tried_augmentations(cohort, augmentations)
     for augmentation in augmentations:
@@ -181,14 +178,13 @@ def evaluate_brain_age(
     cohort = known
     splits = make_splits(cohort, cv_folds, repeats, seed, curve_sizes=curve_sizes or (), leave_site_out=leave_site_out)
     linear = closed_form_model(model) if "analytic" in augmentations else model
-    how = {"model": model, "linear": linear, "log_volumes": log_volumes, "coverage": coverage}
     done, n_fits = count(1), len(augmentations) * (len(splits) + 1)
 
     def tick() -> None:
-        if progress is not None:
-            progress(next(done), n_fits)
+        progress(next(done), n_fits)
 
-    table = pd.concat([_held_out(cohort, split, augmentations, tick, **how) for split in splits], ignore_index=True)
+    how = (model, linear, log_volumes, coverage)
+    table = pd.concat([_held_out(cohort, split, augmentations, tick, *how) for split in splits], ignore_index=True)
     chosen = {}
     for augmentation in augmentations:
         chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
@@ -225,7 +221,7 @@ def tried_augmentations(cohort: Cohort, asked: Sequence[str] | None) -> list[str
 
 
 def _held_out(
-    cohort: Cohort, split: Split, augmentations: Sequence[str], tick: Callable[[], None], *, model: str, linear: str,
+    cohort: Cohort, split: Split, augmentations: Sequence[str], tick: Callable[[], None], model: str, linear: str,
     log_volumes: bool, coverage: float,
 ) -> pd.DataFrame:  # fmt: skip
     """Predictions of one split by each augmentation and by what they are compared with; intervals of folds only."""
@@ -238,8 +234,8 @@ def _held_out(
     tables = [ids.assign(predicted=predicted, augmentation=name) for name, predicted in predictions.items()]
     for augmentation in augmentations:
         if split.kind == "folds":
-            options = {"log_volumes": log_volumes, "min_participants": 2}
-            table = fit_brain_age(train, model, augmentation, split.seed, **options).predict(test, coverage)
+            fitted = fit_brain_age(train, model, augmentation, split.seed, log_volumes=log_volumes, min_participants=2)
+            table = fitted.predict(test, coverage)
         else:
             estimator, _ = fit_estimator(train, model, augmentation, split.seed, log_volumes=log_volumes)
             table = ids.assign(predicted=predict_ages(estimator, test, augmentation))
@@ -278,29 +274,24 @@ def _score(folds: pd.DataFrame, names: Sequence[str], rng: np.random.Generator, 
     return scores.assign(n=len(errors), mae_low=low, mae_high=high).reset_index()[list(SCORE_COLUMNS)]
 
 
-def compare_losses(folds: pd.DataFrame, against: Mapping[tuple[str, str], str] | None = None) -> pd.DataFrame:
-    """Paired gains of `CONTRASTS`, with intervals that allow for the variation of the training set.
+def compare_losses(
+    folds: pd.DataFrame, against: Mapping[Contrast, str] | None = None, contrasts: Mapping[Contrast, str] = CONTRASTS
+) -> pd.DataFrame:
+    """Paired gains, with intervals that allow for the variation of the training set.
 
     The variance of the mean gain is ``(1 / J + n_test / n_train) s^2`` for J folds (of all repeats): Nadeau & Bengio
     (2003, Machine Learning 52, 239-281) so correct for folds that train on the same people. Here s^2, the variance of
     the mean over the n_test participants of a fold, is that of the participants' differences over n_test. Interval
     and p-value are those of t with P - 1 degrees of freedom for P participants.
 
-    Parameters
-    ----------
-    folds : columns participant_id, augmentation, of (repeat), fold, n_train (participants), loss
-    against : what a contrast is compared with in place of its second part
-
-    Returns
-    -------
-    DataFrame
-        part ("averaging", "augmentation" or "structure"), augmentation, against, gain (loss of against - loss; positive
-        is better), low, high (95 %), p_value (two-sided), p_corrected and effect (of `judge_gains`)
+    `folds` has participant_id, augmentation, of (repeat), fold, n_train (participants), loss; `against` says what a
+    contrast is compared with in place of its second part. Returns part, augmentation, against, gain (loss of
+    against - loss; positive is better), low, high (95 %), p_value, and what `judge_gains` adds.
     """
     losses = participant_losses(folds, "of")
     runs = folds.drop_duplicates(["of", "fold"])
     rows = []
-    for (name, other), part in CONTRASTS.items():
+    for (name, other), part in contrasts.items():
         base = (against or {}).get((name, other), other)
         if not {name, base} <= set(losses):
             continue
@@ -317,9 +308,7 @@ def compare_losses(folds: pd.DataFrame, against: Mapping[tuple[str, str], str] |
     return judge_gains(pd.DataFrame(rows, columns=columns))
 
 
-def _learning_curve(
-    table: pd.DataFrame, augmentations: Sequence[str], rng: np.random.Generator
-) -> pd.DataFrame:
+def _learning_curve(table: pd.DataFrame, augmentations: Sequence[str], rng: np.random.Generator) -> pd.DataFrame:
     """Error against the number of training participants, always on all held-out people."""
     table = table[table["augmentation"].isin(augmentations)]
     parts = list(table[table["kind"] == "curve"].groupby("of"))
@@ -390,40 +379,3 @@ def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, n_draws: in
     means = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) @ values / n for _ in range(n_draws)])
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
-
-
-def intraclass_correlation(values: np.ndarray, groups: np.ndarray, confidence: float = CONFIDENCE) -> dict[str, float]:
-    """Consistency of single measurements of the same people, ICC(3,1).
-
-    ``(BMS - EMS) / (BMS + (k - 1) EMS)``, with the mean squares between participants and of the residual of a two-way
-    model, and the interval from the F distribution (Shrout & Fleiss 1979, Psychological Bulletin 86(2), 420-428).
-
-    Of participants with several of the (R,) `values`, the first k in order are used, where k is the least number that
-    any of them has; others are left out. Returns icc, low, high (of the confidence interval), n_participants,
-    n_observations (k); NaN with fewer than two participants with several values, or without any variance.
-
-    Examples
-    --------
-    >>> values, groups = np.array([1.0, 2.0, 5.0, 6.0, 9.0, 10.0]), np.array([0, 0, 1, 1, 2, 2])
-    >>> intraclass_correlation(values, groups)["icc"]
-    1.0
-    """
-    people, counts = np.unique(groups, return_counts=True)
-    people = people[counts > 1]
-    n, k = len(people), int(counts[counts > 1].min(initial=len(groups)))
-    found = {"icc": np.nan, "low": np.nan, "high": np.nan, "n_participants": n, "n_observations": k}
-    if n < 2:
-        return found
-    table = np.stack([values[groups == person][:k] for person in people])
-    means = table.mean(axis=1, keepdims=True)
-    between = k * means.var(ddof=1)
-    error = np.square(table - means - table.mean(axis=0) + table.mean()).sum() / ((n - 1) * (k - 1))
-    error = 0.0 if error < 1e-20 * np.square(table).mean() else error  # what rounding leaves of zero
-    if not between + (k - 1) * error > 0:
-        return found
-    freedom, tail = (n - 1, (n - 1) * (k - 1)), (1 + confidence) / 2
-    with np.errstate(divide="ignore"):
-        ratio = np.divide(between, error)
-    low, high = ratio / f_distribution.ppf(tail, *freedom), ratio * f_distribution.ppf(tail, *freedom[::-1])
-    icc, low, high = (1 - k / (r + k - 1) for r in (ratio, low, high))  # (r - 1) / (r + k - 1), 1 for infinite r
-    return found | {"icc": float(icc), "low": float(low), "high": float(high)}

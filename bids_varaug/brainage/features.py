@@ -34,11 +34,9 @@ def relative_volumes(cohort: Cohort, reference: str = "brain") -> Cohort:
     Thickness, areas and other measures that are not volumes (by their names), the reference itself and intracranial
     volumes stay as they are. A reference of 0 gives NaN.
 
-    Parameters
-    ----------
-    reference : "intracranial" or "brain": the column of that name in its usual spellings (eTIV, ICV; BrainSegVol).
-        "brain" without such a column, and "sum": the sum of all volumes. Otherwise the name of a column. A UserError
-        says that there is none, or no volume
+    The reference "intracranial" or "brain" is the column of that name in its usual spellings (eTIV, ICV; BrainSegVol);
+    "brain" without such a column, and "sum", the sum of all volumes; otherwise the name of a column. A UserError says
+    that there is none, or no volume.
     """
     at = find_reference(cohort.names, reference)
     volumes = np.array(

@@ -14,10 +14,11 @@ from bids_varaug.inputs.leaks import reason_by_name, reasons_by_value
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
 from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some
+from bids_varaug.inputs.variables import PARTICIPANT_COLUMNS
 from bids_varaug.models.ensemble import BASELINE
 
 KEYS = {
-    "participant": ("participant_id", "participant", "subject_id", "subject", "sub", "subjid", "id"),
+    "participant": PARTICIPANT_COLUMNS,
     "session": SESSION_COLUMNS,
     "run": ("run_id", "run"),
     "member": ("member", "member_id"),
@@ -31,15 +32,9 @@ _MOSTLY = 0.5  # share of numbers that makes a column with some text one of numb
 
 
 def read_features_table(
-    path: Path,
-    people: People | None = None,
-    *,
-    age_column: str = "age",
-    sex_column: str = "sex",
-    site_column: str = "site",
-    features: Sequence[str] | None = None,
-    require_age: bool = True,
-) -> Cohort:
+    path: Path, people: People | None = None, *, age_column: str = "age", sex_column: str = "sex",
+    site_column: str = "site", features: Sequence[str] | None = None, require_age: bool = True,
+) -> Cohort:  # fmt: skip
     """Read a table with one row per participant, or per participant, session, run and member.
 
     Columns: participant_id; optional session_id, run and member (`ieee` is the baseline); optional age (in years, or as
@@ -48,18 +43,9 @@ def read_features_table(
     values, see `leaks`; a few values of text in a column of numbers count as missing. What the table lacks of age, sex
     and site comes from `people`, also where the two spell ids differently and it is clear who is meant.
 
-    Parameters
-    ----------
-    path : TSV, or CSV where the name ends in .csv; FreeSurfer's stats tables are read too
-    people : of participants.tsv, if there is one
-    age_column, sex_column, site_column : in the table
-    features, require_age : as `assemble`
-
-    Returns
-    -------
-    Cohort
-        Its `source` (JSON types): "kind" ("table"), "table" (file name), "ignored_columns" (reasons by name), "notes";
-        and what `assemble` adds.
+    The table is a TSV, or a CSV where the name ends in .csv; FreeSurfer's tables of stats are read too. `features` and
+    `require_age` are as of `assemble`. The `source` of the cohort (JSON types) has "kind" ("table"), "table" (file
+    name), "ignored_columns" (reasons by name), "notes"; and what `assemble` adds.
 
     Raises
     ------

@@ -15,29 +15,14 @@ import pandas as pd
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.derivatives import names, provenance
 from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin
+from bids_varaug.derivatives.read import ENDING, MorphError, MorphTable, read_morph
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People
 from bids_varaug.inputs.scans import natural_key
 from bids_varaug.inputs.tables import some
 
-ENDING = names.OUTPUTS["members_tsv"].name("")
-COLUMNS = ["member", "family", "index", "name", "volume"]
 UNIT = "mm3"
-Structures = tuple[tuple[int, str], ...]
-
-
-class MorphError(ValueError):
-    """A table is damaged; the message says how, without the file's name."""
-
-
-@dataclass(frozen=True, eq=False)
-class MorphTable:
-    """Volumes, (M, K) float64 [mm3], of a T1w image: `families` by member, `structures` as (index, name)."""
-
-    families: dict[str, str]
-    structures: Structures
-    volumes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,32 +35,19 @@ class _Image:
 
 
 def gather_cohort(
-    output_dir: Path,
-    people: People,
-    *,
-    features: Sequence[str] | None = None,
-    require_age: bool = True,
+    output_dir: Path, people: People, *, features: Sequence[str] | None = None, require_age: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> Cohort:
+) -> Cohort:  # fmt: skip
     """Read the volumes of every image by every member (``*_desc-members_morph.tsv``).
 
     A feature is the volume of a structure in mm3. All perturbed members count alike, whether training (mca, seed) or
     inference (rr) was perturbed. Images that are damaged, truncated, lack members that most others have, or belong to
     people without age or not in participants.tsv are left out, each with a reason; so are people who have no image.
 
-    Parameters
-    ----------
-    output_dir : of the participant level
-    people : of participants.tsv
-    features, require_age : as `assemble`
-    progress : wraps the list of files, such as ``tqdm``
-
-    Returns
-    -------
-    Cohort
-        Its `source` (JSON types): "kind" ("bids_varaug"), "ensemble", "ensemble_version", "bids_varaug" (version),
-        "sloppy", "sha256" by member, "families" (ids of the used perturbed members by family), "notes" (on ids that
-        participants.tsv spells differently); and what `assemble` adds.
+    `features` and `require_age` are as of `assemble`; `progress` wraps the list of files, such as ``tqdm``. The
+    `source` of the cohort (JSON types) has "kind" ("bids_varaug"), "ensemble", "ensemble_version", "bids_varaug" (its
+    version), "sloppy", "sha256" by member, "families" (ids of the used perturbed members by family), "notes" (on ids
+    that participants.tsv spells differently); and what `assemble` adds.
 
     Raises
     ------
@@ -123,46 +95,6 @@ def gather_cohort(
     for member in cohort.member_ids:
         families.setdefault(family_of[member], []).append(member)
     return replace(cohort, source=cohort.source | {"families": families})
-
-
-def read_morph(path: Path) -> MorphTable:
-    """Read a table of the participant level; a `MorphError` says where it is truncated or damaged."""
-    data = path.read_bytes().replace(b"\r\n", b"\n").removeprefix(b"\xef\xbb\xbf")
-    if data.startswith(b"/annex/objects/"):
-        raise MorphError("its content was not fetched (git-annex): datalad get it")
-    if not data.strip():
-        raise MorphError("is empty")
-    if not data.endswith(b"\n"):
-        raise MorphError("is truncated: its last line has no end")
-    header, *rows = [line.split("\t") for line in data.decode(errors="replace")[:-1].split("\n")]
-    if header != COLUMNS:
-        raise MorphError(f"lacks the columns {', '.join(COLUMNS)}")
-    wrong = next((number for number, row in enumerate(rows) if len(row) != len(COLUMNS)), None)
-    if wrong is not None:
-        raise MorphError(f"line {wrong + 2} has {len(rows[wrong])} fields, not {len(COLUMNS)}")
-    if not rows:
-        raise MorphError("has no rows")
-    members, families, indices, structures, volumes = zip(*rows, strict=True)
-    try:
-        pairs = list(zip(map(int, indices), structures, strict=True))
-        values = np.array(volumes).astype(np.float64)
-    except ValueError as error:
-        raise MorphError(f"a row cannot be read, it holds no number ({error})") from error
-    counts = Counter(members)
-    n = counts[members[0]]
-    for member, other in counts.items():
-        if other != n:
-            raise MorphError(
-                f"is truncated or damaged: the structures of the members differ (of {members[0]} {n}, of {member} "
-                f"{other} rows)"
-            )
-    if list(members) != [m for m in counts for _ in range(n)] or pairs != pairs[:n] * len(counts):
-        raise MorphError("is damaged: rows of a member do not stand together, or its structures are not the others'")
-    if len(set(pairs[:n])) < n:
-        raise MorphError(f"member {members[0]} has a structure twice")
-    if not (values >= 0).all() or np.isinf(values).any():
-        raise MorphError("a volume is missing, negative or infinite")
-    return MorphTable(dict(zip(members, families, strict=True)), tuple(pairs[:n]), values.reshape(-1, n))
 
 
 def _read_images(files: Iterable[Path], output_dir: Path, left_out: dict[str, str]) -> list[_Image]:

@@ -20,6 +20,7 @@ from bids_varaug.brainage.calibration import WITHHELD
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation
 from bids_varaug.brainage.models import BrainAgeModel
+from bids_varaug.brainage.target import TargetModel
 from bids_varaug.derivatives.citation import render
 from bids_varaug.derivatives.sidecars import package_version
 from bids_varaug.errors import NoInputError, UserError
@@ -35,6 +36,7 @@ TRUSTED = (
     "bids_varaug.brainage.models.BrainAgeModel",
     "bids_varaug.brainage.models.from_scale",
     "bids_varaug.brainage.models.to_scale",
+    "bids_varaug.brainage.target.TargetModel",
     "sklearn.utils._bunch.Bunch",  # of VotingRegressor
 )
 SAME = {
@@ -53,7 +55,7 @@ class ModelError(UserError):
     """The model cannot be read, or does not fit these features."""
 
 
-def save_model(path: Path, model: BrainAgeModel, card: str) -> Path:
+def save_model(path: Path, model: BrainAgeModel | TargetModel, card: str) -> Path:
     """Write a model (``models/brainage.skops``), and its card beside it (``.md``); each is whole or absent."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     content = {"format": FORMAT, "bids_varaug": package_version(), "versions": versions, "model": model}
@@ -84,7 +86,7 @@ def _reproducible(archive: bytes) -> bytes:
     return out.getvalue()
 
 
-def load_model(path: Path) -> BrainAgeModel:
+def load_model(path: Path) -> BrainAgeModel | TargetModel:
     """Read a model; nothing but the types of `TRUSTED` and of scikit-learn is made.
 
     A ModelError says that it is damaged, of another format, made with another scikit-learn (major or minor version,
@@ -106,7 +108,7 @@ def load_model(path: Path) -> BrainAgeModel:
             f"{path}: cannot be read as a model ({error!r}). It is damaged, or of another version of bids_varaug. Get "
             "it from its source again, or refit it."
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), BrainAgeModel):
+    if not isinstance(content, dict) or not isinstance(content.get("model"), BrainAgeModel | TargetModel):
         raise ModelError(f"{path}: a skops file, but no brain-age model of bids_varaug.")
     if content.get("format") != FORMAT:
         raise ModelError(
@@ -129,6 +131,14 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
     sentences. Features that the model does not know are ignored. A UserError names those that are missing or not
     finite, or says that they come from another ensemble, version, grid or set of weights than those of training.
     """
+    chosen, notes = features_for(model, cohort)
+    table = model.predict(chosen, coverage)
+    table.attrs["notes"] = notes
+    return table
+
+
+def features_for(model: BrainAgeModel | TargetModel, cohort: Cohort) -> tuple[Cohort, list[str]]:
+    """The cohort with the features of a model, and what the reader should know; for errors see `apply_model`."""
     chosen = cohort.with_features(model.names)
     notes = _check_same_source(model, cohort)
     bad = chosen.missing()
@@ -138,12 +148,10 @@ def apply_model(model: BrainAgeModel, cohort: Cohort, coverage: float = 0.9) -> 
         raise ModelError(
             f"{some(names)}: missing or infinite in {some(who)}. Leave these images out, or correct the features."
         )
-    table = model.predict(chosen, coverage)
-    table.attrs["notes"] = notes
-    return table
+    return chosen, notes
 
 
-def _check_same_source(model: BrainAgeModel, cohort: Cohort) -> list[str]:
+def _check_same_source(model: BrainAgeModel | TargetModel, cohort: Cohort) -> list[str]:
     """Notes on what is ignored or cannot be checked; for errors see `apply_model`."""
     trained, here = model.source, cohort.source
     differences = [

@@ -174,21 +174,11 @@ def fit_brain_age(
        without, and see at most 5,000 rows, that is, members drawn at random for each observation.
     3. The same without each of 5 folds of participants, for intervals and the correction of bias.
 
-    Parameters
-    ----------
-    cohort : observations without age are left out
-    model : one of `MODELS`
-    augmentation : one of `augment.AUGMENTATIONS`; ``analytic`` fits bayesian_ridge in place of svr, gpr and auto
-    seed : of folds and drawn noise
-    log_volumes : whether to take logarithms of volumes first, see `features.LogVolumes`; numerical noise is then
-        augmented as it stands on the logarithmic scale
-    min_participants : fewer with age are refused; training folds of an evaluation pass less
-
-    Raises
-    ------
-    UserError
-        With fewer than `min_participants` participants with age, one age for all, features not finite, an augmentation
-        that needs members where there are none, or a kernel model with more than 5,000 observations.
+    Observations without age are left out. ``analytic`` fits bayesian_ridge in place of svr, gpr and auto. With
+    `log_volumes`, see `features.LogVolumes`, numerical noise is augmented as it stands on the logarithmic scale. The
+    seed is that of folds and drawn noise. A UserError says that there are fewer than `min_participants` participants
+    with age, one age for all, features not finite, an augmentation that needs members where there are none, or a kernel
+    model with more than 5,000 observations.
     """
     cohort = check_trainable(cohort, augmentation, min_participants)
     training = _Training(cohort, augmentation, seed, log_volumes)
@@ -268,9 +258,7 @@ def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) ->
     return cohort
 
 
-def _ridge_path(
-    x: np.ndarray, age: np.ndarray, weights: np.ndarray, x_test: np.ndarray, log_age: bool
-) -> np.ndarray:
+def _ridge_path(x: np.ndarray, age: np.ndarray, weights: np.ndarray, x_test: np.ndarray, log_age: bool) -> np.ndarray:
     """Predictions of ridge with every penalty, from one fit: each is the penalty of a target of its own."""
     scaler = StandardScaler().fit(x, sample_weight=weights)
     targets = np.repeat(to_scale(age, log_age)[:, None], len(ALPHAS), axis=1)
@@ -320,8 +308,6 @@ class _Training:
 
     def _options(self, model: str, log_age: bool) -> Iterator[tuple[float, Choice, np.ndarray]]:
         """Every setting of a model: its error in years, itself, and held-out predictions on its own scale of age."""
-        if model not in GRIDS:
-            raise ValueError(f"no such model: {model}; there are {', '.join(MODELS)}")
         settings = [Choice(model, log_age, values) for values in ParameterGrid(GRIDS[model])]
         folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, self.seed)
         held_out = np.zeros((len(self.x), len(settings)))
@@ -344,7 +330,9 @@ class _Training:
         fitted = fit_weighted(choice, *self._rows(rows, choice))
         return fitted if self.logs is None else make_pipeline(self.logs, fitted)
 
-    def _rows(self, rows: np.ndarray, choice: Choice, augment: bool = True) -> tuple[np.ndarray, ...]:
+    def _rows(
+        self, rows: np.ndarray, choice: Choice, augment: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, ages and weights of the training rows made from these observations."""
         x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
         if self.members is None or not augment:

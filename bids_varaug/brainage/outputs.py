@@ -20,17 +20,15 @@ from bids_varaug.inputs.tables import some
 PHENOTYPE_TABLE = "phenotype/brainage.tsv"
 
 
-def evaluated_tables(evaluation: Evaluation, augmentation: str | None = None) -> dict[str, pd.DataFrame]:
+def evaluated_tables(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """`phenotype_tables` of an evaluation. Predictions are out of sample: nobody's own images took part in training.
 
-    Columns brain_age ... sd_num are those of one augmentation, by default `best_augmentation`; the predictions of every
-    augmentation follow as brain_age_AUGMENTATION.
+    Columns brain_age ... sd_num are those of `best_augmentation`; the predictions of every augmentation follow as
+    brain_age_AUGMENTATION.
     """
-    chosen = augmentation or best_augmentation(evaluation)
+    chosen = best_augmentation(evaluation)
     predictions = evaluation.predictions
     wide = predictions.pivot(index="observation", columns="augmentation", values="predicted")
-    if chosen not in wide:
-        raise ValueError(f"augmentation {chosen!r} was not evaluated")
     wide = wide[[name for name in AUGMENTATIONS if name in wide]].add_prefix("brain_age_")
     return phenotype_tables(predictions[predictions["augmentation"] == chosen].join(wide, on="observation"))
 
@@ -92,22 +90,3 @@ def applied_sidecar(model: BrainAgeModel, notes: Sequence[str] = ()) -> dict[str
 def covariance_sidecar(cohort: Cohort) -> dict[str, Any]:
     """Describe every column of `variability.numerical_covariance`."""
     return json.loads(render("brainage_covariance.json", in_mm3=cohort.unit == "mm3"))
-
-
-def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """Spell ids as BIDS wants them, letters and digits; what they were goes to `source_id`.
-
-    Ids of tables made elsewhere may have other characters. Where two would become one, all stay as they are.
-
-    Examples
-    --------
-    >>> with_bids_labels(pd.DataFrame({"participant_id": ["sub-A_1", "sub-02"]}))
-      participant_id source_id
-    0         sub-A1   sub-A_1
-    1         sub-02    sub-02
-    """
-    ids = table["participant_id"]
-    plain = "sub-" + ids.str.removeprefix("sub-").str.replace(r"[^0-9A-Za-z+]", "", regex=True)
-    if (plain == ids).all() or plain.nunique() < ids.nunique():
-        return table
-    return table.assign(participant_id=plain, source_id=ids)

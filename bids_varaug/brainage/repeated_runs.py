@@ -10,13 +10,9 @@ import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.errors import NoInputError, UserError
-from bids_varaug.inputs.freesurfer import RENAMED, read_aseg_stats
+from bids_varaug.inputs.freesurfer import find_stats, read_aseg_stats
 from bids_varaug.inputs.matching import plain_label
 
-# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then
-# those of FastSurfer's segmentation alone, then any other of volumes.
-STATS = ("aseg.stats", "aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats")
-_STATS = re.compile(r"(?P<side>[lr]h)?\.?(?P<kind>(?:aseg|aparc)[\w.+-]*\.stats)")
 SUBJECT = re.compile(r"sub-[0-9a-zA-Z+]+")
 SESSION = re.compile(r"ses-[0-9a-zA-Z+]+")
 KEYS = ("participant_id", "session_id", "member")
@@ -25,24 +21,15 @@ KEYS = ("participant_id", "session_id", "member")
 def read_repeated_runs(path: Path) -> Cohort:
     """Volumes of repeated runs of another pipeline on the same images.
 
-    Parameters
-    ----------
-    path : a folder with tables of FreeSurfer or FastSurfer (``aseg.stats``, ``aseg+DKT.stats``, or others of volumes;
-        one kind is read), several per person: ``sub-01[/ses-1]/run-1/stats/aseg.stats``, or any folders of which one
-        names the person (``sub-...``; without such, the first folder is the person). Or a table (``.tsv``, or a folder
-        with just one), with columns participant_id, optional session_id, member, and features in mm3
+    `path` is a folder with tables of FreeSurfer or FastSurfer (``aseg.stats``, ``aseg+DKT.stats``, or others of
+    volumes; one kind is read), several per person: ``sub-01[/ses-1]/run-1/stats/aseg.stats``, or any folders of which
+    one names the person (``sub-...``; without such, the first folder is the person). Or a table (``.tsv``, or a folder
+    with just one), with columns participant_id, optional session_id, member, and features in mm3.
 
-    Returns
-    -------
-    Cohort
-        Without ages. Runs are the members, in the order of their names; people with fewer runs than others have NaN for
-        the rest; those with a single run are in `left_out`. Only structures that every run has are kept.
-
-    Raises
-    ------
-    UserError
-        If there is neither; a file is damaged, lacks columns, repeats a run, or spells a person in two ways; or nobody
-        has two runs.
+    The cohort has no ages. Runs are the members, in the order of their names; people with fewer runs than others have
+    NaN for the rest; those with a single run are in `left_out`. Only structures that every run has are kept. A
+    UserError says that there is neither; that a file is damaged, lacks columns, repeats a run, or spells a person in
+    two ways; or that nobody has two runs.
     """
     path = Path(path)
     if path.suffix == ".stats":
@@ -50,7 +37,7 @@ def read_repeated_runs(path: Path) -> Cohort:
     if not path.exists():
         raise NoInputError(f"{path}: no such folder or table. Give --compare NAME=DIR.")
     if path.is_dir():
-        if stats := _find_stats(path):
+        if stats := find_stats(path):
             return _cohort(pd.DataFrame([_stats_row(files, path) for files in stats]), path)
         tables = sorted(path.glob("*.tsv"))
         if len(tables) != 1:
@@ -61,39 +48,6 @@ def read_repeated_runs(path: Path) -> Cohort:
             )
         path = tables[0]
     return _cohort(_read_members_table(path), path)
-
-
-def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
-    """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
-
-    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region,
-    the columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are
-    NaN. A UserError says that it cannot be read, or holds anything but Dice coefficients.
-    """
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a table with commas ({error}).") from error
-    dice = table.drop(columns="subjectID", errors="ignore").select_dtypes("number")
-    dice = dice.rename(columns=RENAMED).dropna(axis=1, how="all")
-    if dice.empty or not (dice.isna() | ((dice >= 0) & (dice <= 1))).all(axis=None):
-        raise UserError(
-            f"{path}: no table of minimum Dice (a row per person, a column per region, values from 0 to 1). Repeated "
-            "runs of volumes are a table with tabs, .tsv."
-        )
-    found = dice.agg(["mean", "count"]).T.rename_axis("name").reset_index()
-    return found.rename(columns={"mean": "dice_min", "count": "n_participants"}).assign(ratio=np.nan, cv=np.nan)
-
-
-def _find_stats(root: Path) -> list[list[Path]]:
-    """Tables of one kind, by folder; a folder may have one for each hemisphere."""
-    kinds: dict[str, dict[Path, list[Path]]] = {}
-    for file in sorted(root.rglob("*.stats")):
-        if found := _STATS.fullmatch(file.name):
-            kinds.setdefault(found["kind"], {}).setdefault(file.parent, []).append(file)
-    most = max(map(len, kinds.values()), default=0)
-    order = [kind for kind in (*STATS, *sorted(kinds)) if 2 * len(kinds.get(kind, ())) >= most]
-    return list(kinds[order[0]].values()) if kinds else []
 
 
 def _stats_row(files: list[Path], root: Path) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +13,6 @@ from scipy.stats import norm, t, wilcoxon
 from bids_varaug.brainage.augment import summed_covariances
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features import find_pairs
-from bids_varaug.derivatives.names import OUTPUTS
 from bids_varaug.errors import UserError
 
 COVARIANCE_TABLE = "models/brainage_covariance.tsv"
@@ -172,41 +170,6 @@ def numerical_covariance(cohort: Cohort) -> pd.DataFrame:
         table = table.assign(**{name: matrix[first, second] for name, matrix in columns.items()})
         tables.append(table.assign(n_members=len(ids), n_observations=len(members)))
     return pd.concat(tables, ignore_index=True)
-
-
-def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
-    """Minimum Dice and verdicts from the participant level's tables: measure -> structure -> value.
-
-    dice_min is a mean over participants (of the mean over their images), and falls as members are added; unreliable is
-    the share of the images whose volume has this verdict, absent in tables of older versions. `observations` are the
-    entities of the images that count (``sub-01_ses-1``) to their participant; default all.
-    """
-    ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
-    tables = []
-    for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
-        prefix = path.name.removesuffix(ending)
-        if observations is not None and prefix not in observations:
-            continue
-        participant = observations[prefix] if observations else prefix.split("_")[0]
-        try:
-            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=lambda c: c in wanted)
-            if not {"name", "dice_min"} <= set(table):
-                raise ValueError(f"it has {', '.join(table)}")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read as a table with columns name and dice_min ({error}). "
-                "Run the participant level again for this image."
-            ) from error
-        tables.append(table.assign(participant=participant))
-    if not tables:
-        return {}
-    table = pd.concat(tables)
-    per_person = table.groupby(["name", "participant"], sort=False)["dice_min"].mean()
-    found = {"dice_min": per_person.groupby("name", sort=False).mean().dropna().to_dict()}
-    if "verdict" in table:
-        judged = table.dropna(subset="verdict")
-        found["unreliable"] = judged["verdict"].eq("unreliable").groupby(judged["name"], sort=False).mean().to_dict()
-    return found
 
 
 def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

@@ -160,6 +160,12 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
     for name in ("age", "site", "sex"):
         add(f"--{name}-column", metavar="NAME", help="column of participants.tsv (default: %(default)s)")
     add("--no-brain-age", action="store_true", help="only check the volumes; needs no ages")
+    add("--include", metavar="CONDITION",
+        help="participants to include, by the columns of participants.tsv or of the features table: \"group == 'TD'\"")
+    add("--target", metavar="COLUMN",
+        help="predict this column of participants.tsv or of the features table, a number or a category, not the age")
+    add("--covariates", nargs="+", metavar="COLUMN",
+        help="with --target, what to predict from beside the features, and alone: age, sex, site, icv or any column")
     add("--brainage-model", choices=BRAINAGE_MODELS,
         help="regression model; auto selects one within the training folds (default: %(default)s)")
     add("--augmentation", choices=AUGMENTATIONS,
@@ -210,6 +216,9 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
         labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
         setattr(given, name, tuple(dict.fromkeys(labels)))
+    given.covariates = tuple(dict.fromkeys(given.covariates))
+    if given.covariates and given.target is None:
+        raise UsageError("--covariates needs --target: age is predicted from the features alone.")
     given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 

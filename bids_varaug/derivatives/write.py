@@ -84,3 +84,22 @@ def image_header(
     header.set_xyzt_units("mm")
     header["vox_offset"] = 352
     return header
+
+
+def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """Spell ids as BIDS wants them, letters and digits; what they were goes to `source_id`.
+
+    Ids of tables made elsewhere may have other characters. Where two would become one, all stay as they are.
+
+    Examples
+    --------
+    >>> with_bids_labels(pd.DataFrame({"participant_id": ["sub-A_1", "sub-02"]}))
+      participant_id source_id
+    0         sub-A1   sub-A_1
+    1         sub-02    sub-02
+    """
+    ids = table["participant_id"]
+    plain = "sub-" + ids.str.removeprefix("sub-").str.replace(r"[^0-9A-Za-z+]", "", regex=True)
+    if (plain == ids).all() or plain.nunique() < ids.nunique():
+        return table
+    return table.assign(participant_id=plain, source_id=ids)

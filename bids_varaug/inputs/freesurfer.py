@@ -1,12 +1,19 @@
-"""Tables of volumes (``*.stats``) of FreeSurfer and FastSurfer."""
+"""Tables of FreeSurfer and FastSurfer: volumes (``*.stats``), and minimum Dice as papers publish it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from bids_varaug.errors import UserError
 
+# Of several tables in a folder, the first that most folders have: the final one of FreeSurfer and FastSurfer, then
+# those of FastSurfer's segmentation alone, then any other of volumes.
+STATS = ("aseg.stats", "aseg+DKT.stats", "aseg+DKT.VINN.stats", "aseg.VINN.stats")
+_STATS = re.compile(r"(?P<side>[lr]h)?\.?(?P<kind>(?:aseg|aparc)[\w.+-]*\.stats)")
 COLUMN_HEADERS = "# ColHeaders"
 # FreeSurfer's own table leaves out cortex and cerebral white matter; these lines have them.
 MEASURES = {
@@ -64,3 +71,36 @@ def read_aseg_stats(path: Path) -> dict[str, float]:
         if parcels:
             volumes[cortex] = sum(parcels)
     return volumes
+
+
+def find_stats(root: Path) -> list[list[Path]]:
+    """Tables of one kind, by folder; a folder may have one for each hemisphere."""
+    kinds: dict[str, dict[Path, list[Path]]] = {}
+    for file in sorted(root.rglob("*.stats")):
+        if found := _STATS.fullmatch(file.name):
+            kinds.setdefault(found["kind"], {}).setdefault(file.parent, []).append(file)
+    most = max(map(len, kinds.values()), default=0)
+    order = [kind for kind in (*STATS, *sorted(kinds)) if 2 * len(kinds.get(kind, ())) >= most]
+    return list(kinds[order[0]].values()) if kinds else []
+
+
+def read_minimum_dice_csv(path: Path) -> pd.DataFrame:
+    """Minimum Dice over repeated runs, as papers publish it: a row per person, a column per region.
+
+    Regions have FreeSurfer's names; a column of ids is not numbers, or called ``subjectID``. Returns a row per region,
+    the columns of `variability.compare_pipelines`: name, dice_min (mean over people), n_participants; ratio and cv are
+    NaN. A UserError says that it cannot be read, or holds anything but Dice coefficients.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table with commas ({error}).") from error
+    dice = table.drop(columns="subjectID", errors="ignore").select_dtypes("number")
+    dice = dice.rename(columns=RENAMED).dropna(axis=1, how="all")
+    if dice.empty or not (dice.isna() | ((dice >= 0) & (dice <= 1))).all(axis=None):
+        raise UserError(
+            f"{path}: no table of minimum Dice (a row per person, a column per region, values from 0 to 1). Repeated "
+            "runs of volumes are a table with tabs, .tsv."
+        )
+    found = dice.agg(["mean", "count"]).T.rename_axis("name").reset_index()
+    return found.rename(columns={"mean": "dice_min", "count": "n_participants"}).assign(ratio=np.nan, cv=np.nan)

@@ -49,10 +49,12 @@ def look_up_people(
         who_there = same.get(who, who)
         person = None if people is None else people.find(who_there, same.get(session, session))
         known.append((person or Person(math.nan, None, None))[:3])
-        if people is not None and person is None:
+        if people is None:
+            continue
+        if person is None:
             at = f" at {session or 'no session'}" if who_there in listed else ""
             reasons[observation] = f"{who} is not in {people.source}{at}"
-        elif people is not None and math.isnan(person.age):
+        elif math.isnan(person.age):
             reasons[observation] = person.reason or f"no age in {people.source}"
     found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)
     return pd.concat([ids, found.astype({"age": "float64"})], axis=1), reasons

@@ -15,6 +15,7 @@ import pandas as pd
 from bids_varaug.atomic import write_text
 from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
+from bids_varaug.brainage.target import TargetEvaluation, target_table
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
@@ -166,6 +167,35 @@ def applied_page(run: RunInfo, predicted: pd.DataFrame, model: Mapping[str, Any]
         has_sessions=predicted["session_id"].notna().any(),
         model=model,
     )
+
+
+def target_page(
+    run: RunInfo, target: str, classes: Sequence[str], predicted: pd.DataFrame, model: Mapping[str, Any],
+    evaluation: TargetEvaluation | None = None,
+) -> Page:  # fmt: skip
+    """Page of a target (`brainage.target`): scored, or predicted by a model fitted to other people."""
+    people = table_columns("target_people")
+    share = replace(people["predicted"], description="Predicted probability")
+    shares = {f"p_{name}": replace(share, heading=f"p {name}") for name in classes}
+    columns = people | shares | {"predicted": replace(people["predicted"], form="text")} if classes else people
+    values: dict[str, Any] = {"scores": {}, "evaluation": {}}
+    tables = {"people": tabulate(target_table(predicted, classes), columns)}
+    if evaluation is not None:
+        best, gains = evaluation.best, evaluation.gains.drop_duplicates("part").to_dict("records")
+        by_model: dict[str, dict[str, Any]] = {}
+        for row in evaluation.scores.query("held_out == 'participants'").to_dict("records"):
+            by_model.setdefault(row["augmentation"], {})[row["measure"]] = row
+        at_sites = evaluation.scores.query("held_out == 'sites' and augmentation == @best").to_dict("records")
+        loss = replace(table_columns("gains")["gain"], heading="Gain", description="Difference in loss")
+        tables["scores"] = tabulate(evaluation.scores, table_columns("target_scores"))
+        tables["gains"] = tabulate(evaluation.gains, table_columns("gains") | {"gain": loss})
+        values = {
+            "scores": by_model, "best": best, "gains": gains, "alpha": ALPHA, "p_value": evaluation.p_value,
+            "features": next((row for row in gains if row["part"] == "features"), None),
+            "at_sites": at_sites[0] if at_sites else None, "n": evaluation.settings["n_participants"],
+            "evaluation": evaluation.settings,
+        }  # fmt: skip
+    return make_page("target.html", run, target=target, classes=classes, tables=tables, model=model, **values)
 
 
 def make_page(template: str, run: RunInfo, **values: Any) -> Page:

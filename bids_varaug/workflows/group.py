@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +20,9 @@ from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
 from bids_varaug.brainage.features import asymmetries, relative_volumes
-from bids_varaug.brainage.features_table import look_up_people, match_people, read_features_table
+from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
-from bids_varaug.brainage.model_file import apply_model, load_model, model_card, save_model
+from bids_varaug.brainage.model_file import apply_model, features_for, load_model, model_card, save_model
 from bids_varaug.brainage.models import MIN_PARTICIPANTS, BrainAgeModel, fit_brain_age
 from bids_varaug.brainage.outputs import (
     PHENOTYPE_TABLE,
@@ -30,26 +32,46 @@ from bids_varaug.brainage.outputs import (
     evaluated_tables,
     phenotype_tables,
     remark_ages,
-    with_bids_labels,
 )
-from bids_varaug.brainage.repeated_runs import read_minimum_dice_csv, read_repeated_runs
+from bids_varaug.brainage.repeated_runs import read_repeated_runs
+from bids_varaug.brainage.target import (
+    TargetData,
+    TargetEvaluation,
+    TargetModel,
+    encode_covariates,
+    evaluate_target,
+    fit_target,
+    prepare_target,
+    target_table,
+)
 from bids_varaug.brainage.variability import (
     COVARIANCE_TABLE,
     compare_pipelines,
     numerical_covariance,
     numerical_variability,
-    read_regions,
 )
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import Citation, cite
+from bids_varaug.derivatives.citation import Citation, cite, render
 from bids_varaug.derivatives.logs import write_group_logs
+from bids_varaug.derivatives.read import read_regions
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
-from bids_varaug.derivatives.write import write_table
+from bids_varaug.derivatives.write import with_bids_labels, write_table
 from bids_varaug.errors import FiltersError, UsageError, UserError
+from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
+from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.inputs.tables import some
+from bids_varaug.inputs.tables import find_column, some
+from bids_varaug.inputs.variables import participants_where, read_variables
 from bids_varaug.models.ensemble import sha256_of
-from bids_varaug.reports.group import ComparedPipeline, Page, RunInfo, applied_page, evaluation_page, load_page
+from bids_varaug.reports.group import (
+    ComparedPipeline,
+    Page,
+    RunInfo,
+    applied_page,
+    evaluation_page,
+    load_page,
+    target_page,
+)
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.quality import write_quality
 
@@ -68,15 +90,17 @@ def run_group(settings: Settings) -> Path | None:
         If there are too few people with age, or what was asked for does not fit the data.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    if settings.target is not None and settings.apply_model is not None:
+        raise UsageError("--target with --apply-model: the model knows its target. Give one of the two.")
     if settings.reports_only:
         return _rewrite_pages(settings)
     if settings.no_brain_age and (settings.features_table or settings.apply_model):
         raise UsageError("--no-brain-age: nothing is left to do with --features-table or --apply-model. Leave one out.")
     model = None if settings.apply_model is None else load_model(settings.apply_model)
     everybody, people, notes = _read(settings, model)
-    volumes = everybody = _select(everybody, settings)
+    volumes = everybody = _select(everybody, people, settings, notes)
     no_brain_age = None
-    if people is not None and model is None and settings.features_table is None:
+    if settings.target is None and people is not None and model is None and settings.features_table is None:
         no_brain_age, volumes = _with_ages(settings, everybody, people)
         notes += [f"Brain age is not predicted: {no_brain_age}"] if no_brain_age else []
     how = _how_made(settings, model)
@@ -102,6 +126,10 @@ def run_group(settings: Settings) -> Path | None:
         if no_brain_age:
             return page
         print(f"For the reliability of the volumes, open {page}.", file=sys.stderr)
+    if isinstance(model, TargetModel):
+        return _apply_target(settings, model, cohort, volumes, people, notes)
+    if settings.target is not None:
+        return _score_target(settings, cohort, volumes, people, notes)
     if model is not None:
         return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
@@ -114,10 +142,10 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 def _rewrite_pages(settings: Settings) -> Path | None:
     """Write the pages of the last run again; return the first."""
-    reports = (names.GROUP_REPORT, names.QUALITY_REPORT)
+    reports = (_report_name(settings.target), names.QUALITY_REPORT)
     saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in reports}
     pages = {report: load_page(path) for report, path in saved.items() if path.exists()}
-    pages = pages or {names.GROUP_REPORT: load_page(saved[names.GROUP_REPORT])}  # an error that says what is missing
+    pages = pages or {reports[0]: load_page(saved[reports[0]])}  # an error that says what is missing
     if settings.dry_run:
         return None
     return next(iter([write_text(page.html(), settings.output_dir / name) for name, page in pages.items()]))
@@ -142,10 +170,111 @@ def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str 
     return None, replace(cohort.take(known), left_out=cohort.left_out | reasons)
 
 
-def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, People | None, list[str]]:
+def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: People | None, notes: list[str]) -> Path:
+    """Score and fit a model of --target."""
+    target, variables = str(settings.target), _variables(settings, cohort, people)
+    covariates = encode_covariates(volumes, settings.covariates, variables)
+    column = None if variables is None else find_column(list(variables), target)
+    if variables is None or column is None:
+        raise UserError(
+            f"--target {target}: no such column, with one value for each participant, in participants.tsv or the table "
+            f"of features. There are: {some([] if variables is None else list(variables))}."
+        )
+    data = prepare_target(cohort, target, variables[column], covariates, settings.cv_folds)
+    dropped = data.cohort.source["told_target"].items()
+    news = [f"Feature {name} is left out: it {why}." for name, why in dropped]
+    _print_notes(news)
+    with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
+        evaluation = evaluate_target(
+            data, augmentations=_augmentations(settings), cv_folds=settings.cv_folds, seed=settings.random_seed,
+            progress=partial(_show_progress, bar),
+        )  # fmt: skip
+    best = evaluation.best
+    model = fit_target(data, best, settings.random_seed)
+    model = replace(model, training={**model.training, "covariates": list(settings.covariates)})
+    described = {"augmentation": best, "categories": list(model.classes), **model.training}
+    path = settings.output_dir / f"models/target_{_plain(target)}.skops"
+    save_model(path, model, render("target_card.md", model=model, described=described, scores=evaluation.scores))
+    for name, table in (("scores", evaluation.scores), ("gains", evaluation.gains)):
+        write_table(table, path.with_name(f"{path.stem}_{name}.tsv"))
+    predicted = evaluation.predictions[evaluation.predictions["augmentation"] == best]
+    return _write_target(settings, data.cohort, [*notes, *news], model, predicted, described, evaluation)
+
+
+def _apply_target(
+    settings: Settings, model: TargetModel, cohort: Cohort, volumes: Cohort, people: People | None, notes: list[str]
+) -> Path:
+    """Predict a target with a model fitted to other people; who lacks a covariate is left out."""
+    chosen, news = features_for(model, cohort)
+    _print_notes(news)
+    covariates = encode_covariates(volumes, model.training["covariates"], _variables(settings, cohort, people))
+    known = covariates.notna().all(axis=1).to_numpy()
+    missing = dict.fromkeys(cohort.people["observation"][~known], "a covariate is missing")
+    chosen = replace(chosen, left_out=chosen.left_out | missing)
+    covariates = covariates.reindex(columns=list(model.covariates), fill_value=0.0)
+    data = TargetData(chosen, model.target, np.zeros(len(chosen)), model.classes, covariates).take(known)
+    file = Path(str(settings.apply_model))
+    described = {"file": file.name, "sha256": sha256_of(file), "augmentation": model.augmentation, **model.training}
+    return _write_target(settings, data.cohort, [*notes, *news], model, model.predict(data), described)
+
+
+def _write_target(
+    settings: Settings, cohort: Cohort, notes: list[str], model: TargetModel, predicted: pd.DataFrame,
+    described: Mapping[str, Any], evaluation: TargetEvaluation | None = None,
+) -> Path:  # fmt: skip
+    """Write table and report of a target."""
+    target, applied = model.target, evaluation is None
+    sidecar = json.loads(render("target.json", target=target, classes=model.classes, applied=applied))
+    table = target_table(predicted, model.classes)
+    _write_tables(settings, {f"phenotype/target_{_plain(target)}.tsv": table}, sidecar)
+    how = {"target": target, "covariates": model.training["covariates"], "classes": list(model.classes)}
+    if evaluation is not None:
+        how = evaluation.settings | how
+    features = _features_text(settings, cohort)
+    citation = cite("target", package_versions(), settings=how, features=features, applied=applied)
+    run = _run_info(settings, cohort, notes, citation, how)
+    return _write_page(settings, target_page(run, target, model.classes, predicted, described, evaluation))
+
+
+def _plain(name: str) -> str:
+    """Name as BIDS allows it in a file's."""
+    return re.sub(r"[^0-9A-Za-z]", "", name) or "column"
+
+
+def _augmentations(settings: Settings) -> tuple[str, ...] | None:
+    return None if settings.augmentation == "all" else (settings.augmentation,)
+
+
+def _show_progress(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _variables(settings: Settings, cohort: Cohort, people: People | None) -> pd.DataFrame | None:
+    """Further columns of the tables, one row per observation: of each participant the value that is known."""
+    found = []
+    for path in _tables(settings):
+        table = read_variables(path)
+        by_person = table.groupby(level=0)
+        several = [name for name in table if (by_person[name].nunique() > 1).any()]
+        first = by_person.first().drop(columns=several)  # what changes is no variable of a person
+        ids = match_people(people, list(first.index), (), "", [])
+        first.index = pd.Index([ids.get(name, name) for name in first.index])
+        found.append(first)
+    if not found:
+        return None
+    table = found[0]
+    for other in found[1:]:
+        table = table.join(other[[name for name in other if name not in table]], how="outer")
+    ids = match_people(people, list(cohort.people["participant_id"].unique()), (), "", [])
+    return table.reindex([ids.get(name, name) for name in cohort.people["participant_id"]]).reset_index(drop=True)
+
+
+def _read(settings: Settings, model: BrainAgeModel | TargetModel | None) -> tuple[Cohort, People | None, list[str]]:
     """Volumes, or features of a table, with age, sex and site; the people; and what to note about them."""
     columns = {name: getattr(settings, name) for name in ("age_column", "sex_column", "site_column")}
-    asked: dict[str, Any] = {"require_age": model is None and settings.features_table is not None}
+    needs_age = model is None and settings.features_table is not None and settings.target is None
+    asked: dict[str, Any] = {"require_age": needs_age}
     if model is not None:
         asked["features"] = model.source.get("measured", model.names)
     people = None  # a table of features may have its own
@@ -162,8 +291,8 @@ def _read(settings: Settings, model: BrainAgeModel | None) -> tuple[Cohort, Peop
     return cohort, people, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
 
 
-def _select(cohort: Cohort, settings: Settings) -> Cohort:
-    """Keep the participants and sessions that the labels on the command line name."""
+def _select(cohort: Cohort, people: People | None, settings: Settings, notes: list[str]) -> Cohort:
+    """Keep the participants and sessions that labels and condition on the command line name."""
     participants = cohort.people["participant_id"].str.removeprefix("sub-")
     chosen = ~participants.isin(settings.exclude_participant_labels)
     if settings.participant_labels:
@@ -171,15 +300,32 @@ def _select(cohort: Cohort, settings: Settings) -> Cohort:
     if settings.session_labels:
         sessions = cohort.people["session_id"].fillna("").str.removeprefix("ses-")
         chosen &= sessions.isin(settings.session_labels)
+    if settings.include is not None:
+        wanted = participants_where(_tables(settings), settings.include)
+        # Both may be spelled differently from participants.tsv; what is unclear was refused before.
+        spelled = [
+            pd.Series(ids, dtype=str).replace(match_people(people, ids, (), "", []))
+            for ids in (wanted, list(cohort.people["participant_id"]))
+        ]
+        included = spelled[1].isin(spelled[0]).to_numpy()
+        n_in, n = (table["participant_id"].nunique() for table in (cohort.people[included], cohort.people))
+        notes.append(f"--include {settings.include!r}: {n_in} of {n} participants are in, {n - n_in} are out.")
+        chosen &= included
     if not chosen.any():
         raise FiltersError(
-            f"{settings.output_dir}: the participant and session labels leave nobody of {len(cohort)} image(s). "
-            "Check the spelling, or leave the filters out."
+            f"{settings.output_dir}: the participant and session labels and --include leave nobody of {len(cohort)} "
+            "image(s). Check the spelling, or leave the filters out."
         )
     return cohort if chosen.all() else cohort.take(chosen.to_numpy())
 
 
-def _how_made(settings: Settings, model: BrainAgeModel | None) -> dict[str, Any]:
+def _tables(settings: Settings) -> list[Path]:
+    """Tables with further columns: participants.tsv, and that of the features."""
+    listed = settings.bids_dir / "participants.tsv"
+    return [*([listed] if listed.exists() else []), *([settings.features_table] if settings.features_table else [])]
+
+
+def _how_made(settings: Settings, model: BrainAgeModel | TargetModel | None) -> dict[str, Any]:
     """How features are made of volumes: as asked for, or as those of the model were."""
     how = {"relative_to": "none", "asymmetries": False, "log_volumes": False}
     if model is not None:
@@ -219,22 +365,14 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list
 
 
 def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]) -> Path:
-    augmentations = None if settings.augmentation == "all" else (settings.augmentation,)
     with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
         evaluation = evaluate_brain_age(
-            cohort, model=settings.brainage_model, augmentations=augmentations, cv_folds=settings.cv_folds,
-            seed=settings.random_seed, log_volumes=settings.log_volumes, progress=progress,
+            cohort, model=settings.brainage_model, augmentations=_augmentations(settings), cv_folds=settings.cv_folds,
+            seed=settings.random_seed, log_volumes=settings.log_volumes, progress=partial(_show_progress, bar),
         )  # fmt: skip
     numerics, compared = _numerics(settings, volumes)
     best = best_augmentation(evaluation)
-    model = fit_brain_age(
-        cohort, settings.brainage_model, best, settings.random_seed, log_volumes=settings.log_volumes
-    )
+    model = fit_brain_age(cohort, settings.brainage_model, best, settings.random_seed, log_volumes=settings.log_volumes)
     path = settings.output_dir / MODEL
     save_model(path, model, model_card(model, cohort, evaluation))
     predicted = evaluated_tables(evaluation)
@@ -317,5 +455,10 @@ def _run_info(
 
 
 def _write_page(settings: Settings, page: Page) -> Path:
-    page.save((names.logs(settings.output_dir) / names.GROUP_REPORT).with_suffix(".json"))
-    return write_text(page.html(), settings.output_dir / names.GROUP_REPORT)
+    report = _report_name(page.values.get("target"))
+    page.save((names.logs(settings.output_dir) / report).with_suffix(".json"))
+    return write_text(page.html(), settings.output_dir / report)
+
+
+def _report_name(target: str | None) -> str:
+    return names.GROUP_REPORT if target is None else f"group_target_{_plain(target)}.html"

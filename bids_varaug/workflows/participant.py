@@ -16,9 +16,9 @@ from nipype.interfaces.base import BaseInterface
 from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.logs import write_logs
+from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
 from bids_varaug.inputs import validation

@@ -11,9 +11,9 @@ from bids_varaug.brainage.evaluate import (
     bootstrap_interval,
     compare_losses,
     evaluate_brain_age,
-    intraclass_correlation,
 )
 from bids_varaug.errors import ExitCode, UserError
+from bids_varaug.variability.reliability import intraclass_correlation
 from tests.brainage.cohorts import simulated_cohort
 
 QUICK = {"n_bootstrap": 200}

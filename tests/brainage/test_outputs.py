@@ -78,11 +78,6 @@ def test_best_is_none_unless_a_gain_is_sure_and_no_control():
     assert best_augmentation(make_study(20, {})) == "none"
 
 
-def test_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="'bagging'"):
-        outputs.evaluated_tables(make_study(20), "bagging")
-
-
 def test_every_column_is_described_with_its_unit():
     study = with_sessions(make_study(20))
     sidecar = outputs.evaluated_sidecar(study)

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from bids_varaug.brainage.repeated_runs import (
-    read_minimum_dice_csv,
     read_repeated_runs,
 )
 from bids_varaug.brainage.variability import compare_pipelines, numerical_variability
 from bids_varaug.errors import NoInputError, UserError
-from bids_varaug.inputs.freesurfer import read_aseg_stats
+from bids_varaug.inputs.freesurfer import read_aseg_stats, read_minimum_dice_csv
 
 STATS = """\
 # Title Segmentation Statistics

@@ -9,8 +9,8 @@ from bids_varaug.brainage.variability import (
     compare_pipelines,
     numerical_variability,
     participants_needed,
-    read_regions,
 )
+from bids_varaug.derivatives.read import read_regions
 from bids_varaug.errors import UserError
 
 

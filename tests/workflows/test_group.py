@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.brainage.gather import ENDING
 from bids_varaug.cli.run import main
+from bids_varaug.derivatives.read import ENDING
 from bids_varaug.inputs.validation import find_validator, run_validator
 
 STRUCTURES = ("Left-Hippocampus", "Right-Hippocampus", "Left-Lateral-Ventricle", "3rd-Ventricle")
@@ -215,8 +215,8 @@ def test_published_minimum_dice_is_compared(bids, output, tmp_path):
     published.write_text(",".join(("subjectID", *STRUCTURES)) + "\n0025531,0.7,0.7,0.8,0.8\n")
     assert run(bids, output, "--augmentation", "none", "--compare", f"fs={published}") == 0
     row = pd.read_csv(output / "models/brainage_against_fs.tsv", sep="\t").iloc[0]
-    assert (row["measure"], row["n"]) == ("1 - dice_min", len(STRUCTURES))
-    assert row["median_ours"] == pytest.approx(0.1) and row["median_other"] == pytest.approx(0.25)
+    assert (row["measure"], row["n"]) == ("1 - dice_min", 3)  # left and right count once
+    assert row["median_ours"] == pytest.approx(0.1) and row["median_other"] == pytest.approx(0.2)
 
 
 def test_reports_only_makes_the_same_page_without_fitting(bids, output, capsys):
@@ -264,6 +264,43 @@ def test_who_has_no_age_is_left_out_of_brain_age_only(bids, output):
     assert "no age (n/a)" in (output / "group_brainage.html").read_text()
     volumes = pd.read_csv(output / "phenotype/volumes.tsv", sep="\t")
     assert "sub-30" in set(volumes["participant_id"]) and len(volumes) == N
+
+
+def test_a_condition_includes_participants_and_is_told(bids, output, capsys):
+    assert run(bids, output, "--include", "sex == 'F' and age > 30", "--augmentation", "none", "--dry-run") == 0
+    said = capsys.readouterr()
+    assert "13 of 30 participants are in, 17 are out" in said.err and "13 image(s) of 13" in said.out
+    assert run(bids, output, "--include", "sex == 'X'", "--dry-run") == 18
+    assert "--include leave nobody" in capsys.readouterr().err
+    assert run(bids, output, "--include", "hair == 'red'", "--dry-run") == 64
+    assert "'hair' is not defined. It has: participant_id, age, sex" in capsys.readouterr().err
+
+
+def test_a_target_is_scored_and_its_model_predicts_other_people(bids, output, tmp_path, capsys):
+    lines = (bids / "participants.tsv").read_text().splitlines()
+    old = ["group", *("old" if p > N / 2 else "young" for p in range(1, N + 1))]
+    text = "\n".join(f"{line}\t{value}" for line, value in zip(lines, old, strict=True)) + "\n"
+    (bids / "participants.tsv").write_text(text)
+    asked = ("--target", "group", "--covariates", "sex", "--augmentation", "members")
+    assert run(bids, output, *asked) == 0
+    table = pd.read_csv(output / "phenotype/target_group.tsv", sep="\t")
+    assert (table["predicted"] == table["observed"]).mean() > 0.8 and len(table) == N
+    page = (output / "group_target_group.html").read_text()
+    assert "The features predict group" in page and "ROC curve" in page
+    scores = pd.read_csv(output / "models/target_group_scores.tsv", sep="\t")
+    assert {"members", "covariates", "mean_predictor"} <= set(scores["augmentation"])
+    if find_validator() is not None:
+        assert run_validator(output) == []
+    assert run(bids, output, *asked, "--reports-only") == 0
+    assert (output / "group_target_group.html").read_text() == page
+    others = write_derivatives(tmp_path / "others")
+    assert run(bids, others, "--apply-model", str(output / "models/target_group.skops")) == 0
+    applied = pd.read_csv(others / "phenotype/target_group.tsv", sep="\t")
+    assert applied["p_old"].between(0, 1).all() and "observed" not in applied
+    capsys.readouterr()
+    assert run(bids, output, "--target", "hair") == 65
+    assert "no such column" in capsys.readouterr().err
+    assert run(bids, output, "--covariates", "sex") == 64
 
 
 def test_dry_run_fits_and_writes_nothing(bids, output, capsys):
