@@ -136,8 +136,6 @@ def _isotropic(deviations: np.ndarray, center: np.ndarray, weights: np.ndarray, 
 def _other_participants(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """For each observation, one of another participant: people in random order give to their neighbour; (R,) int64."""
     people, index = np.unique(groups, return_inverse=True)
-    if len(people) < 2:
-        raise ValueError("shuffled needs at least two participants")
     order = rng.permutation(len(people))
     donor = np.empty(len(people), np.int64)
     donor[order] = np.roll(order, 1)

@@ -43,8 +43,7 @@ CONTRASTS: dict[Contrast, str] = {
 }
 """What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all are
 centred on the mean of the members, so that averaging is in none of the later gains."""
-TRIED = ("averaging", "augmentation")
-"""Parts that are tried for what is best; others are controls."""
+TRIED = ("averaging", "augmentation")  # parts that are tried for what is best; others are controls
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
@@ -160,17 +159,11 @@ def evaluate_brain_age(
     """Score a model with every augmentation on the same held-out participants.
 
     Repeated K-fold cross-validation, folds grouped by participant. Everything that is fitted (scaling, hyperparameters,
-    correction of age bias, prediction intervals) is fitted within the training folds.
+    correction of age bias, prediction intervals of this `coverage`) is fitted within the training folds.
 
-    Parameters
-    ----------
-    cohort : observations without age are left out; a UserError says that fewer than 10 participants have one
-    model, log_volumes : as `fit_brain_age`
-    augmentations : as `tried_augmentations`
-    cv_folds, repeats, seed, curve_sizes, leave_site_out : as `make_splits`; None: no learning curve
-    coverage : of the prediction intervals
-    n_bootstrap : samples for intervals of errors
-    progress : called with the number of fits done and of all fits
+    Observations without age are left out; a UserError says that fewer than 10 participants have one. `augmentations`
+    are of `tried_augmentations`, splits of `make_splits` (curve_sizes None: no learning curve), fits of
+    `fit_brain_age`. `progress` is called with the number of fits done and of all fits.
     """
     augmentations = tried_augmentations(cohort, augmentations)
     for augmentation in augmentations:
