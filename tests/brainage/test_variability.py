@@ -209,6 +209,16 @@ def test_pipelines_that_differ_by_a_factor():
     assert "1 - dice_min" not in table.index  # not known
 
 
+def test_left_and_right_of_a_structure_count_once():
+    ours = numerics([0.1, 0.4, 0.2, 0.2, 0.3])
+    ours["name"] = ["Left-Caudate", "Right-Caudate", "ctx-lh-cuneus", "ctx-rh-cuneus", "Brain-Stem"]
+    row = compare_pipelines(ours, ours.assign(ratio=1.0)).iloc[0]
+    assert row["n"] == 3
+    assert row["median_ours"] == pytest.approx(0.2)  # of 0.2 (the mean of logarithms), 0.2, 0.3
+    with pytest.raises(UserError, match="share 1 structures"):
+        compare_pipelines(ours[:2], ours[:2])
+
+
 def test_equal_pipelines_do_not_differ():
     rng = np.random.default_rng(3)
     base = np.exp(rng.normal(-2, 1, 30))
