@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
+from bids_varaug.inputs.freesurfer import MEASURES, RENAMED
 from bids_varaug.training.labels import load_scheme
 from bids_varaug.variability.quality import ADULT_AGE, judge_regions
 

@@ -36,7 +36,7 @@ import pandas as pd
 from heads import SegmentedHead, print_markdown, print_origin, read_cache, structure_scores
 from scipy import stats
 
-from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
+from bids_varaug.inputs.freesurfer import MEASURES, RENAMED
 from bids_varaug.models.ensemble import BASELINE
 
 ADULT_YEARS = 18

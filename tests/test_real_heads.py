@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from nibabel.processing import resample_from_to
 
-from bids_varaug.brainage.repeated_runs import MEASURES, RENAMED
 from bids_varaug.cli.run import main
 from bids_varaug.images.conform import prepare_head
+from bids_varaug.inputs.freesurfer import MEASURES, RENAMED
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.weights import load_member
