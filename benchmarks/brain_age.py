@@ -85,7 +85,7 @@ def bench_tables(options: argparse.Namespace) -> None:
         for model in options.models:
             study = evaluate_brain_age(
                 cohort, model=model, seed=options.seed, repeats=options.repeats,
-                log_volumes=options.log_volumes, curve_sizes=None, leave_site_out=options.sites,
+                log_volumes=options.log_volumes, curve_sizes=(), leave_site_out=options.sites,
             )  # fmt: skip
             scores = study.scores.copy()
             scores.insert(0, "table", path.stem)
@@ -275,7 +275,7 @@ def bench_simulated(options: argparse.Namespace) -> None:
         for relative, one in (("", cohort), (" / brain", by_brain(cohort))):
             study = evaluate_brain_age(
                 one, model=options.model, seed=options.seed, repeats=options.repeats,
-                curve_sizes=None, leave_site_out=False,
+                curve_sizes=(), leave_site_out=False,
             )  # fmt: skip
             print(f"{what}{relative}, {options.model}, {options.repeats} repeats")
             shown = study.scores[["augmentation", "n", "mae", "mae_low", "mae_high", "r"]]

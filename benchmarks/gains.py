@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.5)
     parser.add_argument("--model", default="ridge")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     wider = np.sqrt(1 / options.repeats + options.folds / (options.folds - 1))
     for n in options.n:

@@ -209,7 +209,7 @@ def bench_study(options: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         study = evaluate_brain_age(
-            cohort, model="ridge", augmentations=("none", "analytic"), curve_sizes=None,
+            cohort, model="ridge", augmentations=("none", "analytic"), curve_sizes=(),
             progress=show,
         )  # fmt: skip
     print(study.scores.round(3).to_string(index=False))

@@ -45,6 +45,7 @@ CONTRASTS: dict[Contrast, str] = {
 centred on the mean of the members, so that averaging is in none of the later gains."""
 TRIED = ("averaging", "augmentation")  # parts that are tried for what is best; others are controls
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
+GAIN_REPEATS = 3  # of the folds, for gains: the interval of a single one is a fifth wider
 CURVE_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 N_BOOTSTRAP = 2000
 IDS = ["participant_id", "session_id", "observation", "age"]
@@ -80,13 +81,10 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Observations to train on and to test, as masks. `kind` is "folds", "curve" or "site".
+    """Observations to train on and to test, as masks."""
 
-    `of` is the repeat, the number of training participants, or the site that is held out.
-    """
-
-    kind: str
-    of: Any
+    kind: str  # "folds", "repeats", "curve" or "site"
+    of: Any  # the repeat, the number of training participants, or the site that is held out
     fold: int
     train: np.ndarray
     test: np.ndarray
@@ -98,18 +96,19 @@ class Split:
 
 
 def make_splits(
-    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, curve_sizes: Iterable[int] = (), leave_site_out: bool,
-    strata: np.ndarray | None = None,
+    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, gain_repeats: int = 0, curve_sizes: Iterable[int] = (),
+    leave_site_out: bool = False, strata: np.ndarray | None = None,
 ) -> list[Split]:  # fmt: skip
     """Splits of participants: folds of each repeat (its seed is ``seed + repeat``), learning curve, held-out sites.
 
-    Of the learning curve, smaller training samples are part of larger ones, within the folds of the first repeat; sizes
-    that a training fold does not have are left out.
+    Repeats up to `gain_repeats`, of the kind "repeats", are for gains alone. Of the learning curve, smaller training
+    samples are part of larger ones, within the folds of the first repeat; sizes that these do not have are left out.
     """
     splits = []
-    for repeat in range(repeats):
+    for repeat in range(max(repeats, gain_repeats)):
+        kind = "folds" if repeat < repeats else "repeats"
         folds = grouped_folds(cohort.groups, cv_folds, seed + repeat, strata)
-        splits += [Split("folds", repeat, k, folds != k, folds == k, seed + repeat) for k in range(folds.max() + 1)]
+        splits += [Split(kind, repeat, k, folds != k, folds == k, seed + repeat) for k in range(folds.max() + 1)]
     first = [split for split in splits if split.of == 0]
     trained = [np.unique(cohort.groups[split.train]) for split in first]
     smallest = min(map(len, trained))
@@ -153,8 +152,8 @@ def best_of(gains: pd.DataFrame, losses: pd.Series) -> str:
 def evaluate_brain_age(
     cohort: Cohort, *, model: str = "auto", augmentations: Sequence[str] | None = None, cv_folds: int = 5,
     repeats: int = 1, seed: int = 0, log_volumes: bool = False, coverage: float = 0.9,
-    curve_sizes: Sequence[int] | None = CURVE_SIZES, leave_site_out: bool = True, n_bootstrap: int = N_BOOTSTRAP,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    gain_repeats: int = GAIN_REPEATS, curve_sizes: Sequence[int] = CURVE_SIZES, leave_site_out: bool = True,
+    n_bootstrap: int = N_BOOTSTRAP, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:  # fmt: skip
     """Score a model with every augmentation on the same held-out participants.
 
@@ -162,14 +161,17 @@ def evaluate_brain_age(
     correction of age bias, prediction intervals of this `coverage`) is fitted within the training folds.
 
     Observations without age are left out; a UserError says that fewer than 10 participants have one. `augmentations`
-    are of `tried_augmentations`, splits of `make_splits` (curve_sizes None: no learning curve), fits of
-    `fit_brain_age`. `progress` is called with the number of fits done and of all fits.
+    are of `tried_augmentations`, splits of `make_splits`, fits of `fit_brain_age`. `progress` is called with the number
+    of fits done and of all fits.
     """
     augmentations = tried_augmentations(cohort, augmentations)
     for augmentation in augmentations:
         known = check_trainable(cohort, augmentation, MIN_PARTICIPANTS)
     cohort = known
-    splits = make_splits(cohort, cv_folds, repeats, seed, curve_sizes=curve_sizes or (), leave_site_out=leave_site_out)
+    splits = make_splits(
+        cohort, cv_folds, repeats, seed, gain_repeats=gain_repeats, curve_sizes=curve_sizes,
+        leave_site_out=leave_site_out,
+    )  # fmt: skip
     linear = closed_form_model(model) if "analytic" in augmentations else model
     done, n_fits = count(1), len(augmentations) * (len(splits) + 1)
 
@@ -191,8 +193,9 @@ def evaluate_brain_age(
     people = pd.concat([cohort.people[IDS].assign(augmentation=name) for name in augmentations], ignore_index=True)
     predictions = people.join(means, on=["augmentation", "observation"])
     against = {("analytic", "mean"): LINEAR_MEAN} if linear != model else {}
+    gains = compare_losses(table[table["kind"].isin(["folds", "repeats"])], against)
     return Evaluation(
-        predictions, _score(folds, [*augmentations, *BASELINES], rng, n_bootstrap), compare_losses(folds, against),
+        predictions, _score(folds, [*augmentations, *BASELINES], rng, n_bootstrap), gains,
         _learning_curve(table, augmentations, rng), _site_errors(table, augmentations),
         _reliability(predictions, cohort), chosen,
         settings={
@@ -201,6 +204,7 @@ def evaluate_brain_age(
             "n_observations": len(cohort), "n_features": len(cohort.names),
             "n_sites": sum(split.kind == "site" for split in splits),
             "n_members": 0 if cohort.members is None else cohort.members.shape[1], "n_bootstrap": n_bootstrap,
+            "gain_repeats": gain_repeats,
         },
     )  # fmt: skip
 
@@ -220,7 +224,7 @@ def _held_out(
     """Predictions of one split by each augmentation and by what they are compared with; intervals of folds only."""
     train, test = cohort.take(split.train), cohort.take(split.test)
     predictions = _simple_predictions(train, test, cohort.sites is not None, log_volumes)
-    if linear != model and split.kind == "folds":
+    if linear != model and split.kind in ("folds", "repeats"):
         estimator, _ = fit_estimator(train, linear, "mean", split.seed, log_volumes=log_volumes)
         predictions[LINEAR_MEAN] = predict_ages(estimator, test, "mean")
     ids = test.people[IDS]

@@ -237,8 +237,8 @@ def _decide(
 
 
 def evaluate_target(
-    data: TargetData, *, augmentations: Sequence[str] | None = None, cv_folds: int = 5, repeats: int = 1, seed: int = 0,
-    n_bootstrap: int = N_BOOTSTRAP, n_permutations: int = N_PERMUTATIONS,
+    data: TargetData, *, augmentations: Sequence[str] | None = None, cv_folds: int = 5, seed: int = 0,
+    gain_repeats: int = 3, n_bootstrap: int = N_BOOTSTRAP, n_permutations: int = N_PERMUTATIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TargetEvaluation:  # fmt: skip
     """Score every augmentation on the same held-out participants, and on held-out sites where there are three.
@@ -248,7 +248,7 @@ def evaluate_target(
     cohort = data.cohort
     augmentations = [name for name in tried_augmentations(cohort, augmentations) if name != "analytic"]
     strata = data.y if data.classes else None
-    splits = make_splits(cohort, cv_folds, repeats, seed, leave_site_out=True, strata=strata)
+    splits = make_splits(cohort, cv_folds, 1, seed, gain_repeats=gain_repeats, leave_site_out=True, strata=strata)
     # A category that one site alone has cannot be learnt without it.
     splits = [split for split in splits if len(np.unique(data.y[split.train])) > 1]
     done, tables = count(1), []
@@ -264,19 +264,20 @@ def evaluate_target(
             labels = {"augmentation": name, "observed": test.y, "n_train": len(np.unique(train.cohort.groups))}
             tables.append(split.label(table.assign(loss=_losses(table, test), **labels)))
     table = pd.concat(tables, ignore_index=True)
+    gains = compare_losses(table[table["kind"] != "site"], contrasts={("none", "covariates"): "features", **CONTRASTS})
+    table = table[table["kind"] != "repeats"]
     rng, parts = np.random.default_rng([seed, 1]), table.groupby(["kind", "augmentation"], sort=False)
     scores = [_scores(part, data.classes, n_bootstrap, rng).assign(held_out=kind, augmentation=name)
               for (kind, name), part in parts]  # fmt: skip
     folds = table[table["kind"] == "folds"]
-    gains = compare_losses(folds, contrasts={("none", "covariates"): "features", **CONTRASTS})
     return TargetEvaluation(
-        folds[folds["of"] == 0].drop(columns=["kind", "of", "fold", "n_train"]),
+        folds.drop(columns=["kind", "of", "fold", "n_train"]),
         pd.concat(scores, ignore_index=True).replace({"held_out": {"folds": "participants", "site": "sites"}}),
         gains, _permutation_p(data, cv_folds, seed, n_permutations),
         best_of(gains, folds.groupby("augmentation")["loss"].mean()),
         settings={
             "target": data.name, "classes": list(data.classes), "covariates": list(data.covariates), "seed": seed,
-            "augmentations": augmentations, "cv_folds": cv_folds, "repeats": repeats, "n_permutations": n_permutations,
+            "augmentations": augmentations, "cv_folds": cv_folds, "n_permutations": n_permutations,
             "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
             "n_features": len(cohort.names), "n_sites": sum(split.kind == "site" for split in splits),
         },
@@ -334,16 +335,13 @@ def target_measures(people: pd.DataFrame, classes: Sequence[str]) -> dict[str, f
 
 
 def _scores(table: pd.DataFrame, classes: Sequence[str], n_bootstrap: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Each measure, mean over repeats, with its interval (95 %, bootstrap over participants within classes)."""
-    numbers = table.select_dtypes("number").assign(participant_id=table["participant_id"])
-    repeats = numbers.groupby(table["of"] if table["kind"].iloc[0] == "folds" else np.zeros(len(table)))
-    people = [part.groupby("participant_id").mean() for _, part in repeats]
-    value = pd.DataFrame([target_measures(part, classes) for part in people]).mean()
-    groups = people[0].groupby("observed" if classes else np.zeros(len(people[0]))).indices.values()
+    """Each measure with its interval (95 %, bootstrap over participants within classes)."""
+    people = table.groupby("participant_id").mean(numeric_only=True)
+    groups = people.groupby("observed" if classes else np.zeros(len(people))).indices.values()
     draws = [np.concatenate([rng.choice(rows, len(rows)) for rows in groups]) for _ in range(n_bootstrap)]
-    drawn = pd.DataFrame([target_measures(people[0].iloc[rows], classes) for rows in draws])
+    drawn = pd.DataFrame([target_measures(people.iloc[rows], classes) for rows in draws])
     low, high = drawn.quantile((1 - CONFIDENCE) / 2), drawn.quantile((1 + CONFIDENCE) / 2)
-    found = pd.DataFrame({"value": value, "low": low, "high": high, "n": len(people[0])})
+    found = pd.DataFrame({"value": target_measures(people, classes), "low": low, "high": high, "n": len(people)})
     return found.rename_axis("measure").reset_index()
 
 

@@ -18,7 +18,6 @@ from bids_varaug.errors import UserError
 COVARIANCE_TABLE = "models/brainage_covariance.tsv"
 EFFECT_SIZE = 0.1  # Cohen's d; half of what Cohen calls a small effect
 CONFIDENCE = 0.95
-COMPARED = ("ratio", "cv", "dice_min")
 TINY = 1e-9  # a standard deviation below this share of the mean is rounding
 
 
@@ -197,7 +196,7 @@ def compare_pipelines(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
         )
     columns = ["measure", "n", "median_ours", "median_other", "ratio", "low", "high", "p_value"]
     rows = []
-    for measure in COMPARED:
+    for measure in ("ratio", "cv", "dice_min"):
         values = paired[[f"{measure}_ours", f"{measure}_other"]].to_numpy(np.float64)
         if measure == "dice_min":
             measure, values = "1 - dice_min", 1 - values

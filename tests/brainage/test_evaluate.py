@@ -16,7 +16,7 @@ from bids_varaug.errors import ExitCode, UserError
 from bids_varaug.variability.reliability import intraclass_correlation
 from tests.brainage.cohorts import simulated_cohort
 
-QUICK = {"n_bootstrap": 200}
+QUICK = {"n_bootstrap": 200, "gain_repeats": 1}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_numerical_noise_in_the_baseline_is_averaged_away(study):
 def test_ages_that_differ_by_site_are_predicted_from_the_site():
     cohort = simulated_cohort(n=60, n_members=0, sessions=2)
     people = cohort.people.assign(site=pd.cut(cohort.people["age"], 4, labels=list("abcd")).astype(object))
-    study = evaluate_brain_age(replace(cohort, people=people), model="ridge", curve_sizes=None, **QUICK)
+    study = evaluate_brain_age(replace(cohort, people=people), model="ridge", curve_sizes=(), **QUICK)
     mae = study.scores.set_index("augmentation")["mae"]
     assert mae["site_predictor"] < 0.4 * mae["mean_predictor"]
 
@@ -79,7 +79,7 @@ def test_curve_sites_and_reliability_have_their_rows(study):
 
 def test_same_seed_same_tables():
     cohort = simulated_cohort(n=30)
-    options = {"model": "bayesian_ridge", "curve_sizes": None, **QUICK}
+    options = {"model": "bayesian_ridge", "curve_sizes": (), **QUICK}
     first, again = (evaluate_brain_age(cohort, **options) for _ in range(2))
     pd.testing.assert_frame_equal(first.predictions, again.predictions)
     pd.testing.assert_frame_equal(first.gains, again.gains)
@@ -93,21 +93,21 @@ def test_folds_never_see_the_age_they_predict():
     shuffled = np.random.default_rng(7).permutation(people["age"].to_numpy()[::2])
     people["age"] = np.repeat(shuffled, 2)
     cohort = type(cohort)(people, cohort.names, cohort.baseline)
-    study = evaluate_brain_age(cohort, model="auto", curve_sizes=None, **QUICK)
+    study = evaluate_brain_age(cohort, model="auto", curve_sizes=(), **QUICK)
     score = study.scores.set_index("augmentation").loc["none"]
     assert not score["r"] > 0.35 and score["r2"] < 0.1
 
 
 def test_augmentations_that_are_equal_by_construction_do_not_differ():
     cohort = simulated_cohort(n=30)
-    study = evaluate_brain_age(cohort, model="ridge", augmentations=("members", "shuffled"), curve_sizes=None, **QUICK)
+    study = evaluate_brain_age(cohort, model="ridge", augmentations=("members", "shuffled"), curve_sizes=(), **QUICK)
     same = study.gains.set_index("part").loc["structure"]
     assert (same["gain"], same["p_value"], same["effect"]) == (0.0, 1.0, "unclear")
 
 
 def test_analytic_is_compared_with_its_own_kind_of_model():
     cohort = simulated_cohort(n=40)
-    options = {"augmentations": ("analytic",), "curve_sizes": None, **QUICK}
+    options = {"augmentations": ("analytic",), "curve_sizes": (), **QUICK}
     svr = evaluate_brain_age(cohort, model="svr", **options)
     linear = evaluate_brain_age(cohort, model="bayesian_ridge", **options)
     svr_gains, linear_gains = (one.gains.set_index("part").loc["augmentation"] for one in (svr, linear))
@@ -193,7 +193,7 @@ def test_correction_is_withheld_from_all_where_little_is_predicted():
     cohort = simulated_cohort(n=40, n_members=0, noise=0.0, seed=1)
     rng = np.random.default_rng(0)
     cohort = replace(cohort, baseline=cohort.baseline + rng.normal(0, 400, cohort.baseline.shape))
-    study = evaluate_brain_age(cohort, model="ridge", curve_sizes=None, n_bootstrap=50)
+    study = evaluate_brain_age(cohort, model="ridge", curve_sizes=(), n_bootstrap=50)
     assert study.predictions["predicted"].notna().all()
     assert study.predictions["corrected"].isna().all()
     assert study.scores["mae_corrected"].isna().all()

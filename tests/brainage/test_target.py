@@ -18,7 +18,7 @@ from bids_varaug.brainage.target import (
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
 
-QUICK = {"n_bootstrap": 20, "n_permutations": 19}
+QUICK = {"n_bootstrap": 20, "n_permutations": 19, "gain_repeats": 1}
 
 
 def no_covariates(cohort):
