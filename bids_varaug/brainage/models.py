@@ -32,7 +32,6 @@ from bids_varaug.brainage.cohort import Cohort, grouped_folds
 from bids_varaug.brainage.features import LogVolumes
 from bids_varaug.errors import UserError
 
-MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 LINEAR_MODELS = ("ridge", "bayesian_ridge")
 # What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and
 # linear ones extrapolate: they fail in different places.
@@ -58,7 +57,7 @@ VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 class Choice:
     """What is decided before a model is fitted; `inner_mae` is the error in years by which it was chosen.
 
-    `model` is one of `MODELS` but ``auto``, or ``average`` (equal weights on several; its `hyperparameters` are those
+    `model` is a key of `GRIDS`, or ``average`` (equal weights on several; its `hyperparameters` are those
     of each); `log_age` whether it predicts ``log(age + 1)``.
     """
 
