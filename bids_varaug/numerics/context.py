@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -133,6 +134,8 @@ class MonteCarloArithmetic(TorchDispatchMode):
     outside is refused by `Tensor.backward` and `torch.autograd.grad`: its fused loops are out of reach.
     (`torch.autograd.backward` does not notice.)
 
+    *Operands* without axes count as exact scalars in pb and mca.
+
     *Zeros* stay zero in operators of one instruction, as do subnormal numbers; infinities and NaN stay in all, and
     finite numbers stay finite.
 
@@ -159,9 +162,9 @@ class MonteCarloArithmetic(TorchDispatchMode):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
-        if precision is not None and not (isinstance(precision, int) and 2 <= precision <= 53):
+        if precision is not None and not (_is_whole(precision) and 2 <= precision <= 53):
             raise ValueError(f"precision={precision!r}: must be an integer from 2 to 53, or None")
-        if not isinstance(seed, int) or seed < 0:
+        if not _is_whole(seed) or seed < 0:
             raise ValueError(f"seed={seed!r}: must be an integer, 0 or more")
         if accumulation not in ACCUMULATIONS:
             raise ValueError(f"accumulation={accumulation!r}: must be one of {ACCUMULATIONS}")
@@ -169,11 +172,11 @@ class MonteCarloArithmetic(TorchDispatchMode):
             raise ValueError(f"lanes={lanes!r}: must be a power of two, 1 or more")
         if centre not in CENTRES:
             raise ValueError(f"centre={centre!r}: must be one of {CENTRES}")
-        self.mode, self.precision, self.seed = mode, precision, seed
+        self.mode, self.precision, self.seed = mode, None if precision is None else int(precision), int(seed)
         self.accumulation, self.lanes, self.fma, self.centre = accumulation, lanes, fma, centre
         self.calls = 0
         self._functions, self._entered = _Functions(), 0
-        self._key = _mixed(seed)
+        self._key = _mixed(self.seed)
         self._specs: dict[tuple[Any, ...], RoundingSpecification] = {}
 
     def __enter__(self) -> MonteCarloArithmetic:
@@ -214,11 +217,11 @@ class MonteCarloArithmetic(TorchDispatchMode):
             with self:
                 result = operator.decomposition(*args, **kwargs)
             if result is not NotImplemented:
-                return result
+                return _within(operator, result)
         if any(isinstance(m, MonteCarloArithmetic) for m in _get_current_dispatch_mode_stack()):
             with _disable_current_modes():
-                return self._run(operator, func, args, kwargs)
-        return self._run(operator, func, args, kwargs)
+                return _within(operator, self._run(operator, func, args, kwargs))
+        return _within(operator, self._run(operator, func, args, kwargs))
 
     def _can_decompose(self, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """16-bit results are rounded once, as they are; so is everything without accumulation."""
@@ -292,6 +295,8 @@ class MonteCarloArithmetic(TorchDispatchMode):
                 f"{operator.name} makes or takes quantised, sparse or nested tensors: Monte Carlo arithmetic knows "
                 "dense ones; convert with dequantize() or to_dense()"
             )
+        if operator.kind == APPROXIMATE and any(isinstance(a, torch.Tensor) and a.is_complex() for a in args):
+            raise TypeError(f"{operator.name}: Monte Carlo arithmetic knows linear algebra of real numbers alone")
         for value in args:
             for operand in value if isinstance(value, list | tuple) else (value,):
                 if _rounds(operand):
@@ -306,7 +311,7 @@ class MonteCarloArithmetic(TorchDispatchMode):
         def perturbed(name: str, value: Any) -> Any:
             if isinstance(value, list | tuple):
                 return type(value)(perturbed(name, item) for item in value)
-            if not _rounds(value) or value.dim() == 0:
+            if not _rounds(value) or value.dim() == 0 or name == "is_target":
                 return value
             if name not in operator.written:
                 value = value.detach().clone()
@@ -407,6 +412,20 @@ def _is_composite(func: torch._ops.OpOverload) -> bool:
     return has_parts and func._can_decompose()
 
 
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral)
+
+
+def _within(operator: Operator, result: Any) -> Any:
+    """Keep the results of functions such as tanh, which end at a power of two, in their range."""
+    if operator.range is not None:
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if tensor.is_floating_point():
+                with _disable_current_modes():
+                    tensor.detach().clamp_(*operator.range)
+    return result
+
+
 def _warn(operator: Operator) -> None:
     if operator.name not in _warned:
         _warned.add(operator.name)
@@ -414,7 +433,7 @@ def _warn(operator: Operator) -> None:
 
 
 def _rounds(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not value.is_meta
 
 
 def _parts(tensor: torch.Tensor) -> torch.Tensor:

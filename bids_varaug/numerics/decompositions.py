@@ -54,23 +54,54 @@ def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dt
 
 
 def logsumexp(self: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
-    """``log(total(exp(x - max))) + max``."""
+    """``log(total(exp(x - max))) + max``; of real numbers."""
+    if self.is_complex():
+        return NotImplemented
     largest = self.amax(dim, keepdim=True) if self.numel() else self.sum(dim, keepdim=True) * 0
     largest = torch.where(largest.abs() == math.inf, 0, largest)
     total = (self - largest).exp().sum(dim, keepdim=keepdim)
     return total.log() + (largest if keepdim or not self.dim() else largest.reshape(total.shape))
 
 
-def var_mean(
+def _spread(
     self: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Variance by the squares of distances from the mean."""
+) -> tuple[Tensor, float, Tensor]:
+    """Variance by the squares of distances from the mean, over a squared scale; the scale; the mean."""
     dims = dim or list(range(self.dim()))
     mean, count = self.mean(dims, keepdim=True), math.prod(self.shape[d] for d in dims)
-    distance = self - mean
-    squares = distance * (distance.conj() if self.is_complex() else distance)
-    variance = squares.sum(dims, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
-    return variance.real if self.is_complex() else variance, mean if keepdim else mean.sum(dims)
+    distance, scale = _scaled(self - mean)
+    squares = _squares(distance).sum(dims, keepdim=keepdim)
+    variance = squares / max(count - (1 if correction is None else correction), 0)
+    return variance, scale, mean if keepdim else mean.sum(dims)
+
+
+def var_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Variance and mean."""
+    variance, scale, mean = _spread(*args, **kwargs)
+    return variance * scale * scale, mean
+
+
+def std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean."""
+    variance, scale, mean = _spread(*args, **kwargs)
+    return variance.sqrt() * scale, mean
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, float]:
+    """Return x over a power of two, and that: the largest magnitude becomes about 1, so that squares stay finite."""
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    if not 0 < largest < math.inf or 1e-15 < largest < 1e15:
+        return x, 1.0
+    scale = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
+    return x * (1 / scale), scale
+
+
+def _squares(x: Tensor) -> Tensor:
+    """``|x|^2``, real."""
+    if not x.is_complex():
+        return x * x
+    parts = torch.view_as_real(x.resolve_conj())
+    return (parts * parts).sum(-1)
 
 
 def vector_norm(
@@ -79,10 +110,11 @@ def vector_norm(
     """Root of the sum of powers; of complex numbers, by their magnitudes."""
     x = self if dtype is None else self.to(dtype)
     dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else dim
-    if math.isinf(ord) or ord == 0 or not x.dim():
+    if math.isinf(ord) or ord == 0 or not x.dim() or not x.numel():
         return NotImplemented
-    if ord == 2 and not x.is_complex():
-        return (x * x).sum(dims, keepdim=keepdim).sqrt()
+    if ord == 2:
+        x, scale = _scaled(x)
+        return _squares(x).sum(dims, keepdim=keepdim).sqrt() * scale
     total = (x.abs() if ord == 1 else x.abs() ** ord).sum(dims, keepdim=keepdim)
     return total if ord == 1 else total ** (1 / ord)
 
@@ -152,10 +184,12 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_softmax_backward_data": softmax_backward,
     "_log_softmax_backward_data": log_softmax_backward,
     "logsumexp": logsumexp,
+    "softmax": torch.softmax,  # with out=
+    "log_softmax": torch.log_softmax,
     "var_mean": var_mean,
     "var": lambda *args, **kwargs: var_mean(*args, **kwargs)[0],
-    "std_mean": lambda *args, **kwargs: (var_mean(*args, **kwargs)[0].sqrt(), var_mean(*args, **kwargs)[1]),
-    "std": lambda *args, **kwargs: var_mean(*args, **kwargs)[0].sqrt(),
+    "std_mean": std_mean,
+    "std": lambda *args, **kwargs: std_mean(*args, **kwargs)[0],
     "linalg_vector_norm": vector_norm,
     "norm": norm,
     "_foreach_norm": lambda tensors, ord=2, dtype=None: [norm(tensor, ord, dtype=dtype) for tensor in tensors],
@@ -181,7 +215,11 @@ def decomposition_of(func: torch._ops.OpOverload) -> Callable[..., Any] | None:
     def into_outputs(*args: Any, **kwargs: Any) -> Any:
         targets = [kwargs.pop(name) for name in outputs]
         results = own(*args, **kwargs)
+        if results is NotImplemented:
+            return results
         for target, result in zip(targets, results if isinstance(results, tuple) else (results,), strict=True):
+            if not torch.can_cast(result.dtype, target.dtype):
+                raise RuntimeError(f"result type {result.dtype} cannot be cast to the output's type {target.dtype}")
             target.resize_(result.shape).copy_(result)
         return tuple(targets) if isinstance(results, tuple) else targets[0]
 

@@ -48,6 +48,12 @@ def _read_table() -> tuple[dict[str, str], dict[str, Callable[..., None]]]:
 
 
 CLASS_OF, _MODEL_OF = _read_table()
+# Ranges that results do not leave, whichever way they are rounded
+_RANGES = {
+    **dict.fromkeys(("sigmoid", "hardsigmoid", "_softmax", "softmax", "_safe_softmax"), (0.0, 1.0)),
+    **dict.fromkeys(("tanh", "erf", "sin", "cos"), (-1.0, 1.0)),
+    **dict.fromkeys(("_log_softmax", "log_softmax", "log_sigmoid_forward"), (-math.inf, 0.0)),
+}
 _COMPLEX_MODELS = {"mul": reductions.complex_product, "div": reductions.complex_product}
 
 
@@ -70,6 +76,11 @@ def _copies(given: dict[str, Any]) -> bool:
     return not given.get("accumulate") and given.get("reduce") in (None, "amax", "amin")
 
 
+def _takes_largest(given: dict[str, Any]) -> bool:
+    order = given.get("ord", given.get("p"))
+    return order is not None and float(order) in (math.inf, -math.inf, 0.0)
+
+
 def _takes_nearest(given: dict[str, Any]) -> bool:
     return given.get("interpolation_mode") == 1
 
@@ -80,6 +91,9 @@ _EXACT_FOR: dict[str, Callable[[dict[str, Any]], bool]] = {
     "pow": lambda given: _number(given.get("exponent")) in (0, 1),
     **dict.fromkeys(("index_put", "_index_put_impl", "_unsafe_index_put", "put"), _copies),
     "scatter_reduce": lambda given: given["reduce"] in ("amax", "amin"),
+    "segment_reduce": lambda given: given["reduce"] in ("max", "min"),
+    "linalg_vector_norm": _takes_largest,
+    "norm": _takes_largest,
     "index_reduce": lambda given: given["reduce"] in ("amax", "amin"),
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), _takes_nearest),
     **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), lambda given: given.get("mode") == 2),
@@ -116,6 +130,7 @@ class Operator:
     is_exact_for : whether it rounds nothing for the arguments given; None: never so
     model : of its many instructions; None: one instruction per element
     decomposition : what it consists of
+    range : which its real results do not leave
     """
 
     name: str
@@ -129,6 +144,7 @@ class Operator:
     is_exact_for: Callable[[dict[str, Any]], bool] | None
     model: Callable[..., None] | None
     decomposition: Callable[..., Any] | None
+    range: tuple[float, float] | None
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name."""
@@ -193,4 +209,5 @@ def operator_of(func: torch._ops.OpOverload) -> Operator:
         is_exact_for=_EXACT_FOR.get(name),
         model=_MODEL_OF.get(name) if kind in (MODELLED, APPROXIMATE) and not packet.startswith("_foreach_") else None,
         decomposition=decomposition,
+        range=_RANGES.get(name),
     )

@@ -47,6 +47,8 @@ def total(call: Call, result: torch.Tensor) -> None:
         return round_(torch.view_as_real(result) if result.is_complex() else result, spec, call.stream())
     dims = _dims(call.given, x)
     count = math.prod(x.shape[d] for d in dims)
+    if count == 1:
+        return None
     for number, (y, terms) in enumerate(_parts(result, x)):
         variance = blocks_of(terms, dims).variance(spec, spec.of_operand)
         if call.name == "mean":
@@ -78,10 +80,10 @@ def cumulative(call: Call, result: torch.Tensor) -> None:
         round_(y, call.spec, call.stream(number))
         if y.dim():
             dim = _dims(call.given, y)[0]
-            errors = y.double() - exact.double()
+            errors = (y.double() - exact.double()).nan_to_num_(0.0, 0.0, 0.0)
             first = errors.narrow(dim, 0, min(1, errors.shape[dim]))
             first.zero_()  # no sum yet
-            y.copy_((exact.double() + errors.cumsum(dim)).nan_to_num_(math.nan, math.inf, -math.inf))
+            y.copy_(exact.double() + errors.cumsum(dim))
 
 
 # Arguments that hold the terms of scattered sums, in the order in which they are looked for
@@ -102,9 +104,11 @@ def scattered(call: Call, result: Result) -> None:
     if has_base and not is_mean and not spec.rounds_exact and _are_copies(y, x):
         return
 
-    def of_terms(terms: torch.Tensor, **changes: Any) -> torch.Tensor:
+    def of_terms(terms: torch.Tensor, power: int, **changes: Any) -> torch.Tensor:
         if has_base:
             changes["self"] = torch.zeros_like(given["self"])
+        for factor in {"alpha", "per_sample_weights"} & {key for key, value in given.items() if value is not None}:
+            changes[factor] = given[factor] ** power
         return _first(call.again(**{name: terms}, **changes))
 
     if "pool" in call.name and name == "self":
@@ -113,15 +117,15 @@ def scattered(call: Call, result: Result) -> None:
         n_terms = torch.full(y.shape, float(math.prod(window)), dtype=torch.float64, device=y.device)
     else:
         as_sum = {"reduce": "sum"} if given.get("reduce") == "mean" else {"mode": 0} if is_mean else {}
-        n_terms = _real(of_terms(torch.ones_like(x), **as_sum)).double()
+        n_terms = _real(of_terms(torch.ones_like(x), 0, **as_sum)).double()
         n_terms = n_terms if "pool" not in call.name else (n_terms > 0) * 2.0
     for number, (target, terms) in enumerate(_parts(y, x)):
         if y.is_complex():  # the operator takes complex numbers alone
-            energy = _real(of_terms(torch.complex(terms.square(), torch.zeros_like(terms)))).double()
+            energy = _real(of_terms(torch.complex(terms.square(), torch.zeros_like(terms)), 2)).double()
             base = None
         else:
-            energy = of_terms(terms.square()).double()
-            base = target.double() - of_terms(terms).double() if has_base and not is_mean else None
+            energy = of_terms(terms.square(), 2).double()
+            base = target.double() - of_terms(terms, 1).double() if has_base and not is_mean else None
         count = n_terms
         if is_mean:
             energy = energy / n_terms.clamp_min(1)

@@ -98,7 +98,8 @@ class Blocks:
         found = self.totals, self.energies, self.counts
         flat = [np.ascontiguousarray(values).reshape(len(self.sizes), -1) for values in found]
         squares, energy = _add_paths(*flat, self.sizes, lanes, spec.rounds_exact)
-        return (spec.per_energy * (spec.of_partial_sum * squares + of_term * energy)).reshape(shape)
+        with np.errstate(invalid="ignore"):  # infinite terms: their sums stay as they are
+            return (spec.per_energy * (spec.of_partial_sum * squares + of_term * energy)).reshape(shape)
 
 
 @compiled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -343,3 +344,81 @@ def test_single_results_are_centred_on_the_exact_one_if_asked(centre):
     error = float(((total / 200 - exact) / ulp).square().mean().sqrt())
     by_chance = math.sqrt(1 / 6 / 200)
     assert (error < 1.1 * by_chance) if centre == "exact" else (error > 5 * by_chance)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("function", [torch.std, torch.linalg.vector_norm, torch.Tensor.norm])
+def test_squares_neither_overflow_nor_vanish(function, scale):
+    x = normal(50) * scale
+    with MonteCarloArithmetic(seed=1):
+        found = function(x)
+    torch.testing.assert_close(found, function(x.double()).float())
+
+
+def test_decompositions_agree_with_torch():
+    z, image = torch.complex(normal(6), normal(6, seed=1)), uniform(1, 1, 32, 32)
+    grid = F.affine_grid(torch.eye(2, 3)[None] * 0.93, (1, 1, 32, 32), align_corners=False)
+    rows = normal(4, 6)
+    calls = [
+        lambda: z.var(),
+        lambda: torch.std_mean(z, correction=0)[0],
+        lambda: torch.logsumexp(z, 0),
+        lambda: F.grid_sample(image, grid, align_corners=False),
+        lambda: F.grid_sample(image, grid, mode="bicubic", align_corners=False),
+        lambda: torch.tensor([1.0, math.inf, 3.0]).cumsum(0),
+        lambda: rows.var(1, keepdim=True),
+        lambda: torch.std(rows, (0, 1), correction=0),
+        lambda: torch.linalg.vector_norm(rows, 3, 1),
+        lambda: torch.softmax(rows, 1, out=torch.empty(0)),
+        lambda: torch.var(rows, 0, out=torch.empty(0)),
+        lambda: torch.func.hessian(lambda q: (q**3).sum())(rows[0]),
+    ]
+    for call in calls:
+        truth = call()
+        with warnings.catch_warnings(), MonteCarloArithmetic(seed=1):
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(call(), truth)
+
+
+def test_what_is_exact_in_a_decomposition_stays():
+    x = normal(50).requires_grad_()
+    for seed in range(20):
+        with MonteCarloArithmetic(seed=seed):
+            largest = torch.linalg.vector_norm(x, math.inf)
+            (slope,) = torch.autograd.grad(largest, x)
+            assert torch.isfinite(slope).all() and largest == x.detach().abs().max()
+            assert torch.ones(1001).norm(0) == 1001
+            assert F.layer_norm(x[:1].detach(), (1,)) == 0 and torch.tensor([0.3]).var(correction=0) == 0
+
+
+@pytest.mark.parametrize(
+    "function, low, high",
+    [(torch.sigmoid, 0, 1), (torch.tanh, -1, 1), (torch.erf, -1, 1), (lambda x: torch.softmax(x, 0), 0, 1),
+     (lambda x: torch.log_softmax(x, 0), -math.inf, 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["rr", "ud", "sr"])
+def test_functions_stay_in_their_range(function, low, high, mode):
+    x = torch.cat([torch.full((100,), 60.0), torch.full((1,), 200.0)])
+    for accumulation in ("fast", "none"):
+        with MonteCarloArithmetic(mode, seed=3, accumulation=accumulation):
+            y = function(x)
+        assert y.min() >= low and y.max() <= high
+
+
+def test_factors_of_scattered_sums_count_squared():
+    source, place = uniform(1000), torch.zeros(1000, dtype=torch.long)
+
+    def spread(factor):
+        results = []
+        for seed in range(100):
+            with MonteCarloArithmetic(seed=seed):
+                results.append(float(torch.zeros(1).index_add(0, place, source, alpha=factor)))
+        return np.std(results) / abs(np.mean(results))
+
+    truth = spread(1)
+    assert all(0.7 < spread(factor) / truth < 1.4 for factor in (-1, -3, 0.5))
+
+
+def test_linear_algebra_of_complex_numbers_is_refused():
+    with MonteCarloArithmetic(), pytest.raises(TypeError, match="real numbers"):
+        torch.linalg.pinv(torch.complex(normal(3, 3), normal(3, 3, seed=1)))
