@@ -53,7 +53,7 @@ def read_morph(path: Path) -> MorphTable:
         pairs = list(zip(map(int, indices), structures, strict=True))
         values = np.array(volumes).astype(np.float64)
     except ValueError as error:
-        raise MorphError(f"a row cannot be read, it holds no number ({error})") from error
+        raise MorphError("a row cannot be read: its index or its volume is no number") from error
     counts = Counter(members)
     n = counts[members[0]]
     for member, other in counts.items():
@@ -68,6 +68,8 @@ def read_morph(path: Path) -> MorphTable:
         raise MorphError(f"member {members[0]} has a structure twice")
     if not (values >= 0).all() or np.isinf(values).any():
         raise MorphError("a volume is missing, negative or infinite")
+    if not values.reshape(-1, n).any(axis=1).all():
+        raise MorphError("all volumes of a member are 0: it found no brain")
     return MorphTable(dict(zip(members, families, strict=True)), tuple(pairs[:n]), values.reshape(-1, n))
 
 

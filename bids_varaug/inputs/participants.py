@@ -311,7 +311,11 @@ def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: l
     """Ages by session, NaN where one cannot be read; sessions without one are left out."""
     if not tsv.is_file():
         return {}
-    table = read_text_table(tsv)
+    try:
+        table = read_text_table(tsv)
+    except TableError as error:
+        notes.append(f"{error} Ages were not looked for there.")
+        return {}
     age = find_column(table.columns, age_column, USUAL_COLUMNS["age"])
     session = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
     if age is None or session is None:

@@ -35,10 +35,11 @@ def _acquisition_times(folder: Path, sessions: Sequence[str]) -> Iterator[tuple[
     """Session and time as written; those of the scans only where the table of sessions has none."""
     table = _read(folder / f"{folder.name}_sessions.tsv")
     column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
-    found = {}
+    found: dict[str, set[str]] = {}
     if column and "acq_time" in table:
-        found = {prefixed(label, "ses"): text for label, text in table[[column, "acq_time"]].dropna().to_numpy()}
-        yield from found.items()
+        for label, text in table[[column, "acq_time"]].dropna().to_numpy():
+            found.setdefault(prefixed(label, "ses"), set()).add(text)
+        yield from ((label, texts.pop()) for label, texts in list(found.items()) if len(texts) == 1)
     for label in set(sessions) - found.keys():
         scans = _read(folder / label / f"{folder.name}_{label}_scans.tsv")
         if {"filename", "acq_time"} <= set(scans):

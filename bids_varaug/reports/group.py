@@ -221,9 +221,9 @@ def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:
 
 def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:
     """Numerical against anatomical spread in the median and in the worst feature, as written."""
-    if numerics is None or numerics["ratio"].isna().all():
+    if numerics is None or not np.isfinite(numerics["ratio"]).any():
         return None
-    known = numerics[numerics["ratio"].notna()]
+    known = numerics[np.isfinite(numerics["ratio"])]
     return {
         "n": len(known),
         "median": f"{known['ratio'].median():.3g}",

@@ -130,7 +130,8 @@ def _find_changes(bids_dir: Path, cohort: Cohort, volumes: np.ndarray, notes: li
     days = {who: order_sessions(bids_dir, who, labels) for who, labels in sessions.items() if len(labels) > 1}
     if undated := [who for who, since in days.items() if np.isnan([*since.values()]).any()]:
         notes.append(
-            "Sessions without a date (acq_time in *_sessions.tsv or *_scans.tsv) are in the order of their labels: "
+            "Sessions without one legible date (acq_time in *_sessions.tsv or *_scans.tsv, such as 2021-03-14) "
+            "are in the order of their labels: "
             f"{some(undated)}. Check that this is their order in time."
         )
     changes = paired_changes(cohort.people, cohort.names, volumes, {who: list(since) for who, since in days.items()})

@@ -49,3 +49,10 @@ def test_any_damage_is_told_or_changes_nothing_but_values(tmp_path, volumes):
         assert read.volumes.shape == (len(read.families), len(read.structures))
         assert len(read.structures) == 2 and np.isfinite(read.volumes).all()
     assert told > 200
+
+
+def test_a_member_that_found_no_brain_is_told(tmp_path, volumes):
+    volumes[1] = 0.0
+    (tmp_path / "a.tsv").write_bytes(text(volumes))
+    with pytest.raises(MorphError, match="found no brain"):
+        read_morph(tmp_path / "a.tsv")

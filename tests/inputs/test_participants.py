@@ -245,6 +245,13 @@ def test_bad_age_of_a_session_costs_that_session_only(dataset):
     assert people.find("sub-01", "ses-b").age == 32
 
 
+@pytest.mark.parametrize("damaged", ["", "session_id\tage\nses-a\n"])
+def test_a_damaged_table_of_sessions_costs_its_own_ages(dataset, damaged):
+    people = read_people(dataset("participant_id\tage\nsub-01\t30\nsub-02\t40\n", **{"01": damaged}))
+    assert ages(people) == {"sub-01": 30, "sub-02": 40}
+    assert any("sub-01_sessions.tsv" in note for note in people.notes)
+
+
 def test_duplicate_rows_are_refused_by_name(dataset):
     folder = dataset("participant_id\tage\nsub-01\t3\nsub-02\t4\nsub-01\t3\n")
     with pytest.raises(UserError, match="more than once: sub-01. "):

@@ -46,6 +46,12 @@ def test_a_missing_date_is_not_guessed(tmp_path, wrong):
     assert list(days) == SESSIONS and all(map(math.isnan, days.values()))
 
 
+def test_two_dates_of_one_session_are_none(tmp_path):
+    write(tmp_path, "sub-01_sessions.tsv", "session_id\tacq_time", "ses-10\t2001-01-01", "ses-2\t2001-01-02",
+          "ses-1\t2001-01-03", "ses-1\t2002-01-03")  # fmt: skip
+    assert list(order_sessions(tmp_path, "sub-01", SESSIONS)) == SESSIONS
+
+
 def test_no_table_and_a_damaged_one_are_no_error(tmp_path):
     assert list(order_sessions(tmp_path, "sub-01", SESSIONS[::-1])) == SESSIONS
     write(tmp_path, "sub-01_sessions.tsv", "session_id\tacq_time", "ses-1\t1\t2")
