@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from bids_varaug.errors import UsageError
@@ -70,12 +71,22 @@ def compiled(**options: Any) -> Callable[..., Any]:
     import numba
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        if options.get("parallel"):
+            # numba's cache knows functions by name: a serial twin would be taken for this one, or this for it
+            function = copy_function(function, f"{function.__name__}_parallel")
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # "cannot cache function: no locator available"
             return numba.njit(**options)(function)
 
     return decorate
+
+
+def copy_function(function: Any, name: str) -> Callable[..., Any]:
+    """Return a function of the same code under another name."""
+    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__qualname__, copy.__doc__ = name, function.__doc__
+    return copy
 
 
 def caches_below(work_dir: Path) -> Path:
