@@ -144,7 +144,8 @@ def _slope_of_norm(difference: Tensor, norm: Tensor, p: float) -> Tensor:
     if p == 1:
         return difference.sign()
     if math.isinf(p):
-        return difference.sign() * (difference.abs() == norm)
+        magnitude = difference.abs()  # `norm` was computed from differences that were rounded otherwise
+        return difference.sign() * (magnitude == magnitude.amax(-1, keepdim=True))
     slope = difference / norm if p == 2 else difference.sign() * (difference.abs() / norm) ** (p - 1)
     return torch.where(norm == 0, 0.0, slope)
 

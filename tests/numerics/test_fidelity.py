@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.numerics import MonteCarloArithmetic, products
 from tests.numerics import reference
 from tests.numerics.reference import Arithmetic
 
@@ -284,6 +284,15 @@ def test_spread_is_that_of_rounded_instructions(operator, kind):
     # Softmax is decomposed, and its differences that are exact are rounded too; group normalisation sums x gradient
     limits = (POOLED[0], 1.35) if operator == "group_norm" else POOLED
     assert_within(compared(operator, kind), limits, 0.8 if operator == "softmax" else 0.88)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operator", ["product", "conv3d"])
+def test_spread_by_a_sample_of_elements(operator, kind, monkeypatch):
+    """As for large operators, of which not every element's partial sums are added up."""
+    monkeypatch.setattr(products, "DIRECT", 0)
+    monkeypatch.setattr(products, "_DIRECT_IMAGES", 0)
+    assert_within(compared(operator, kind), (0.7, 1.4), 0.6)
 
 
 @pytest.mark.parametrize("kind", ["blob", "sparse"])

@@ -422,3 +422,43 @@ def test_factors_of_scattered_sums_count_squared():
 def test_linear_algebra_of_complex_numbers_is_refused():
     with MonteCarloArithmetic(), pytest.raises(TypeError, match="real numbers"):
         torch.linalg.pinv(torch.complex(normal(3, 3), normal(3, 3, seed=1)))
+
+
+def fused_attention(q, k, v, **options):
+    return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], **options)
+
+
+WEIGHT_NORM = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 3))
+MASK = torch.linspace(0, 1, 25).reshape(5, 5) > 0.3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(lambda a, b, c, p=p: torch.cdist(a, b, p) for p in (1.0, 2.0, 3.0, math.inf)),
+        *(lambda a, b, c, p=p: F.pdist(a, p) for p in (1.0, 2.0)),
+        lambda a, b, c: torch.dist(a, b, 3),
+        lambda a, b, c: WEIGHT_NORM(a),
+        lambda a, b, c: F.bilinear(a, b, torch.linspace(-1, 1, 72).reshape(2, 6, 6)),
+        fused_attention,
+        lambda a, b, c: fused_attention(a, b, c, is_causal=True),
+        lambda a, b, c: fused_attention(a, b, c, attn_mask=MASK),
+        lambda a, b, c: torch.softmax(a, 0) + torch.log_softmax(b, 1) + c.logsumexp(0),
+        lambda a, b, c: torch.stack(torch._foreach_norm([a, b, c])),
+        lambda a, b, c: a.std(0) * torch.linalg.vector_norm(b, 1, 0) + c.var(0),
+        lambda a, b, c: F.group_norm(a[None], 5) + F.layer_norm(b, (6,)) * c.norm(3),
+        lambda a, b, c: torch.linalg.vector_norm(torch.complex(a, b), dim=1) + c.sum(1),
+    ],
+)
+def test_values_and_gradients_agree_with_torch(function):
+    def run():
+        operands = [normal(5, 6, seed=seed).requires_grad_() for seed in range(3)]
+        y = function(*operands)
+        gradients = torch.autograd.grad(y.square().sum(), operands, allow_unused=True, materialize_grads=True)
+        return [y.detach(), *gradients]
+
+    truth = run()
+    with MonteCarloArithmetic(seed=2):
+        found = run()
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+    assert any(not torch.equal(a, b) for a, b in zip(found, truth, strict=True))

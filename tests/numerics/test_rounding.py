@@ -736,8 +736,7 @@ def test_formats_that_are_not_known_are_refused():
             x.to(torch.float8_e4m3fn).sum()
         with pytest.raises(TypeError, match="sparse"):
             torch.eye(3).to_sparse() * 1.1
-        with pytest.raises(NotImplementedError, match="meta"):
-            torch.ones(3, device="meta") * 1.1
+        assert (torch.ones(3, device="meta") * 1.1).is_meta  # it has no numbers
 
 
 def formula(x):
