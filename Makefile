@@ -37,6 +37,7 @@ demo: $(VENV)/.demo
 		--n-members 5 -w demo/work
 	$(BIN)/bids_varaug demo/cohort demo/cohort_derivatives group
 	@echo "Open the reports: $(CURDIR)/demo/derivatives/sub-mni152.html"
+	@echo "                  $(CURDIR)/demo/cohort_derivatives/group_quality.html"
 	@echo "                  $(CURDIR)/demo/cohort_derivatives/group_brainage.html"
 
 test: export OMP_NUM_THREADS ?= 1
