@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 
 def attention_backward(
@@ -38,6 +39,45 @@ def attention_backward(
     of_weights = grad_out @ value.mT
     of_scores = weights * (of_weights - (grad_out * out).sum(-1, keepdim=True)) * scale
     return of_scores @ key, of_scores.mT @ query, weights.mT @ grad_out
+
+
+def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """``exp(x - max(x)) / total``."""
+    power = _below_largest(self, dim).exp()
+    return power / power.sum(dim, keepdim=True) if self.dim() else power / power
+
+
+def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """``x - max(x) - log(total)``."""
+    distance = _below_largest(self, dim)
+    return distance - distance.exp().sum(dim, keepdim=True).log() if self.dim() else distance
+
+
+def _below_largest(x: Tensor, dim: int) -> Tensor:
+    """``x - max(x)``, with differences that are exact left alone where the mode does so."""
+    largest = x.amax(dim, keepdim=True) if x.numel() and x.dim() else x
+    rounded = x - largest
+    mode: Any = _get_current_dispatch_mode()
+    if mode.specification(x).rounds_exact:
+        return rounded
+    with _disable_current_modes():  # what the difference rounds away, by Knuth's sum
+        exact = x - largest
+        shift = exact - x
+        lost = (x - (exact - shift)) - (largest + shift)
+    return torch.where(lost == 0, exact, rounded)
+
+
+def group_norm_backward(
+    grad_out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, samples: int, channels: int,
+    voxels: int, groups: int, output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of group normalisation, each one sum in a row."""
+    gradient, inverse = grad_out.reshape(samples, channels, voxels), rstd.reshape(samples, groups, 1)
+    h = (x.reshape(samples, groups, -1) - mean.reshape(samples, groups, 1)) * inverse
+    slope = (gradient if weight is None else gradient * weight[:, None]).reshape(samples, groups, -1)
+    dx = ((slope - slope.mean(2, keepdim=True)) - h * (slope * h).mean(2, keepdim=True)) * inverse
+    of_scale = (gradient * h.reshape(samples, channels, voxels)).sum((0, 2)) if output_mask[1] else None
+    return dx.reshape(x.shape), of_scale, gradient.sum((0, 2)) if output_mask[2] else None
 
 
 def softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
@@ -182,6 +222,9 @@ def trilinear(
 
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
+    "_softmax": softmax,
+    "_log_softmax": log_softmax,
+    "native_group_norm_backward": group_norm_backward,
     "_softmax_backward_data": softmax_backward,
     "_log_softmax_backward_data": log_softmax_backward,
     "logsumexp": logsumexp,

@@ -27,7 +27,7 @@ from bids_varaug.numerics.sums import (
     partial_sums,
 )
 
-DIRECT = 2**16  # multiply-adds of an operator whose partial sums are all computed
+DIRECT = 2**18  # multiply-adds of an operator whose partial sums are all computed
 _DIRECT_IMAGES = 2**19  # the same of a convolution, which comes less often
 _SAMPLED = 2**16  # of a sample
 _VOXELS = 2**13  # of a weight gradient, whose energies are computed

@@ -30,6 +30,7 @@ BLOCKS = 64  # of a sum, at most
 _MOST = 2**21  # blocks of all sums together
 _WIDTH = 256  # sums that one task handles side by side
 _THINNED = 4  # of the lines of long blocks of sums side by side, every so many tells energy and count
+_FOLLOWED = 2**13  # terms of all sums together up to which each is a block of its own
 _SMALL = 2**15  # terms below which waking other threads takes longer than the work
 
 
@@ -97,7 +98,12 @@ class Blocks:
         shape, lanes = self.totals.shape[1:], max(1, min(spec.lanes, int(self.sizes.sum())))
         found = self.totals, self.energies, self.counts
         flat = [np.ascontiguousarray(values).reshape(len(self.sizes), -1) for values in found]
-        squares, energy = _add_paths(*flat, self.sizes, lanes, spec.rounds_exact)
+        if (self.sizes == 1).all():
+            sums = np.zeros((3, 1, flat[0].shape[1]))
+            _add_products(flat[0], np.ones((1, len(flat[0]))), lanes, spec.rounds_exact, sums)
+            squares, energy = sums[:2, 0]
+        else:
+            squares, energy = _add_paths(*flat, self.sizes, lanes, spec.rounds_exact)
         with np.errstate(invalid="ignore"):  # infinite terms: their sums stay as they are
             return (spec.per_energy * (spec.of_partial_sum * squares + of_term * energy)).reshape(shape)
 
@@ -236,8 +242,8 @@ def blocks_of(
         values = values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else values
         return np.ascontiguousarray(np.reshape(values, (outer, inner)), "f8")
 
-    finest = n_terms if x.numel() <= _SMALL else n_terms // 8
-    n_blocks = max(1, min(BLOCKS, finest, max(24, n_terms // 512), _MOST // max(outer * inner, 1)))
+    n_blocks = max(1, min(BLOCKS, n_terms // 8, max(24, n_terms // 512), _MOST // max(outer * inner, 1)))
+    n_blocks = max(n_terms, 1) if x.numel() <= _FOLLOWED else n_blocks
     starts = np.arange(n_blocks + 1) * n_terms // n_blocks
     tensors = [stacked(t) for t in (x, other) if t is not None]
     centres = flat(centre), flat(other_centre)
