@@ -124,7 +124,7 @@ def test_neither_small_nor_large_numbers_lose_their_variance(scale):
 
 @pytest.mark.parametrize("spec", SPECS[:3], ids=str)
 def test_sums_are_those_of_any_memory_layout(spec):
-    x, shared = rows(shape=(2, 3000, 11)), rows(shape=(2, 3000, 1), seed=1).expand(2, 3000, 11)
+    x, shared = rows(shape=(2, 250, 40)), rows(shape=(2, 250, 1), seed=1).expand(2, 250, 40)
     layouts = [
         (x, shared),
         (x, shared.clone()),
@@ -135,8 +135,7 @@ def test_sums_are_those_of_any_memory_layout(spec):
     first, *others = (blocks_of(a, (1,), b) for a, b in layouts)
     for other in others:
         np.testing.assert_allclose(other.totals, first.totals, rtol=1e-6, atol=1e-9)
-        # Where sums lie side by side, a part of the terms tells the energy
-        np.testing.assert_allclose(other.variance(spec, 1.0), first.variance(spec, 1.0), rtol=0.3)
+        np.testing.assert_allclose(other.variance(spec, 1.0), first.variance(spec, 1.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
@@ -150,7 +149,7 @@ def test_axes_are_summed_in_their_order(dims):
         assert blocks.energy.shape == tuple(x.shape[d] for d in kept)
         np.testing.assert_allclose(blocks.totals.sum(0).reshape(-1, 1), one.totals.sum(0), rtol=1e-6)
         found = blocks.variance(SPECS[0], 0.0).reshape(-1, 1)
-        np.testing.assert_allclose(found, one.variance(SPECS[0], 0.0), rtol=0.3)
+        np.testing.assert_allclose(found, one.variance(SPECS[0], 0.0), rtol=1e-6)
 
 
 def test_other_devices_sum_alike():
