@@ -73,7 +73,7 @@ def compiled(**options: Any) -> Callable[..., Any]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if options.get("parallel"):
             # numba's cache knows functions by name: a serial twin would be taken for this one, or this for it
-            function = copy_function(function, f"{function.__name__}_parallel")
+            function = _renamed(function, f"{function.__name__}_parallel")
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # "cannot cache function: no locator available"
@@ -82,7 +82,7 @@ def compiled(**options: Any) -> Callable[..., Any]:
     return decorate
 
 
-def copy_function(function: Any, name: str) -> Callable[..., Any]:
+def _renamed(function: Any, name: str) -> Callable[..., Any]:
     """Return a function of the same code under another name."""
     copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__qualname__, copy.__doc__ = name, function.__doc__

@@ -31,7 +31,7 @@ def read_variables(path: Path) -> pd.DataFrame:
 
 
 def participants_where(tables: Sequence[Path], condition: str) -> list[str]:
-    """Participants of whom a row fulfils a condition, in the order of the table.
+    """Participants with a row that meets a condition, in the order of the table.
 
     The condition is a query of pandas over the columns of the first of the tables that has them, such as ``"group ==
     'TD' and age > 18"``. A UsageError says that no table has a column, or that it is no condition.
