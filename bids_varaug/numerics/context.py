@@ -448,7 +448,8 @@ def _computed(result: Any, operator: Operator, args: tuple[Any, ...], kwargs: di
     if operator.not_returned:
         given = operator.given(args, kwargs)
         filled += [given[name] for name in operator.not_returned if name in given]
-    return [tensor for tensor in tree_flatten(filled)[0] if _rounds(tensor)]
+    listed = [tensor for value in filled for tensor in (value if isinstance(value, list) else [value])]
+    return [tensor for tensor in listed if _rounds(tensor)]
 
 
 def _computed_wider(

@@ -60,11 +60,10 @@ def _below_largest(x: Tensor, dim: int) -> Tensor:
     mode: Any = _get_current_dispatch_mode()
     if mode.specification(x).rounds_exact:
         return rounded
-    with _disable_current_modes():  # what the difference rounds away, by Knuth's sum
+    with _disable_current_modes():  # exact if both operands can be had back
         exact = x - largest
-        shift = exact - x
-        lost = (x - (exact - shift)) - (largest + shift)
-    return torch.where(lost == 0, exact, rounded)
+        is_exact = (exact + largest == x).logical_and_(exact - x == -largest)
+    return torch.where(is_exact, exact, rounded)
 
 
 def group_norm_backward(

@@ -23,9 +23,16 @@ from numba.np.numpy_support import as_dtype
 from numba.np.ufunc.parallel import get_thread_count
 
 from bids_varaug.machine import compiled
-from bids_varaug.numerics.specification import DITHER, RANDOM, STOCHASTIC, UP_DOWN, RoundingSpecification
+from bids_varaug.numerics.specification import (
+    DITHER,
+    MEAN_SQUARE_ULP,
+    RANDOM,
+    STOCHASTIC,
+    UP_DOWN,
+    RoundingSpecification,
+)
 
-GENERATOR = 2
+GENERATOR = 3
 """Version of the streams: the same seed gives other bits under another one."""
 
 _BYTES_SD = 147.8011276006757  # of the sum of four uniform bytes; its mean is 510
@@ -60,34 +67,27 @@ def chunk_key(stream, chunk):
 def random_word(place, first, second):
     """32 random bits: a keyed hash of an element's place in its chunk.
 
-    Three rounds of xorshift-multiply, the constants by Ettinger's search (``triple32``, bias 0.02: indistinguishable
-    from a random permutation in his tests), the second half of the key between them.
+    Two rounds of xorshift-multiply, the constants from Ettinger's search of 2022 (bias 0.11, the best of two rounds),
+    the second half of the key between them.
     """
     word = np.uint32(np.uint32(place) + np.uint32(first))
-    word = np.uint32(word ^ np.uint32(word >> np.uint32(17)))
-    word = np.uint32(np.uint32(word * np.uint32(0xED5AD4BB)) + np.uint32(second))
-    word = np.uint32(word ^ np.uint32(word >> np.uint32(11)))
-    word = np.uint32(word * np.uint32(0xAC4C1B51))
-    word = np.uint32(word ^ np.uint32(word >> np.uint32(15)))
-    word = np.uint32(word * np.uint32(0x31848BAB))
-    return np.uint32(word ^ np.uint32(word >> np.uint32(14)))
-
-
-@compiled(forceinline=True)
-def next_word(word, key):
-    """Another word for the same place."""
-    word = np.uint32(np.uint32(word ^ np.uint32(key)) * np.uint32(0x9E3779B1))
-    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(15))) * np.uint32(0x21F0AAAD))
+    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(16))) * np.uint32(0x21F0AAAD))
+    word = np.uint32(word + np.uint32(second))
+    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(15))) * np.uint32(0x735A2D97))
     return np.uint32(word ^ np.uint32(word >> np.uint32(15)))
 
 
 @compiled(forceinline=True)
-def byte_sum(word):
-    """An integer of mean 0 and standard deviation `_BYTES_SD`."""
-    mask = np.uint32(0x00FF00FF)
-    pairs = np.uint32(np.uint32(word & mask) + np.uint32(np.uint32(word >> np.uint32(8)) & mask))
-    total = np.uint32(np.uint32(pairs & np.uint32(0xFFFF)) + np.uint32(pairs >> np.uint32(16)))
-    return np.int32(np.int32(total) - np.int32(510))
+def two_sums(word):
+    """Two integers of mean 0 and standard deviation `_BYTES_SD`, uncorrelated.
+
+    Of the word's bytes a, b, c, d: ``a + b + c + d - 510`` and ``a + b - c - d``.
+    """
+    mask, shift = np.uint32(0x00FF00FF), np.int32(16)
+    pairs = np.int32(np.uint32(np.uint32(word & mask) + np.uint32(np.uint32(word >> np.uint32(8)) & mask)))
+    low = np.int32(pairs << shift)
+    total = np.int32(np.int32(np.int32(pairs + low) >> shift) - np.int32(510))
+    return total, np.int32(np.int32(pairs - low) >> shift)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class LastRounding(NamedTuple):
 
     kind: int
     width: np.floating  # of the dither, in numbers of the format
-    variance: np.floating  # of a dither that is one term of normal noise: rounding to the format adds 1/12
+    dither: np.floating  # that is one term of noise, of a number from 1 to 2, over `_BYTES_SD`
     ulp: np.floating  # of 1
     step: np.integer  # from one number of the virtual precision to the next
     top: np.integer  # bits of the exponent
@@ -116,8 +116,9 @@ def last_rounding(spec: RoundingSpecification, dtype: torch.dtype) -> LastRoundi
     magnitudes = integer(2 ** (8 * dtype.itemsize - 1) - 1)
     top, low = map(integer, EXPONENTS[dtype])
     ulp = real(2.0 ** (1 - spec.digits))
-    variance = real(spec.rounded_variance - 1 / 12 if spec.width else 0.0)
-    return LastRounding(kind, real(spec.width), variance, ulp, integer(spec.step), top, low, magnitudes)
+    variance = spec.rounded_variance - 1 / 12 if spec.width else 0.0  # rounding to the format adds 1/12
+    dither = real(variance**0.5 * float(ulp) / _BYTES_SD)
+    return LastRounding(kind, real(spec.width), dither, ulp, integer(spec.step), top, low, magnitudes)
 
 
 def like(value: Any, template: Any) -> Any:
@@ -132,12 +133,15 @@ def _like(value: types.Type, template: types.Type) -> Callable:
 
 
 def bits_of(value: Any) -> Any:
-    """Return the bits of a float as an integer of its width."""
+    """Return the bits of a float, or of an array of floats, as integers of their width."""
     return value.view(f"i{value.itemsize}")
 
 
 @overload(bits_of, strict=False)
 def _bits_of(value: types.Type) -> Callable:
+    if isinstance(value, types.Array):
+        integer = np.int32 if value.dtype == types.float32 else np.int64
+        return lambda value: value.view(integer)
     if value == types.float32:
         return lambda value: np.float32(value).view(np.int32)
     return lambda value: np.float64(value).view(np.int64)
@@ -156,6 +160,13 @@ def _float_of(bits: types.Type) -> Callable:
 
 
 @compiled(forceinline=True)
+def unless_infinite(bits, moved, how):
+    """Bits of the number it moved to, or of the number itself where either is infinite or NaN."""
+    finite = like(like(moved & how.top, bits) != how.top, bits)
+    return like(bits + like(like(moved - bits, bits) & like(-finite, bits), bits), bits)
+
+
+@compiled(forceinline=True)
 def rounded(bits, word, fraction, kind, how):
     """Bits of a number, rounded; `fraction` of a step of the format had been rounded away, or is 0.
 
@@ -163,13 +174,13 @@ def rounded(bits, word, fraction, kind, how):
     `kind` is `how.kind` as a constant.
     """
     step, one = how.step, like(1, how.step)
-    magnitude = like(bits & how.magnitudes, step)
     share = like(like(np.int32(word), fraction) * like(2.0**-32, fraction), fraction)
     if kind == DITHER:
-        power = float_of(like(bits & like(how.top | like(~how.magnitudes, step), step), step))
+        power = float_of(like(bits & like(how.top | like(~how.magnitudes, step), step), step))  # 0 if subnormal
         dither = like(fraction + share * how.width, fraction) * (power * how.ulp)
-        moved = like(bits_of(like(float_of(bits) + dither, fraction)) & how.magnitudes, step)
-    elif kind == _STEPS:
+        return unless_infinite(bits, bits_of(like(float_of(bits) + dither, fraction)), how)
+    magnitude = like(bits & how.magnitudes, step)
+    if kind == _STEPS:
         moved = like(magnitude + like(np.rint(like(fraction + share * how.width, fraction)), step), step)
     elif kind == STOCHASTIC:
         draw = like((share + like(0.5, fraction)) * like(step, fraction), step)
@@ -213,6 +224,21 @@ def _round_known_chunk(bits, fractions, first, second, how):
             bits[i] = rounded(old, word, fractions[i], how.kind, how)
 
 
+@compiled()
+def _round_loop(bits, first, second, how):
+    """Choose the loop."""
+    if how.kind == DITHER:
+        _round_chunk(bits, first, second, DITHER, how)
+    elif how.kind == _STEPS:
+        _round_chunk(bits, first, second, _STEPS, how)
+    elif how.kind == STOCHASTIC:
+        _round_chunk(bits, first, second, STOCHASTIC, how)
+    elif how.kind == UP_DOWN:
+        _round_chunk(bits, first, second, UP_DOWN, how)
+    else:
+        _round_chunk(bits, first, second, RANDOM, how)
+
+
 def _round_array(bits, fractions, stream, how):
     length = _CHUNK * _CHUNKS
     for chunk in prange((bits.size + length - 1) // length):
@@ -221,69 +247,44 @@ def _round_array(bits, fractions, stream, how):
         first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
         if fractions.size > 0:
             _round_known_chunk(bits[part], fractions[part], first, second, how)
-        elif how.kind == DITHER:
-            _round_chunk(bits[part], first, second, DITHER, how)
-        elif how.kind == _STEPS:
-            _round_chunk(bits[part], first, second, _STEPS, how)
-        elif how.kind == STOCHASTIC:
-            _round_chunk(bits[part], first, second, STOCHASTIC, how)
-        elif how.kind == UP_DOWN:
-            _round_chunk(bits[part], first, second, UP_DOWN, how)
         else:
-            _round_chunk(bits[part], first, second, RANDOM, how)
+            _round_loop(bits[part], first, second, how)
 
 
 @compiled(fastmath={"contract"}, forceinline=True)
-def _noise_chunk(y, other, columns, roots, first, second, kind, has_roots, has_other, how):
-    """Noise of one chunk. Dither is one more term of the variance: a second hash would take longer than the root."""
+def _noise_chunk(y, other, columns, roots, first, second, has_quadratic, has_roots, has_other, how):
+    """Noise of one chunk: two terms of one random word, and what it has in common with others."""
     quadratic, offset, linear, slope, intercept = columns[0], columns[1], columns[2], columns[3], columns[4]
-    one, step = like(1, how.width), how.step
-    unit, dither = like(2 * how.ulp, one), like(how.variance * like(1 / _BYTES_SD**2, one), one)
+    one = how.width
     for i in range(y.size):
-        word, distance = random_word(i, first, second), like(y[i] - offset[i], one)
-        # Squares of numbers divided by the largest one's power of two (halved, or that of 2^127 would be subnormal)
-        # neither overflow nor vanish
-        own = like(bits_of(y[i]) & how.top, step)
-        highest = max(own, like(bits_of(distance) & how.top, step))
-        if has_roots:
-            highest = max(highest, like(bits_of(roots[i]) & how.top, step))
-        inverse = float_of(like(like(how.top - like(how.low << 1, step), step) - highest, step))
-        power, distance = like(float_of(own) * inverse, one), like(distance * inverse, one)
-        variance = like(quadratic[i] * distance * distance, one) + like(dither * power * power, one)
-        if has_roots:
-            root = like(roots[i] * inverse, one)
-            variance += like(linear[i] * root * root, one)
-        spread = like(np.sqrt(variance) * like(byte_sum(word), one), one)
-        noise = like(spread * like(float_of(highest) * unit, one), one)
-        if has_other:
-            noise += slope[i] * other[i] + intercept[i]
-        bits, moved = bits_of(y[i]), bits_of(like(y[i] + noise, one))
-        # Infinity and NaN stay, and finite numbers stay finite
-        finite = like(like(moved & how.top, bits) != how.top, bits)
-        moved = like(bits + like(like(moved - bits, bits) & like(-finite, bits), bits), bits)
-        if kind != DITHER:
-            moved = rounded(moved, next_word(word, second), like(0, one), kind, how)
-        y[i] = float_of(moved)
+        total, difference = two_sums(random_word(i, first, second))
+        bits = bits_of(y[i])
+        dither = like(how.dither * float_of(like(bits & how.top, bits)), one)
+        if has_quadratic:
+            noise = like(total, one) * like(quadratic[i] * like(y[i] - offset[i], one), one)
+        else:
+            noise = like(total, one) * dither
+        noise += like(difference, one) * (like(linear[i] * roots[i], one) if has_roots else dither)
+        if has_other or not has_roots:
+            noise += slope[i] * (other[i] if has_other else y[i]) + intercept[i]
+        y[i] = float_of(unless_infinite(bits, bits_of(like(y[i] + noise, one)), how))
 
 
 @compiled()
-def _noise_loop(y, other, columns, roots, first, second, how):
+def _noise_loop(y, other, columns, roots, first, second, has_quadratic, how):
     """Choose the loop."""
-    with_roots, with_other = roots.size > 0, other.size > 0
-    if how.kind == STOCHASTIC:
-        _noise_chunk(y, other, columns, roots, first, second, STOCHASTIC, True, True, how)
-    elif how.kind == UP_DOWN:
-        _noise_chunk(y, other, columns, roots, first, second, UP_DOWN, True, True, how)
-    elif how.kind == RANDOM:
-        _noise_chunk(y, other, columns, roots, first, second, RANDOM, True, True, how)
-    elif with_roots and with_other:
-        _noise_chunk(y, other, columns, roots, first, second, DITHER, True, True, how)
-    elif with_roots:
-        _noise_chunk(y, other, columns, roots, first, second, DITHER, True, False, how)
-    elif with_other:
-        _noise_chunk(y, other, columns, roots, first, second, DITHER, False, True, how)
+    if not has_quadratic:
+        _noise_chunk(y, other, columns, roots, first, second, False, True, False, how)
+    elif roots.size > 0 and other.size > 0:
+        _noise_chunk(y, other, columns, roots, first, second, True, True, True, how)
+    elif roots.size > 0:
+        _noise_chunk(y, other, columns, roots, first, second, True, True, False, how)
+    elif other.size > 0:
+        _noise_chunk(y, other, columns, roots, first, second, True, False, True, how)
     else:
-        _noise_chunk(y, other, columns, roots, first, second, DITHER, False, False, how)
+        _noise_chunk(y, other, columns, roots, first, second, True, False, False, how)
+    if how.kind != DITHER:
+        _round_loop(bits_of(y), second, first, how)
 
 
 @compiled()
@@ -293,48 +294,42 @@ def _fill(array, value):
 
 
 @compiled()
-def _copy(array, source):
-    for i in range(array.size):
-        array[i] = source[i]
+def _fill_roots(array, squares):
+    for i in range(squares.size):
+        array[i] = np.sqrt(squares[i] if squares[i] > 0 else 0.0)
 
 
-def _noise_array(y, other, columns, roots, n_columns, length, inner, stream, how):
-    """Noise of lines of memory: see `_memory_noise`."""
+def _noise_array(y, other, columns, squares, n_columns, length, inner, has_quadratic, stream, how):
+    """Noise of lines of memory, each of one column, or (`inner`) each the row of all columns, several times.
+
+    `squares` are of each place: of a line's places, which all lines share, or of each row.
+    """
     per_line = 1 if inner else (length + _CHUNK - 1) // _CHUNK
     n_chunks = (y.size + length - 1) // length * per_line
     size = min(length, y.size) if inner else min(length, _CHUNK)
-    is_slow = how.kind != DITHER  # its loop wants everything
     for task in prange((n_chunks + _CHUNKS - 1) // _CHUNKS):
-        mine, nothing = np.empty((5, size), y.dtype), np.zeros(size if is_slow else 0, y.dtype)
-        root = np.empty(size if inner and roots.size > 0 else 0, y.dtype)
-        # A copy: where it is y itself, a loop over both would not become vector instructions
-        companion, filled = np.zeros(size if is_slow or other.size > 0 else 0, y.dtype), -1
-        if inner:
-            mine[:] = columns[:, :size]
+        mine, filled = columns if inner else np.empty((5, size), y.dtype), -1
+        roots = np.empty(size if squares.size > 0 else 0, y.dtype)
         for chunk in range(task * _CHUNKS, min((task + 1) * _CHUNKS, n_chunks)):
             key = chunk_key(stream, chunk)
             first, second = np.uint32(key), np.uint32(key >> np.uint64(32))
-            mine_root = nothing
+            line, begin = chunk // per_line, chunk % per_line * _CHUNK
+            start, n = line * length + begin, min(size, length - begin)
             if inner:
-                start = chunk * length
                 n = min(length, y.size - start)
-                if roots.size > 0:
-                    for row in range(n // n_columns):
-                        _fill(root[row * n_columns : (row + 1) * n_columns], roots[start // n_columns + row])
-                    mine_root = root
+                for row in range(n // n_columns if squares.size > 0 else 0):
+                    square = squares[start // n_columns + row]
+                    _fill(roots[row * n_columns : (row + 1) * n_columns], like(np.sqrt(max(square, 0.0)), how.width))
             else:
-                line, begin = chunk // per_line, chunk % per_line * _CHUNK
-                start, n = line * length + begin, min(_CHUNK, length - begin)
+                if squares.size > 0:
+                    where = line // n_columns * length + begin
+                    _fill_roots(roots, squares[where : where + n])
                 if line != filled:
                     filled = line
                     for k in range(5):
                         _fill(mine[k], columns[k, line % n_columns])
-                if roots.size > 0:
-                    where = line // n_columns * length + begin
-                    mine_root = roots[where : where + n]
-            if other.size > 0:
-                _copy(companion[:n], other[start : start + n])
-            _noise_loop(y[start : start + n], companion, mine, mine_root, first, second, how)
+            companion = other[start : start + n] if other.size > 0 else other
+            _noise_loop(y[start : start + n], companion, mine, roots, first, second, has_quadratic, how)
 
 
 def _serial_or_parallel(function: Callable) -> Callable:
@@ -353,8 +348,11 @@ def _serial_or_parallel(function: Callable) -> Callable:
 @contextmanager
 def torch_threads() -> Iterator[None]:
     """Let numba's parallel loops use as many threads as torch does."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
+    before, wanted = numba.get_num_threads(), min(torch.get_num_threads(), get_thread_count())
+    if before == wanted:
+        yield
+        return
+    numba.set_num_threads(wanted)
     try:
         yield
     finally:
@@ -401,7 +399,9 @@ class ChannelNoise:
 
 def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Return the tensor with its axes in the order of memory, and that order."""
-    order = sorted(range(tensor.dim()), key=lambda axis: tensor.stride()[axis], reverse=True)
+    order = list(range(tensor.dim()))
+    if not tensor.is_contiguous():
+        order.sort(key=tensor.stride().__getitem__, reverse=True)
     return tensor.detach().permute(order), order
 
 
@@ -436,29 +436,31 @@ def round_(
         ordered.copy_(dense)
 
 
-def perturb_(tensor: torch.Tensor, deviation: torch.Tensor, spec: RoundingSpecification, stream: int) -> None:
-    """Add noise of a given standard deviation to each element, then round once, in place.
+def perturb_(
+    tensor: torch.Tensor, variance: torch.Tensor | np.ndarray, spec: RoundingSpecification, stream: int
+) -> None:
+    """Add noise to each element, then round once, in place.
 
     Parameters
     ----------
     tensor : float32 or float64, any strides
-    deviation : same shape, any float format
+    variance : of the noise, a shape that fits; below 0 counts as 0; elements where it is infinite or NaN stay
     spec : of the tensor's format
     stream : names the random numbers, 64 bits
     """
     if not tensor.numel():
         return
-    deviation = deviation.detach().to(tensor.dtype)
+    variance = torch.as_tensor(variance, dtype=torch.float64, device=tensor.device).detach().expand(tensor.shape)
     if tensor.device.type != "cpu":
-        torch_perturb_(tensor, deviation, 0.0, spec, stream)
+        torch_perturb_(tensor, variance.clamp_min(0).sqrt().to(tensor.dtype), 0.0, spec, stream)
         return
     ordered, order = in_memory_order(tensor)
     dense = ordered.contiguous()
-    values, roots = dense.reshape(-1).numpy(), deviation.permute(order).reshape(-1).numpy()
+    values, squares = dense.reshape(-1).numpy(), variance.permute(order).reshape(-1).numpy()
     columns = np.zeros((5, 1), values.dtype)
+    columns[2] = 1 / _BYTES_SD
     how = last_rounding(spec, tensor.dtype)
-    columns[2] = 1 / (_BYTES_SD * how.ulp) ** 2
-    _memory_noise(values, values[:0], columns, roots, 1, values.size, False, np.uint64(stream), how)
+    _memory_noise(values, values[:0], columns, squares, 1, values.size, False, False, np.uint64(stream), how)
     if dense is not ordered:
         ordered.copy_(dense)
 
@@ -492,21 +494,23 @@ def perturb_channels_(tensor: torch.Tensor, noise: ChannelNoise, spec: RoundingS
     values = dense.movedim(1, -1).reshape(-1).numpy() if channels_last else dense.reshape(-1).numpy()
     columns, n_columns = noise.columns(), y.shape[1]
     how = last_rounding(spec, y.dtype)
-    columns[[0, 2]] /= (_BYTES_SD * float(how.ulp)) ** 2
-    roots = companion = values[:0]
-    if noise.energy is not None:
-        roots = noise.energy.clamp_min(0).sqrt_().to(y.dtype).reshape(-1).numpy()
-    if noise.companion is not None or noise.intercept is not None:
-        other = y if noise.companion is None else noise.companion.detach()
+    columns[[0, 2]] = np.sqrt(columns[[0, 2]]) / _BYTES_SD
+    squares, companion = np.empty(0), values[:0]
+    if noise.energy is not None:  # the dither is part of the first term
+        columns[0] = np.hypot(columns[0], MEAN_SQUARE_ULP**0.5 / 2 * float(how.dither))
+        squares = noise.energy.double().reshape(-1).numpy()
+    if noise.companion is not None or (noise.energy is not None and noise.slope is not None):
+        other = y.clone() if noise.companion is None else noise.companion.detach()
         other = other.contiguous(memory_format=layout)
         companion = (other.movedim(1, -1) if channels_last else other).reshape(-1).numpy()
     length = y[0, 0].numel()
     if channels_last:  # several voxels at once
         columns = np.tile(columns, max(1, _CHUNK // n_columns))
         length = columns.shape[1]
+    columns = columns.astype(values.dtype)
     _memory_noise(
-        values, companion, columns.astype(values.dtype), roots, n_columns, length, channels_last, np.uint64(stream), how
-    )
+        values, companion, columns, squares, n_columns, length, channels_last, True, np.uint64(stream), how
+    )  # fmt: skip
     if dense is not y:
         y.copy_(dense)
 

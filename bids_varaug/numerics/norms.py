@@ -104,8 +104,7 @@ def batch_norm_backward(call: Call, result: Results) -> None:
         round_(dx, spec, call.stream())
     for number, (tensor, variance) in enumerate(((of_scale, of_scales), (of_shift, of_shifts))):
         if tensor is not None and tensor.numel():
-            deviation = torch.from_numpy(np.sqrt(variance)).to(tensor.device)
-            perturb_(tensor, deviation, spec, call.stream(3 + number))
+            perturb_(tensor, variance, spec, call.stream(3 + number))
 
 
 def _variances_of_statistics(

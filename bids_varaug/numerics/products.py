@@ -20,16 +20,17 @@ from bids_varaug.numerics.specification import RoundingSpecification
 from bids_varaug.numerics.sums import (
     Blocks,
     PartialSums,
-    blocks_of,
     blocks_of_products,
     bridge_variances,
     energies,
     partial_sums,
+    sum_variance,
 )
 
 DIRECT = 2**18  # multiply-adds of an operator whose partial sums are all computed
 _DIRECT_IMAGES = 2**19  # the same of a convolution, which comes less often
-_SAMPLED = 2**16  # of a sample
+_SAMPLED = 2**14  # of a sample
+_LONG = 2**16  # terms of a matrix product of which a sample is looked at
 _VOXELS = 2**13  # of a weight gradient, whose energies are computed
 _FEW = 2**12  # terms of a weight gradient whose energies are computed for each element
 _PAIRS = 16  # channels on either side of a weight gradient whose partial sums are looked at
@@ -98,8 +99,11 @@ def perturb_product(
     if not m * n * k:
         return
     if m * n * k <= DIRECT:
-        deviation = np.sqrt(_with_bias(partial_sums(_numpy(a), _numpy(b), spec), bias is not None, spec))
-        perturb_(y, torch.from_numpy(deviation).to(y.device), spec, stream)
+        perturb_(y, _with_bias(partial_sums(_numpy(a), _numpy(b), spec), bias is not None, spec), spec, stream)
+        return
+    if k > _LONG and bias is None:  # as the gradient of a convolution's kernels, channels by channels
+        images = image_of(a[None]), image_of(b.T[None])
+        _perturb_weight_gradient(image_of(y), *images, None, Geometry((1,) * 3, (0,) * 3, (1,) * 3), spec, stream)
         return
     rows, columns = _sample((m, n), k, stream)
     of_rows, of_columns = _row_energies(a), _row_energies(b.T) / k
@@ -110,7 +114,7 @@ def perturb_product(
     quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
     if bias is not None and bias.stride(0) != 0:
         variance = ((y - bias).double().square() * quadratic).addcmul_(of_rows[:, None], of_columns, value=linear)
-        perturb_(y, variance.mul_(torch.from_numpy(factor).to(y.device)).sqrt_(), spec, stream)
+        perturb_(y, variance.mul_(torch.from_numpy(factor).to(y.device)), spec, stream)
         return
     offset = None if bias is None else _numpy(bias[0]).astype("f8")
     linears = factor * linear * _numpy(of_columns)
@@ -211,7 +215,7 @@ def _perturb_by_energy(y, total, energy, n_terms, has_bias: bool, spec: Rounding
     quadratic, linear = bridge_variances(n_terms, spec)
     quadratic += spec.per_energy * spec.of_partial_sum * has_bias
     variance = quadratic * total.double().square() + linear * energy.double().clamp_min(0)
-    perturb_(y, variance.sqrt(), spec, stream)
+    perturb_(y, variance, spec, stream)
 
 
 def _perturb_convolution(
@@ -229,8 +233,9 @@ def _perturb_convolution(
     n_out, n_terms = y.shape[1], weight[0].numel()
     n_voxels = y.numel() // n_out
     is_small = y.numel() * n_terms <= _DIRECT_IMAGES
-    voxels, channels = np.arange(n_voxels), np.arange(n_out)
-    if not is_small:
+    if is_small:
+        voxels, channels = np.arange(n_voxels), np.arange(n_out)
+    else:
         voxels, channels = _sample((n_voxels, n_out), n_terms, stream)
     places = np.stack(np.unravel_index(voxels, (y.shape[0], *y.shape[2:])), axis=1)
     chosen = weight if len(channels) == n_out else weight[torch.from_numpy(channels).to(weight.device)]
@@ -238,8 +243,7 @@ def _perturb_convolution(
     sums = partial_sums(patches, _numpy(chosen.reshape(len(channels), -1).T), spec)
     if is_small:
         variance = _with_bias(sums, bias is not None, spec)
-        deviation = np.moveaxis(np.sqrt(variance).reshape(y.shape[0], *y.shape[2:], n_out), -1, 1)
-        perturb_(y, torch.from_numpy(np.ascontiguousarray(deviation)).to(y.device), spec, stream)
+        perturb_(y, np.moveaxis(variance.reshape(y.shape[0], *y.shape[2:], n_out), -1, 1), spec, stream)
         return
     quadratic, linear = bridge_variances(n_terms, spec)
     quadratic += spec.per_energy * spec.of_partial_sum * (bias is not None)
@@ -269,9 +273,12 @@ def _window_sums(energy: torch.Tensor, kernel, geometry: Geometry, shape) -> tor
         if (k, s, p) == (1, 1, 0):
             continue
         size, n = energy.shape[1 + axis], shape[axis]
-        total = energy.new_zeros(*energy.shape[: 1 + axis], n, *energy.shape[2 + axis :])
+        is_same = (s, size) == (1, n) and p % d == 0 and p // d < k  # one tap is the whole itself
+        total = energy.clone() if is_same else energy.new_zeros(*energy.shape[: 1 + axis], n, *energy.shape[2 + axis :])
         for tap in range(k):
             start = tap * d - p
+            if is_same and start == 0:
+                continue
             first, stop = max(0, -(start // s)), min(n, (size - 1 - start) // s + 1)
             if stop > first:
                 at = slice(start + first * s, start + (stop - 1) * s + 1, s)
@@ -283,17 +290,19 @@ def _window_sums(energy: torch.Tensor, kernel, geometry: Geometry, shape) -> tor
 
 def _patches(x: torch.Tensor, places: np.ndarray, kernel, geometry: Geometry) -> np.ndarray:
     """What lies under the kernel for some voxels of the result, (S, 4) -> (S, C KX KY KZ); 0 on padding."""
-    where = torch.from_numpy(places).to(x.device)
-    index, inside = [where[:, 0].reshape(-1, 1, 1, 1)], torch.ones((), device=x.device, dtype=torch.bool)
+    index, inside = [places[:, 0].reshape(-1, 1, 1, 1)], np.ones((), bool)
     for axis, size in enumerate(kernel):
-        taps = torch.arange(size, device=x.device) * geometry.dilation[axis]
-        place = where[:, 1 + axis, None] * geometry.stride[axis] - geometry.padding[axis] + taps
+        taps = np.arange(size) * geometry.dilation[axis] - geometry.padding[axis]
+        place = places[:, 1 + axis, None] * geometry.stride[axis] + taps
         shape = [-1, 1, 1, 1]
         shape[1 + axis] = size
         inside = inside & ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
-        index.append(place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
-    patches = x.detach().movedim(1, -1)[tuple(index)].where(inside[..., None], 0)
-    return _numpy(patches.movedim(-1, 1).reshape(len(places), -1))
+        index.append(place.clip(0, x.shape[2 + axis] - 1).reshape(shape))
+    if x.device.type == "cpu":
+        patches = _numpy(x.movedim(1, -1))[tuple(index)]
+    else:
+        patches = _numpy(x.movedim(1, -1)[tuple(torch.from_numpy(places).to(x.device) for places in index)])
+    return np.moveaxis(np.where(inside[..., None], patches, 0), -1, 1).reshape(len(places), -1)
 
 
 def convolution_backward(call: Call, result: tuple[torch.Tensor | None, ...]) -> None:
@@ -331,9 +340,8 @@ def convolution_backward(call: Call, result: tuple[torch.Tensor | None, ...]) ->
         else:
             _perturb_by_energy(of_weight, of_weight, energy, n_terms, False, call.spec, call.stream(1))
     if of_bias is not None:
-        blocks = blocks_of(gradient, (0, *range(2, gradient.dim())))
-        deviation = np.sqrt(blocks.variance(call.spec, call.spec.of_operand))
-        perturb_(of_bias, torch.from_numpy(deviation).to(of_bias.device), call.spec, call.stream(2))
+        variance = sum_variance(gradient, (0, *range(2, gradient.dim())), call.spec)
+        perturb_(of_bias, variance, call.spec, call.stream(2))
 
 
 def _perturb_weight_gradient(
@@ -371,7 +379,7 @@ def _perturb_weight_gradient(
     variance.addcmul_(exact, exact, value=quadratic)
     if not spec.rounds_exact:
         variance.mul_(share * inside)
-    return perturb_(y, variance.sqrt_(), spec, stream)
+    return perturb_(y, variance, spec, stream)
 
 
 def _overlap(tap: int, axis: int, geometry: Geometry, gradient: torch.Tensor, x: torch.Tensor) -> tuple[int, int]:
@@ -385,7 +393,8 @@ def _voxels(gradient, x, tap, geometry: Geometry) -> tuple[torch.Tensor, torch.T
     """Some terms of a weight gradient at a tap, in order: (O, V), (C, V), and how many terms one stands for."""
     inside_g, inside_x = [slice(None), slice(None)], [slice(None), slice(None)]
     n_terms = gradient.numel() // gradient.shape[1]
-    every = max(1, round((n_terms / _VOXELS) ** (1 / 3))) if n_terms > _VOXELS else 1
+    n_axes = max(1, sum(n > 1 for n in gradient.shape[2:]))
+    every = max(1, round((n_terms / _VOXELS) ** (1 / n_axes))) if n_terms > _VOXELS else 1
     for axis, offset in enumerate(tap):
         n, stride = gradient.shape[2 + axis], geometry.stride[axis]
         start = offset * geometry.dilation[axis] - geometry.padding[axis]
@@ -424,7 +433,9 @@ def _drift(blocks: Blocks, step: float) -> tuple[float, float]:
 
 
 def _some(tensor: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-    return _numpy(tensor.detach().index_select(0, torch.from_numpy(rows).to(tensor.device)))
+    if tensor.device.type == "cpu":
+        return _numpy(tensor)[rows]
+    return _numpy(tensor.index_select(0, torch.from_numpy(rows).to(tensor.device)))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

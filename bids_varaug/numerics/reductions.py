@@ -11,7 +11,7 @@ import torch
 from bids_varaug.numerics.call import Call
 from bids_varaug.numerics.noise import perturb_, round_
 from bids_varaug.numerics.specification import RoundingSpecification
-from bids_varaug.numerics.sums import blocks_of, bridge
+from bids_varaug.numerics.sums import bridge, sum_variance
 
 Result = Any  # a tensor or several
 
@@ -33,7 +33,7 @@ def _parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 def _perturb(y: torch.Tensor, variance: Any, spec: RoundingSpecification, stream: int) -> None:
     """Perturb by a variance without the last rounding, of the result's shape."""
     variance = torch.as_tensor(variance, dtype=torch.float64, device=y.device).nan_to_num(0.0, 0.0, 0.0)
-    perturb_(y, variance.clamp_min(0).sqrt().reshape(y.shape), spec, stream)
+    perturb_(y, variance.reshape(y.shape), spec, stream)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def total(call: Call, result: torch.Tensor) -> None:
     if count == 1:
         return None
     for number, (y, terms) in enumerate(_parts(result, x)):
-        variance = blocks_of(terms, dims).variance(spec, spec.of_operand)
+        variance = sum_variance(terms, dims, spec)
         if call.name == "mean":
             squares = y.detach().double().square().cpu().numpy().reshape(variance.shape)
             variance = variance / count**2 + spec.per_energy * spec.of_partial_sum * squares
@@ -227,8 +227,8 @@ def backward_stable(call: Call, result: Result) -> None:
     for number, (name, value) in enumerate(call.given.items()):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and value.dim() > 1:
             changed, n = value.detach().clone(), min(value.shape[-2:])
-            deviation = changed.abs() * math.sqrt(call.spec.per_energy * call.spec.of_partial_sum * n / 3)
-            perturb_(changed, deviation, call.spec, call.stream(1 + number))
+            variance = changed.double().square() * (call.spec.per_energy * call.spec.of_partial_sum * n / 3)
+            perturb_(changed, variance, call.spec, call.stream(1 + number))
             operands[name] = changed
     perturbed = call.again(**operands)
     for old, new in zip(_listed(result), _listed(perturbed), strict=True):

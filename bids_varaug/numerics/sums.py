@@ -29,7 +29,9 @@ from bids_varaug.numerics.specification import MEAN_SQUARE_ULP, RoundingSpecific
 BLOCKS = 64  # of a sum, at most
 _MOST = 2**21  # blocks of all sums together
 _WIDTH = 256  # sums that one task handles side by side
-_THINNED = 4  # of the lines of long blocks of sums side by side, every so many tells energy and count
+_LINE = 64  # numbers read at once: processors read ahead within a page only
+_LONG = 6144  # numbers of sums side by side in a block from which on it is long
+_THINNED = 4  # of the lines of long blocks of sums side by side, one of so many tells energy and count
 _FOLLOWED = 2**13  # terms of all sums together up to which each is a block of its own
 _SMALL = 2**15  # terms below which waking other threads takes longer than the work
 
@@ -189,6 +191,40 @@ def _add_products(a, b, lanes, rounds_exact, found):
             squares[s] = max(squares[s] - _square_by_ulp(totals[s]), 0.0)
 
 
+def sum_variance(x: torch.Tensor, dims: tuple[int, ...], spec: RoundingSpecification) -> np.ndarray:
+    """Variance of the sums of x over some axes, without their last rounding; x without `dims`, float64.
+
+    The order of the terms is that of the axes, the last the fastest. Short sums are added up term by term.
+    """
+    kept = [d for d in range(x.dim()) if d not in dims]
+    n_terms = math.prod(x.shape[d] for d in dims)
+    if n_terms > BLOCKS or x.device.type != "cpu":
+        return blocks_of(x, dims).variance(spec, spec.of_operand)
+    rows = x.detach().permute(*kept, *sorted(dims)).reshape(-1, n_terms).contiguous().numpy()
+    found = np.empty((2, len(rows)))
+    with torch_threads():
+        run = _add_rows_serial if rows.size < _SMALL else _add_rows_parallel
+        run(rows, max(1, min(spec.lanes, n_terms)), spec.rounds_exact, found)
+    variance = spec.per_energy * (spec.of_partial_sum * found[0] + spec.of_operand * found[1])
+    return variance.reshape([x.shape[d] for d in kept])
+
+
+def _add_rows(x, lanes, rounds_exact, found):
+    """Fill found (2, M) with squares of partial sums but the last, and energies, of the rows (M, K)."""
+    n_terms = x.shape[1]
+    for task in prange((len(x) + _LINE - 1) // _LINE):
+        rows = x[task * _LINE : (task + 1) * _LINE]
+        terms, sums = np.empty((n_terms, len(rows))), np.zeros((3, 1, len(rows)))
+        for s in range(len(rows)):
+            for k in range(n_terms):
+                terms[k, s] = rows[s, k]
+        _add_products(terms, np.ones((1, n_terms)), lanes, rounds_exact, sums)
+        found[:, task * _LINE : task * _LINE + len(rows)] = sums[:2, 0]
+
+
+_add_rows_serial, _add_rows_parallel = compiled()(_add_rows), compiled(parallel=True)(_add_rows)
+
+
 def blocks_of_products(a: np.ndarray, b: np.ndarray) -> Blocks:
     """Look at the sums of a matrix product, (S, K) times (K, O); 8 terms a block, or more."""
     n_terms = a.shape[1]
@@ -200,8 +236,10 @@ def blocks_of_products(a: np.ndarray, b: np.ndarray) -> Blocks:
     right = np.pad(b.astype("f8"), ((0, rest), (0, 0))).reshape(n_blocks, size, -1)
     sizes = np.full(n_blocks, float(size))
     sizes[-1] -= rest
-    counts = (left != 0).astype("f8") @ (right != 0).astype("f8")
-    return Blocks(left @ right, left**2 @ right**2, counts, sizes)
+    totals, counts = left @ right, sizes[:, None, None]
+    if np.count_nonzero(a) < a.size or np.count_nonzero(b) < b.size:
+        counts = (left != 0).astype("f8") @ (right != 0).astype("f8")
+    return Blocks(totals, left**2 @ right**2, np.broadcast_to(counts, totals.shape), sizes)
 
 
 def blocks_of(
@@ -293,8 +331,8 @@ def _add_terms(x, other, has_other, centre, other_centre):
 
 
 @compiled(forceinline=True)
-def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, count, sparsely):
-    """Add a line to the totals, and to the rest unless `sparsely`.
+def _add_line(x, other, has_other, centre, other_centre, terms, total, energy, count):
+    """Add a line of terms to totals, energies and counts.
 
     Two loops: with more arrays in one, LLVM would not check for overlaps, nor make vector instructions.
     """
@@ -303,59 +341,85 @@ def _add_row(x, other, has_other, centre, other_centre, terms, total, energy, co
         if has_other:
             term *= np.float64(other[b]) - other_centre[b]
         terms[b] = term
-    if not sparsely:
-        for b in range(x.size):
-            total[b] += terms[b]
-            energy[b] += terms[b] * terms[b]
-            count[b] += np.float64(terms[b] != 0)
-    else:
-        for b in range(x.size):
-            total[b] += terms[b]
+    for b in range(x.size):
+        total[b] += terms[b]
+        energy[b] += terms[b] * terms[b]
+        count[b] += np.float64(terms[b] != 0)
+
+
+@compiled(forceinline=True)
+def _add_three(a, b, c, centre, total):
+    """Add three lines to totals alone."""
+    for i in range(a.size):
+        first, second, third = np.float64(a[i]) - centre[i], np.float64(b[i]) - centre[i], np.float64(c[i]) - centre[i]
+        total[i] += (first + second) + third
+
+
+@compiled(forceinline=True)
+def _add_product(x, other, centre, other_centre, total):
+    """Add a line of products to totals alone."""
+    for i in range(x.size):
+        total[i] += (np.float64(x[i]) - centre[i]) * (np.float64(other[i]) - other_centre[i])
 
 
 def _add_blocks(x, other, strides, other_strides, has_other, centre, other_centre, starts, found):
-    """Fill found (3, B, A, C) with totals, energies and counts of terms x[a, i, c] (and other) of each block."""
+    """Fill found (3, B, A, C) with totals, energies and counts of terms x[a, i, c] (and other) of each block.
+
+    In long blocks of sums side by side, every `_THINNED`-th line of memory tells energy and count.
+    """
     n_blocks, outer, inner = found.shape[1:]
     n_parts = (inner + _WIDTH - 1) // _WIDTH
-    for task in prange(outer * n_blocks * n_parts):
-        a, block, part = task // (n_blocks * n_parts), task // n_parts % n_blocks, task % n_parts
-        first, stop = starts[block], starts[block + 1]
+    n_groups = 1 if outer * n_parts >= 64 else n_blocks  # of blocks that one task looks at
+    for task in prange(outer * n_groups * n_parts):
+        a, group, part = task // (n_groups * n_parts), task // n_parts % n_groups, task % n_parts
         left, right = part * _WIDTH, min(inner, (part + 1) * _WIDTH)
         here, there = a * strides[0], a * other_strides[0]
-        sums = found[:, block, a]
-        if inner > 1:
-            width = right - left
-            is_dense = strides[1] == width and (other_strides[1] == width or not has_other)
-            together = max(1, 2 * _WIDTH // width) if is_dense else 1  # rows that are one line of memory
-            memory = np.zeros((6, together * width))
-            terms, total, energy, count = memory[0], memory[1], memory[2], memory[3]
-            middle, other_middle = memory[4], memory[5]
-            thins, seen = (stop - first) // together > 3 * _THINNED, 0
-            for row in range(together):
-                middle[row * width : (row + 1) * width] = centre[a, left:right]
-                other_middle[row * width : (row + 1) * width] = other_centre[a, left:right]
-            for i in range(first, stop, together):
-                size = min(together, stop - i) * width
-                at, other_at = here + i * strides[1] + left, there + i * other_strides[1] + left
-                line = x[at : at + size]
-                skips = thins and (i - first) // together % _THINNED > 0
-                seen += 0 if skips else min(together, stop - i)
+        width = right - left
+        is_dense = strides[1] == width and (other_strides[1] == width or not has_other)
+        together = max(1, _LINE // width) if is_dense else 1  # rows that are one line of memory
+        size, step, other_step = together * width, together * strides[1], together * other_strides[1]
+        memory = np.empty((6, size))
+        terms, total, energy, count = memory[0], memory[1], memory[2], memory[3]
+        for row in range(0, size, width):
+            for b in range(width):
+                memory[4, row + b], memory[5, row + b] = centre[a, left + b], other_centre[a, left + b]
+        for block in range(group, n_blocks, n_groups):
+            first, stop, sums = starts[block], starts[block + 1], found[:, block, a]
+            if inner == 1:
+                line, other_line = x[here + first : here + stop], other[there + first : there + stop]
                 if has_other:
-                    other_line = other[other_at : other_at + size]
-                    _add_row(line, other_line, True, middle, other_middle, terms, total, energy, count, skips)
+                    added = _add_terms(line, other_line, True, centre[a, 0], other_centre[a, 0])
                 else:
-                    _add_row(line, line, False, middle, other_middle, terms, total, energy, count, skips)
+                    added = _add_terms(line, line, False, centre[a, 0], 0.0)
+                sums[0, 0], sums[1, 0], sums[2, 0] = added
+                continue
+            memory[1:4] = 0
+            thins, seen, i = (stop - first) * width > _LONG, 0, first
+            while i < stop:
+                n = min(together, stop - i)
+                at, other_at = here + i * strides[1] + left, there + i * other_strides[1] + left
+                line, other_line = x[at : at + n * width], other[other_at : other_at + n * width]
+                if has_other:
+                    _add_line(line, other_line, True, memory[4], memory[5], terms, total, energy, count)
+                else:
+                    _add_line(line, line, False, memory[4], memory[5], terms, total, energy, count)
+                seen, i = seen + n, i + together
+                if not thins or i + (_THINNED - 1) * together > stop:
+                    continue
+                at, other_at, i = at + step, other_at + other_step, i + (_THINNED - 1) * together
+                if has_other:
+                    for k in range(_THINNED - 1):
+                        line = x[at + k * step : at + k * step + size]
+                        other_line = other[other_at + k * other_step : other_at + k * other_step + size]
+                        _add_product(line, other_line, memory[4], memory[5], total)
+                else:
+                    line, other_line, third = x[at:], x[at + step :], x[at + 2 * step :]
+                    _add_three(line[:size], other_line[:size], third[:size], memory[4], total)
             for k in range(3):
                 scale = (stop - first) / seen if k > 0 else 1.0
-                for row in range(together):
-                    sums[k, left:right] += memory[1 + k, row * width : (row + 1) * width] * scale
-        else:
-            line, other_line = x[here + first : here + stop], other[there + first : there + stop]
-            if has_other:
-                added = _add_terms(line, other_line, True, centre[a, 0], other_centre[a, 0])
-            else:
-                added = _add_terms(line, line, False, centre[a, 0], 0.0)
-            sums[0, 0], sums[1, 0], sums[2, 0] = added
+                for row in range(0, size, width):
+                    for b in range(width):
+                        sums[k, left + b] += memory[1 + k, row + b] * scale
 
 
 _add_blocks_serial, _add_blocks_parallel = compiled()(_add_blocks), compiled(parallel=True)(_add_blocks)

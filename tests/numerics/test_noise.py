@@ -39,8 +39,8 @@ QUIET = Rule("pb", 24, 24)  # its last rounding adds nothing
 
 
 
-def by_torch(tensor, deviation, spec, stream):
-    torch_perturb_(tensor, deviation.to(tensor.dtype), 0.0, spec, stream)
+def by_torch(tensor, variance, spec, stream):
+    torch_perturb_(tensor, variance.sqrt().to(tensor.dtype), 0.0, spec, stream)
 
 
 ROUND = pytest.mark.parametrize("rounded", [round_, torch_round_])
@@ -144,7 +144,7 @@ def test_deviation_adds_to_the_last_rounding(dtype, mode, perturbed):
     ulp = 2.0 ** (1 - precision)
     deviation = ulp * uniform(N, low=0.5, high=3.0, dtype=dtype, seed=1)
     y = x.clone()
-    perturbed(y, deviation, rule, 11)
+    perturbed(y, deviation.double() ** 2, rule, 11)
     own = 0.0 if mode == "pb" else rule.of_result
     scaled = (y - x).double() / (deviation.double() ** 2 + own * ulp**2).sqrt()
     assert_mean(scaled, 0, 1)
@@ -156,7 +156,7 @@ def test_deviation_adds_to_the_last_rounding(dtype, mode, perturbed):
 def test_infinite_deviations_and_numbers_do_no_harm(perturbed):
     x = torch.tensor([1.0, math.inf, math.nan, torch.finfo(F32).max, 0.0] * 100)
     y = x.clone()
-    perturbed(y, torch.full_like(x, 1e38), Rule("rr", 24, 24), 3)
+    perturbed(y, torch.full_like(x, 1e38).double() ** 2, Rule("rr", 24, 24), 3)
     assert torch.equal(x.isinf(), y.isinf()) and torch.equal(x.isnan(), y.isnan())
 
 
@@ -167,10 +167,10 @@ def test_deviations_follow_their_elements_in_any_layout(perturbed):
     deviation[2, :, 3] = 0.1
     for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
         y = x.permute(order).contiguous().permute(*np.argsort(order).tolist())
-        perturbed(y, deviation, QUIET, 3)
+        perturbed(y, deviation**2, QUIET, 3)
         assert ((y != 1) <= (deviation > 0)).all() and (y != 1).sum() > 5
     wide = torch.ones(8, 9, 20)
-    perturbed(wide[..., ::2], deviation, QUIET, 3)
+    perturbed(wide[..., ::2], deviation**2, QUIET, 3)
     y = wide[..., ::2]
     assert ((y != 1) <= (deviation > 0)).all() and (y != 1).sum() > 5
     assert (wide[..., 1::2] == 1).all()
@@ -187,7 +187,7 @@ def test_empty_tensors_stay_as_they_are():
 def test_streams_are_uncorrelated():
     noise, dither = [], []
     for stream in (0, 1, 2**32, 2**63):
-        perturb_(y := torch.ones(N), torch.full((N,), 0.01), QUIET, stream)
+        perturb_(y := torch.ones(N), torch.full((N,), 0.01**2), QUIET, stream)
         round_(z := torch.full((N,), 1.5), Rule("rr", 12, 24), stream)
         noise.append(y - 1)
         dither.append(z - 1.5)
