@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bids_varaug.machine import start_numba_threads
-from bids_varaug.numerics.call import Call
 from bids_varaug.numerics.decompositions import FUSED, call_written_out
 from bids_varaug.numerics.noise import round_
 from bids_varaug.numerics.operators import (
@@ -38,7 +37,7 @@ from bids_varaug.numerics.operators import (
     Operator,
     operator_of,
 )
-from bids_varaug.numerics.specification import DIGITS, MODES, RoundingSpecification
+from bids_varaug.numerics.specification import DIGITS, MODES, Call, RoundingSpecification
 
 ACCUMULATIONS = ("fast", "none")
 CENTRES = ("torch", "exact")

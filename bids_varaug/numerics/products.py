@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bids_varaug.numerics.call import Call, image_of
 from bids_varaug.numerics.noise import ChannelNoise, perturb_, perturb_channels_, round_
-from bids_varaug.numerics.specification import RoundingSpecification
+from bids_varaug.numerics.specification import Call, RoundingSpecification, image_of
 from bids_varaug.numerics.sums import (
     Blocks,
     PartialSums,

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bids_varaug.numerics.call import Call
 from bids_varaug.numerics.noise import perturb_, round_
-from bids_varaug.numerics.specification import RoundingSpecification
+from bids_varaug.numerics.specification import Call, RoundingSpecification
 from bids_varaug.numerics.sums import bridge, sum_variance
 
 Result = Any  # a tensor or several
