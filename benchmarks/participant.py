@@ -31,7 +31,7 @@ from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.participant import write_subject_report
 from bids_varaug.segmentation.fuse import summarise_members
-from bids_varaug.segmentation.member import crop_with_member, segment_with_member
+from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
 from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 

@@ -29,7 +29,7 @@ from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
 from bids_varaug.segmentation.fuse import summarise_members
-from bids_varaug.segmentation.member import crop_with_member, segment_with_member
+from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
 from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.plan import Plan, make_plan

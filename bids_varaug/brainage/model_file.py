@@ -15,7 +15,6 @@ import pandas as pd
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
-from bids_varaug.atomic import replacing, write_text
 from bids_varaug.brainage.calibration import WITHHELD
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation
@@ -24,6 +23,7 @@ from bids_varaug.brainage.target import TargetModel
 from bids_varaug.derivatives.citation import render
 from bids_varaug.derivatives.sidecars import package_version
 from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.files import replacing, write_text
 from bids_varaug.inputs.tables import some
 
 FORMAT = 2

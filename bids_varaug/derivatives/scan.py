@@ -17,19 +17,28 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import FileBasedHeader
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.io import write_image, write_table
 from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
 from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, sidecar
-from bids_varaug.derivatives.write import write_image, write_table
 from bids_varaug.errors import UserError
-from bids_varaug.images.affine import voxel_volume
+from bids_varaug.files import write_json
 from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
-from bids_varaug.inputs.participants import prefixed, read_people
-from bids_varaug.segmentation.posterior import load_posterior
+from bids_varaug.images.load import voxel_volume
+from bids_varaug.inputs.participants import read_people
+from bids_varaug.inputs.tables import prefixed
+from bids_varaug.segmentation.fuse import load_posterior
 from bids_varaug.variability import quality
-from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
-from bids_varaug.variability.plausibility import find_warnings
-from bids_varaug.variability.regions import ALL, RegionCounts, group_members, members_table, region_table, suffix_of
+from bids_varaug.variability.measures import (
+    ALL,
+    FLOAT32_BITS,
+    UNRELIABLE_BELOW,
+    RegionCounts,
+    group_members,
+    members_table,
+    region_table,
+    suffix_of,
+)
+from bids_varaug.variability.quality import find_warnings
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7

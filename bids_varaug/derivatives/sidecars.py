@@ -14,10 +14,10 @@ from urllib.parse import quote
 import pandas as pd
 
 from bids_varaug import __version__
-from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.io import write_table
 from bids_varaug.derivatives.names import ScanRequest
-from bids_varaug.derivatives.write import write_table
+from bids_varaug.files import write_json, write_text
 from bids_varaug.models.ensemble import BASELINE, Label, Member
 from bids_varaug.variability.quality import VERDICTS
 

@@ -12,13 +12,13 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from bids_varaug.atomic import write_text
 from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.brainage.target import TargetEvaluation, target_table
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.files import write_text
 from bids_varaug.reports import plots
 from bids_varaug.reports.html import data_uri, render_page, tabulate
 

@@ -15,20 +15,19 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.atomic import replacing, write_text
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import percent
-from bids_varaug.derivatives.logs import cite_participant
+from bids_varaug.derivatives.citation import cite_participant, percent
 from bids_varaug.derivatives.names import Column, ScanRequest, table_columns
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
+from bids_varaug.files import replacing, write_text
 from bids_varaug.images.load import load_t1w
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import data_uri, render_page, tabulate
 from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes
 from bids_varaug.settings import Settings
-from bids_varaug.variability.maps import UNRELIABLE_BELOW
+from bids_varaug.variability.measures import UNRELIABLE_BELOW
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}

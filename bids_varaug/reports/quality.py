@@ -13,8 +13,8 @@ from bids_varaug.reports import plots
 from bids_varaug.reports.group import Page, RunInfo, make_page
 from bids_varaug.reports.html import data_uri, signed, tabulate
 from bids_varaug.variability.change import summarise_changes
-from bids_varaug.variability.outliers import MIN_IMAGES, OUTLYING
 from bids_varaug.variability.power import ALPHA, MAX_FLIPS
+from bids_varaug.variability.quality import MIN_IMAGES, OUTLYING
 
 
 def quality_page(

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
 from bids_varaug.models.ensemble import Ensemble
-from bids_varaug.models.unet import UNet
-from bids_varaug.models.weights import load_member
-from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.models.unet import UNet, load_member
+from bids_varaug.training.labels import TrainingSubject
 from bids_varaug.training.synthesis import SyntheticImageGenerator
 
 SHAPE = (160, 192, 160)

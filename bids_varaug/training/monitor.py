@@ -19,9 +19,8 @@ from tqdm import tqdm
 from bids_varaug.errors import UserError
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.models.unet import UNet
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.subjects import open_image
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
+from bids_varaug.training.labels import open_image
 from bids_varaug.training.train import StepReport
 
 

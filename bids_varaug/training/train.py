@@ -6,12 +6,16 @@ import colorsys
 import hashlib
 import math
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,18 +26,15 @@ from matplotlib.colors import to_hex
 
 from bids_varaug import __version__
 from bids_varaug.errors import UserError
-from bids_varaug.locks import file_lock
+from bids_varaug.files import file_lock
 from bids_varaug.models.ensemble import MANIFEST, Ensemble, Label, Member, load_ensemble, write_manifest
-from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.models.weights import FORMAT, save_weights
+from bids_varaug.models.unet import FORMAT, UNet, build_network, save_weights
 from bids_varaug.numerics import GENERATOR
 from bids_varaug.numerics.specification import DIGITS
 from bids_varaug.training.calibrate import calibrate
-from bids_varaug.training.labels import LabelScheme
-from bids_varaug.training.members import FAMILIES, MemberPlan, plan_member
+from bids_varaug.training.labels import LabelScheme, TrainingSubject
 from bids_varaug.training.optimiser import Optimiser, training_loss
-from bids_varaug.training.recipe import Recipe, Stage
-from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.training.recipe import FAMILIES, MemberPlan, Recipe, Stage, plan_member
 from bids_varaug.training.synthesis import SyntheticImageGenerator
 
 
@@ -219,6 +220,39 @@ def delete_ensemble(directory: Path) -> None:
     for folder in (directory, directory / "checkpoints"):
         for path in folder.glob("*.safetensors"):
             path.unlink()
+
+
+def train_in_parallel(
+    command_of: Callable[[str, str], Sequence[str]], ids: Sequence[str], devices: Sequence[str], logs: Path
+) -> None:
+    """Run one command for each member, as many at once as there are `devices`, which may be listed repeatedly.
+
+    `command_of` gives, for a member's id and a device, the arguments of ``python -m``; the folder `logs` gets what the
+    processes print, in ``<member>.txt``. `UserError` if one or more end with an error; the others are finished first.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    remaining = iter(ids)
+
+    def train_on(device: str) -> list[str]:
+        """Train one member after another; return those that failed."""
+        failed = []
+        for member_id in remaining:
+            with (logs / f"{member_id}.txt").open("w") as log:
+                command = [sys.executable, "-m", *command_of(member_id, device)]
+                code = subprocess.run(command, stdout=log, stderr=log).returncode
+            outcome = f"failed (exit code {code})" if code else "done"
+            print(f"{member_id}: {outcome}", file=sys.stderr, flush=True)
+            if code:
+                failed.append(member_id)
+        return failed
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        failed = sorted(chain.from_iterable(pool.map(train_on, devices)))
+    if failed:
+        raise UserError(
+            f"Training failed for {', '.join(failed)}; see {logs / f'{failed[0]}.txt'}. To resume from the "
+            "checkpoints, run the same command again."
+        )
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
 from bids_varaug.brainage.features import asymmetries, relative_volumes
@@ -51,17 +50,15 @@ from bids_varaug.brainage.variability import (
     numerical_variability,
 )
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import Citation, cite, render
-from bids_varaug.derivatives.logs import write_group_logs
-from bids_varaug.derivatives.read import read_regions
+from bids_varaug.derivatives.citation import Citation, cite, render, write_group_logs
+from bids_varaug.derivatives.io import read_regions, with_bids_labels, write_table
 from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
-from bids_varaug.derivatives.write import with_bids_labels, write_table
 from bids_varaug.errors import FiltersError, UsageError, UserError
+from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.inputs.tables import find_column, some
-from bids_varaug.inputs.variables import participants_where, read_variables
+from bids_varaug.inputs.tables import find_column, participants_where, read_variables, some
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import (
     ComparedPipeline,

@@ -81,7 +81,7 @@ class Conform(_Step):
         for warning in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):
-            from bids_varaug.segmentation.member import crop_with_member
+            from bids_varaug.segmentation.predict import crop_with_member
 
             where = inputs.ensemble, inputs.member, inputs.device, inputs.num_threads
             head, geometry = crop_with_member(head, geometry, *where)
@@ -107,7 +107,7 @@ class SegmentMember(_Step):
     input_spec, output_spec = _SegmentInput, _PosteriorOutput
 
     def _step(self, folder: Path) -> dict[str, Path]:
-        from bids_varaug.segmentation.member import segment_with_member
+        from bids_varaug.segmentation.predict import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
         segment_with_member(

@@ -17,13 +17,13 @@ from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.logs import write_logs
+from bids_varaug.derivatives.citation import write_logs
 from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
+from bids_varaug.files import hold_participants
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
-from bids_varaug.locks import hold_participants
 from bids_varaug.machine import caches_below
 from bids_varaug.models.ensemble import identify
 from bids_varaug.segmentation.shifts import GRIDS

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.atomic import write_json
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.errors import UsageError
+from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
 from bids_varaug.models.ensemble import (

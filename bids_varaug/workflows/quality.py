@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bids_varaug.atomic import write_json, write_text
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import cite
-from bids_varaug.derivatives.logs import write_group_logs
+from bids_varaug.derivatives.citation import cite, write_group_logs
+from bids_varaug.derivatives.io import write_table
 from bids_varaug.derivatives.sidecars import describe_columns, package_versions
-from bids_varaug.derivatives.write import write_table
-from bids_varaug.inputs.sessions import order_sessions
+from bids_varaug.files import write_json, write_text
+from bids_varaug.inputs.participants import order_sessions
 from bids_varaug.inputs.tables import some
 from bids_varaug.reports.group import RunInfo
 from bids_varaug.reports.quality import quality_page
 from bids_varaug.settings import Settings
 from bids_varaug.variability.change import paired_changes
-from bids_varaug.variability.outliers import robust_distances
 from bids_varaug.variability.power import MIN_PEOPLE, power_table
-from bids_varaug.variability.quality import LIMITS
+from bids_varaug.variability.quality import LIMITS, robust_distances
 
 VERDICTS = ["name", "cv", "verdict", "volume_mean", "volume_low", "volume_high"]
 

@@ -10,7 +10,7 @@ from bids_varaug.brainage.variability import (
     numerical_variability,
     participants_needed,
 )
-from bids_varaug.derivatives.read import read_regions
+from bids_varaug.derivatives.io import read_regions
 from bids_varaug.errors import UserError
 
 

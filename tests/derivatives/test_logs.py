@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bids_varaug.derivatives.logs import write_logs
+from bids_varaug.derivatives.citation import write_logs
 from bids_varaug.settings import Settings
 
 if sys.version_info >= (3, 11):

@@ -11,11 +11,10 @@ import pytest
 
 from bids_varaug.derivatives.names import OUTPUTS
 from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
-from bids_varaug.images.conform import Geometry
-from bids_varaug.images.crop import Box
+from bids_varaug.images.conform import Box, Geometry
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
-from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.fuse import SparsePosterior, save_posterior, sparse_rows
 from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.variability.plausibility import (
+from bids_varaug.variability.quality import (
     check_contrast,
     check_field_of_view,
     check_saturation,
