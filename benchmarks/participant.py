@@ -94,9 +94,10 @@ def time_steps(
         summary = summarise_members(paths, families, work)
     files = Intermediate(work / "geometry.json", *summary, tuple(paths))
     with timed("to the native grid, derivatives"):
-        write_scan(ScanRequest(settings, scan, ensemble, members), files, work, threads)
+        request = ScanRequest(settings, ensemble, members, scan)
+        write_scan(request, files, work, threads)
     with timed("report"):
-        write_subject_report([ScanRequest(settings, scan, ensemble, members)])
+        write_subject_report([request])
 
 
 def tree_memory(pid: int) -> int:

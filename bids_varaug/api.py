@@ -232,8 +232,7 @@ class Segmentation:
         made = self._request.settings
         shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
         request = replace(self._request, settings=replace(made, output_dir=output_dir))
-        labels, members = request.ensemble.labels, request.members
-        write_dataset_files(made.bids_dir, output_dir, labels, members, sloppy=made.sloppy)
+        write_dataset_files(request)
         if report:
             write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())

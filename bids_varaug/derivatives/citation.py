@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 
 from bids_varaug.derivatives import names
+from bids_varaug.derivatives.names import Run
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.files import write_text
-from bids_varaug.models.ensemble import Ensemble, Member
 from bids_varaug.settings import Settings
 
 
@@ -68,14 +68,10 @@ def references() -> dict[str, Reference]:
     return works
 
 
-def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
-    """How to cite a run.
-
-    By the template ``data/templates/methods_<what>.md`` ("participant", "group", or "applied": a model fitted to other
-    people), whose head lists the values that it takes, and versions as of `sidecars.package_versions`.
-    """
+def cite(what: str, **values: Any) -> Citation:
+    """How to cite a run: by ``data/templates/methods_<what>.md``, whose head lists the values that it takes."""
     # Line ends and indents of the template mean nothing.
-    return Citation(" ".join(render(f"methods_{what}.md", versions=versions, **values).split()))
+    return Citation(" ".join(render(f"methods_{what}.md", **{"versions": package_versions(), **values}).split()))
 
 
 def render(template: str, /, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
@@ -101,33 +97,31 @@ def _listed(items: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def write_logs(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> None:
+def write_logs(run: Run) -> None:
     """Write ``logs/CITATION.md``, and as TOML the settings of a run of the participant level and the checksums."""
     tables = {
-        "ensemble": {"name": ensemble.name, "version": ensemble.version},
-        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in members},
+        "ensemble": {"name": run.ensemble.name, "version": run.ensemble.version},
+        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in run.members},
     }
-    _write(settings, tables, cite_participant(settings, ensemble, members), "CITATION.md")
+    write_group_logs(run.settings, cite_participant(run), "CITATION.md", tables)
 
 
-def write_group_logs(settings: Settings, citation: Citation, name: str = "CITATION_group.md") -> None:
-    """Write how to cite, and the settings of a run of the group level."""
-    _write(settings, {}, citation, name)
-
-
-def _write(settings: Settings, tables: Mapping[str, Mapping[str, str]], citation: Citation, name: str) -> None:
+def write_group_logs(
+    settings: Settings, citation: Citation, name: str = "CITATION_group.md", tables: Mapping[str, Mapping] | None = None
+) -> None:
+    """Write how to cite, and as TOML the settings of a run and further tables."""
     # The settings have a table of their own: "ensemble" is one of them too, as it was asked for.
-    text = "\n".join(_toml_table(*item) for item in {"settings": vars(settings), **tables}.items())
+    text = "\n".join(_toml_table(*item) for item in {"settings": vars(settings), **(tables or {})}.items())
     # Several runs may share one output directory; equal requests share one file.
     folder, digest = names.logs(settings.output_dir), hashlib.sha256(text.encode()).hexdigest()[:8]
     write_text(text, folder / f"settings-{digest}.toml")
     write_text(citation.markdown(), folder / name)
 
 
-def cite_participant(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Citation:
+def cite_participant(run: Run) -> Citation:
     """How to cite a run of the participant level."""
-    run = {"ensemble": ensemble, "members": members, "sloppy": settings.sloppy, "n_grids": settings.grids}
-    return cite("participant", package_versions(), **run)
+    sloppy, n_grids = run.settings.sloppy, run.settings.grids
+    return cite("participant", ensemble=run.ensemble, members=run.members, sloppy=sloppy, n_grids=n_grids)
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,7 @@ def write_image(
 
 
 def image_header(
-    shape: Sequence[int],
-    dtype: np.dtype,
-    affine: np.ndarray,
-    source_header: FileBasedHeader | None = None,
-    slope: float = 1.0,
+    shape: Sequence[int], dtype: np.dtype, affine: np.ndarray, source_header: FileBasedHeader | None, slope: float
 ) -> nib.Nifti1Header:
     """NIfTI-1 header of a single-file image in mm.
 
@@ -154,10 +150,8 @@ def read_morph(path: Path) -> MorphTable:
     n = counts[members[0]]
     for member, other in counts.items():
         if other != n:
-            raise MorphError(
-                f"is truncated or damaged: the structures of the members differ (of {members[0]} {n}, of {member} "
-                f"{other} rows)"
-            )
+            rows_of = f"of {members[0]} {n}, of {member} {other} rows"
+            raise MorphError(f"is truncated or damaged: the structures of the members differ ({rows_of})")
     if list(members) != [m for m in counts for _ in range(n)] or pairs != pairs[:n] * len(counts):
         raise MorphError("is damaged: rows of a member do not stand together, or its structures are not the others'")
     if len(set(pairs[:n])) < n:
@@ -169,36 +163,48 @@ def read_morph(path: Path) -> MorphTable:
     return MorphTable(dict(zip(members, families, strict=True)), tuple(pairs[:n]), values.reshape(-1, n))
 
 
-def read_regions(output_dir: Path, observations: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
-    """Minimum Dice and verdicts from the participant level's tables: measure -> structure -> value.
+def read_regions(
+    output_dir: Path, columns: Collection[str], images: Mapping[str, str] | None = None
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Rows of the images' tables of structures with name, `columns`, verdict, image and participant.
 
-    dice_min is a mean over participants (of the mean over their images), and falls as members are added; unreliable is
-    the share of the images whose volume has this verdict, absent in tables of older versions. `observations` are the
-    entities of the images that count (``sub-01_ses-1``) to their participant; default all.
+    `images` are the entities of the images that count (``sub-01_ses-1``) to their participant; default all. Also
+    returns, for other images, why their tables cannot be read; verdict is missing (NaN) in tables of older versions.
     """
-    ending, wanted = OUTPUTS["regions_tsv"].name(""), ("name", "dice_min", "verdict")
-    tables = []
+    ending, needed = OUTPUTS["regions_tsv"].name(""), dict.fromkeys(["name", *columns])
+    tables, unreadable = [pd.DataFrame()], {}
     for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
-        prefix = path.name.removesuffix(ending)
-        if observations is not None and prefix not in observations:
+        image = path.name.removesuffix(ending)
+        if images is not None and image not in images:
             continue
-        participant = observations[prefix] if observations else prefix.split("_")[0]
         try:
-            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=lambda c: c in wanted)
-            if not {"name", "dice_min"} <= set(table):
+            table = pd.read_csv(path, sep="\t", na_values="n/a", usecols=lambda c: c in {*needed, "verdict"})
+            if not needed.keys() <= set(table):
                 raise ValueError(f"it has {', '.join(table)}")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read as a table with columns name and dice_min ({error}). "
-                "Run the participant level again for this image."
-            ) from error
-        tables.append(table.assign(participant=participant))
-    if not tables:
-        return {}
-    table = pd.concat(tables)
+            unreadable[image] = (
+                f"{path}: cannot be read as a table with columns {', '.join(sorted(needed))} ({error}). Run the "
+                "participant level again for this image."
+            )
+            continue
+        participant = images[image] if images else image.split("_")[0]
+        tables.append(table.assign(image=image, participant=participant))
+    table = pd.concat(tables, ignore_index=True)
+    return table.reindex(columns=list(dict.fromkeys([*needed, "verdict", "image", "participant"]))), unreadable
+
+
+def summarise_regions(output_dir: Path, images: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
+    """Minimum Dice and verdicts from the tables of `read_regions`: measure -> structure -> value.
+
+    dice_min is a mean over participants (of the mean over their images), and falls as members are added; unreliable is
+    the share of the images whose volume has this verdict. A `UserError` says that a table cannot be read.
+    """
+    table, unreadable = read_regions(output_dir, ["dice_min"], images)
+    for reason in unreadable.values():
+        raise UserError(reason)
     per_person = table.groupby(["name", "participant"], sort=False)["dice_min"].mean()
-    found = {"dice_min": per_person.groupby("name", sort=False).mean().dropna().to_dict()}
-    if "verdict" in table:
-        judged = table.dropna(subset="verdict")
-        found["unreliable"] = judged["verdict"].eq("unreliable").groupby(judged["name"], sort=False).mean().to_dict()
-    return found
+    judged = table.dropna(subset="verdict")
+    return {
+        "dice_min": per_person.groupby("name", sort=False).mean().dropna().to_dict(),
+        "unreliable": judged["verdict"].eq("unreliable").groupby(judged["name"], sort=False).mean().to_dict(),
+    }

@@ -19,7 +19,8 @@ from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.derivatives.io import write_image, write_table
 from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
-from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, sidecar
+from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
+from bids_varaug.derivatives.sidecars import sidecar
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_json
 from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
@@ -134,9 +135,8 @@ def write_scan(
     # The table of regions shares the sidecar of the consensus labels.
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):
         writer.written.append(write_table(table, request.path(key)))
-    origin = _origin(request)  # the group level must not mix ensembles or versions
-    _remove_outdated(request, origin, writer.written)
-    writer.sidecar("members_tsv", extra=origin)
+    _remove_outdated(request, writer.written)
+    writer.sidecar("members_tsv", extra=run_origin(request).to_json())  # group level must not mix ensembles or versions
     return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
 
 
@@ -192,31 +192,17 @@ def _age_and_sex(request: ScanRequest) -> tuple[float | None, str | None, str]:
     return person.age, person.sex, f" ({person.reason})" if person.reason else ""
 
 
-def _origin(request: ScanRequest) -> dict[str, Any]:
-    """Which weights and which version of the package made the numbers."""
-    ensemble = {
-        "Name": request.ensemble.name,
-        "Version": request.ensemble.version,
-        "SHA256": {member.id: member.sha256 for member in request.members},
-    }
-    if seeds := {member.id: member.seed for member in request.members if member.is_rounded}:
-        ensemble["Seed"] = seeds
-    return {"Ensemble": ensemble, "GeneratedBy": [{"Name": TOOL, "Version": package_version()}]}
-
-
-def _remove_outdated(request: ScanRequest, origin: Mapping[str, Any], written: list[Path]) -> None:
+def _remove_outdated(request: ScanRequest, written: list[Path]) -> None:
     """Remove what a run with another ensemble left of this image, and this run did not replace.
 
     Labels of members would be taken for those of this run.
     """
-    path = request.sidecar("members_tsv")
+    path, run = request.sidecar("members_tsv"), run_origin(request)
     try:
-        before = json.loads(path.read_bytes())
+        before = sidecar_origin(json.loads(path.read_bytes()), run.file)
     except (OSError, ValueError):
         return  # nothing was finished before
-    now = {**origin, GRIDS_KEY: request.settings.grids, "Sloppy": request.settings.sloppy}
-    before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
-    if all(before.get(key) == value for key, value in now.items()):
+    if before == run:
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():

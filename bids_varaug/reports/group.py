@@ -15,6 +15,7 @@ import pandas as pd
 from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.brainage.target import TargetEvaluation, target_table
+from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
@@ -56,6 +57,11 @@ class Page:
         """Write the page as JSON; `load_page` reads it, and gives the same page without fitting."""
         saved = {"format": FORMAT, "template": self.template, "values": self.values}
         return write_text(json.dumps(saved, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+    def write(self, output_dir: Path, name: str) -> Path:
+        """Write the page as `name` and, for --reports-only, what it is made of; return its path."""
+        self.save((names.logs(output_dir) / name).with_suffix(".json"))
+        return write_text(self.html(), output_dir / name)
 
 
 def load_page(path: Path) -> Page:

@@ -146,7 +146,7 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         families={member.family for member in members},
         members=tabulate(rows, columns),
         versions=package_versions(),
-        citation=cite_participant(settings, request.ensemble, members),
+        citation=cite_participant(request),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
         unreliable_below=percent(UNRELIABLE_BELOW),
     )

@@ -47,17 +47,15 @@ def run_participants(settings: Settings) -> ExitCode:
     plugins.check_plugin(settings)
     check_memory(plan)
     selection = _select(settings)
-    origin = run_origin(settings, plan.ensemble, plan.members)
-    check_rerun(settings.output_dir, origin, () if settings.reports_only else selection.scans)
+    check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
     if settings.dry_run:
         members = ", ".join(member.id for member in plan.members)
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
-    labels = plan.ensemble.labels
-    write_dataset_files(settings.bids_dir, settings.output_dir, labels, plan.members, sloppy=settings.sloppy)
-    write_logs(settings, plan.ensemble, plan.members)
+    write_dataset_files(plan)
+    write_logs(plan)
     step = write_reports if settings.reports_only else _segment
     complete = step(plan, selection.scans) and not selection.errors
     return ExitCode.DONE if complete else ExitCode.SUBJECT_FAILED

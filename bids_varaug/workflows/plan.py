@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.errors import UsageError
 from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
@@ -35,12 +35,8 @@ RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan t
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings with nothing left open, the ensemble, and its members to run."""
-
-    settings: Settings
-    ensemble: Ensemble
-    members: tuple[Member, ...]
+class Plan(Run):
+    """A run, and what it takes."""
 
     @property
     def voxel_size(self) -> float:
@@ -70,14 +66,11 @@ class Plan:
 
     def request(self, scan: Scan) -> ScanRequest:
         """What is asked for of one scan."""
-        return ScanRequest(self.settings, scan, self.ensemble, self.members)
+        return ScanRequest(self.settings, self.ensemble, self.members, scan)
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Load the ensemble, choose members, device and number of grids, and check the weights.
-
-    Raises `UsageError` or `EnsembleError`.
-    """
+    """Load the ensemble, choose members, device and grids, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
     n_members = settings.n_members

@@ -94,7 +94,7 @@ def test_the_validator_accepts_it_and_would_see_a_fault(tmp_path):
     study = with_sessions(make_study(n=12))
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
-    sidecars.write_dataset_files(raw, out, [], [])
+    sidecars.write_group_dataset_files(raw, out)
     for name, table in outputs.evaluated_tables(study).items():
         io.write_table(table, out / name)
         write_json(outputs.evaluated_sidecar(study), (out / name).with_suffix(".json"))

@@ -36,7 +36,7 @@ def request_(tmp_path) -> ScanRequest:
     scan = Scan(path, {"subject": "01"}, "sub-01/anat/sub-01_T1w.nii.gz")
     shape = NetworkShape(2, (16, 16), 16)
     ensemble = Ensemble("small", "1", Path(), 1.0, LABELS, shape, MEMBERS, {})
-    return ScanRequest(settings, scan, ensemble, MEMBERS)
+    return ScanRequest(settings, ensemble, MEMBERS, scan)
 
 
 @pytest.fixture

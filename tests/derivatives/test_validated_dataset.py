@@ -13,6 +13,7 @@ from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
 from bids_varaug.reports.participant import figure_name
+from bids_varaug.settings import Settings
 from tests.derivatives.conftest import LABELS, request_of
 
 pytestmark = pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
@@ -33,6 +34,11 @@ MEMBERS = [
     SimpleNamespace(id="mca01", family="mca", seed=1, precision=24, sha256="b" * 64),
     SimpleNamespace(id="rr01", family="rr", seed=1, precision=24, sha256="a" * 64),
 ]
+
+
+def _run(bids_dir, output_dir):
+    settings = Settings(bids_dir, output_dir, "participant", output_dir)
+    return names.Run(settings, SimpleNamespace(labels=LABELS), MEMBERS)
 
 
 def _write_outputs(output_dir, scan):
@@ -78,7 +84,7 @@ def errors(tmp_path_factory, request):
             relative = f"{folder}/{prefix}_T1w.nii.gz"
             subject = prefix.split("_")[0].removeprefix("sub-")
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
-    sidecars.write_dataset_files(raw, out, LABELS, MEMBERS)
+    sidecars.write_dataset_files(_run(raw, out))
     write_text("a = 1\n", names.logs(out) / "run.toml")
     write_text("# How to cite\n", names.logs(out) / "CITATION.md")
     write_text("crash\n", names.logs(out) / "crash-1.txt")
@@ -90,7 +96,7 @@ def test_all_outputs_pass_the_schema_validator(errors):
 
 
 def test_validator_would_see_a_wrong_name(tmp_path):
-    sidecars.write_dataset_files(tmp_path, tmp_path, LABELS, MEMBERS)
+    sidecars.write_dataset_files(_run(tmp_path, tmp_path))
     path = tmp_path / "sub-01" / "anat" / "sub-01_varaug-1_dseg.nii.gz"
     io.write_image(np.ones((8, 8, 8), "uint8"), np.eye(4), path)
     assert run_validator(tmp_path) != []
