@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bids_varaug.derivatives.names import ScanRequest
-from bids_varaug.derivatives.scan import Intermediate, write_scan
+from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.machine import use_threads
@@ -92,10 +92,9 @@ def time_steps(
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, work)
-    files = Intermediate(work / "geometry.json", *summary, tuple(paths))
     with timed("to the native grid, derivatives"):
         request = ScanRequest(settings, ensemble, members, scan)
-        write_scan(request, files, work, threads)
+        write_scan(request, work / "geometry.json", paths, summary, work, threads)
     with timed("report"):
         write_subject_report([request])
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,21 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(run(parse_settings(argv)))
-    except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        _kill_workers()
-        return int(error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        _kill_workers()
-        print("Interrupted. To resume, pass the same -w.", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return _exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, pass the same -w.")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
+
+
+def _exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
+    """Do the work; print errors that a user can fix without a traceback."""
+    try:
+        return int(work())
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        _kill_workers()
+        return int(error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        _kill_workers()
+        print(interrupted, file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def run(settings: Settings) -> ExitCode:
@@ -110,20 +115,13 @@ def _kill_workers() -> None:
 
 def segment_main(argv: Sequence[str] | None = None) -> int:
     """Segment one image, without a BIDS dataset; returns the exit code, prints errors without a traceback."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        segment_image(build_segment_parser().parse_args([dash_flag(argument) for argument in arguments]))
-    except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return int(ExitCode.DONE)
+    arguments = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    return _exit_code(lambda: segment_image(arguments), "Interrupted.")
 
 
-def segment_image(given: argparse.Namespace) -> None:
+def segment_image(argv: Sequence[str]) -> ExitCode:
     """Check the paths, segment, save, and say where the results are."""
+    given = build_segment_parser().parse_args(argv)
     if given.image.is_dir():
         raise UsageError(
             f"{given.image}: this is a folder. For a BIDS dataset, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
@@ -139,6 +137,7 @@ def segment_image(given: argparse.Namespace) -> None:
     for warning in result.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     print(f"Done. The results are in {output_dir}.", file=sys.stderr)
+    return ExitCode.DONE
 
 
 def power_main(argv: Sequence[str] | None = None) -> int:

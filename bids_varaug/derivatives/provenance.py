@@ -190,12 +190,8 @@ def _difference(theirs: Origin, ours: Origin) -> str:
         for facts, origin in ((before, theirs), (now, ours)):
             facts["members"] = ", ".join(sorted(origin.sha256, key=natural_key))
     other = [what for what, value in before.items() if value != now.get(what, value)]
-    said = []
-    if "--sloppy" in other:
-        with_or_without = ("with", "without") if theirs.sloppy else ("without", "with")
-        said.append("made {} --sloppy (now {})".format(*with_or_without))
     weights = [what.split()[-1] for what in other if what.startswith("weights")]
-    said += [f"{w} {before[w]} (now {now[w]})" for w in other if w != "--sloppy" and not w.startswith("weights")]
+    said = [f"{what} {before[what]} (now {now[what]})" for what in other if not what.startswith("weights")]
     return "; ".join([*said, *([f"other weights of {some(weights)}"] if weights else [])])
 
 

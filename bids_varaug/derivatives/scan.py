@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
 from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.inputs.tables import prefixed
-from bids_varaug.segmentation.fuse import load_posterior
+from bids_varaug.segmentation.fuse import Summary, load_posterior
 from bids_varaug.variability import quality
 from bids_varaug.variability.measures import (
     ALL,
@@ -51,17 +51,6 @@ _TEMPERATURE_TEXT = (
     "left out"
 )
 _THRESHOLD_TEXT = "Share of the members that vote for the consensus label, below which a voxel counts as unreliable"
-
-
-@dataclass(frozen=True)
-class Intermediate:
-    """Files of the work directory that the derivatives are made of."""
-
-    geometry: Path
-    mean: Path
-    maps: Path
-    counts: Path
-    posteriors: tuple[Path, ...]
 
 
 @dataclass
@@ -88,24 +77,25 @@ class ScanWriter:
 
 
 def write_scan(
-    request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
-) -> tuple[list[Path], list[str]]:
+    request: ScanRequest, geometry_file: Path, posteriors: Sequence[Path], summary: Summary, folder: Path,
+    num_threads: int = 1,
+) -> tuple[list[Path], list[str]]:  # fmt: skip
     """Bring everything to the T1w's own grid and write it; return the files (without sidecars) and what to warn of.
 
-    `folder` is scratch space for the dense posterior, which may not fit in memory.
+    `posteriors` are the members' files; `folder` is scratch space for the dense one, which may not fit in memory.
     """
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set late
-    geometry, ensemble = Geometry.load(files.geometry), request.ensemble
+    geometry, ensemble = Geometry.load(geometry_file), request.ensemble
     ids = np.array([label.index for label in ensemble.labels])
     ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
-    consensus = load_posterior(files.mean).to_native(geometry, dense, ensemble.temperature)
+    consensus = load_posterior(summary.mean).to_native(geometry, dense, ensemble.temperature)
     brain, labels = consensus > 0, ids[consensus]
     affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
     writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
-    regions, members, limits = _tables(request, files, geometry)
+    regions, members, limits = _tables(request, summary.counts, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
     warnings = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
@@ -120,13 +110,13 @@ def write_scan(
     writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)
     del dense, consensus, labels, brain, t1w, image
     dense_file.unlink()
-    for member, path in zip(request.members, files.posteriors, strict=True):
+    for member, path in zip(request.members, posteriors, strict=True):
         if member.is_baseline:
             writer.image("ieee_dseg", ids[load_posterior(path).to_native(geometry)])
         elif request.settings.write_members:
             writer.image("member_dseg", ids[load_posterior(path).to_native(geometry)], member.id)
     if len(request.perturbed) > 1:
-        _write_spread(writer, files, geometry)
+        _write_spread(writer, summary.maps, geometry)
     else:
         # The spread of an earlier run's members would be taken for that of this consensus.
         for key in (*_OUTSIDE, "unreliable_mask"):
@@ -140,10 +130,10 @@ def write_scan(
     return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
 
 
-def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -> None:
+def _write_spread(writer: ScanWriter, maps_file: Path, geometry: Geometry) -> None:
     """Write the maps of all perturbed members, and of the families for which there are maps."""
     threshold = {"Threshold": UNRELIABLE_BELOW, "ThresholdDescription": _THRESHOLD_TEXT}
-    with np.load(files.maps) as maps:
+    with np.load(maps_file) as maps:
         for group in group_members([member.family for member in writer.request.members]):
             ending = suffix_of(group)
             if f"entropy{ending}" not in maps:
@@ -156,10 +146,10 @@ def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -
             writer.image("unreliable_mask" + of_family, mask, family, threshold)
 
 
-def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def _tables(request: ScanRequest, counts_file: Path, geometry: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     families = [member.family for member in request.members]
-    with np.load(files.counts) as arrays:
+    with np.load(counts_file) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
         entropy = {
             group: arrays[f"entropy_mean{suffix_of(group)}"]

@@ -118,10 +118,8 @@ def is_probably_cropped(mask: np.ndarray, voxel_size: float) -> str | None:
             "it to 0, or extract the brain."
         )
     if cut:
-        where = ", ".join(cut)
-        return (
-            f"The head is cut by the edge of the image ({where}): the brain may be incomplete, and volumes too small."
-        )
+        edge = f"the edge of the image ({', '.join(cut)})"
+        return f"The head is cut by {edge}: the brain may be incomplete, and volumes too small."
     low, high = bounds(mask)
     extent = (high - low) * voxel_size
     if (extent < _MIN_EXTENT_MM).any():
@@ -289,15 +287,11 @@ def resample_posterior(
     """Bring a sparse posterior from the head box (X, Y, Z) to the image's own grid.
 
     Returns the most probable class, uint8, ties to the lower index. The same bits for any number of threads.
-
-    Parameters
-    ----------
-    stored : (X * Y * Z,) bool, voxels of the box that are stored, in C order; others, and those outside the box, count
-        as background
-    posterior : (N, K) float32, of the voxels stored; sums to 1 over K
-    out : (*native_shape, K) uint8, zeros; takes the interpolated posterior, probability * 255, rounded. May be a
-        `numpy.memmap`: 32 classes at 512^3 voxels are 4.3 GB
-    temperature : T; probabilities p become p^(1/T), scaled to sum to 1, which moves no label
+    `stored` (X * Y * Z,) bool are the voxels of the box that are stored, in C order (others, and those outside the box,
+    count as background), `posterior` (N, K) float32 their probabilities, which sum to 1 over K. `out` (*native_shape,
+    K) uint8, zeros, takes the interpolated posterior, probability * 255, rounded; it may be a `numpy.memmap` (32
+    classes at 512^3 voxels are 4.3 GB). With a temperature T probabilities p become p^(1/T), scaled to sum to 1, which
+    moves no label.
     """
     box, wanted = geometry.box, (*geometry.native_shape, posterior.shape[1])
     if out is not None and (out.shape != wanted or out.dtype != np.uint8):

@@ -183,7 +183,13 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     except _CANNOT_READ as error:
         reason = f"{type(error).__name__}: {error}"
         raise ScanError(f"{path.name}: cannot be read ({reason}). The file is damaged. {_AGAIN}") from error
-    _check_values(path.name, raw)
+    bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
+    _refuse(path.name, {
+        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
+            bad > 0,
+        f"every voxel is {raw.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
+            raw.min() == raw.max(),
+    })  # fmt: skip
     # Slope and intercept would only round what `standardise` undoes.
     data = standardise(raw, negative=(slope or 1) < 0)
     _check_continuity(path.name, data, raw)
@@ -276,16 +282,6 @@ def _read_data(path: Path, stream: BufferedIOBase, header: nib.Nifti1Header, sha
     stream.read(_MAX_TRAILING_BYTES)
     stored = np.frombuffer(block, dtype).reshape(shape, order="F")
     return np.array(stored, dtype.newbyteorder("="), order="C")
-
-
-def _check_values(name: str, data: np.ndarray) -> None:
-    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
-    _refuse(name, {
-        f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
-            bad > 0,
-        f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
-            data.min() == data.max(),
-    })  # fmt: skip
 
 
 def _check_continuity(name: str, data: np.ndarray, raw: np.ndarray) -> None:

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import unicodedata
 from collections.abc import Mapping
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
 
 from bids_varaug.inputs.tables import plain_name
 
-# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere is no measure of
-# the brain; neither is one of known words alone, at least one of them of a person or a row. "Left-Hippocampus" has
-# others, and "Cartilage" holds no word "age".
-_AGE = (
-    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|alters?|leeftijd|"
-    r"alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
-    r"\w*(?:возраст|年龄|年齡|年齢|나이|연령|ηλικια|عمر|גיל)\w*|"
-    # predictions of other tools
-    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|brainpad|bagap|"
-    r"dob|yob|born|geboren|f[oø]dt"
-)
-_BIRTH = (  # how such words begin; "birthplace"
-    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|nascim|nacim|urodz|"
-    r"narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
-)
-_PERSON = (
-    # identifiers
-    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|patients?|persons?|"
-    r"fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|number|numero|nummer|"
-    r"idx|index|order|counters?|rows?|instance|"
-    # visits and times
-    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|time|scanned|"
-    r"timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|annees?|annos?|anni|onset|"
-    r"duration|baseline|followup|"
-    # people
-    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|educ?|grade|"
-    r"gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
-)
-_FILLER = (
-    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|interview|"
-    r"chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|raw|src|source|bids|float|int|"
-    r"log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|centered|centred|inv|inverse|bio|lebens|"
-    r"untersuchungs?|school"
-)
-_SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
+with (files("bids_varaug") / "data" / "column_words.tsv").open(encoding="utf-8") as _stream:
+    _WORDS = pd.read_csv(_stream, sep="\t", quoting=csv.QUOTE_NONE).groupby("meaning")["pattern"].agg("|".join)
+# Patterns of words by meaning, in small letters without accents. A name with a word of "age" (also of its prediction),
+# or that begins as one of "birth", is no measure of the brain; neither is one of known words alone, at least one of
+# them of a "person" or a row. "short" ones are no parts of words. "Left-Hippocampus" has others, and "Cartilage" holds
+# no word "age".
+_PERSON, _FILLER, _SHORT = _WORDS[["person", "filler", "short"]]
 # A single letter is no part of a word, and L and R are sides.
 _KNOWN = re.compile(f"(?:{_PERSON}|{_FILLER})+|{_SHORT}|[a-km-qs-z]")
 _HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*|{_SHORT}")
-_TELLS_AGE = re.compile(rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BIRTH})\w*)")
+_TELLS_AGE = re.compile(
+    rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_WORDS['age']})(?:{_WORDS['age']}|{_PERSON}|{_FILLER})*|(?:{_WORDS['birth']})\w*)"
+)
 _YEARS = (1900, 2035)
 
 MIN_PEOPLE = 5  # fewer follow anything by chance

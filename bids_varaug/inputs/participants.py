@@ -98,23 +98,15 @@ class People:
 
 
 def read_people(
-    bids_dir: Path,
-    *,
-    age_column: str = "age",
-    sex_column: str = "sex",
-    site_column: str = "site",
-    require_age: bool = True,
-    only: str | None = None,
-) -> People:
+    bids_dir: Path, *, age_column: str = "age", sex_column: str = "sex", site_column: str = "site",
+    require_age: bool = True, only: str | None = None,
+) -> People:  # fmt: skip
     """Read participants.tsv, its sidecar, and the sessions' tables that have ages, which take precedence.
 
-    See `choose_column`, `read_ages` and `read_sexes` for what columns and values are understood.
-
-    Parameters
-    ----------
-    require_age : False to read whoever is there, with or without age, and nobody where there is no participants.tsv;
-        else that is a `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`
-    only : read the table of sessions of this participant (``sub-01``) and of nobody else
+    See `choose_column`, `read_ages` and `read_sexes` for what columns and values are understood. Without `require_age`,
+    whoever is there is read, with or without age, and nobody where there is no participants.tsv; else that is a
+    `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`. `only` this participant's
+    (``sub-01``) table of sessions is read.
     """
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
@@ -128,11 +120,20 @@ def read_people(
         choose_column(path, table.columns, key, name, required=require_age and key == "age")
         for key, name in {"age": age_column, "sex": sex_column, "site": site_column}.items()
     )
-    participants = _participants(path, table)
+    if (column := find_column(table.columns, "participant_id")) is None:
+        raise _missing_column(path, table.columns, "participant_id")
+    if without := [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]:
+        raise TableError(f"{path}: no participant_id in {some(without)}.")
+    participants = [prefixed(label) for label in table[column]]
     sessions = _sessions(table, participants)
     nothing: list[Any] = [None] * len(table)
     sites = list(table[site]) if site else nothing
-    _check_sites(path, participants, sites)
+    at = pd.Series(sites, participants, dtype=object).dropna().groupby(level=0).unique()
+    if two := [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]:
+        raise TableError(
+            f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
+            "several sites one of them, or different ids."
+        )
     names = list(map(_name, participants, sessions))
     _check_unique(path, names)
     notes: list[str] = []
@@ -165,14 +166,9 @@ def choose_column(path: Path, columns: Sequence[str], key: str, wanted: str, req
 
 
 def read_ages(
-    path: Path,
-    column: str,
-    values: Iterable[str | None],
-    names: Sequence[str],
-    left_out: dict[str, str],
-    notes: list[str],
-    sidecar: Path | None = None,
-) -> list[float]:
+    path: Path, column: str, values: Iterable[str | None], names: Sequence[str], left_out: dict[str, str],
+    notes: list[str], sidecar: Path | None = None,
+) -> list[float]:  # fmt: skip
     """Read a column of ages in years; NaN where the age is missing, with the reason in `left_out`, by name of the row.
 
     The unit is that of an age itself ("034Y"), else that of the sidecar (by default the table's), else that in the
@@ -280,15 +276,6 @@ def _missing_column(path: Path, columns: Sequence[str], wanted: str, hint: str =
     return TableError(f"{path}: no column {wanted!r}. It has: {', '.join(columns)}.{hint}")
 
 
-def _participants(path: Path, table: pd.DataFrame) -> list[str]:
-    column = find_column(table.columns, "participant_id")
-    if column is None:
-        raise _missing_column(path, table.columns, "participant_id")
-    if without := [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]:
-        raise TableError(f"{path}: no participant_id in {some(without)}.")
-    return [prefixed(label) for label in table[column]]
-
-
 def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
     """Sessions of a participants.tsv with a row per session, which some datasets have."""
     column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS + VISIT_COLUMNS)
@@ -317,19 +304,9 @@ def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: l
     _check_unique(tsv, names)
     for name in names:
         left_out.pop(name, None)  # not missing after all
-    sidecar = tsv.with_suffix(".json")
-    if not sidecar.is_file():
-        sidecar = tsv.parents[1] / "sessions.json"  # inherited
+    own, inherited = tsv.with_suffix(".json"), tsv.parents[1] / "sessions.json"
+    sidecar = own if own.is_file() else inherited
     return dict(zip(sessions, read_ages(tsv, age, table[age], names, left_out, notes, sidecar), strict=True))
-
-
-def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -> None:
-    at = pd.Series(sites, participants, dtype=object).dropna().groupby(level=0).unique()
-    if two := [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]:
-        raise TableError(
-            f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
-            "several sites one of them, or different ids."
-        )
 
 
 def _check_unique(path: Path, names: list[str]) -> None:

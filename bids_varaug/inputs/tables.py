@@ -49,19 +49,11 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
     needed = {*text, *(columns if numbers is None else numbers)}
     try:
         table = pd.read_csv(
-            path,
-            sep=_separator(path),
-            header=0,
-            names=range(len(columns)),
+            path, sep=_separator(path), header=0, names=range(len(columns)), index_col=False,
             usecols=[at for at, name in enumerate(columns) if name in needed],
-            index_col=False,
-            dtype={columns.index(name): str for name in text},
-            encoding=_encoding(path),
-            keep_default_na=False,
-            na_values=list(MISSING),
-            float_precision="round_trip",
-            low_memory=False,
-        )
+            dtype={columns.index(name): str for name in text}, encoding=_encoding(path), keep_default_na=False,
+            na_values=list(MISSING), float_precision="round_trip", low_memory=False,
+        )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
         raise TableError(f"{path}: damaged: {error}. Export it again.") from error
     if not len(table):

@@ -119,10 +119,10 @@ def find_ensemble(name: str) -> Path:
     for folder in (shipped / name if "/" not in name else None, Path(name)):
         if folder is not None and (folder / MANIFEST).is_file():
             return folder.absolute()  # workers run elsewhere
-    known = sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))
+    known = ", ".join(sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))) or "none"
     raise EnsembleError(
-        f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a folder with a {MANIFEST}. "
-        "Train one with bids_varaug-train, or give another path."
+        f"--ensemble {name}: neither a shipped ensemble ({known}) nor a folder with a {MANIFEST}. Train one with "
+        "bids_varaug-train, or give another path."
     )
 
 

@@ -169,12 +169,10 @@ def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
     for path in paths:
         with _open(path) as tensors:
             shape = tuple(tensors.get_slice("labels").get_shape())
-            boxes.append((shape, int(tensors.metadata()["n_classes"])))
+            boxes.append((shape, f"{tensors.metadata()['n_classes']} classes on {shape} voxels"))
         if boxes[-1] != boxes[0]:
-            raise UserError(
-                f"{path}: {boxes[-1][1]} classes on {shape} voxels, but {paths[0].name} has {boxes[0][1]} on "
-                f"{boxes[0][0]}. Delete the work directory and run again."
-            )
+            differ = f"{boxes[-1][1]}, but {paths[0].name} has {boxes[0][1]}"
+            raise UserError(f"{path}: {differ}. Delete the work directory and run again.")
     return boxes[0][0]
 
 
@@ -228,21 +226,16 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
         maps["sigbits" + suffix_of(group)] += FLOAT32_BITS
     rows = []
     for slabs in split_slabs(len(labels)):
-        mean = _mean([paths[m] for m in groups[ALL]], slabs)
+        total: csr_array | float = 0.0
+        for m in groups[ALL]:
+            total = load_posterior(paths[m], slabs).rows.astype(np.float64) + total
+        mean = SparsePosterior.from_rows(csr_array(total / len(groups[ALL]), dtype=np.float32), labels[slabs].shape)
         labels[slabs] = mean.labels
         rows.append(mean.rows)
         voxels = mean.stored.reshape(mean.labels.shape)
         for name, values in _spread(paths, groups, slabs, mean).items():
             maps[name][slabs][voxels] = values
     return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), maps)
-
-
-def _mean(paths: Sequence[Path], slabs: slice) -> SparsePosterior:
-    total: csr_array | float = 0.0
-    for path in paths:
-        member = load_posterior(path, slabs)
-        total = member.rows.astype(np.float64) + total
-    return SparsePosterior.from_rows(csr_array(total / len(paths), dtype=np.float32), member.labels.shape)
 
 
 def _spread(
@@ -302,11 +295,7 @@ def summarise_members(
 ) -> Summary:
     """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
-    Parameters
-    ----------
-    paths, families : posterior file and family of every member
-    folder : where the results go
-    family_maps : whether to keep maps of each family too
+    `paths` and `families` are those of every member; results go to `folder`, with maps of each family if wanted.
     """
     files = Summary(folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz")
     fusion = fuse_members(paths, families)

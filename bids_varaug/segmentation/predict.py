@@ -31,18 +31,15 @@ RIM = 4  # voxels around the brain whose posterior is kept
 def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     """Return the class posterior of one head.
 
+    `image` is (X, Y, Z) float32 of any unit, the head box on the network grid, RAS; sides are multiples of
+    ``network.shape.multiple``, else that is a ValueError. `network` is in evaluation mode, on the device to use.
+
     What is not connected with the brain (specks in neck, scalp and meninges) becomes sure background, and so does
     everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, of which only voxels
     stay that are not surely background: the dense posterior (1 GB for a whole head and 32 classes) never exists.
 
     Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax. The largest component
     and its surroundings are found by scipy, exactly.
-
-    Parameters
-    ----------
-    network : in evaluation mode, on the device to use
-    image : (X, Y, Z) float32, any unit, head box of the network grid, RAS; sides are multiples of
-        ``network.shape.multiple``, else a `ValueError`
     """
     if image.ndim != 3 or any(side % network.shape.multiple for side in image.shape):
         raise ValueError(f"image of shape {image.shape}: sides must be multiples of {network.shape.multiple}")
@@ -96,15 +93,10 @@ _PLAUSIBLE_CM3 = (400.0, 2500.0)
 def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
     """Return the part of a head box that holds the brain.
 
-    The network segments the head at half the resolution, which takes an eighth of the time. What it finds is enlarged
-    by `MARGIN_MM` and to sides that the network takes. Where that is no brain by its size (400 to 2500 cm3), the whole
-    head is returned.
-
-    Parameters
-    ----------
-    network : trained on images of both resolutions
-    head : as the image of `segment_volume`
-    voxel_size : of the network grid, mm
+    The network, which has seen images of both in training, segments the head (as the image of `segment_volume`, with
+    voxels of `voxel_size` mm) at half the resolution: an eighth of the time. What it finds is enlarged by `MARGIN_MM`
+    and to sides that the network takes. Where that is no brain by its size (400 to 2500 cm3), the whole head is
+    returned.
     """
     multiple = network.shape.multiple
     half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()
@@ -165,10 +157,8 @@ def _network(ensemble_name: str, member: Member, device: str, num_threads: int, 
     try:
         yield load_member(load_ensemble(ensemble_name), member, device)
     except torch.OutOfMemoryError as error:
-        raise ScanError(
-            f"{device}: not enough memory for a head of {head.shape} voxels. Use --device cpu or a GPU with more "
-            "memory."
-        ) from error
+        need = f"not enough memory for a head of {head.shape} voxels"
+        raise ScanError(f"{device}: {need}. Use --device cpu or a GPU with more memory.") from error
     finally:
         release_freed_memory()
 

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 from nibabel.spatialimages import SpatialImage
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from bids_varaug.errors import UserError
-from bids_varaug.images.conform import bounds
 from bids_varaug.images.intensity import normalise_intensity
 
 TISSUES = ("air", "brain", "ventricle", "csf", "head")
@@ -77,9 +77,8 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     table = table.assign(also=table.get("also"), **filled)
     unknown = (set(table["target"]) | set(table["mirror"])) - set(ids)
     if unknown or set(table["tissue"]) - set(TISSUES):
-        raise UserError(
-            f"{source}: targets and mirrors must be ids of the table (not {sorted(unknown)}), tissues one of {TISSUES}."
-        )
+        ids_text = f"targets and mirrors must be ids of the table (not {sorted(unknown)})"
+        raise UserError(f"{source}: {ids_text}, tissues one of {TISSUES}.")
     targets = pd.Index([0, *sorted(set(table["target"].astype(int)) - {0})])
     return LabelScheme(
         ids=table["index"].to_numpy(np.int32),
@@ -139,10 +138,8 @@ def find_label_table(directory: Path) -> Path | None:
     """Return the table of a folder's label maps (``*dseg.tsv``), None where there is none."""
     found = sorted(directory.rglob("*dseg.tsv"))
     if len({path.read_bytes() for path in found}) > 1:
-        raise UserError(
-            f"{directory}: label tables that differ ({found[0].name}, {found[1].name}, ...). Give the one to use with "
-            "--label-table."
-        )
+        differ = f"label tables that differ ({found[0].name}, {found[1].name}, ...)"
+        raise UserError(f"{directory}: {differ}. Give the one to use with --label-table.")
     return found[0] if found else None
 
 
@@ -203,7 +200,7 @@ def load_label_map(path: Path, scheme: LabelScheme) -> np.ndarray:
         raise UserError(f"{path}: fractional values; a label map holds whole numbers.")
     if not labels.any():
         raise UserError(f"{path}: the label map is empty.")
-    labels = merge_labels(labels[crop_to_labels(labels)], scheme)
+    labels = merge_labels(labels[ndimage.find_objects((labels != 0).view(np.uint8))[0]], scheme)
     unknown = np.setdiff1d(labels, scheme.ids)
     if unknown.size:
         raise UserError(
@@ -211,11 +208,6 @@ def load_label_map(path: Path, scheme: LabelScheme) -> np.ndarray:
             "with --label-table."
         )
     return np.searchsorted(scheme.ids, labels).astype(np.uint8)
-
-
-def crop_to_labels(labels: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box (as an index) with all labels of a map (X, Y, Z)."""
-    return tuple(slice(a, b) for a, b in zip(*bounds(labels != 0), strict=True))
 
 
 def merge_labels(labels: np.ndarray, scheme: LabelScheme) -> np.ndarray:
@@ -254,7 +246,8 @@ def load_t1w_of(label_map: Path) -> torch.Tensor | None:
             "--real-share."
         )
     data = nib.as_closest_canonical(image).get_fdata(dtype=np.float32)
-    box = crop_to_labels(np.asanyarray(nib.as_closest_canonical(labels).dataobj))
+    inside = np.asanyarray(nib.as_closest_canonical(labels).dataobj) != 0
+    (box,) = ndimage.find_objects(inside.view(np.uint8))
     return normalise_intensity(torch.from_numpy(np.ascontiguousarray(data[box])))
 
 

@@ -19,24 +19,12 @@ UNRELIABLE_BELOW = 0.75
 
 
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
-    """Disagreement of the members about each voxel's label.
+    """Disagreement of the members about each voxel's label, (...) float32, bit.
 
     Shannon entropy of the empirical label distribution (Gonzalez-Pepe et al. 2023, arXiv:2308.01939, there in nats),
     ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all
-    differ.
-
-    Parameters
-    ----------
-    votes : (K, ...) unsigned integer, how many members chose each of the K labels; sums to `n_members` over K
-
-    Returns
-    -------
-    (...) float32, bit
-
-    Raises
-    ------
-    ValueError
-        If the votes do not sum to `n_members` everywhere.
+    differ. `votes` (K, ...) unsigned integer say how many members chose each of the K labels; unless they sum to
+    `n_members` over K everywhere, that is a ValueError.
 
     Examples
     --------
@@ -55,25 +43,13 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
 
 
 def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    """How many leading bits of a value the perturbations leave alone.
+    """How many leading bits of a value the perturbations leave alone, (...) float32, bit.
 
-    ``s = -log2(|sd / mean|)`` [1]_, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree
-    exactly). This is Parker's estimate without a confidence level; the ``significantdigits`` package subtracts from it
-    a constant that depends on the number of members (2.0 bits for 8 members at 95 % probability and 95 % confidence)
-    [2]_, see `significant_bits_lower`. Without it, ensembles of different size can be compared.
-
-    Parameters
-    ----------
-    mean, sd : (...) float, same unit
-
-    Returns
-    -------
-    (...) float32, bit
-
-    References
-    ----------
-    .. [1] Parker (1997), Monte Carlo arithmetic, UCLA CSD-970002.
-    .. [2] Sohier et al. (2021), Confidence intervals for stochastic arithmetic, ACM TOMS 47(2).
+    ``s = -log2(|sd / mean|)``, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree exactly).
+    This is the estimate of Parker (1997, Monte Carlo arithmetic, UCLA CSD-970002) without a confidence level; the
+    ``significantdigits`` package (Sohier et al. 2021, Confidence intervals for stochastic arithmetic, ACM TOMS 47(2))
+    subtracts from it a constant that depends on the number of members, see `significant_bits_lower`. Without it,
+    ensembles of different size can be compared. `mean` and `sd` (...) are of one unit.
 
     Examples
     --------
@@ -91,9 +67,7 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
 def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
     """Voxels (...) bool, where a share below `UNRELIABLE_BELOW` of the members chose the consensus label.
 
-    Parameters
-    ----------
-    votes_for : (...) integer, how many members chose it
+    `votes_for` (...) integer says how many members chose it.
     """
     return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW
 
@@ -115,15 +89,8 @@ class RegionCounts:
 def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -> RegionCounts:
     """Count volumes and overlaps while the members' labels pass by, slab after slab.
 
-    Parameters
-    ----------
-    slabs : any number of (M, n) uint8, labels (class index) of all members in the voxels of a slab
-    n_members, n_classes : M, K
-
-    Raises
-    ------
-    ValueError
-        If a slab has another number of members, or a label is not below `n_classes`.
+    A slab is (M, n) uint8: the labels (class index) of all M members in n voxels. ValueError if one has another number
+    of members, or a label that is not below `n_classes`.
     """
     agreed = np.zeros(n_classes, np.int64)
     pairs = np.zeros((n_members, n_members, n_classes), np.int64)
@@ -204,13 +171,8 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     members (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be
     ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
 
-    Parameters
-    ----------
-    volumes : (M, K) any unit
-
-    Returns
-    -------
-    (K,) float64, bit; NaN with fewer than two members, or where no member has the structure
+    `volumes` (M, K) are of any unit. Returns (K,) float64, NaN with fewer than two members, or where none has the
+    structure.
     """
     volumes = np.asarray(volumes, dtype=np.float64)
     bits = np.full(volumes.shape[1], np.nan)
@@ -228,10 +190,7 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
     """Mean vote entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
-    Parameters
-    ----------
-    labels : (X, Y, Z) uint8, consensus
-    entropy : (X, Y, Z) float32, bit
+    `labels` (X, Y, Z) uint8 are the consensus, `entropy` (X, Y, Z) float32 is in bit.
 
     Examples
     --------
@@ -250,10 +209,12 @@ def region_table(
     voxel_volume: float,
     entropy_means: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    """Return the variability of each structure over the perturbed members.
+    """Return the variability of each structure over the perturbed members, one row per structure.
 
     If all members are of the baseline family, they take the perturbed members' place; one member has a volume but no
-    spread (NaN).
+    spread (NaN). Columns are index, name and the measures that ``data/templates/columns.tsv`` describes; then the same
+    within each family, with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one
+    member.
 
     Parameters
     ----------
@@ -262,12 +223,6 @@ def region_table(
     labels : K labels, background first; it is left out of the table
     voxel_volume : mm3
     entropy_means : (K,) bit of each group of `group_members` with two members, see `mean_entropy`
-
-    Returns
-    -------
-    DataFrame, one row per structure
-        index, name and the measures that ``data/templates/columns.tsv`` describes; then the same within each family,
-        with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one member.
     """
     columns = {"index": [int(label.index) for label in labels], "name": [label.name for label in labels]}
     dice = pairwise_dice(counts)
@@ -277,15 +232,16 @@ def region_table(
         mean, alone = volumes.mean(axis=0), len(members) < 2
         present = np.where(mean > 0, mean, np.nan)
         std = nothing if alone else volumes.std(axis=0, ddof=1)
-        least, average = _dice_summary(dice, members)
+        pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]  # (pairs, K)
+        n_pairs = (~np.isnan(pairs)).sum(axis=0)  # that have the structure at all
         measures = {
             "volume_mean": nothing if alone and group != ALL else mean,
             "volume_std": std,
             "cv": std / present,
             "sigbits": np.where(np.isnan(std / present), np.nan, significant_bits(mean, std)),
             "sigbits_lower": significant_bits_lower(volumes),
-            "dice_min": least,
-            "dice_mean": average,
+            "dice_min": np.fmin.reduce(pairs, axis=0, initial=np.nan),
+            "dice_mean": np.nansum(pairs, axis=0) / np.where(n_pairs > 0, n_pairs, np.nan),
             "entropy_mean": nothing if alone else entropy_means[group],
         }
         columns |= {name + suffix_of(group): values for name, values in measures.items()}
@@ -302,10 +258,3 @@ def members_table(
         for member, family, volumes in zip(members, families, counts.volumes, strict=True)
     ]
     return pd.concat(tables, ignore_index=True)[["member", "family", "index", "name", "volume"]]
-
-
-def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Least and mean Dice over the pairs of `members` that have the structure at all, (K,)."""
-    pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]
-    count = (~np.isnan(pairs)).sum(axis=0)
-    return np.fmin.reduce(pairs, axis=0, initial=np.nan), np.nansum(pairs, axis=0) / np.where(count > 0, count, np.nan)

@@ -97,20 +97,16 @@ def judge_regions(
 
     Its worst finding decides: measures beyond `THRESHOLDS`, too few `MEMBERS`, a volume outside of `LIMITS`, left and
     right that differ too much. Spread is the largest of that over all members and those within a family: where one
-    family hardly differs, all together differ less.
+    family hardly differs, all together differ less. Returns `regions` with the columns verdict (of `VERDICTS`), reason
+    (None where good), and the limits volume_low, volume_high [mm3] (NaN where none are known).
 
     Parameters
     ----------
-    regions : as `variability.measures.region_table` returns it: one row per structure with index, name, volume_mean
-        [mm3], cv and dice_min with those within families (cv_FAMILY, dice_min_FAMILY)
+    regions : of `variability.measures.region_table`: one row per structure with index, name, volume_mean [mm3], cv and
+        dice_min with those within families (cv_FAMILY, dice_min_FAMILY)
     members : perturbed members of each family
     voxel_volume : of the coarser grid of the image's and the network's, mm3
     age, sex : as for `volume_limits`
-
-    Returns
-    -------
-    The same with the columns verdict (of `VERDICTS`), reason (None where good), and the limits volume_low, volume_high
-    [mm3] (NaN where none are known).
     """
     ids, volumes = regions["index"].to_numpy(int), regions["volume_mean"].to_numpy(float)
     low, high = volume_limits(ids, age, sex)
@@ -266,37 +262,28 @@ WHITE, CORTEX = (2, 41), (3, 42)
 
 
 def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -> list[str]:
-    """All warnings about an image of a voxel size [mm] with its consensus (FreeSurfer ids), both on the native grid."""
-    found = check_contrast(t1w, labels), check_saturation(t1w, labels)
-    return [text for text in (check_voxel_size(zooms), check_field_of_view(labels), *found) if text]
+    """What speaks against an image of a voxel size [mm] or its consensus (FreeSurfer ids), both on the native grid."""
+    return [*_check_geometry(zooms, labels), *_check_contrast(t1w, labels)]
 
 
-def check_voxel_size(zooms: Sequence[float]) -> str | None:
-    """Voxels [mm] finer or coarser than those of the training."""
+def _check_geometry(zooms: Sequence[float], labels: np.ndarray) -> Iterator[str]:
+    """Voxels finer or coarser than those of the training; a brain that the image's edge cuts."""
     low, high = TRAINED_VOXEL_MM
-    # A header's 0.4999999 mm is 0.5 mm.
-    if min(zooms) >= low * 0.99 and max(zooms) <= high * 1.01:
-        return None
-    size = " x ".join(f"{z:.2f}" for z in zooms)
-    trained = f"the range of the training ({low:g} to {high:g} mm)"
-    return f"Voxels of {size} mm are outside {trained}; small structures are not to be trusted."
-
-
-def check_field_of_view(labels: np.ndarray) -> str | None:
-    """A brain that the image's edge cuts."""
-    total = np.count_nonzero(labels)
+    if min(zooms) < low * 0.99 or max(zooms) > high * 1.01:  # a header's 0.4999999 mm is 0.5 mm
+        size = " x ".join(f"{z:.2f}" for z in zooms)
+        trained = f"the range of the training ({low:g} to {high:g} mm)"
+        yield f"Voxels of {size} mm are outside {trained}; small structures are not to be trusted."
     faces = (labels.take(side, axis) for axis in range(3) for side in (0, -1))
     on_edge = sum(np.count_nonzero(face) for face in faces)
-    if not total or on_edge / total <= EDGE_FRACTION:
-        return None
-    return (
-        f"The brain reaches the edge of the image ({on_edge:,} labelled voxels lie on it): part of it may be outside "
-        "the field of view, and volumes too small."
-    )
+    if on_edge > EDGE_FRACTION * np.count_nonzero(labels):
+        yield (
+            f"The brain reaches the edge of the image ({on_edge:,} labelled voxels lie on it): part of it may be "
+            "outside the field of view, and volumes too small."
+        )
 
 
-def check_contrast(t1w: np.ndarray, labels: np.ndarray) -> str | None:
-    """A contrast unlike T1 weighting, or too weak to separate the tissues, or too little of either to judge.
+def _check_contrast(t1w: np.ndarray, labels: np.ndarray) -> Iterator[str]:
+    """A contrast unlike T1 weighting, or too weak to separate the tissues; bright tissue cut off at the largest value.
 
     White matter is eroded by a voxel where that leaves enough of it, to keep partial volume out.
     """
@@ -306,31 +293,24 @@ def check_contrast(t1w: np.ndarray, labels: np.ndarray) -> str | None:
     cortex = np.asarray(t1w[cortex_mask], np.float64)
     white, cortex = white[np.isfinite(white)], cortex[np.isfinite(cortex)]
     if white.size < 50 or cortex.size < 50:
-        return "Too little white matter or cortex was found to judge the contrast of the image."
-    pooled = np.sqrt((white.var() + cortex.var()) / 2)
-    contrast = (white.mean() - cortex.mean()) / max(pooled, 1e-12)
-    if contrast < 0:
-        return (
-            f"White matter ({white.mean():.4g}) is darker than cortex ({cortex.mean():.4g}): this "
-            "does not look like a T1-weighted image."
-        )
-    if contrast < MIN_CONTRAST:
-        return (
-            f"White matter and cortex hardly differ in brightness ({contrast:.2f} standard "
-            f"deviations; at least {MIN_CONTRAST:g} is usual): noise, motion or another contrast."
-        )
-    return None
-
-
-def check_saturation(t1w: np.ndarray, labels: np.ndarray) -> str | None:
-    """A brain whose bright tissue was cut off at the image's largest value."""
+        yield "Too little white matter or cortex was found to judge the contrast of the image."
+    else:
+        pooled = np.sqrt((white.var() + cortex.var()) / 2)
+        contrast = (white.mean() - cortex.mean()) / max(pooled, 1e-12)
+        means = f"White matter ({white.mean():.4g}) is darker than cortex ({cortex.mean():.4g})"
+        if contrast < 0:
+            yield f"{means}: this does not look like a T1-weighted image."
+        elif contrast < MIN_CONTRAST:
+            yield (
+                f"White matter and cortex hardly differ in brightness ({contrast:.2f} standard deviations; at least "
+                f"{MIN_CONTRAST:g} is usual): noise, motion or another contrast."
+            )
     share = np.mean(t1w[labels > 0] == t1w.max()) if labels.any() else 0.0
-    if share <= SATURATED_FRACTION:
-        return None
-    return (
-        f"{share:.0%} of the brain's voxels have the largest value of the image: it is saturated, "
-        "and tissues cannot be told apart there. Convert the original again."
-    )
+    if share > SATURATED_FRACTION:
+        yield (
+            f"{share:.0%} of the brain's voxels have the largest value of the image: it is saturated, and tissues "
+            "cannot be told apart there. Convert the original again."
+        )
 
 
 MIN_IMAGES = 10
@@ -347,14 +327,9 @@ def robust_distances(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (2004): fewer images than structures will do. Of the Mahalanobis distances, a robust z-score is returned; above
     `OUTLYING`, an image stands out. Of simulated normal images, 8 % do among 10, 4 % among 20, 0.5 % among 50.
 
-    Parameters
-    ----------
-    volumes : (R, F) any unit; 0 counts as half the smallest other volume
-
-    Returns
-    -------
-    (R,) float64, NaN with fewer than `MIN_IMAGES` images; (R, F) float64: z-score of each structure given all others,
-    NaN for structures of which more than half have one volume
+    Of `volumes` (R, F) of any unit, 0 counts as half the smallest other volume. Returns (R,) float64, NaN with fewer
+    than `MIN_IMAGES` images; and (R, F) float64, the z-score of each structure given all others, NaN for structures of
+    which more than half have one volume.
 
     Examples
     --------

@@ -25,21 +25,16 @@ class _Step(SimpleInterface):
         try:
             self._results |= self._step(folder)
         except Exception as error:
-            if isinstance(error, UserError):
-                message = str(error)
-            elif isinstance(error, OSError | SafetensorError):
+            message = str(error)
+            if isinstance(error, OSError | SafetensorError):
                 # Outputs have errors of their own; this is the work directory, full as a rule.
-                message = (
-                    f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume "
-                    "with the same -w, or choose another -w."
-                )
+                what = f"{folder}: cannot read or write the work directory ({error}). Free some space there and"
+                message = f"{what} resume with the same -w, or choose another -w."
             # torch has no error of its own for this on the CPU.
-            elif isinstance(error, MemoryError) or "allocate memory" in str(error):
-                message = (
-                    f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at "
-                    "once (--nprocs), and resume with the same -w."
-                )
-            else:
+            elif isinstance(error, MemoryError) or "allocate memory" in message:
+                what = f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps"
+                message = f"{what} at once (--nprocs), and resume with the same -w."
+            elif not isinstance(error, UserError):
                 raise
             print(f"ERROR: {message}", file=sys.stderr)
             raise
@@ -135,10 +130,9 @@ class AverageGrids(_Step):
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.shifts import GRIDS, average_grids
 
-        member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
-        mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
-        offsets = GRIDS[self.inputs.n_grids]
-        average_grids(list(paths), offsets, mean, shift)
+        paths = [Path(file) for file in self.inputs.posterior_files]
+        mean, shift = folder / f"{self.inputs.member.id}.safetensors", folder / "shift.safetensors"
+        average_grids(paths, GRIDS[self.inputs.n_grids], mean, shift)
         return {"posterior_file": mean, "shift_file": shift}
 
 
@@ -188,14 +182,15 @@ class WriteScan(_Step):
     always_run = True  # the output folder may have been emptied since
 
     def _step(self, folder: Path) -> dict[str, list[Path]]:
-        from bids_varaug.derivatives.scan import Intermediate, write_scan
+        from bids_varaug.derivatives.scan import write_scan
+        from bids_varaug.segmentation.fuse import Summary
 
         inputs, request = self.inputs, self.inputs.request
-        intermediate = Intermediate(
-            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file),
-            tuple(map(Path, inputs.posterior_files)),
-        )  # fmt: skip
-        written, warnings = write_scan(request, intermediate, folder, inputs.num_threads)
+        summary = Summary(Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file))
+        posteriors = [Path(file) for file in inputs.posterior_files]
+        written, warnings = write_scan(
+            request, Path(inputs.geometry_file), posteriors, summary, folder, inputs.num_threads
+        )
         if warnings:
             warning = f"WARNING: {request.scan.path}: {' '.join(warnings)}"
             print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)

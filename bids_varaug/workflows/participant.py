@@ -69,10 +69,9 @@ def _select(settings: Settings) -> Selection:
         chosen = settings.participant_labels or settings.exclude_participant_labels
         validation.validate_input(settings.bids_dir, participants if chosen else ())
     selection = find_scans(settings)
-    for note in selection.notes:
-        print(f"WARNING: {note}", file=sys.stderr)
-    for error in selection.errors:
-        print(f"ERROR: {error}", file=sys.stderr)
+    for kind, texts in (("WARNING", selection.notes), ("ERROR", selection.errors)):
+        for text in texts:
+            print(f"{kind}: {text}", file=sys.stderr)
     return selection
 
 
@@ -117,11 +116,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     hit = {scan.subject for scan in scans if scan.prefix in failed}
     write_reports(plan, [scan for scan in scans if scan.subject in hit and scan.prefix not in failed])
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
-    print(
-        f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {others}; details are in "
-        f"{names.logs(settings.output_dir)}.",
-        file=sys.stderr,
-    )
+    details = f"{others}; details are in {names.logs(settings.output_dir)}."
+    print(f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {details}", file=sys.stderr)
     return False
 
 
@@ -173,14 +169,8 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 
 
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
-    """Segment one T1w image with every member, one after another, and write its derivatives.
-
-    Outputs
-    -------
-    derivatives : files written for this scan
-    """
-    settings, ensemble, locator = plan.settings, plan.ensemble, plan.locator
-    threads = settings.omp_nthreads
+    """Segment one T1w image with every member; ``outputnode.derivatives`` are the files written for it."""
+    settings, ensemble, locator, threads = plan.settings, plan.ensemble, plan.locator, plan.settings.omp_nthreads
     where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
     by_locator = {"member": locator, "identity": identify(ensemble, locator)}
 

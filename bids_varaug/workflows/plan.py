@@ -102,18 +102,15 @@ def check_memory(plan: Plan) -> None:
     if settings.dry_run or settings.reports_only or not settings.runs_here:
         return
     bound = memory_bound()
+    step = f"the largest step needs {need:.1f} GB for a head of 256 mm"
     if bound.total < need:
         raise UsageError(
-            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and there are "
-            f"{bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for more (docker --memory, sbatch "
-            "--mem, ulimit -v), or use --sloppy for a first look."
+            f"Not enough memory: {step}, and there are {bound.total:.1f} GB ({bound.source}). The kernel would kill "
+            "it. Ask for more (docker --memory, sbatch --mem, ulimit -v), or use --sloppy for a first look."
         )
     if bound.free < need:
-        print(
-            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of {bound.total:.1f} GB are free "
-            f"({bound.source}). If it is killed, resume with the same -w.",
-            file=sys.stderr,
-        )
+        free = f"{bound.free:.1f} of {bound.total:.1f} GB are free ({bound.source})"
+        print(f"WARNING: {step}, and {free}. If it is killed, resume with the same -w.", file=sys.stderr)
 
 
 def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
@@ -126,13 +123,10 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
+        space = f"the members of {n_images} image(s) need about {need:.0f} GB more there, and {free:.0f} GB are free"
         other = "--clean-workdir, which removes those of an image once it is written"
-        print(
-            f"WARNING: {settings.work_dir}: the members of {n_images} image(s) need about {need:.0f} GB more there, "
-            f"and {free:.0f} GB are free. Choose another -w, or use "
-            f"{'a smaller --nprocs' if settings.clean_workdir else other}.",
-            file=sys.stderr,
-        )
+        use = "a smaller --nprocs" if settings.clean_workdir else other
+        print(f"WARNING: {settings.work_dir}: {space}. Choose another -w, or use {use}.", file=sys.stderr)
 
 
 def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:
