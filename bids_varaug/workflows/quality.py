@@ -19,10 +19,9 @@ from bids_varaug.derivatives.sidecars import describe_columns, package_versions
 from bids_varaug.files import write_json
 from bids_varaug.inputs.participants import order_sessions
 from bids_varaug.inputs.tables import some
-from bids_varaug.reports.group import RunInfo
-from bids_varaug.reports.quality import quality_page
+from bids_varaug.reports.group import RunInfo, quality_page
 from bids_varaug.settings import Settings
-from bids_varaug.variability.change import paired_changes
+from bids_varaug.variability.longitudinal import paired_changes
 from bids_varaug.variability.power import MIN_PEOPLE, power_table
 from bids_varaug.variability.quality import LIMITS, robust_distances
 
