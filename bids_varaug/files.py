@@ -37,7 +37,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
+        for old in path.parent.glob(f".{path.name}.????????.part"):  # that a killed run of the same output left
+            with suppress(FileNotFoundError):  # another job was faster
+                if time.time() - old.stat().st_mtime > STALE_SECONDS:  # a live one was modified just now
+                    old.unlink()
         # Not tempfile: its files are readable by their owner only, whatever the umask says.
         with temporary.open("xb") as stream:
             yield stream
@@ -62,14 +65,6 @@ def _explain(path: Path, error: OSError) -> OutputError:
     if error.errno == errno.EIO:
         return DiskError(f"{path}: could not be written, the disk fails ({reason}).")
     return OutputError(f"{path}: cannot be created ({reason}). Check the permissions of {path.parent}.")
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove what a killed run left of the same output (a live one was modified just now)."""
-    for old in path.parent.glob(f".{path.name}.????????.part"):
-        with suppress(FileNotFoundError):  # another job was faster
-            if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                old.unlink()
 
 
 def write_text(text: str, path: Path) -> Path:

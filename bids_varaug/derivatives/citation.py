@@ -111,7 +111,11 @@ def write_group_logs(
 ) -> None:
     """Write how to cite, and as TOML the settings of a run and further tables."""
     # The settings have a table of their own: "ensemble" is one of them too, as it was asked for.
-    text = "\n".join(_toml_table(*item) for item in {"settings": vars(settings), **(tables or {})}.items())
+    lines = []
+    for title, values in {"settings": vars(settings), **(tables or {})}.items():
+        known = {key: value for key, value in values.items() if value is not None}  # TOML lacks None
+        lines += [f"[{title}]", *(f"{key} = {toml_value(value)}" for key, value in known.items()), ""]
+    text = "\n".join(lines)
     # Several runs may share one output directory; equal requests share one file.
     folder, digest = names.logs(settings.output_dir), hashlib.sha256(text.encode()).hexdigest()[:8]
     write_text(text, folder / f"settings-{digest}.toml")
@@ -122,12 +126,6 @@ def cite_participant(run: Run) -> Citation:
     """How to cite a run of the participant level."""
     sloppy, n_grids = run.settings.sloppy, run.settings.grids
     return cite("participant", ensemble=run.ensemble, members=run.members, sloppy=sloppy, n_grids=n_grids)
-
-
-def _toml_table(name: str, values: Mapping[str, Any]) -> str:
-    # TOML lacks None.
-    lines = [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
-    return "\n".join([f"[{name}]", *lines]) + "\n"
 
 
 def toml_value(value: Any) -> str:

@@ -26,7 +26,7 @@ _HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*
 _TELLS_AGE = re.compile(
     rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_WORDS['age']})(?:{_WORDS['age']}|{_PERSON}|{_FILLER})*|(?:{_WORDS['birth']})\w*)"
 )
-_YEARS = (1900, 2035)
+_YEARS = np.arange(1900, 2036)
 
 MIN_PEOPLE = 5  # fewer follow anything by chance
 MIN_COUNTED = 10
@@ -81,14 +81,11 @@ def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str,
             reasons[name] = "is almost a function of age"
         elif _counts(column[known], who[known]):
             reasons[name] = "counts people, rows or sessions"
-        elif _is_year(column[known]):
-            reasons[name] = "is a year"
+        else:
+            years = np.isin(column[known], _YEARS)
+            if len(np.unique(column[known][years])) > 2 and years.mean() >= 0.95:
+                reasons[name] = "is a year"
     return reasons
-
-
-def _is_year(column: np.ndarray) -> bool:
-    years = (column == np.round(column)) & (column >= _YEARS[0]) & (column <= _YEARS[1])
-    return len(np.unique(column[years])) > 2 and years.mean() >= 0.95
 
 
 def _follows(column: np.ndarray, age: np.ndarray, n: int) -> bool:

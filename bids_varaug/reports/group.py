@@ -209,15 +209,11 @@ def target_page(
 
 
 def make_page(template: str, run: RunInfo, **values: Any) -> Page:
-    """Make a page of a template; what fills it becomes JSON."""
+    """Make a page of a template; what fills it becomes JSON, NaN, which JSON lacks, None."""
     source = {key: value for key, value in run.source.items() if key != "sha256"}
-    return Page(template, _as_json({"run": asdict(replace(run, source=source)), **values}))
-
-
-def _as_json(value: Any) -> Any:
-    """The same of JSON's types alone; NaN, which JSON lacks, becomes None."""
-    text = json.dumps(value, default=lambda other: other.item() if isinstance(other, np.generic) else str(other))
-    return json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get)
+    values = {"run": asdict(replace(run, source=source)), **values}
+    text = json.dumps(values, default=lambda other: other.item() if isinstance(other, np.generic) else str(other))
+    return Page(template, json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get))
 
 
 def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:

@@ -150,6 +150,9 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     others = {name: Column(name, "{:.4g}", "", name) for name in scan.regions if name not in columns | within}
     classes = scan.regions["verdict"].replace("good", "").tolist()
     regions = scan.regions.replace({"verdict": MARKS})
+    volumes = scan.members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
+    volume = table_columns("volumes")["volume"]
+    shown = {name: replace(volume, heading=str(name), description="") for name in volumes}
     has_spread = regions[list(within)].notna().to_numpy().any()
     return {
         "anchor": f"scan-{number}",
@@ -161,7 +164,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
         "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
         "few_members": describe_families(n_members),
         "limits": scan.limits.rstrip("."),
-        "volumes": _volume_table(scan.members),
+        "volumes": tabulate(volumes.reset_index(), {"name": table_columns("volumes")["name"], **shown}),
         "warnings": list(scan.warnings),
         "provenance": scan.provenance,
     }
@@ -176,11 +179,3 @@ def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> 
         spread = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
         rows.append({"family": family, "n": n, **spread})
     return pd.DataFrame(rows)
-
-
-def _volume_table(members: pd.DataFrame) -> dict[str, Any]:
-    """Volumes, structures x members, in the order of the table."""
-    wide = members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
-    columns = table_columns("volumes")
-    shown = {name: replace(columns["volume"], heading=str(name), description="") for name in wide.columns}
-    return tabulate(wide.reset_index(), {"name": columns["name"], **shown})

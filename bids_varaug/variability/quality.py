@@ -67,14 +67,10 @@ THRESHOLDS = {
 MEMBERS = Threshold(5, 3, -1, "{:.0f} (fewer than {:.0f})")
 
 
-def _read_limits() -> pd.DataFrame:
-    with (files("bids_varaug") / "data" / "plausible_volumes.tsv").open(encoding="utf-8") as stream:
-        table = pd.read_csv(stream, sep="\t").astype({"right": "Int64"})
-    right = table.dropna(subset="right").rename(columns={"left": "right", "right": "left"})
-    return pd.concat([table, right]).rename(columns={"left": "index", "right": "partner"}).set_index("index")
-
-
-LIMITS = _read_limits()
+with (files("bids_varaug") / "data" / "plausible_volumes.tsv").open(encoding="utf-8") as _stream:
+    _LEFT = pd.read_csv(_stream, sep="\t").astype({"right": "Int64"})
+_RIGHT = _LEFT.dropna(subset="right").rename(columns={"left": "right", "right": "left"})
+LIMITS = pd.concat([_LEFT, _RIGHT]).rename(columns={"left": "index", "right": "partner"}).set_index("index")
 """Plausible volumes [mm3] of a structure, by FreeSurfer id.
 
 low, high at any age: outside, the volume is taken for wrong. The same at 20 (young) and at 80 years (old), geometric in

@@ -102,15 +102,18 @@ def check_memory(plan: Plan) -> None:
     if settings.dry_run or settings.reports_only or not settings.runs_here:
         return
     bound = memory_bound()
-    step = f"the largest step needs {need:.1f} GB for a head of 256 mm"
     if bound.total < need:
         raise UsageError(
-            f"Not enough memory: {step}, and there are {bound.total:.1f} GB ({bound.source}). The kernel would kill "
-            "it. Ask for more (docker --memory, sbatch --mem, ulimit -v), or use --sloppy for a first look."
+            f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and there are "
+            f"{bound.total:.1f} GB ({bound.source}). The kernel would kill it. Ask for more (docker --memory, sbatch "
+            "--mem, ulimit -v), or use --sloppy for a first look."
         )
     if bound.free < need:
-        free = f"{bound.free:.1f} of {bound.total:.1f} GB are free ({bound.source})"
-        print(f"WARNING: {step}, and {free}. If it is killed, resume with the same -w.", file=sys.stderr)
+        print(
+            f"WARNING: the largest step needs {need:.1f} GB, and {bound.free:.1f} of {bound.total:.1f} GB are free "
+            f"({bound.source}). If it is killed, resume with the same -w.",
+            file=sys.stderr,
+        )
 
 
 def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
