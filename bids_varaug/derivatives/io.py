@@ -91,8 +91,6 @@ def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
 
     Ids of tables made elsewhere may have other characters. Where two would become one, all stay as they are.
 
-    Examples
-    --------
     >>> with_bids_labels(pd.DataFrame({"participant_id": ["sub-A_1", "sub-02"]}))
       participant_id source_id
     0         sub-A1   sub-A_1

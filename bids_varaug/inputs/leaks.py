@@ -38,8 +38,6 @@ def reason_by_name(name: str) -> str | None:
 
     Words are told apart by capitals, digits, blanks and punctuation; "scanage" is two of them. Accents do not count.
 
-    Examples
-    --------
     >>> reason_by_name("ScanAge"), reason_by_name("subject_number"), reason_by_name("Accessory_vol")
     ('tells the age', 'describes the person or the row, not the brain', None)
     """

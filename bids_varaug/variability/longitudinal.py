@@ -113,8 +113,6 @@ def intraclass_correlation(values: np.ndarray, groups: np.ndarray, confidence: f
     any of them has; others are left out. Returns icc, low, high (of the confidence interval), n_participants,
     n_observations (k); NaN with fewer than two participants with several values, or without any variance.
 
-    Examples
-    --------
     >>> values, groups = np.array([1.0, 2.0, 5.0, 6.0, 9.0, 10.0]), np.array([0, 0, 1, 1, 2, 2])
     >>> intraclass_correlation(values, groups)["icc"]
     1.0

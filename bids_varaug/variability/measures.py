@@ -26,8 +26,6 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     differ. `votes` (K, ...) unsigned integer say how many members chose each of the K labels; unless they sum to
     `n_members` over K everywhere, that is a ValueError.
 
-    Examples
-    --------
     >>> float(vote_entropy(np.array([[[[1]]], [[[1]]]], dtype="uint8"), 2)[0, 0, 0])
     1.0
     """
@@ -51,8 +49,6 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     subtracts from it a constant that depends on the number of members, see `significant_bits_lower`. Without it,
     ensembles of different size can be compared. `mean` and `sd` (...) are of one unit.
 
-    Examples
-    --------
     >>> significant_bits(np.array([1.0, 1.0, 0.5]), np.array([0.25, 0.0, 4.0])).tolist()
     [2.0, 24.0, 0.0]
     """
@@ -129,8 +125,6 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
     ``Dice = 2 |A and B| / (|A| + |B|)`` (Dice 1945, Ecology 26(3), 297-302): 1 where two members gave a structure the
     same voxels, 0 where only one of them has it, NaN where neither has it.
 
-    Examples
-    --------
     >>> counts = region_counts([np.array([[0, 1, 1], [0, 0, 1]], dtype="uint8")], 2, 3)
     >>> pairwise_dice(counts)[0, 1].round(3).tolist()
     [0.667, 0.667, nan]
@@ -143,8 +137,6 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
 def group_members(families: Sequence[str]) -> dict[str, list[int]]:
     """Number the perturbed members: `ALL` together, then those of each family; the baseline only where it is alone.
 
-    Examples
-    --------
     >>> group_members(["ieee", "mca", "mca", "seed"])
     {'all': [1, 2, 3], 'mca': [1, 2], 'seed': [3]}
     >>> group_members(["ieee"])
@@ -192,8 +184,6 @@ def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.
 
     `labels` (X, Y, Z) uint8 are the consensus, `entropy` (X, Y, Z) float32 is in bit.
 
-    Examples
-    --------
     >>> mean_entropy(np.array([1, 1]), np.array([0.0, 1.0]), 3).tolist()
     [nan, 0.5, nan]
     """

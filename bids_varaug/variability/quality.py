@@ -327,8 +327,6 @@ def robust_distances(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     than `MIN_IMAGES` images; and (R, F) float64, the z-score of each structure given all others, NaN for structures of
     which more than half have one volume.
 
-    Examples
-    --------
     >>> volumes = 1000 * np.exp(0.1 * np.random.default_rng(0).standard_normal((30, 4)))
     >>> volumes[7, 2] /= 3
     >>> distances, deviations = robust_distances(volumes)
