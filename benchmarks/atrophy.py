@@ -41,9 +41,8 @@ from heads import Head, find_heads, print_markdown, print_origin, segmenting_par
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import BASELINE, Ensemble, Member, load_ensemble, select_members
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.models.unet import load_member
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
 
 ORIGINAL = "original"
 FREESURFER_IDS = ("aseg31", "aseg")

@@ -49,7 +49,7 @@ from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.models import closed_form_model, fit_estimator, predict_ages
 from bids_varaug.brainage.variability import numerical_variability
-from bids_varaug.derivatives.read import ENDING
+from bids_varaug.derivatives.io import ENDING
 from bids_varaug.inputs.participants import read_people
 
 matplotlib.use("Agg")

@@ -30,7 +30,7 @@ from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.models import fit_estimator
-from bids_varaug.derivatives.read import ENDING
+from bids_varaug.derivatives.io import ENDING
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.models.ensemble import load_ensemble
 

@@ -21,10 +21,8 @@ import torch
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.unet import Features, UNet
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.models.unet import Features, UNet, load_member
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
 from bids_varaug.training.monitor import dice_with_truth, find_labelled_images
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bids_varaug.variability.regions import pairwise_dice, region_counts
+from bids_varaug.variability.measures import pairwise_dice, region_counts
 
 NOT_JUDGED = -1
 OLD = 40

@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from bids_varaug.segmentation.fuse import Fusion, fuse_members
-from bids_varaug.segmentation.posterior import (
+from bids_varaug.segmentation.fuse import (
+    Fusion,
     SparsePosterior,
+    fuse_members,
     label_slabs,
     save_posterior,
     sparse_rows,
 )
-from bids_varaug.variability.regions import mean_entropy, pairwise_dice, region_counts
+from bids_varaug.variability.measures import mean_entropy, pairwise_dice, region_counts
 
 
 def make_member(path: Path, size: int, n_classes: int, seed: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from heads import SegmentedHead, print_markdown, print_origin, read_cache
 
-from bids_varaug.variability.regions import RegionCounts, pairwise_dice
+from bids_varaug.variability.measures import RegionCounts, pairwise_dice
 
 PUBLISHED = {
     "training": {

@@ -19,14 +19,12 @@ import numpy as np
 from scipy.ndimage import affine_transform
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import voxel_volume
-from bids_varaug.images.conform import prepare_head
-from bids_varaug.images.crop import bounds
+from bids_varaug.images.conform import bounds, prepare_head
 from bids_varaug.images.intensity import standardise
+from bids_varaug.images.load import voxel_volume
 from bids_varaug.models.ensemble import BASELINE, load_ensemble
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.models.unet import load_member
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
 
 HEAD = 0.08  # of the brightest: what is above is not air
 KINDS = ("header", "grid", "intensity")

@@ -19,10 +19,9 @@ import torch
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import UNet, build_network
-from bids_varaug.training.labels import load_scheme
+from bids_varaug.training.labels import TrainingSubject, find_label_maps, load_scheme, load_subjects
 from bids_varaug.training.monitor import dice_with_truth
 from bids_varaug.training.optimiser import Optimiser, training_loss
-from bids_varaug.training.subjects import TrainingSubject, find_label_maps, load_subjects
 from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 SHAPE, VOXEL_SIZE = (48, 48, 48), 4.0

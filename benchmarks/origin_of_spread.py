@@ -46,23 +46,20 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from bids_varaug.atomic import replacing
 from bids_varaug.errors import UserError
+from bids_varaug.files import replacing
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.machine import keep_freed_memory, use_threads
 from bids_varaug.models.ensemble import NetworkShape
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import write_tensors
+from bids_varaug.models.unet import build_network, write_tensors
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.training.labels import load_scheme
-from bids_varaug.training.members import MemberPlan
+from bids_varaug.training.labels import TrainingSubject, find_label_maps, load_scheme, load_subjects
 from bids_varaug.training.optimiser import Optimiser
-from bids_varaug.training.recipe import CUBES_AT_2MM, CUBES_AT_4MM, Recipe, Stage
-from bids_varaug.training.subjects import TrainingSubject, find_label_maps, load_subjects
+from bids_varaug.training.recipe import CUBES_AT_2MM, CUBES_AT_4MM, MemberPlan, Recipe, Stage
 from bids_varaug.training.synthesis import SyntheticImageGenerator
 from bids_varaug.training.train import Trainer
-from bids_varaug.variability.regions import pairwise_dice, region_counts
+from bids_varaug.variability.measures import pairwise_dice, region_counts
 
 LR, LR_END = 6e-3, 1e-4  # the recipe's first and about its last
 WINDOWS = {4: CUBES_AT_4MM, 2: CUBES_AT_2MM}

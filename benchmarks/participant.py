@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 
 from bids_varaug.derivatives.names import ScanRequest
-from bids_varaug.derivatives.scan import Intermediate, write_scan
+from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import find_scans
 from bids_varaug.machine import use_threads
 from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.participant import write_subject_report
 from bids_varaug.segmentation.fuse import summarise_members
-from bids_varaug.segmentation.member import crop_with_member, segment_with_member
+from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
 from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 
@@ -92,11 +92,11 @@ def time_steps(
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, work)
-    files = Intermediate(work / "geometry.json", *summary, tuple(paths))
     with timed("to the native grid, derivatives"):
-        write_scan(ScanRequest(settings, scan, ensemble, members), files, work, threads)
+        request = ScanRequest(settings, ensemble, members, scan)
+        write_scan(request, work / "geometry.json", paths, summary, work, threads)
     with timed("report"):
-        write_subject_report([ScanRequest(settings, scan, ensemble, members)])
+        write_subject_report([request])
 
 
 def tree_memory(pid: int) -> int:

@@ -25,7 +25,7 @@ import torch
 
 from bids_varaug.machine import keep_freed_memory, use_threads
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.weights import load_member
+from bids_varaug.models.unet import load_member
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.training.optimiser import Optimiser, training_loss
 

@@ -37,8 +37,8 @@ from heads import Head, SegmentedHead, find_heads, segmenting_parser
 from scipy.ndimage import shift as shift_image
 from scipy.special import entr
 
-from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import prepare_head, resample_map
+from bids_varaug.images.load import voxel_volume
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import (
     BASELINE,
@@ -49,19 +49,17 @@ from bids_varaug.models.ensemble import (
     round_inference,
     select_members,
 )
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.fuse import fuse_members
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.member import arithmetic_of
-from bids_varaug.segmentation.posterior import (
+from bids_varaug.models.unet import load_member
+from bids_varaug.segmentation.fuse import (
     BACKGROUND_CUT,
     SparsePosterior,
+    fuse_members,
     label_slabs,
     save_posterior,
     sparse_rows,
 )
-from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.variability.regions import region_counts
+from bids_varaug.segmentation.predict import arithmetic_of, crop_to_brain, segment_volume
+from bids_varaug.variability.measures import region_counts
 
 NOISE = 0.03  # between quiet and noisy scanners, see `examples/simulation`
 SHIFT, NOISY = "shift", "noise"

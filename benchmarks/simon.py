@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bids_varaug.variability.change import paired_changes, rescan_noise
-from bids_varaug.variability.outliers import OUTLYING, robust_distances
+from bids_varaug.variability.longitudinal import paired_changes, rescan_noise
+from bids_varaug.variability.quality import OUTLYING, robust_distances
 
 
 def read_sessions(path: Path) -> pd.DataFrame:

@@ -39,11 +39,11 @@ from heads import SegmentedHead, print_markdown, print_origin, read_cache, struc
 from sklearn.metrics import roc_auc_score
 
 from bids_varaug.models.ensemble import BASELINE
-from bids_varaug.variability.maps import unreliable
-from bids_varaug.variability.regions import (
+from bids_varaug.variability.measures import (
     pairwise_dice,
     region_counts,
     significant_bits_lower,
+    unreliable,
 )
 
 N_BINS = 15

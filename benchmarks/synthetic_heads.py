@@ -24,8 +24,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bids_varaug.training.labels import LabelScheme, load_scheme
-from bids_varaug.training.subjects import TrainingSubject, find_label_maps, load_subjects
+from bids_varaug.training.labels import LabelScheme, TrainingSubject, find_label_maps, load_scheme, load_subjects
 from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 KINDS = ("t1", "sharp", "any", "inverted", "t2")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import nibabel as nib
 import numpy as np
@@ -21,15 +21,15 @@ import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest
-from bids_varaug.derivatives.scan import Intermediate, write_scan
+from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
-from bids_varaug.segmentation.fuse import summarise_members
-from bids_varaug.segmentation.member import crop_with_member, segment_with_member
+from bids_varaug.segmentation.fuse import Summary, summarise_members
+from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
 from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.plan import Plan, make_plan
@@ -77,10 +77,8 @@ def segment(
 
     Raises
     ------
-    ScanError
-        If the image cannot be used.
-    EnsembleError, UsageError
-        If the ensemble, a member or the device does not exist.
+    ScanError, EnsembleError, UsageError
+        If the image cannot be used, or the ensemble, a member or the device does not exist.
 
     Examples
     --------
@@ -106,7 +104,7 @@ def segment(
         label = Scan(path, {}, "").prefix.removeprefix("sub-").partition("_")[0]
         request = plan.request(Scan(path, {"subject": label}, path.name))
         settings.work_dir.mkdir()
-        write_scan(request, _run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
+        write_scan(request, *_run_steps(plan, path), settings.work_dir, settings.omp_nthreads)
         shutil.rmtree(settings.work_dir)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +138,7 @@ class Segmentation:
 
     @property
     def labels(self) -> nib.Nifti1Image:  # noqa: D102
-        return self._read(self._request.path("consensus_dseg"))
+        return cast(nib.Nifti1Image, self.image("consensus_dseg"))
 
     @property
     def entropy(self) -> nib.Nifti1Image | None:  # noqa: D102
@@ -159,12 +157,9 @@ class Segmentation:
             or "std"
         """
         path = self._request.path(output)
-        return self._read(path) if path.exists() else None
-
-    @staticmethod
-    def _read(path: Path) -> nib.Nifti1Image:
-        """Read a file at once: it is removed with this object."""
-        image = nib.Nifti1Image.from_filename(path)
+        if not path.exists():
+            return None
+        image = nib.Nifti1Image.from_filename(path)  # read at once: the file is removed with this object
         if image.ndim == 3:
             return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
         data = np.empty(image.shape, np.float32)
@@ -194,16 +189,11 @@ class Segmentation:
         return dict(scan_report(self._request).figures)
 
     def plot(self, what: str = "consensus") -> Figure:
-        """Draw the consensus, a map or the volumes, as in the report.
+        """Draw a figure of the report; ValueError if there is none.
 
         Parameters
         ----------
         what : "consensus", "entropy", "sigbits", "std", "unreliable" or "volumes"
-
-        Raises
-        ------
-        ValueError
-            If there is no such figure.
         """
         from matplotlib import image, pyplot
 
@@ -216,34 +206,23 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy all images and tables with their sidecars to a new or an empty folder; return the files.
+        """Copy images and tables with their sidecars, and a `report`, to a new or an empty folder; return the files.
 
-        Parameters
-        ----------
-        report : whether to write the HTML report too
-
-        Raises
-        ------
-        UsageError, OutputError
-            If the folder is a BIDS dataset or not empty, or cannot be written.
+        Raises as `check_output_dir`.
         """
         output_dir = Path(output_dir).absolute()
         check_output_dir(output_dir)
         made = self._request.settings
         shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
         request = replace(self._request, settings=replace(made, output_dir=output_dir))
-        labels, members = request.ensemble.labels, request.members
-        write_dataset_files(made.bids_dir, output_dir, labels, members, sloppy=made.sloppy)
+        write_dataset_files(request)
         if report:
             write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder for the derivatives of one image.
-
-    `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written.
-    """
+    """Make a folder; `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written."""
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
             f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
@@ -258,7 +237,7 @@ def check_output_dir(output_dir: Path) -> None:
         raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 
 
-def _run_steps(plan: Plan, path: Path) -> Intermediate:
+def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     """Run the steps of `workflows.participant.init_scan_wf` one after another, in this process."""
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
@@ -274,11 +253,11 @@ def _run_steps(plan: Plan, path: Path) -> Intermediate:
         average_grids(on_grids, offsets, folder / f"{plan.locator.id}.safetensors", shift)
     for member in plan.single_pass:
         segment_with_member(head, ensemble, member, folder / f"{member.id}.safetensors", *where, shift=shift)
-    posteriors = tuple(folder / f"{member.id}.safetensors" for member in plan.members)
+    posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
     summary = summarise_members(posteriors, families, folder, settings.family_maps)
-    return Intermediate(folder / "geometry.json", *summary, posteriors)
+    return folder / "geometry.json", posteriors, summary
 
 
 def _as_file(image: str | os.PathLike | SpatialImage, folder: Path) -> Path:

@@ -70,23 +70,19 @@ def compiled(**options: Any) -> Callable[..., Any]:
     """
     import numba
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Any) -> Callable[..., Any]:
         if options.get("parallel"):
             # numba's cache knows functions by name: a serial twin would be taken for this one, or this for it
-            function = _renamed(function, f"{function.__name__}_parallel")
+            code, name = function.__code__, f"{function.__name__}_parallel"
+            copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+            copy.__qualname__, copy.__doc__ = name, function.__doc__
+            function = copy
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # "cannot cache function: no locator available"
             return numba.njit(**options)(function)
 
     return decorate
-
-
-def _renamed(function: Any, name: str) -> Callable[..., Any]:
-    """Return a function of the same code under another name."""
-    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
-    copy.__qualname__, copy.__doc__ = name, function.__doc__
-    return copy
 
 
 def caches_below(work_dir: Path) -> Path:
@@ -136,11 +132,9 @@ def resolve_device(wanted: str) -> str:
 
 def _has_driver() -> bool:
     """Whether a GPU's driver is there, without which torch can use none."""
-    try:
-        ctypes.CDLL(DRIVER)
-    except OSError:
-        return Path(AMD_DEVICE).exists()  # torch for ROCm calls its devices "cuda" too
-    return True
+    with suppress(OSError):
+        return bool(ctypes.CDLL(DRIVER))
+    return Path(AMD_DEVICE).exists()  # torch for ROCm calls its devices "cuda" too
 
 
 class MemoryBound(NamedTuple):

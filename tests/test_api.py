@@ -12,7 +12,7 @@ import pytest
 
 import bids_varaug
 from bids_varaug.api import check_output_dir, segment
-from bids_varaug.cli.segment import main
+from bids_varaug.cli.run import segment_main as main
 from bids_varaug.errors import ExitCode, OutputError, ScanError, UsageError
 from tests.workflows.conftest import app, dataset, linear, small_ensemble
 

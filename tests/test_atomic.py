@@ -7,8 +7,8 @@ import stat
 import numpy as np
 import pytest
 
-from bids_varaug import atomic
-from bids_varaug.derivatives.write import write_image
+from bids_varaug import files
+from bids_varaug.derivatives.io import write_image
 from bids_varaug.errors import DiskError, OutputError
 
 
@@ -25,23 +25,23 @@ def annexed(tmp_path):
 
 
 def test_json_ends_with_a_line_end_and_keeps_order(tmp_path):
-    path = atomic.write_json({"b": 1, "a": "µ"}, tmp_path / "x" / "a.json")
+    path = files.write_json({"b": 1, "a": "µ"}, tmp_path / "x" / "a.json")
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "µ"\n}\n'
 
 
 def test_bytes_that_are_no_text_do_not_cost_the_output(tmp_path):
-    path = atomic.write_text(os.fsdecode(b"/data/\xff"), tmp_path / "a.html")
+    path = files.write_text(os.fsdecode(b"/data/\xff"), tmp_path / "a.html")
     assert path.read_text(encoding="utf-8") == r"/data/\udcff"
 
 
 def test_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError):
-        atomic.write_json({"a": float("nan")}, tmp_path / "a.json")
+        files.write_json({"a": float("nan")}, tmp_path / "a.json")
 
 
 def test_annexed_output_is_replaced_as_a_link(annexed):
     link, content = annexed
-    atomic.write_text("new", link)
+    files.write_text("new", link)
     assert not link.is_symlink()
     assert link.read_text() == "new"
     assert content.read_text() == "old"
@@ -50,7 +50,7 @@ def test_annexed_output_is_replaced_as_a_link(annexed):
 def test_permissions_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
-        path = atomic.write_text("x", tmp_path / "a.txt")
+        path = files.write_text("x", tmp_path / "a.txt")
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -64,7 +64,7 @@ def test_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatc
     def fail(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OutputError, match="a.nii.gz") as caught:
         write_image(np.zeros((3, 3, 3), "uint8"), np.eye(4), path)
     assert caught.value.exit_code == code
@@ -89,7 +89,7 @@ def test_really_full_disk_is_reported_as_such(tmp_path, monkeypatch):
 def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic.replacing(path) as stream:
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as stream:
         stream.write(b"half")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -100,11 +100,11 @@ def test_leftover_of_a_killed_run_is_removed(tmp_path):
     leftover = tmp_path / ".a.txt.0123abcd.part"
     leftover.write_text("half")
     os.utime(leftover, (0, 0))
-    atomic.write_text("x", tmp_path / "a.txt")
+    files.write_text("x", tmp_path / "a.txt")
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_unwritable_place_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be created"):
-        atomic.write_text("x", tmp_path / "file" / "a.txt")
+        files.write_text("x", tmp_path / "file" / "a.txt")

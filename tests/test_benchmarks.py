@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.segmentation.posterior import SparsePosterior, sparse_rows
-from bids_varaug.variability.regions import region_counts
+from bids_varaug.segmentation.fuse import SparsePosterior, sparse_rows
+from bids_varaug.variability.measures import region_counts
 from tests.workflows.conftest import head, small_ensemble, write_t1w  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bids_varaug"
 # Section 2 of the design. Segmentation counts votes with the pure functions of variability, the
 # trainer watches real images with segmentation, and brain age reads and writes as derivatives do.
 ORDER = (
-    "errors", "atomic", "settings", "machine", "locks", "inputs", "images", "numerics", "models",
+    "errors", "files", "settings", "machine", "inputs", "images", "numerics", "models",
     "variability", "segmentation", "training", "derivatives", "brainage", "reports",
     "workflows", "api", "cli",
 )  # fmt: skip

@@ -19,9 +19,8 @@ from bids_varaug.images.conform import prepare_head
 from bids_varaug.inputs.freesurfer import MEASURES, RENAMED
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.models.unet import load_member
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
 from bids_varaug.training.monitor import dice_with_truth
 
 HEADS = {

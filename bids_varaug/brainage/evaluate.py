@@ -29,7 +29,7 @@ from bids_varaug.brainage.models import (
     fit_estimator,
     predict_ages,
 )
-from bids_varaug.variability.reliability import intraclass_correlation
+from bids_varaug.variability.longitudinal import intraclass_correlation
 
 BASELINES = ("mean_predictor", "site_predictor", "ridge")
 LINEAR_MEAN = "mean, linear model"

@@ -12,9 +12,17 @@ import pandas as pd
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.inputs.leaks import reason_by_name, reasons_by_value
 from bids_varaug.inputs.matching import look_up_people, match_people
-from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, prefixed, read_ages, read_sexes
-from bids_varaug.inputs.tables import MISSING, TableError, find_column, read_columns, read_header, some
-from bids_varaug.inputs.variables import PARTICIPANT_COLUMNS
+from bids_varaug.inputs.participants import SESSION_COLUMNS, People, choose_column, read_ages, read_sexes
+from bids_varaug.inputs.tables import (
+    MISSING,
+    PARTICIPANT_COLUMNS,
+    TableError,
+    find_column,
+    prefixed,
+    read_columns,
+    read_header,
+    some,
+)
 from bids_varaug.models.ensemble import BASELINE
 
 KEYS = {

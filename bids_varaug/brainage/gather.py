@@ -14,8 +14,8 @@ import pandas as pd
 
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.derivatives import names, provenance
+from bids_varaug.derivatives.io import ENDING, MorphError, MorphTable, read_morph
 from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin
-from bids_varaug.derivatives.read import ENDING, MorphError, MorphTable, read_morph
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People

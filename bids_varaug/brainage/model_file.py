@@ -15,15 +15,15 @@ import pandas as pd
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
-from bids_varaug.atomic import replacing, write_text
+from bids_varaug import __version__
 from bids_varaug.brainage.calibration import WITHHELD
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import Evaluation
 from bids_varaug.brainage.models import BrainAgeModel
 from bids_varaug.brainage.target import TargetModel
 from bids_varaug.derivatives.citation import render
-from bids_varaug.derivatives.sidecars import package_version
 from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.files import replacing, write_text
 from bids_varaug.inputs.tables import some
 
 FORMAT = 2
@@ -58,7 +58,7 @@ class ModelError(UserError):
 def save_model(path: Path, model: BrainAgeModel | TargetModel, card: str) -> Path:
     """Write a model (``models/brainage.skops``), and its card beside it (``.md``); each is whole or absent."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    content = {"format": FORMAT, "bids_varaug": package_version(), "versions": versions, "model": model}
+    content = {"format": FORMAT, "bids_varaug": __version__, "versions": versions, "model": model}
     with replacing(Path(path)) as stream:
         stream.write(_reproducible(skops.io.dumps(content)))
     write_text(card, Path(path).with_suffix(".md"))
@@ -112,7 +112,7 @@ def load_model(path: Path) -> BrainAgeModel | TargetModel:
         raise ModelError(f"{path}: a skops file, but no brain-age model of bids_varaug.")
     if content.get("format") != FORMAT:
         raise ModelError(
-            f"{path}: of format {content.get('format')}, but this is bids_varaug {package_version()} with format "
+            f"{path}: of format {content.get('format')}, but this is bids_varaug {__version__} with format "
             f"{FORMAT}. Use the version that wrote it: {content.get('bids_varaug')}."
         )
     made, here = content["versions"]["scikit-learn"], importlib.metadata.version("scikit-learn")
@@ -205,7 +205,7 @@ def model_card(
     sexes = participants["sex"].fillna("not given").value_counts()
     return render(
         "model_card.md",
-        title=title, version=package_version(), model=model, chosen=_items(model.chosen), source=_items(model.source),
+        title=title, version=__version__, model=model, chosen=_items(model.chosen), source=_items(model.source),
         ages=participants["age"], n_images=len(people), left_out=len(cohort.left_out),
         sexes=", ".join(f"{sex} {n}" for sex, n in sexes.items()),
         sites=sorted(participants["site"].dropna().unique()),

@@ -106,6 +106,18 @@ def build_segment_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_power_parser() -> argparse.ArgumentParser:
+    """Parser of ``bids_varaug-power``."""
+    text = "Could numerical noise change a published result? For two groups of equal size, or a correlation."
+    parser = Parser(prog="bids_varaug-power", description=text)
+    add = parser.add_argument
+    add("--npvr", type=float, required=True, help="numerical-to-population variability ratio: models/power.tsv, npv")
+    add("--n", type=int, required=True, help="people in the study")
+    add("--p", type=float, required=True, help="published p-value, two-sided")
+    add("--version", action="version", version=f"bids_varaug {__version__}", help="show the version and exit")
+    return parser
+
+
 def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("ensemble").add_argument
     add("--ensemble", type=ensemble_name, metavar="NAME|DIR", default=Settings.ensemble,

@@ -1,4 +1,4 @@
-"""The command ``bids_varaug``: from the command line to the exit code."""
+"""From the command line to the exit code: ``bids_varaug``, ``bids_varaug-segment`` and ``bids_varaug-power``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from bids_varaug.cli.parser import parse_settings
-from bids_varaug.errors import ExitCode, OutputError, UserError
+from bids_varaug.cli.parser import (
+    GRIDS,
+    build_power_parser,
+    build_segment_parser,
+    dash_flag,
+    parse_settings,
+    split_members,
+)
+from bids_varaug.errors import ExitCode, OutputError, UsageError, UserError
 from bids_varaug.machine import keep_caches_below
 from bids_varaug.settings import Settings
 
@@ -24,21 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(run(parse_settings(argv)))
-    except UserError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        _kill_workers()
-        return int(error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        _kill_workers()
-        print("Interrupted. To resume, pass the same -w.", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return _exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, pass the same -w.")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
+
+
+def _exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
+    """Do the work; print errors that a user can fix without a traceback."""
+    try:
+        return int(work())
+    except UserError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        _kill_workers()
+        return int(error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        _kill_workers()
+        print(interrupted, file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def run(settings: Settings) -> ExitCode:
@@ -76,7 +89,7 @@ def _start_workers_server(settings: Settings) -> None:
     """Start the server that worker processes are forked from, if there will be any."""
     if settings.dry_run or settings.reports_only or settings.plugin_name != "MultiProc":
         return
-    loaded = ("segmentation.member", "workflows.plugins", "workflows.interfaces")
+    loaded = ("segmentation.predict", "workflows.plugins", "workflows.interfaces")
     multiprocessing.set_forkserver_preload([f"bids_varaug.{name}" for name in loaded])
     try:
         forkserver.ensure_running()
@@ -98,3 +111,48 @@ def _kill_workers() -> None:
     if server._forkserver_pid is not None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
         server._stop()
+
+
+def segment_main(argv: Sequence[str] | None = None) -> int:
+    """Segment one image, without a BIDS dataset; returns the exit code, prints errors without a traceback."""
+    arguments = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    return _exit_code(lambda: segment_image(arguments), "Interrupted.")
+
+
+def segment_image(argv: Sequence[str]) -> ExitCode:
+    """Check the paths, segment, save, and say where the results are."""
+    given = build_segment_parser().parse_args(argv)
+    if given.image.is_dir():
+        raise UsageError(
+            f"{given.image}: this is a folder. For a BIDS dataset, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
+            "here, pass one image."
+        )
+    from bids_varaug import api  # --help must not wait for torch
+
+    options = vars(given) | {"members": split_members(given.members), "grids": GRIDS[given.grids]}
+    output_dir, report = options.pop("output_dir"), options.pop("report")
+    api.check_output_dir(output_dir)  # before the work
+    result = api.segment(**options)
+    result.save(output_dir, report)
+    for warning in result.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    print(f"Done. The results are in {output_dir}.", file=sys.stderr)
+    return ExitCode.DONE
+
+
+def power_main(argv: Sequence[str] | None = None) -> int:
+    """Print what numerical noise does to each statistic of a published result; returns the exit code."""
+    from bids_varaug.variability.power import ALPHA, flip_probability, noise_of_statistics
+
+    try:
+        given = build_power_parser().parse_args(argv)
+        table = noise_of_statistics(given.npvr, given.n, given.p)
+    except (UsageError, ValueError) as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
+    print(f"NPVR {given.npvr:g}, {given.n} people, p = {given.p:g} (two-sided)\n")
+    print(table.rename(columns={"sd": "SD by numerical noise"}).round(3).to_string())
+    rerun, clean = (flip_probability(given.npvr, given.n, given.p, rerun=again) for again in (True, False))
+    print(f"\nProbability that one more run of the pipeline has p on the other side of {ALPHA:g}: {rerun:.1%}")
+    print(f"Probability that p without numerical noise is on the other side: {clean:.1%}")
+    return int(ExitCode.DONE)

@@ -106,11 +106,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     import torch
 
     from bids_varaug.machine import keep_freed_memory, resolve_device, use_threads
-    from bids_varaug.training.labels import find_label_table, load_scheme
-    from bids_varaug.training.members import train_in_parallel
+    from bids_varaug.training.labels import find_label_maps, find_label_table, load_scheme, load_subjects
     from bids_varaug.training.monitor import TrainingMonitor, find_labelled_images
-    from bids_varaug.training.subjects import find_label_maps, load_subjects
-    from bids_varaug.training.train import Trainer, delete_ensemble, unfinished
+    from bids_varaug.training.train import Trainer, delete_ensemble, train_in_parallel, unfinished
 
     keep_freed_memory()
     # Also without --omp-nthreads: numba does not know OMP_NUM_THREADS.
@@ -153,7 +151,7 @@ def choose_members(arguments: argparse.Namespace) -> tuple[str, ...]:
 
     `UsageError` if there is no such member, or ``--no-resume`` would delete those of the other tasks.
     """
-    from bids_varaug.training.members import parse_members
+    from bids_varaug.training.recipe import parse_members
 
     ids, index = parse_members(arguments.members), arguments.member_index
     if index is None:

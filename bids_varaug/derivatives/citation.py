@@ -1,7 +1,9 @@
-"""How to cite a run: a paragraph of methods from a template, and the works that it names."""
+"""How to cite a run, and what the logs folder says of it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,12 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+
+from bids_varaug.derivatives import names
+from bids_varaug.derivatives.names import Run
+from bids_varaug.derivatives.sidecars import package_versions
+from bids_varaug.files import write_text
+from bids_varaug.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,10 @@ def references() -> dict[str, Reference]:
     return works
 
 
-def cite(what: str, versions: Mapping[str, str], **values: Any) -> Citation:
-    """How to cite a run.
-
-    By the template ``data/templates/methods_<what>.md`` ("participant", "group", or "applied": a model fitted to other
-    people), whose head lists the values that it takes, and versions as of `sidecars.package_versions`.
-    """
+def cite(what: str, **values: Any) -> Citation:
+    """How to cite a run: by ``data/templates/methods_<what>.md``, whose head lists the values that it takes."""
     # Line ends and indents of the template mean nothing.
-    return Citation(" ".join(render(f"methods_{what}.md", versions=versions, **values).split()))
+    return Citation(" ".join(render(f"methods_{what}.md", **{"versions": package_versions(), **values}).split()))
 
 
 def render(template: str, /, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
@@ -91,3 +95,50 @@ def percent(share: float) -> str:
 def _listed(items: Sequence[str]) -> str:
     *first, last = items
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def write_logs(run: Run) -> None:
+    """Write ``logs/CITATION.md``, and as TOML the settings of a run of the participant level and the checksums."""
+    tables = {
+        "ensemble": {"name": run.ensemble.name, "version": run.ensemble.version},
+        "ensemble.sha256": {json.dumps(member.id): member.sha256 for member in run.members},
+    }
+    write_group_logs(run.settings, cite_participant(run), "CITATION.md", tables)
+
+
+def write_group_logs(
+    settings: Settings, citation: Citation, name: str = "CITATION_group.md", tables: Mapping[str, Mapping] | None = None
+) -> None:
+    """Write how to cite, and as TOML the settings of a run and further tables."""
+    # The settings have a table of their own: "ensemble" is one of them too, as it was asked for.
+    lines = []
+    for title, values in {"settings": vars(settings), **(tables or {})}.items():
+        known = {key: value for key, value in values.items() if value is not None}  # TOML lacks None
+        lines += [f"[{title}]", *(f"{key} = {toml_value(value)}" for key, value in known.items()), ""]
+    text = "\n".join(lines)
+    # Several runs may share one output directory; equal requests share one file.
+    folder, digest = names.logs(settings.output_dir), hashlib.sha256(text.encode()).hexdigest()[:8]
+    write_text(text, folder / f"settings-{digest}.toml")
+    write_text(citation.markdown(), folder / name)
+
+
+def cite_participant(run: Run) -> Citation:
+    """How to cite a run of the participant level."""
+    sloppy, n_grids = run.settings.sloppy, run.settings.grids
+    return cite("participant", ensemble=run.ensemble, members=run.members, sloppy=sloppy, n_grids=n_grids)
+
+
+def toml_value(value: Any) -> str:
+    """Write a string, path, number, boolean, list or mapping as TOML.
+
+    >>> toml_value(("a", 1, {"b": True}))
+    '["a", 1, {"b" = true}]'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, int | float):
+        return str(value).lower()  # True, too
+    # JSON strings are TOML strings, but for DEL, which TOML wants escaped too.
+    return json.dumps(str(value)).replace("\x7f", "\\u007f")

@@ -71,12 +71,12 @@ class Output:
 
     @property
     def suffix(self) -> str:
-        """As BIDS calls the last part of the name, e.g. "dseg"."""
+        """Last part of the name, e.g. "dseg"."""
         return self.pattern.rpartition("_")[2].partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """Of images ``.nii.gz``, of tables ``.tsv``."""
+        """``.nii.gz`` or ``.tsv``."""
         return "." + self.pattern.partition(".")[2]
 
     @property
@@ -104,11 +104,10 @@ OUTPUTS: dict[str, Output] = {
 
 
 @dataclass(frozen=True)
-class ScanRequest:
-    """Whose derivatives to write or show, and from which members (in the order of the counts)."""
+class Run:
+    """How a run makes derivatives: settings with nothing left open, the ensemble, and its members in their order."""
 
     settings: Settings
-    scan: Scan
     ensemble: Ensemble
     members: tuple[Member, ...]
 
@@ -116,6 +115,13 @@ class ScanRequest:
     def perturbed(self) -> tuple[Member, ...]:
         """Members of consensus and spread; the baseline alone where there is no other."""
         return tuple(m for m in self.members if not m.is_baseline) or self.members
+
+
+@dataclass(frozen=True)
+class ScanRequest(Run):
+    """A run, and the scan whose derivatives to write or show."""
+
+    scan: Scan
 
     def path(self, key: str, member: str | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`."""
@@ -138,7 +144,6 @@ def logs(output_dir: Path) -> Path:
     return Path(output_dir) / "logs"
 
 
-def bidsignore() -> str:
-    """Patterns of what BIDS has no name for: some outputs, reports, figures, models; phenotype tables by image."""
-    # 'figures/' would match a folder's name only, and the validator still look inside.
-    return "*.html\nfigures\nmodels\nphenotype/changes.*\nphenotype/volumes.*\n*_morph.*\n*_statmap.*\n"
+# What BIDS has no name for: some outputs, reports, figures, models; phenotype tables by image. 'figures/' would match a
+# folder's name only, and the validator still look inside.
+BIDSIGNORE = "*.html\nfigures\nmodels\nphenotype/changes.*\nphenotype/volumes.*\n*_morph.*\n*_statmap.*\n"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bids_varaug import __version__
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL, package_version
+from bids_varaug.derivatives.names import Run
+from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
-from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.settings import Settings
 
 ENSEMBLE_KEY = "Ensemble"
 """Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
@@ -58,16 +58,18 @@ class Origin:
         said |= {f"seed of {member}": seed for member, seed in self.seeds.items()}
         return {what: value for what, value in said.items() if value is not None}
 
+    def to_json(self) -> dict[str, Any]:
+        """Which weights and which version of the package made the numbers, for a table's sidecar."""
+        ensemble: dict[str, Any] = {"Name": self.ensemble, "Version": self.version, "SHA256": self.sha256}
+        ensemble |= {"Seed": self.seeds} if self.seeds else {}
+        return {ENSEMBLE_KEY: ensemble, "GeneratedBy": [{"Name": TOOL, "Version": self.tool_version}]}
+
 
 def read_root(output_dir: Path) -> Origin:
     """What dataset_description.json and descriptions.tsv say, that is, the last run.
 
-    Raises
-    ------
-    NoInputError
-        If there is no dataset_description.json: this is no output of bids_varaug.
-    UserError
-        If it names several versions of bids_varaug, a file is damaged, or descriptions.tsv is missing.
+    Raises `NoInputError` without dataset_description.json (this is no output of bids_varaug), and another `UserError`
+    if it names several versions of bids_varaug, a file is damaged, or descriptions.tsv is missing.
     """
     path, table_path = output_dir / names.DATASET_DESCRIPTION, output_dir / names.DESCRIPTIONS_TABLE
     try:
@@ -100,8 +102,9 @@ def read_root(output_dir: Path) -> Origin:
     )
 
 
-def sidecar_origin(content: Mapping[str, Any], file: str) -> Origin:
+def sidecar_origin(content: object, file: str) -> Origin:
     """What a table's own sidecar says; without `ENSEMBLE_KEY`, little more than the grid."""
+    content = _mapping(content)
     ensemble = _mapping(content.get(ENSEMBLE_KEY))
     made = content.get("GeneratedBy")
     tools = [_mapping(by) for by in made] if isinstance(made, list) else []
@@ -121,33 +124,20 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def run_origin(settings: Settings, ensemble: Ensemble, members: Sequence[Member]) -> Origin:
+def run_origin(run: Run) -> Origin:
     """How a run of the participant level makes derivatives."""
     return Origin(
-        "this run",
-        ensemble=ensemble.name,
-        version=ensemble.version,
-        tool_version=package_version(),
-        sloppy=settings.sloppy,
-        grids=settings.grids,
-        sha256={member.id: member.sha256 for member in members},
-        seeds={member.id: member.seed for member in members if member.is_rounded},
-    )
+        "this run", run.ensemble.name, run.ensemble.version, __version__, run.settings.sloppy, run.settings.grids,
+        sha256={member.id: member.sha256 for member in run.members},
+        seeds={member.id: member.seed for member in run.members if member.is_rounded},
+    )  # fmt: skip
 
 
 def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
     """Refuse a run after which the root would describe others' derivatives wrongly.
 
-    Parameters
-    ----------
-    output_dir : of the derivatives
-    run : how this run makes derivatives
-    scans : images that it makes again, whose derivatives do not stay
-
-    Raises
-    ------
-    MixedDerivativesError
-        With what stays, in what it differs, and what to do.
+    `scans` are the images that it makes again, whose derivatives do not stay. Raises `MixedDerivativesError`, which
+    says what stays, in what it differs, and what to do.
     """
     output_dir = Path(output_dir)
     again = {(output_dir / scan.relative).with_name(scan.prefix) for scan in scans}
@@ -159,7 +149,7 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
     differing: dict[str, list[Path]] = {}
     for stem, path in kept.items():
         try:
-            content = _mapping(json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
         except (OSError, ValueError):  # damaged, or another job has just removed it
             content = {}
         theirs = sidecar_origin(content, run.file) if content else root
@@ -169,11 +159,9 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
             differing.setdefault(difference, []).append(stem)
     if not differing:
         return
-    lines = [
-        f"  {some(sorted((stem.name for stem in stems), key=natural_key))}: {what}" for what, stems in differing.items()
-    ]
-    stems = [stem for stems in differing.values() for stem in stems]
-    labels = sorted({stem.relative_to(output_dir).parts[0][4:] for stem in stems}, key=natural_key)
+    stays = {what: sorted((stem.name for stem in stems), key=natural_key) for what, stems in differing.items()}
+    lines = [f"  {some(images)}: {what}" for what, images in stays.items()]
+    labels = sorted({name.partition("_")[0][4:] for images in stays.values() for name in images}, key=natural_key)
     raise MixedDerivativesError(
         f"{output_dir}: other images there were made in another way, and this run would make "
         f"{names.DATASET_DESCRIPTION} and {names.DESCRIPTIONS_TABLE} wrong for them:\n"
@@ -202,12 +190,8 @@ def _difference(theirs: Origin, ours: Origin) -> str:
         for facts, origin in ((before, theirs), (now, ours)):
             facts["members"] = ", ".join(sorted(origin.sha256, key=natural_key))
     other = [what for what, value in before.items() if value != now.get(what, value)]
-    said = []
-    if "--sloppy" in other:
-        with_or_without = ("with", "without") if theirs.sloppy else ("without", "with")
-        said.append("made {} --sloppy (now {})".format(*with_or_without))
     weights = [what.split()[-1] for what in other if what.startswith("weights")]
-    said += [f"{w} {before[w]} (now {now[w]})" for w in other if w != "--sloppy" and not w.startswith("weights")]
+    said = [f"{what} {before[what]} (now {now[what]})" for what in other if not what.startswith("weights")]
     return "; ".join([*said, *([f"other weights of {some(weights)}"] if weights else [])])
 
 

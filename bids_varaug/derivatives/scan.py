@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,19 +17,29 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import FileBasedHeader
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.atomic import write_json
+from bids_varaug.derivatives.io import write_image, write_table
 from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
-from bids_varaug.derivatives.sidecars import GRIDS_KEY, TOOL, package_version, sidecar
-from bids_varaug.derivatives.write import write_image, write_table
+from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
+from bids_varaug.derivatives.sidecars import sidecar
 from bids_varaug.errors import UserError
-from bids_varaug.images.affine import voxel_volume
+from bids_varaug.files import write_json
 from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
-from bids_varaug.inputs.participants import prefixed, read_people
-from bids_varaug.segmentation.posterior import load_posterior
+from bids_varaug.images.load import voxel_volume
+from bids_varaug.inputs.participants import read_people
+from bids_varaug.inputs.tables import prefixed
+from bids_varaug.segmentation.fuse import Summary, load_posterior
 from bids_varaug.variability import quality
-from bids_varaug.variability.maps import FLOAT32_BITS, UNRELIABLE_BELOW
-from bids_varaug.variability.plausibility import find_warnings
-from bids_varaug.variability.regions import ALL, RegionCounts, group_members, members_table, region_table, suffix_of
+from bids_varaug.variability.measures import (
+    ALL,
+    FLOAT32_BITS,
+    UNRELIABLE_BELOW,
+    RegionCounts,
+    group_members,
+    members_table,
+    region_table,
+    suffix_of,
+)
+from bids_varaug.variability.quality import find_warnings
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
@@ -41,17 +51,6 @@ _TEMPERATURE_TEXT = (
     "left out"
 )
 _THRESHOLD_TEXT = "Share of the members that vote for the consensus label, below which a voxel counts as unreliable"
-
-
-@dataclass(frozen=True)
-class Intermediate:
-    """Files of the work directory that the derivatives are made of."""
-
-    geometry: Path
-    mean: Path
-    maps: Path
-    counts: Path
-    posteriors: tuple[Path, ...]
 
 
 @dataclass
@@ -78,24 +77,25 @@ class ScanWriter:
 
 
 def write_scan(
-    request: ScanRequest, files: Intermediate, folder: Path, num_threads: int = 1
-) -> tuple[list[Path], list[str]]:
+    request: ScanRequest, geometry_file: Path, posteriors: Sequence[Path], summary: Summary, folder: Path,
+    num_threads: int = 1,
+) -> tuple[list[Path], list[str]]:  # fmt: skip
     """Bring everything to the T1w's own grid and write it; return the files (without sidecars) and what to warn of.
 
-    `folder` is scratch space for the dense posterior, which may not fit in memory.
+    `posteriors` are the members' files; `folder` is scratch space for the dense one, which may not fit in memory.
     """
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set late
-    geometry, ensemble = Geometry.load(files.geometry), request.ensemble
+    geometry, ensemble = Geometry.load(geometry_file), request.ensemble
     ids = np.array([label.index for label in ensemble.labels])
     ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
-    consensus = load_posterior(files.mean).to_native(geometry, dense, ensemble.temperature)
+    consensus = load_posterior(summary.mean).to_native(geometry, dense, ensemble.temperature)
     brain, labels = consensus > 0, ids[consensus]
     affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
     stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
     writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
-    regions, members, limits = _tables(request, files, geometry)
+    regions, members, limits = _tables(request, summary.counts, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
     warnings = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
@@ -110,13 +110,13 @@ def write_scan(
     writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)
     del dense, consensus, labels, brain, t1w, image
     dense_file.unlink()
-    for member, path in zip(request.members, files.posteriors, strict=True):
+    for member, path in zip(request.members, posteriors, strict=True):
         if member.is_baseline:
             writer.image("ieee_dseg", ids[load_posterior(path).to_native(geometry)])
         elif request.settings.write_members:
             writer.image("member_dseg", ids[load_posterior(path).to_native(geometry)], member.id)
     if len(request.perturbed) > 1:
-        _write_spread(writer, files, geometry)
+        _write_spread(writer, summary.maps, geometry)
     else:
         # The spread of an earlier run's members would be taken for that of this consensus.
         for key in (*_OUTSIDE, "unreliable_mask"):
@@ -125,16 +125,15 @@ def write_scan(
     # The table of regions shares the sidecar of the consensus labels.
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):
         writer.written.append(write_table(table, request.path(key)))
-    origin = _origin(request)  # the group level must not mix ensembles or versions
-    _remove_outdated(request, origin, writer.written)
-    writer.sidecar("members_tsv", extra=origin)
+    _remove_outdated(request, writer.written)
+    writer.sidecar("members_tsv", extra=run_origin(request).to_json())  # group level must not mix ensembles or versions
     return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
 
 
-def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -> None:
+def _write_spread(writer: ScanWriter, maps_file: Path, geometry: Geometry) -> None:
     """Write the maps of all perturbed members, and of the families for which there are maps."""
     threshold = {"Threshold": UNRELIABLE_BELOW, "ThresholdDescription": _THRESHOLD_TEXT}
-    with np.load(files.maps) as maps:
+    with np.load(maps_file) as maps:
         for group in group_members([member.family for member in writer.request.members]):
             ending = suffix_of(group)
             if f"entropy{ending}" not in maps:
@@ -147,10 +146,10 @@ def _write_spread(writer: ScanWriter, files: Intermediate, geometry: Geometry) -
             writer.image("unreliable_mask" + of_family, mask, family, threshold)
 
 
-def _tables(request: ScanRequest, files: Intermediate, geometry: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def _tables(request: ScanRequest, counts_file: Path, geometry: Geometry) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Tables of regions, with verdicts, and of members; whose limits of volume apply."""
     families = [member.family for member in request.members]
-    with np.load(files.counts) as arrays:
+    with np.load(counts_file) as arrays:
         counts = RegionCounts(arrays["volumes"], arrays["intersections"])
         entropy = {
             group: arrays[f"entropy_mean{suffix_of(group)}"]
@@ -183,31 +182,17 @@ def _age_and_sex(request: ScanRequest) -> tuple[float | None, str | None, str]:
     return person.age, person.sex, f" ({person.reason})" if person.reason else ""
 
 
-def _origin(request: ScanRequest) -> dict[str, Any]:
-    """Which weights and which version of the package made the numbers."""
-    ensemble = {
-        "Name": request.ensemble.name,
-        "Version": request.ensemble.version,
-        "SHA256": {member.id: member.sha256 for member in request.members},
-    }
-    if seeds := {member.id: member.seed for member in request.members if member.is_rounded}:
-        ensemble["Seed"] = seeds
-    return {"Ensemble": ensemble, "GeneratedBy": [{"Name": TOOL, "Version": package_version()}]}
-
-
-def _remove_outdated(request: ScanRequest, origin: Mapping[str, Any], written: list[Path]) -> None:
+def _remove_outdated(request: ScanRequest, written: list[Path]) -> None:
     """Remove what a run with another ensemble left of this image, and this run did not replace.
 
     Labels of members would be taken for those of this run.
     """
-    path = request.sidecar("members_tsv")
+    path, run = request.sidecar("members_tsv"), run_origin(request)
     try:
-        before = json.loads(path.read_bytes())
+        before = sidecar_origin(json.loads(path.read_bytes()), run.file)
     except (OSError, ValueError):
         return  # nothing was finished before
-    now = {**origin, GRIDS_KEY: request.settings.grids, "Sloppy": request.settings.sloppy}
-    before = {GRIDS_KEY: 1, "Sloppy": "Warning" in before} | before
-    if all(before.get(key) == value for key, value in now.items()):
+    if before == run:
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,11 +14,11 @@ from urllib.parse import quote
 import pandas as pd
 
 from bids_varaug import __version__
-from bids_varaug.atomic import write_json, write_text
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.names import ScanRequest
-from bids_varaug.derivatives.write import write_table
-from bids_varaug.models.ensemble import BASELINE, Label, Member
+from bids_varaug.derivatives.io import write_table
+from bids_varaug.derivatives.names import Run, ScanRequest
+from bids_varaug.files import write_json, write_text
+from bids_varaug.models.ensemble import BASELINE, Member
 from bids_varaug.variability.quality import VERDICTS
 
 BIDS_VERSION = "1.10.0"
@@ -31,14 +31,9 @@ GRIDS_KEY = "Grids"
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 
-def package_version() -> str:
-    """Version of this package."""
-    return __version__
-
-
 def package_versions() -> dict[str, str]:
     """Versions of what the results depend on."""
-    return {TOOL: package_version()} | {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {TOOL: __version__} | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def raw_link(bids_dir: Path, output_dir: Path) -> str:
@@ -48,17 +43,15 @@ def raw_link(bids_dir: Path, output_dir: Path) -> str:
     return bids_dir.as_uri()
 
 
-def dataset_description(
-    bids_dir: Path, output_dir: Path, *, sloppy: bool = False, environ: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = False) -> dict[str, Any]:
     """Content of ``dataset_description.json``; both paths are absolute, and the environment names the container."""
     try:
         source = dict(json.loads((bids_dir / names.DATASET_DESCRIPTION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
         source = {}
     link = raw_link(bids_dir, output_dir)
-    container = _container(os.environ if environ is None else environ)
-    generated: dict[str, Any] = {"Name": TOOL, "Version": package_version()}
+    container = _container()
+    generated: dict[str, Any] = {"Name": TOOL, "Version": __version__}
     generated |= ({"Description": SLOPPY_NOTE} if sloppy else {}) | ({"Container": container} if container else {})
     doi = source.get("DatasetDOI")
     bare = doi.removeprefix("doi:").removeprefix("https://doi.org/") if isinstance(doi, str) else ""
@@ -77,12 +70,11 @@ def dataset_description(
     return description
 
 
-def _container(environ: Mapping[str, str]) -> dict[str, str]:
+def _container() -> dict[str, str]:
     """Container that this runs in, as far as the environment tells."""
-    tag = environ.get("BIDS_VARAUG_DOCKER_TAG")  # set by the Dockerfile
+    tag = os.environ.get("BIDS_VARAUG_DOCKER_TAG")  # set by the Dockerfile
     # Apptainer and Singularity set these themselves, to the path of the image.
-    image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
-    if image:
+    if image := os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
         return {"Type": "apptainer", "Tag": tag or Path(image).name}
     return {"Type": "docker", "Tag": tag} if tag else {}
 
@@ -149,16 +141,10 @@ def descriptions_table(members: Iterable[Member]) -> pd.DataFrame:
     """Meaning of every ``desc-`` entity: one row per member (with its checkpoint), then summaries and families."""
     texts = dict(names.read_template_table("descriptions.tsv"))
     rows = [
-        {
-            "desc_id": f"desc-{member.id}",
-            "description": texts.get(member.family, f"Member of the family {member.family}"),
-            "family": member.family,
-            "seed": str(member.seed),
-            "precision": None if member.precision is None else str(member.precision),
-            "sha256": member.sha256,
-        }
-        for member in members
-    ]
+        {"desc_id": f"desc-{m.id}", "description": texts.get(m.family, f"Member of the family {m.family}"),
+         "family": m.family, "seed": str(m.seed), "precision": m.precision and str(m.precision), "sha256": m.sha256}
+        for m in members
+    ]  # fmt: skip
     summaries = {name: texts[name] for name in ("consensus", "mean", "brain", "members")}
     families = dict.fromkeys(member.family for member in members if member.family != member.id)
     summaries |= {family: f"Members of the family {family}" for family in families}
@@ -171,19 +157,19 @@ def write_group_dataset_files(bids_dir: Path, output_dir: Path) -> None:
     path = output_dir / names.DATASET_DESCRIPTION
     if not path.exists():  # features from a table
         write_json(dataset_description(bids_dir, output_dir), path)
-    write_text(names.bidsignore(), output_dir / ".bidsignore")
+    write_text(names.BIDSIGNORE, output_dir / ".bidsignore")
 
 
-def write_dataset_files(
-    bids_dir: Path, output_dir: Path, labels: Iterable[Label], members: Collection[Member], *, sloppy: bool = False
-) -> None:
+def write_dataset_files(run: Run) -> None:
     """Write what stands at the root: descriptions of dataset and ``desc-`` entities, labels, ``.bidsignore``."""
-    write_json(dataset_description(bids_dir, output_dir, sloppy=sloppy), output_dir / names.DATASET_DESCRIPTION)
-    write_text(names.bidsignore(), output_dir / ".bidsignore")
+    output_dir = run.settings.output_dir
+    description = dataset_description(run.settings.bids_dir, output_dir, sloppy=run.settings.sloppy)
+    write_json(description, output_dir / names.DATASET_DESCRIPTION)
+    write_text(names.BIDSIGNORE, output_dir / ".bidsignore")
     path = output_dir / names.DESCRIPTIONS_TABLE
-    write_table(descriptions_table(members), path)
+    write_table(descriptions_table(run.members), path)
     text = "What each desc- entity stands for; members with their checkpoints."
     write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    table = pd.DataFrame([(label.index, label.name) for label in labels], columns=["index", "name"])
+    table = pd.DataFrame([(label.index, label.name) for label in run.ensemble.labels], columns=["index", "name"])
     write_table(table, output_dir / names.LOOKUP_TABLE)

@@ -1,4 +1,4 @@
-"""Read one T1w image, or say precisely why it cannot be used.
+"""Read one T1w image, or say precisely why it cannot be used; choose which affine of its header to believe.
 
 Nothing in a file is believed: sizes are checked before anything is allocated, and no more is read than the header
 claims and the file can hold.
@@ -20,11 +20,123 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import choose_affine, in_mm, voxel_volume
 from bids_varaug.images.intensity import MAX_SPIKE_SHARE, spike_share, standardise
 from bids_varaug.machine import GIB, memory_bound
+
+SAME_SIZE = 0.01  # relative difference of voxel sizes up to which the parts of a header agree
+SAME_ANGLE = 3.0  # degrees between the axes of sform and qform up to which they agree
+OBLIQUE = 5.0  # degrees between an axis of the image and of the scanner, beyond which the image is oblique
+
+_TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
+_MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
+_FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
+
+
+def voxel_volume(affine: np.ndarray) -> float:
+    """Return the volume of a voxel, mm3: the determinant, which a shear makes smaller than a box.
+
+    >>> voxel_volume(np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]]))
+    2.0
+    """
+    return abs(float(np.linalg.det(affine[:3, :3])))
+
+
+def is_oblique(affine: np.ndarray) -> bool:
+    """Whether an axis lies more than `OBLIQUE` degrees off every axis of the scanner."""
+    cosines = np.abs(affine[:3, :3] / voxel_sizes(affine)).max(axis=0)
+    return bool(cosines.min() < np.cos(np.deg2rad(OBLIQUE)))
+
+
+def in_mm(sizes: np.ndarray, form: str = ".4g") -> str:
+    """Format sizes along the axes for a message.
+
+    >>> in_mm(np.array([1, 1, 1.25]))
+    '1 x 1 x 1.25 mm'
+    """
+    return f"{' x '.join(format(float(size), form) for size in sizes)} mm"
+
+
+def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Choose between sform, qform and pixdim, and tell where they contradict each other.
+
+    Where both forms are set and agree, the sform counts, as the NIfTI standard has it. Where they differ in voxel size
+    or axes, a form in scanner space takes precedence over one in a template's; of two of the same kind the qform, which
+    has the sizes of pixdim, if the sizes differ, else the sform. A lone sform of other sizes than pixdim keeps its axes
+    and takes the sizes of pixdim (but where these are all 1, as in a header that nobody filled in).
+
+    Returns the affine, (4, 4) float64, voxel -> mm, RAS+ world, and warnings. `trust` is "sform" or "qform" to take
+    that one where both are set, or none is; `name` is that of the file, for messages. Raises `ScanError` if no form
+    says where left and right are, or the two contradict each other in it.
+    """
+    codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
+    given = [form for form, code in codes.items() if code > 0] or ([trust] if trust else [])
+    if not given:
+        cause = "no orientation (qform_code and sform_code are 0 or unknown)"
+        raise ScanError(f"{name}: {cause}, so left and right cannot be told apart. {_FIX}")
+    if trust in given:
+        given = [trust]
+    unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+    forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
+    if not forms:
+        raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
+    chosen, warnings = _choose_form(name, forms, codes) if len(forms) == 2 else (next(iter(forms)), [])
+    if len(forms) < len(given):
+        warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
+    affine, template = forms[chosen], _TEMPLATES.get(codes[chosen])
+    sizes, pixdim = voxel_sizes(affine), mm * np.abs(header["pixdim"][1:4])
+    has_pixdim = np.isfinite(pixdim).all() and pixdim.all()
+    if given != [trust] and len(forms) == 1 and has_pixdim and not _same_sizes(sizes, pixdim):
+        used = f"{chosen} was"
+        if (pixdim != mm).any() or template:  # 1 is what a header has that nobody filled in
+            affine[:3, :3] = polar(affine[:3, :3])[0] * pixdim
+            used = "sizes of pixdim were"
+        forms_sizes = f"{chosen} with voxels of {in_mm(sizes)}, pixdim of {in_mm(pixdim)}"
+        warnings.append(f"The header contradicts itself: {forms_sizes}. The {used} used. {_FIX}")
+    if template:
+        warnings.append(
+            f"The header says that the image is in the space of a template (code {codes[chosen]}: {template}). If so, "
+            "volumes are those in that space, not the person's."
+        )
+    if unit:
+        warnings.append(f"The header gives lengths in {unit}s; they were converted.")
+    return affine, tuple(warnings)
+
+
+def _choose_form(name: str, forms: Mapping[str, np.ndarray], codes: Mapping[str, int]) -> tuple[str, list[str]]:
+    sform, qform = (polar(form[:3, :3])[0] for form in forms.values())
+    if np.linalg.det(sform) * np.linalg.det(qform) < 0:
+        mirrored = "sform and qform are mirror images of each other"
+        raise ScanError(f"{name}: {mirrored}, so left and right cannot be told apart. {_FIX}")
+    angle = np.rad2deg(np.arccos(np.clip((np.trace(sform.T @ qform) - 1) / 2, -1, 1)))
+    same_sizes = _same_sizes(*map(voxel_sizes, forms.values()))
+    if same_sizes and angle <= SAME_ANGLE:
+        return "sform", []
+    in_template = [codes[form] in _TEMPLATES for form in forms]
+    qform_first = in_template[0] if in_template[0] != in_template[1] else not same_sizes
+    chosen = "qform" if qform_first else "sform"
+    apart = f", {angle:.0f} degrees apart" if angle > SAME_ANGLE else ""
+    parts = [f"{f} (code {codes[f]}) with voxels of {in_mm(voxel_sizes(forms[f]))}" for f in forms]
+    return chosen, [f"The header contradicts itself: {' and '.join(parts)}{apart}. The {chosen} was used. {_FIX}"]
+
+
+def _form(header: nib.Nifti1Header, form: str, mm: float) -> np.ndarray | None:
+    """One form in mm; None where it is no affine."""
+    try:
+        with np.errstate(all="ignore"):
+            affine = np.array(getattr(header, f"get_{form}")(), np.float64)
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return None
+    affine[:3] *= mm
+    usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
+    return affine if usable else None
+
+
+def _same_sizes(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((np.abs(a / b - 1) <= SAME_SIZE).all())
+
 
 MAX_VOXELS = 400_000_000  # more voxels than a head of 220 mm has at 0.3 mm; 1.6 GB as float32
 BYTES_PER_VOXEL = 16  # most memory that reading and conforming take: four float32 copies at once
@@ -71,7 +183,13 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     except _CANNOT_READ as error:
         reason = f"{type(error).__name__}: {error}"
         raise ScanError(f"{path.name}: cannot be read ({reason}). The file is damaged. {_AGAIN}") from error
-    _check_values(path.name, raw)
+    bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
+    _refuse(path.name, {
+        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
+            bad > 0,
+        f"every voxel is {raw.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
+            raw.min() == raw.max(),
+    })  # fmt: skip
     # Slope and intercept would only round what `standardise` undoes.
     data = standardise(raw, negative=(slope or 1) < 0)
     _check_continuity(path.name, data, raw)
@@ -164,16 +282,6 @@ def _read_data(path: Path, stream: BufferedIOBase, header: nib.Nifti1Header, sha
     stream.read(_MAX_TRAILING_BYTES)
     stored = np.frombuffer(block, dtype).reshape(shape, order="F")
     return np.array(stored, dtype.newbyteorder("="), order="C")
-
-
-def _check_values(name: str, data: np.ndarray) -> None:
-    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
-    _refuse(name, {
-        f"{bad:,} of {data.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
-            bad > 0,
-        f"every voxel is {data.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
-            data.min() == data.max(),
-    })  # fmt: skip
 
 
 def _check_continuity(name: str, data: np.ndarray, raw: np.ndarray) -> None:

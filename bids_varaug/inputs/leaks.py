@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import unicodedata
 from collections.abc import Mapping
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
 
 from bids_varaug.inputs.tables import plain_name
 
-# Words by meaning, in small letters without accents. A name with one of `_AGE` or `_BIRTH` anywhere is no measure of
-# the brain; neither is one of known words alone, at least one of them of a person or a row. "Left-Hippocampus" has
-# others, and "Cartilage" holds no word "age".
-_AGE = (
-    r"c?ages?|age[dmy]|agesq|(?:years|months|weeks|days)old|decades?|decenni\w*|dekaden?|jahrzehnte?|alters?|leeftijd|"
-    r"alder|eta|edad|idade|wiek|vek|ika|yasi?|eletkor|varsta|starost|umur|usia|"
-    r"\w*(?:возраст|年龄|年齡|年齢|나이|연령|ηλικια|عمر|גיל)\w*|"
-    # predictions of other tools
-    r"y?preds?|predicted|predictions?|yhat|pyment|deepbrainnet|spareba|sfcn|mccqr(?:nn)?|brainpad|bagap|"
-    r"dob|yob|born|geboren|f[oø]dt"
-)
-_BIRTH = (  # how such words begin; "birthplace"
-    r"age(?:at|in|cat|gr|bin|class|range|band|onset)|birth|b(?:day|date)|geburt|geboor|naiss|nascit|nascim|nacim|urodz|"
-    r"narozen|f[oø]dsel|fodelse|syntym|dogum|рожд|出生|생년|brainage|predictedage|education"
-)
-_PERSON = (
-    # identifiers
-    r"ids?|identifiers?|guid|uuid|[efiu]id|pid|rid|ptid|mrn|subjid|subjects?|subjs?|sub|participants?|patients?|persons?|"
-    r"fam(?:ily)?|twin|proband(?:en)?|cases?|records?|accession|barcode|key|codes?|serial|unnamed|number|numero|nummer|"
-    r"idx|index|order|counters?|rows?|instance|"
-    # visits and times
-    r"acquisition|acq|scans?|sessions?|sess?|visits?|viscode|waves?|runs?|series|study|exams?|images?|time|scanned|"
-    r"timepoints?|tpno|tpnum|tpnumber|dates?|datum|days?|weeks?|months?|years?|jahre?|jaar|annees?|annos?|anni|onset|"
-    r"duration|baseline|followup|"
-    # people
-    r"sex|gender|geschlecht|sex[eo]|sesso|(?:fe)?males?|group|gruppe|diagnosis|dx|[fvp]s?iq|iq|educ?|grade|"
-    r"gestation(?:al)?|height|weight|bmi|handedness|bag|pad|site|cent(?:er|re)|scanner"
-)
-_FILLER = (
-    r"full|scale|of|at|in|on|from|since|to|the|and|is|no|nr|num|nb|mo|yrs?|yo|cm|kg|lb|mri|mr|t1w?|interview|"
-    r"chronological|corrected|estimated?|gap|delta|difference|diff|adj|level|first|last|raw|src|source|bids|float|int|"
-    r"log|ln|sq|squared|square|sqrt|cubed|z|zscore|scaled|norm|mean|centered|centred|inv|inverse|bio|lebens|"
-    r"untersuchungs?|school"
-)
-_SHORT = r"ga|pma|pna|over|older|nr|num|no|ans?|anos?|ar|rok"  # of a person; no parts of words
+with (files("bids_varaug") / "data" / "column_words.tsv").open(encoding="utf-8") as _stream:
+    _WORDS = pd.read_csv(_stream, sep="\t", quoting=csv.QUOTE_NONE).groupby("meaning")["pattern"].agg("|".join)
+# Patterns of words by meaning, in small letters without accents. A name with a word of "age" (also of its prediction),
+# or that begins as one of "birth", is no measure of the brain; neither is one of known words alone, at least one of
+# them of a "person" or a row. "short" ones are no parts of words. "Left-Hippocampus" has others, and "Cartilage" holds
+# no word "age".
+_PERSON, _FILLER, _SHORT = _WORDS[["person", "filler", "short"]]
 # A single letter is no part of a word, and L and R are sides.
 _KNOWN = re.compile(f"(?:{_PERSON}|{_FILLER})+|{_SHORT}|[a-km-qs-z]")
 _HOLDS_PERSON = re.compile(f"(?:{_FILLER})*(?:{_PERSON})(?:{_PERSON}|{_FILLER})*|{_SHORT}")
-_TELLS_AGE = re.compile(rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_AGE})(?:{_AGE}|{_PERSON}|{_FILLER})*|(?:{_BIRTH})\w*)")
-_YEARS = (1900, 2035)
+_TELLS_AGE = re.compile(
+    rf"(?:{_PERSON}|{_FILLER})*(?:(?:{_WORDS['age']})(?:{_WORDS['age']}|{_PERSON}|{_FILLER})*|(?:{_WORDS['birth']})\w*)"
+)
+_YEARS = np.arange(1900, 2036)
 
 MIN_PEOPLE = 5  # fewer follow anything by chance
 MIN_COUNTED = 10
@@ -62,8 +38,6 @@ def reason_by_name(name: str) -> str | None:
 
     Words are told apart by capitals, digits, blanks and punctuation; "scanage" is two of them. Accents do not count.
 
-    Examples
-    --------
     >>> reason_by_name("ScanAge"), reason_by_name("subject_number"), reason_by_name("Accessory_vol")
     ('tells the age', 'describes the person or the row, not the brain', None)
     """
@@ -105,14 +79,11 @@ def reasons_by_value(values: pd.DataFrame, people: pd.DataFrame) -> Mapping[str,
             reasons[name] = "is almost a function of age"
         elif _counts(column[known], who[known]):
             reasons[name] = "counts people, rows or sessions"
-        elif _is_year(column[known]):
-            reasons[name] = "is a year"
+        else:
+            years = np.isin(column[known], _YEARS)
+            if len(np.unique(column[known][years])) > 2 and years.mean() >= 0.95:
+                reasons[name] = "is a year"
     return reasons
-
-
-def _is_year(column: np.ndarray) -> bool:
-    years = (column == np.round(column)) & (column >= _YEARS[0]) & (column <= _YEARS[1])
-    return len(np.unique(column[years])) > 2 and years.mean() >= 0.95
 
 
 def _follows(column: np.ndarray, age: np.ndarray, n: int) -> bool:

@@ -21,8 +21,6 @@ _ADDED = re.compile(r"\.long\..*$|(_MR\d+)?(_T1w)?(\.nii|\.gz|\.mg[hz]|\.0)*$", 
 def plain_label(label: str) -> str:
     """Label without prefix, leading zeros, case, folders, endings of files and of FreeSurfer.
 
-    Examples
-    --------
     >>> plain_label("sub-001"), plain_label("/data/sub-01_ses-1_T1w.nii.gz"), plain_label("ses-02")
     ('1', '1', '2')
     >>> plain_label("sub01"), plain_label("01_MR1")

@@ -1,4 +1,4 @@
-"""Who the participants are: age, sex and site from participants.tsv and the sessions' tables."""
+"""Who the participants are: age, sex and site from participants.tsv and the sessions' tables, and sessions in time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from bids_varaug.errors import NoInputError
-from bids_varaug.inputs.scans import datalad_command
-from bids_varaug.inputs.tables import TableError, find_column, plain_name, read_text_table, some
+from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.inputs.scans import datalad_command, natural_key
+from bids_varaug.inputs.tables import TableError, find_column, plain_name, prefixed, read_text_table, some
 
 USUAL_COLUMNS = {
     "age": "age_at_scan age_at_mri scan_age age_years age_in_years".split(),
@@ -98,23 +98,15 @@ class People:
 
 
 def read_people(
-    bids_dir: Path,
-    *,
-    age_column: str = "age",
-    sex_column: str = "sex",
-    site_column: str = "site",
-    require_age: bool = True,
-    only: str | None = None,
-) -> People:
+    bids_dir: Path, *, age_column: str = "age", sex_column: str = "sex", site_column: str = "site",
+    require_age: bool = True, only: str | None = None,
+) -> People:  # fmt: skip
     """Read participants.tsv, its sidecar, and the sessions' tables that have ages, which take precedence.
 
-    See `choose_column`, `read_ages` and `read_sexes` for what columns and values are understood.
-
-    Parameters
-    ----------
-    require_age : False to read whoever is there, with or without age, and nobody where there is no participants.tsv;
-        else that is a `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`
-    only : read the table of sessions of this participant (``sub-01``) and of nobody else
+    See `choose_column`, `read_ages` and `read_sexes` for what columns and values are understood. Without `require_age`,
+    whoever is there is read, with or without age, and nobody where there is no participants.tsv; else that is a
+    `NoInputError`. What is damaged, lacks a column or contradicts itself is a `TableError`. `only` this participant's
+    (``sub-01``) table of sessions is read.
     """
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
@@ -128,11 +120,20 @@ def read_people(
         choose_column(path, table.columns, key, name, required=require_age and key == "age")
         for key, name in {"age": age_column, "sex": sex_column, "site": site_column}.items()
     )
-    participants = _participants(path, table)
+    if (column := find_column(table.columns, "participant_id")) is None:
+        raise _missing_column(path, table.columns, "participant_id")
+    if without := [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]:
+        raise TableError(f"{path}: no participant_id in {some(without)}.")
+    participants = [prefixed(label) for label in table[column]]
     sessions = _sessions(table, participants)
     nothing: list[Any] = [None] * len(table)
     sites = list(table[site]) if site else nothing
-    _check_sites(path, participants, sites)
+    at = pd.Series(sites, participants, dtype=object).dropna().groupby(level=0).unique()
+    if two := [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]:
+        raise TableError(
+            f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
+            "several sites one of them, or different ids."
+        )
     names = list(map(_name, participants, sessions))
     _check_unique(path, names)
     notes: list[str] = []
@@ -165,14 +166,9 @@ def choose_column(path: Path, columns: Sequence[str], key: str, wanted: str, req
 
 
 def read_ages(
-    path: Path,
-    column: str,
-    values: Iterable[str | None],
-    names: Sequence[str],
-    left_out: dict[str, str],
-    notes: list[str],
-    sidecar: Path | None = None,
-) -> list[float]:
+    path: Path, column: str, values: Iterable[str | None], names: Sequence[str], left_out: dict[str, str],
+    notes: list[str], sidecar: Path | None = None,
+) -> list[float]:  # fmt: skip
     """Read a column of ages in years; NaN where the age is missing, with the reason in `left_out`, by name of the row.
 
     The unit is that of an age itself ("034Y"), else that of the sidecar (by default the table's), else that in the
@@ -272,30 +268,12 @@ def _sidecar_value(path: Path, column: str, *keys: str) -> Any:
     return content
 
 
-def prefixed(label: str, entity: str = "sub") -> str:
-    """Label with its prefix, in small letters.
-
-    >>> prefixed("01"), prefixed("SUB-01"), prefixed("1", "ses")
-    ('sub-01', 'sub-01', 'ses-1')
-    """
-    return f"{entity}-{re.sub(f'^{entity}-', '', label, flags=re.IGNORECASE)}"
-
-
 def _name(participant: str, session: str | None) -> str:
     return participant if session is None else f"{participant}_{session}"
 
 
 def _missing_column(path: Path, columns: Sequence[str], wanted: str, hint: str = "") -> TableError:
     return TableError(f"{path}: no column {wanted!r}. It has: {', '.join(columns)}.{hint}")
-
-
-def _participants(path: Path, table: pd.DataFrame) -> list[str]:
-    column = find_column(table.columns, "participant_id")
-    if column is None:
-        raise _missing_column(path, table.columns, "participant_id")
-    if without := [f"row {at + 1}" for at, label in enumerate(table[column]) if label is None]:
-        raise TableError(f"{path}: no participant_id in {some(without)}.")
-    return [prefixed(label) for label in table[column]]
 
 
 def _sessions(table: pd.DataFrame, participants: list[str]) -> list[str | None]:
@@ -326,19 +304,9 @@ def _session_ages(tsv: Path, age_column: str, left_out: dict[str, str], notes: l
     _check_unique(tsv, names)
     for name in names:
         left_out.pop(name, None)  # not missing after all
-    sidecar = tsv.with_suffix(".json")
-    if not sidecar.is_file():
-        sidecar = tsv.parents[1] / "sessions.json"  # inherited
+    own, inherited = tsv.with_suffix(".json"), tsv.parents[1] / "sessions.json"
+    sidecar = own if own.is_file() else inherited
     return dict(zip(sessions, read_ages(tsv, age, table[age], names, left_out, notes, sidecar), strict=True))
-
-
-def _check_sites(path: Path, participants: list[str], sites: list[str | None]) -> None:
-    at = pd.Series(sites, participants, dtype=object).dropna().groupby(level=0).unique()
-    if two := [f"{name} ({', '.join(sorted(found))})" for name, found in at.items() if len(found) > 1]:
-        raise TableError(
-            f"{path}: more than one site: {some(two)}. A participant belongs to one site; give people scanned at "
-            "several sites one of them, or different ids."
-        )
 
 
 def _check_unique(path: Path, names: list[str]) -> None:
@@ -347,3 +315,44 @@ def _check_unique(path: Path, names: list[str]) -> None:
             f"{path}: listed more than once: {some(twice)}. Keep one row of each, or name the column that "
             "distinguishes the rows session_id."
         )
+
+
+def order_sessions(bids_dir: Path, participant: str, sessions: Sequence[str]) -> dict[str, float]:
+    """Sessions (``ses-1``) of a participant (``sub-01``) in order, each with its days since the first.
+
+    They are ordered by ``acq_time`` (ISO 8601) of ``sub-01_sessions.tsv``, else of the T1w images in
+    ``sub-01_ses-1_scans.tsv``. Unless all have one, they are ordered by label, and days are NaN.
+    """
+    times: dict[str, pd.Timestamp] = {}
+    for session, text in _acquisition_times(bids_dir / participant, sessions):
+        time = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce")
+        if not pd.isna(time):
+            times[session] = min(time, times.get(session, time))
+    by_label = sorted(sessions, key=natural_key)
+    if not set(sessions) <= times.keys():
+        return dict.fromkeys(by_label, float("nan"))
+    ordered = sorted(by_label, key=times.__getitem__)
+    return {session: (times[session] - times[ordered[0]]).total_seconds() / 86400 for session in ordered}
+
+
+def _acquisition_times(folder: Path, sessions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Session and time as written; those of the scans only where the table of sessions has none."""
+    table = _read_times(folder / f"{folder.name}_sessions.tsv")
+    column = find_column(table.columns, SESSION_COLUMNS[0], SESSION_COLUMNS)
+    found: dict[str, set[str]] = {}
+    if column and "acq_time" in table:
+        for label, text in table[[column, "acq_time"]].dropna().to_numpy():
+            found.setdefault(prefixed(label, "ses"), set()).add(text)
+        yield from ((label, texts.pop()) for label, texts in list(found.items()) if len(texts) == 1)
+    for label in set(sessions) - found.keys():
+        scans = _read_times(folder / label / f"{folder.name}_{label}_scans.tsv")
+        if {"filename", "acq_time"} <= set(scans):
+            images = scans[scans["filename"].str.contains("_T1w.", regex=False, na=False)]
+            yield from ((label, text) for text in images["acq_time"].dropna())
+
+
+def _read_times(path: Path) -> pd.DataFrame:
+    try:
+        return read_text_table(path) if path.is_file() else pd.DataFrame()
+    except UserError:
+        return pd.DataFrame()  # as without a table: the caller says that there are no dates

@@ -103,10 +103,10 @@ class Selection:
 def find_scans(settings: Settings) -> Selection:
     """T1w images of the requested participants and sessions that pass the BIDS filters.
 
-    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_sort_out` leaves out.
-    Raises `UsageError` for a filter that cannot be and a database of another dataset; `FiltersError` for labels
-    that do not exist and filters that leave nothing; `NoInputError` where no image is there, or none whose content
-    is present, or a folder or .bidsignore cannot be read.
+    T1w images below ``derivatives/`` and ``sourcedata/`` do not count, nor those that `_sort_out` leaves out. Raises
+    `UsageError` for a filter that cannot be and a database of another dataset; `FiltersError` for labels that do not
+    exist and filters that leave nothing; `NoInputError` where no image is there, or none whose content is present, or a
+    folder or .bidsignore cannot be read.
     """
     bids_dir, named = settings.bids_dir, bool(settings.participant_labels)
     filters, sessions = dict(settings.bids_filters.get("t1w", {})), set(settings.session_labels)
@@ -245,13 +245,11 @@ def _sort_out(bids_dir: Path, scans: Iterable[Scan], filters: Collection[str]) -
             left_out[scan.relative] = reasons[0]
         else:
             chosen.append(scan)
-    raw = {_SUFFIX.sub("", scan.path.name) for scan in chosen if not _DERIVATIVE_ENTITY.search(scan.path.name)}
-    derived = [
-        scan
-        for scan in chosen
-        if _DERIVATIVE_ENTITY.search(scan.path.name) and _DERIVATIVE_ENTITY.sub("", scan.prefix) in raw
-    ]
-    left_out |= {scan.relative: DERIVED for scan in derived}
+    is_derived = {scan.relative: bool(_DERIVATIVE_ENTITY.search(scan.path.name)) for scan in chosen}
+    raw = {_SUFFIX.sub("", scan.path.name) for scan in chosen if not is_derived[scan.relative]}
+    for scan in chosen:
+        if is_derived[scan.relative] and _DERIVATIVE_ENTITY.sub("", scan.prefix) in raw:
+            left_out[scan.relative] = DERIVED
     return [scan for scan in chosen if scan.relative not in left_out], left_out
 
 
@@ -273,9 +271,8 @@ def _split_available(bids_dir: Path, scans: list[Scan], whole_dataset: bool) -> 
             elif twin is None:
                 available[scan.prefix] = scan
             else:
-                same = f"{twin.relative} would give outputs of the same names"
-                choose = "Keep one of them, or choose with --bids-filter-file"
-                errors.append(f"{scan.relative}: {same}. {choose}. This one is skipped.")
+                choose = "Keep one of them, or choose with --bids-filter-file. This one is skipped."
+                errors.append(f"{scan.relative}: {twin.relative} would give outputs of the same names. {choose}")
         except OSError as error:
             errors.append(f"{scan.relative}: cannot read it: {error.strerror}. It is skipped.")
     if absent:
@@ -320,17 +317,16 @@ def _open_layouts(bids_dir: Path, participants: list[str], database: Path | None
                 _index(bids_dir, participants, Path(fresh)).connection_manager.session.close()
                 (Path(fresh) / DATABASE_FILE).replace(database / DATABASE_FILE)
         except OSError as error:
-            cause = f"cannot write the pybids database: {error.strerror}"
-            raise OutputError(f"{database}: {cause}. Give a writable --bids-database-dir, or leave it out.") from error
+            other = "Give a writable --bids-database-dir, or leave it out."
+            raise OutputError(f"{database}: cannot write the pybids database: {error.strerror}. {other}") from error
     try:
         layout = BIDSLayout(bids_dir, validate=False, database_path=database)
         missing = sorted(set(participants).difference(layout.get_subjects(scope="self")))
     except Exception as error:  # sqlite, sqlalchemy and pybids raise their own kinds here
-        cause = f"pybids cannot read this database ({error})"
-        raise UsageError(f"{database}: {cause}. Delete it to have it rebuilt.") from error
+        raise UsageError(f"{database}: pybids cannot read this database ({error}). Delete it.") from error
     if Path(str(layout.root)) != bids_dir:
-        cause = f"the database is of {layout.root}, not of {bids_dir}"
-        raise UsageError(f"{database}: {cause}. Give another --bids-database-dir, or delete this one.")
+        other = "Give another --bids-database-dir, or delete this one."
+        raise UsageError(f"{database}: the database is of {layout.root}, not of {bids_dir}. {other}")
     return [layout, _index(bids_dir, missing, None)] if missing else [layout]
 
 
@@ -375,5 +371,6 @@ def _filter_value(name: str, value: Any, known: list[str]) -> Any:
         return value.removeprefix({"subject": "sub-", "session": "ses-"}.get(name, ""))
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    kinds = "neither text, a whole number, null, nor a list of these"
-    raise UsageError(f"--bids-filter-file: t1w: {name}: {value!r} is {kinds}.")
+    raise UsageError(
+        f"--bids-filter-file: t1w: {name}: {value!r} is neither text, a whole number, null, nor a list of these."
+    )

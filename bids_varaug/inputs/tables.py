@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bids_varaug.errors import UserError
+from bids_varaug.errors import UsageError, UserError
 
 MISSING = ("n/a", "", "N/A", "NA", "na", "NaN", "nan", "NAN", "NULL", "null", "None", "none", "#N/A")
 """Spellings of a missing value: BIDS's own first, then those of R, Excel, pandas and databases."""
@@ -49,19 +49,11 @@ def read_columns(path: Path, text: Sequence[str], numbers: Sequence[str] | None)
     needed = {*text, *(columns if numbers is None else numbers)}
     try:
         table = pd.read_csv(
-            path,
-            sep=_separator(path),
-            header=0,
-            names=range(len(columns)),
+            path, sep=_separator(path), header=0, names=range(len(columns)), index_col=False,
             usecols=[at for at, name in enumerate(columns) if name in needed],
-            index_col=False,
-            dtype={columns.index(name): str for name in text},
-            encoding=_encoding(path),
-            keep_default_na=False,
-            na_values=list(MISSING),
-            float_precision="round_trip",
-            low_memory=False,
-        )
+            dtype={columns.index(name): str for name in text}, encoding=_encoding(path), keep_default_na=False,
+            na_values=list(MISSING), float_precision="round_trip", low_memory=False,
+        )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError) as error:
         raise TableError(f"{path}: damaged: {error}. Export it again.") from error
     if not len(table):
@@ -108,6 +100,15 @@ def plain_name(name: str) -> str:
     ('scannersite', 'ageyears')
     """
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKD", name)).lower()
+
+
+def prefixed(label: str, entity: str = "sub") -> str:
+    """Label with its prefix, in small letters.
+
+    >>> prefixed("01"), prefixed("SUB-01"), prefixed("1", "ses")
+    ('sub-01', 'sub-01', 'ses-1')
+    """
+    return f"{entity}-{re.sub(f'^{entity}-', '', label, flags=re.IGNORECASE)}"
 
 
 def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
@@ -165,3 +166,49 @@ def _separator(path: Path) -> str:
 def _fields(path: Path, line: str) -> list[str]:
     # R quotes text by default; a separator inside quotes is not supported, BIDS has none.
     return [field.strip().strip('"').strip() for field in line.split(_separator(path))]
+
+
+PARTICIPANT_COLUMNS = ("participant_id", "participant", "subject_id", "subject", "sub", "subjid", "id")
+"""Names, in any case, of the column of participants."""
+
+
+def read_variables(path: Path) -> pd.DataFrame:
+    """Columns of a table by participant (``sub-01``), as numbers where a column holds nothing else.
+
+    The participants stand in the column of a usual name, else in the first. Raises `TableError` as
+    `read_columns`, and where somebody has no id.
+    """
+    path = Path(path)
+    columns = read_header(path)
+    column = find_column(columns, PARTICIPANT_COLUMNS[0], PARTICIPANT_COLUMNS) or columns[0]
+    table = read_columns(path, [column], None)
+    if table[column].isna().any():
+        raise TableError(f"{path}: no participant in line {table[column].isna().argmax() + 2}.")
+    return table.set_index(pd.Index([prefixed(label.strip()) for label in table[column]], name="participant"))
+
+
+def participants_where(tables: Sequence[Path], condition: str) -> list[str]:
+    """Participants with a row that meets a condition, in the order of the table.
+
+    The condition is a query of pandas over the columns of the first of the tables that has them, such as ``"group ==
+    'TD' and age > 18"``. A UsageError says that no table has a column, or that it is no condition.
+    """
+    lacking = []
+    for path in tables:
+        table = read_variables(path)
+        try:
+            rows = table.eval(condition, engine="python")
+        except pd.errors.UndefinedVariableError as error:
+            lacking.append(f"{path}: {error}. It has: {some(list(table.columns))}.")
+            continue
+        except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise UsageError(
+                f'--include {condition!r}: cannot be applied to {path} ({error}). Write a condition such as "group == '
+                "'TD'\" or \"age > 18 and sex == 'F'\"; quote names with blanks by backticks."
+            ) from error
+        if not (isinstance(rows, pd.Series) and rows.dtype == bool):
+            raise UsageError(
+                f"--include {condition!r}: is no condition, true or false of each row. Compare: \"group == 'TD'\"."
+            )
+        return list(dict.fromkeys(table.index[rows]))
+    raise UsageError(f"--include {condition!r}: " + (" ".join(lacking) or "there is no participants.tsv."))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 
@@ -73,7 +73,12 @@ def validate_input(bids_dir: Path, participant_labels: Iterable[str] = ()) -> No
         issues = run_validator(looked_at, "--ignoreNiftiHeaders")
     no_errors = CONTENT_CODES | OTHERS_CODES if labels else CONTENT_CODES
     errors = [issue for issue in issues if issue["code"] not in no_errors]
-    absent = {issue["location"] for issue in errors if _is_absent(bids_dir, issue["location"])}
+    absent = set()
+    for location in {issue["location"] for issue in errors}:
+        path = bids_dir / location.lstrip("/")
+        with suppress(OSError):  # there, and unreadable: the validator's verdict stands
+            if os.path.lexists(path) and not path.is_dir() and is_absent(path):
+                absent.add(location)
     if at_root := sorted(location[1:] for location in absent if location.count("/") == 1):
         fetch = f"not checked, only a link is here. To fetch it: {datalad_command(bids_dir, at_root)}"
         print(f"WARNING: {', '.join(at_root)}: {fetch}", file=sys.stderr)
@@ -99,15 +104,6 @@ def _without_others(bids_dir: Path, labels: set[str]) -> Iterator[Path]:
             if path.name.removeprefix("sub-") in {path.name, *labels} or not path.is_dir():
                 (Path(folder) / path.name).symlink_to(path)
         yield Path(folder)
-
-
-def _is_absent(bids_dir: Path, location: str) -> bool:
-    """Whether an error is that of a file without content."""
-    path = bids_dir / location.lstrip("/")
-    try:
-        return os.path.lexists(path) and not path.is_dir() and is_absent(path)
-    except OSError:
-        return False  # there, and unreadable: the validator's verdict stands
 
 
 def summarize_errors(errors: Iterable[Issue]) -> str:

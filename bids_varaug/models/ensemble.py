@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from bids_varaug.atomic import write_text
 from bids_varaug.errors import EnsembleError, UsageError
-from bids_varaug.models.trunk import Trunk, files_of
+from bids_varaug.files import write_text
 
 BASELINE = "ieee"
 ROUNDED = "rr"
@@ -79,6 +78,17 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """Weights that the members' files add to: those at the step where the members fork.
+
+    Only the shipped ensemble `aseg31` has one; its members are stored as 8-bit differences.
+    """
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
@@ -109,10 +119,10 @@ def find_ensemble(name: str) -> Path:
     for folder in (shipped / name if "/" not in name else None, Path(name)):
         if folder is not None and (folder / MANIFEST).is_file():
             return folder.absolute()  # workers run elsewhere
-    known = sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))
+    known = ", ".join(sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))) or "none"
     raise EnsembleError(
-        f"--ensemble {name}: neither a shipped ensemble ({', '.join(known) or 'none'}) nor a folder with a {MANIFEST}. "
-        "Train one with bids_varaug-train, or give another path."
+        f"--ensemble {name}: neither a shipped ensemble ({known}) nor a folder with a {MANIFEST}. Train one with "
+        "bids_varaug-train, or give another path."
     )
 
 
@@ -206,6 +216,18 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
         replace(ensemble.baseline, id=f"{ROUNDED}{n:02}", family=ROUNDED, seed=100 * random_seed + n, precision=float32)
         for n in range(1, n_members + 1)
     )
+
+
+def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
+    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
+    files = [] if ensemble.trunk is None else [(ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")]
+    bases = [m for m in ensemble.members if (m.id, m.base) == (member.base, None)]
+    if member.base is not None and not bases:
+        raise EnsembleError(
+            f"{ensemble.directory}: {member.id} adds to the weights of {member.base}, which are missing. Install the "
+            "ensemble again."
+        )
+    return files + [(m.file, m.sha256, f"weights of {m.id}") for m in (*bases, member)]
 
 
 def identify(ensemble: Ensemble, member: Member) -> str:

@@ -1,15 +1,20 @@
-"""The segmentation network: a 3D U-Net whose body works at half the resolution of its output."""
+"""The segmentation network, a 3D U-Net whose body works at half the resolution of its output, and its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
-from bids_varaug.models.ensemble import NetworkShape
+from bids_varaug.errors import EnsembleError
+from bids_varaug.files import replacing
+from bids_varaug.models.ensemble import Ensemble, Member, NetworkShape, check_member, files_of, sha256_of
 
 
 class Features(NamedTuple):
@@ -232,3 +237,53 @@ def build_network(shape: NetworkShape, seed: int = 0) -> UNet:
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+FORMAT = "float16"
+"""What weights are written in; it changes one by 2e-4 of its size."""
+STEP = ".step"
+"""Ends the name of the tensor that holds the size of one integer step, for each row of an 8-bit difference."""
+
+
+def save_weights(network: UNet, path: Path) -> str:
+    """Write weights as `FORMAT` and return the file's SHA-256."""
+    write_tensors(path, {name: p.detach().cpu().half() for name, p in network.named_parameters()})
+    return sha256_of(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file as `files.replacing` does: a kill or a full disk leaves the old one."""
+    content = save({name: p.contiguous() for name, p in tensors.items()}, metadata)
+    with replacing(path) as stream:
+        stream.write(content)
+
+
+def load_weights(*paths: Path) -> dict[str, torch.Tensor]:
+    """Return a state dictionary in float32: whole weights, and files that add to them (see `add_differences`)."""
+    weights = {name: p.float() for name, p in load_file(paths[0]).items()}
+    for path in paths[1:]:
+        weights = add_differences(weights, load_file(path))
+    return weights
+
+
+def add_differences(weights: dict[str, torch.Tensor], coded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add a file's tensors to weights of the same names; integers are multiples of their steps."""
+    total = {}
+    for name in (name for name in coded if not name.endswith(STEP)):
+        difference, steps = coded[name].float(), coded.get(name + STEP)
+        if steps is not None:
+            difference = difference * steps.view(-1, *[1] * (difference.ndim - 1))
+        total[name] = weights[name] + difference
+    return total
+
+
+def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
+    """Build a member's network in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
+    check_member(ensemble, member)
+    paths = [ensemble.directory / file for file, _, _ in files_of(ensemble, member)]
+    network = build_network(ensemble.network)
+    try:
+        network.load_state_dict(load_weights(*paths))
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise EnsembleError(f"{paths[-1]}: weights do not fit the manifest's network: {error}") from None
+    return network.to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The pages of the group level: a study that was scored, or a model applied to other people."""
+"""The pages of the group level: reliability of volumes, a study that was scored, or a model applied to other people."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from bids_varaug.atomic import write_text
 from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.brainage.target import TargetEvaluation, target_table
+from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import Citation
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
+from bids_varaug.files import write_text
 from bids_varaug.reports import plots
-from bids_varaug.reports.html import data_uri, render_page, tabulate
+from bids_varaug.reports.html import data_uri, render_page, signed, tabulate
+from bids_varaug.variability.longitudinal import summarise_changes
+from bids_varaug.variability.power import ALPHA as POWER_ALPHA
+from bids_varaug.variability.power import MAX_FLIPS
+from bids_varaug.variability.quality import MIN_IMAGES, OUTLYING
 
 FORMAT = 3
 ADVICE = "Run the group level again without --reports-only."
@@ -56,6 +61,11 @@ class Page:
         """Write the page as JSON; `load_page` reads it, and gives the same page without fitting."""
         saved = {"format": FORMAT, "template": self.template, "values": self.values}
         return write_text(json.dumps(saved, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+    def write(self, output_dir: Path, name: str) -> Path:
+        """Write the page as `name` and, for --reports-only, what it is made of; return its path."""
+        self.save((names.logs(output_dir) / name).with_suffix(".json"))
+        return write_text(self.html(), output_dir / name)
 
 
 def load_page(path: Path) -> Page:
@@ -199,15 +209,11 @@ def target_page(
 
 
 def make_page(template: str, run: RunInfo, **values: Any) -> Page:
-    """Make a page of a template; what fills it becomes JSON."""
+    """Make a page of a template; what fills it becomes JSON, NaN, which JSON lacks, None."""
     source = {key: value for key, value in run.source.items() if key != "sha256"}
-    return Page(template, _as_json({"run": asdict(replace(run, source=source)), **values}))
-
-
-def _as_json(value: Any) -> Any:
-    """The same of JSON's types alone; NaN, which JSON lacks, becomes None."""
-    text = json.dumps(value, default=lambda other: other.item() if isinstance(other, np.generic) else str(other))
-    return json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get)
+    values = {"run": asdict(replace(run, source=source)), **values}
+    text = json.dumps(values, default=lambda other: other.item() if isinstance(other, np.generic) else str(other))
+    return Page(template, json.loads(text, parse_constant={"Infinity": "inf", "-Infinity": "-inf"}.get))
 
 
 def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:
@@ -241,3 +247,60 @@ def _site_table(sites: pd.DataFrame) -> dict[str, Any]:
     for name in sites.columns[sites.columns.str.startswith("mae_")]:
         columns[name] = replace(error, heading=name.removeprefix("mae_").replace("_", " "))
     return tabulate(sites, columns)
+
+
+def quality_page(
+    run: RunInfo, output_dir: Path, images: pd.DataFrame, volumes: pd.DataFrame, structures: pd.DataFrame,
+    power: pd.DataFrame, changes: pd.DataFrame,
+) -> Page:  # fmt: skip
+    """Page of the reliability of volumes.
+
+    Parameters
+    ----------
+    output_dir : whose reports of participants are linked, where there are any
+    images : participant_id, session_id, image (entities), n_unreliable, n_caution (structures), worst (text), distance
+        of `robust_distances`, odd (the structure that deviates most) and its deviation; NaN where unknown
+    volumes : mm3, a row per row of `images`, a column per structure
+    structures : name, mean, low, high [mm3], n_outside, unreliable (share of the images), cv, npv
+    power, changes : of `power_table` and `paired_changes`; may be empty
+    """
+    images = images.sort_values(["distance", "n_unreliable"], ascending=False, kind="stable")
+    outlying = images["distance"] > OUTLYING
+    odd = images["odd"] + images["deviation"].map(lambda z: f" {signed(z)}")
+    reports = [names.report(output_dir, who.removeprefix("sub-")) for who in images["participant_id"]]
+    links = [path.name if path.exists() else "" for path in reports]
+    tables = {
+        "images": tabulate(
+            images.assign(odd=odd.where(outlying)), table_columns("images"), np.where(outlying, "caution", "").tolist(),
+            links={"image": links},
+        ),
+        "structures": tabulate(structures, table_columns("structures")),
+        "power": tabulate(power, table_columns("group_power")),
+    }  # fmt: skip
+    beyond = None
+    if len(changes):
+        beyond = changes["mark"] == "beyond"
+        text = changes["name"].map(plots.short_name) + changes["change"].map(lambda change: f" {signed(change)} %")
+        visits = changes.assign(beyond=text.where(beyond))
+        visits = visits.groupby(["participant_id", "session_id", "first_session", "days"], sort=False, dropna=False)
+        people = visits["beyond"].agg(n_beyond="count", beyond=lambda texts: ", ".join(texts.dropna())).reset_index()
+        tables["changes"] = tabulate(summarise_changes(changes), table_columns("summary"))
+        tables["people"] = tabulate(people, table_columns("visits"))
+    known = structures.dropna(subset=["npv"]).nlargest(3, "npv")
+    return make_page(
+        "quality.html",
+        run,
+        n_images=len(images),
+        n_people=images["participant_id"].nunique(),
+        n_unreliable=(images["n_unreliable"] > 0).sum() if images["n_unreliable"].notna().any() else None,
+        n_outlying=outlying.sum() if images["distance"].notna().any() else None,
+        limits={"min_images": MIN_IMAGES, "outlying": OUTLYING, "alpha": POWER_ALPHA, "max_flips": MAX_FLIPS},
+        worst=known.assign(name=known["name"].map(plots.short_name)).to_dict("records"),
+        median_npv=structures["npv"].median(),
+        n_unsafe=(power["flips_0.01"] > MAX_FLIPS).sum() if len(power) else None,
+        n_changes=changes["mark"].count() if len(changes) else 0,
+        n_beyond=None if beyond is None else beyond.sum(),
+        rescanned=len(changes) > 0 and changes["detectable_rescan"].notna().any(),
+        figure=data_uri(plots.draw_ranges(volumes.loc[images.index], structures, outlying.to_numpy()), "svg+xml"),
+        tables=tables,
+    )

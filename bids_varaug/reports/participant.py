@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,20 +15,19 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.atomic import replacing, write_text
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import percent
-from bids_varaug.derivatives.logs import cite_participant
+from bids_varaug.derivatives.citation import cite_participant, percent
 from bids_varaug.derivatives.names import Column, ScanRequest, table_columns
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
+from bids_varaug.files import replacing, write_text
 from bids_varaug.images.load import load_t1w
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import data_uri, render_page, tabulate
 from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes
 from bids_varaug.settings import Settings
-from bids_varaug.variability.maps import UNRELIABLE_BELOW
+from bids_varaug.variability.measures import UNRELIABLE_BELOW
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
@@ -54,53 +53,34 @@ class ScanReport:
 
 
 def scan_report(request: ScanRequest) -> ScanReport:
-    """Draw one scan's figures and collect its tables and warnings."""
+    """Draw one scan's figures and collect its tables and warnings; `ScanError` if one is missing or damaged."""
     t1w = load_t1w(request.scan.path, request.settings.trust)
-    sidecar = _existing(request.sidecar("regions_tsv"), request)
+    paths = [request.path(key) for key in ("consensus_dseg", "regions_tsv", "members_tsv")]
+    sidecar = request.sidecar("regions_tsv")
+    for path in (*paths, sidecar):
+        if not path.exists():
+            raise ScanError(f"{path}: missing, so {request.scan.relative} has no report. Run without --reports-only.")
     try:
         notes = dict(json.loads(sidecar.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ScanError(f"{sidecar}: damaged ({error}). Run without --reports-only.") from error
-    members = _read_table(request, "members_tsv")
-    shape = " x ".join(str(n) for n in t1w.data.shape)
-    size = " x ".join(f"{zoom:.2f}" for zoom in voxel_sizes(t1w.affine))
-    return ScanReport(
-        prefix=request.scan.prefix,
-        figures=dict(_draw(request, t1w.data, t1w.affine, members)),
-        regions=_read_table(request, "regions_tsv"),
-        members=members,
-        warnings=notes.get("Warnings", []),
-        limits=notes.get("VolumeLimits", ""),
-        provenance={"T1w": request.scan.relative, "Grid": f"{shape} voxels of {size} mm"},
-    )
-
-
-def _draw(
-    request: ScanRequest, t1w: np.ndarray, affine: np.ndarray, members: pd.DataFrame
-) -> Iterator[tuple[str, bytes]]:
-    """Name and PNG of each figure that there is something to show for, in the order shown."""
-    mosaic = Mosaic(t1w, _read_image(request, "consensus_dseg"), affine)
-    yield "consensus", mosaic.draw_labels(request.ensemble.labels)
-    yield "volumes", draw_volumes(members)
+    regions, members = (pd.read_csv(path, sep="\t", na_values=["n/a"]) for path in paths[1:])
+    mosaic = Mosaic(t1w.data, _read_image(paths[0]), t1w.affine)
+    figures = {"consensus": mosaic.draw_labels(request.ensemble.labels), "volumes": draw_volumes(members)}
     for key, style in MAP_STYLES.items():
         if request.path(key).exists():
-            yield key, mosaic.draw_map(_read_image(request, key), style)
+            figures[key] = mosaic.draw_map(_read_image(request.path(key)), style)
     if request.path("unreliable_mask").exists():
-        yield "unreliable", mosaic.draw_mask(_read_image(request, "unreliable_mask"))
+        figures["unreliable"] = mosaic.draw_mask(_read_image(request.path("unreliable_mask")))
+    shape = " x ".join(str(n) for n in t1w.data.shape)
+    size = " x ".join(f"{zoom:.2f}" for zoom in voxel_sizes(t1w.affine))
+    provenance = {"T1w": request.scan.relative, "Grid": f"{shape} voxels of {size} mm"}
+    warnings, limits = notes.get("Warnings", []), notes.get("VolumeLimits", "")
+    return ScanReport(request.scan.prefix, figures, regions, members, warnings, limits, provenance)
 
 
-def _read_image(request: ScanRequest, key: str) -> np.ndarray:
-    return np.asanyarray(cast(SpatialImage, nib.load(_existing(request.path(key), request))).dataobj)
-
-
-def _read_table(request: ScanRequest, key: str) -> pd.DataFrame:
-    return pd.read_csv(_existing(request.path(key), request), sep="\t", na_values=["n/a"])
-
-
-def _existing(path: Path, request: ScanRequest) -> Path:
-    if not path.exists():
-        raise ScanError(f"{path}: missing, so {request.scan.relative} has no report. Run without --reports-only.")
-    return path
+def _read_image(path: Path) -> np.ndarray:
+    return np.asanyarray(cast(SpatialImage, nib.load(path)).dataobj)
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:
@@ -109,9 +89,9 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
 
 
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
-    """Write a participant's report and, beside it, its figures as ``sub-XX/figures/*.png``; return its path.
+    """Write a report from scans' derivatives and, beside it, figures as ``sub-XX/figures/*.png``; return its path.
 
-    It is made from the derivatives of the scans; ScanError if any is missing.
+    Raises as `scan_report`.
     """
     path = names.report(requests[0].settings.output_dir, requests[0].scan.subject)
     scans = [scan_report(request) for request in requests]
@@ -147,7 +127,7 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         families={member.family for member in members},
         members=tabulate(rows, columns),
         versions=package_versions(),
-        citation=cite_participant(settings, request.ensemble, members),
+        citation=cite_participant(request),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
         unreliable_below=percent(UNRELIABLE_BELOW),
     )
@@ -170,6 +150,9 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
     others = {name: Column(name, "{:.4g}", "", name) for name in scan.regions if name not in columns | within}
     classes = scan.regions["verdict"].replace("good", "").tolist()
     regions = scan.regions.replace({"verdict": MARKS})
+    volumes = scan.members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
+    volume = table_columns("volumes")["volume"]
+    shown = {name: replace(volume, heading=str(name), description="") for name in volumes}
     has_spread = regions[list(within)].notna().to_numpy().any()
     return {
         "anchor": f"scan-{number}",
@@ -181,7 +164,7 @@ def _scan_values(scan: ScanReport, number: int) -> dict[str, Any]:
         "families": tabulate(_summarise_families(regions, n_members), table_columns("families")),
         "few_members": describe_families(n_members),
         "limits": scan.limits.rstrip("."),
-        "volumes": _volume_table(scan.members),
+        "volumes": tabulate(volumes.reset_index(), {"name": table_columns("volumes")["name"], **shown}),
         "warnings": list(scan.warnings),
         "provenance": scan.provenance,
     }
@@ -191,19 +174,8 @@ def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> 
     """One row per family: number of members, and its spread over all structures."""
     rows = []
     for family, n in n_members.items():
-        cv, dice, entropy = (
-            regions.get(f"{name}_{family}", pd.Series([np.nan])) for name in ("cv", "dice_min", "entropy_mean")
-        )
+        measures = (f"{name}_{family}" for name in ("cv", "dice_min", "entropy_mean"))
+        cv, dice, entropy = (regions.get(name, pd.Series([np.nan])) for name in measures)
         spread = {"cv_median": cv.median(), "cv_max": cv.max(), "dice_min": dice.min(), "entropy": entropy.mean()}
         rows.append({"family": family, "n": n, **spread})
     return pd.DataFrame(rows)
-
-
-def _volume_table(members: pd.DataFrame) -> dict[str, Any] | None:
-    """Volumes, structures x members, in the order of the table."""
-    if members.empty:
-        return None
-    wide = members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
-    columns = table_columns("volumes")
-    shown = {name: replace(columns["volume"], heading=str(name), description="") for name in wide.columns}
-    return tabulate(wide.reset_index(), {"name": columns["name"], **shown})

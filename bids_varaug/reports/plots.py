@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 
 import matplotlib.style
 import numpy as np
@@ -38,21 +39,7 @@ SHOWN_INTERVALS = 150
 FONT = 10
 INK = "#1b1f24"
 SOFT = "#57606a"
-STYLE = {
-    "svg.hashsalt": "bids_varaug",
-    "font.size": FONT,
-    "axes.axisbelow": True,
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.loc": "upper left",
-    "text.parse_math": False,
-    "savefig.dpi": 150,
-}
+STYLE = str(files("bids_varaug") / "data" / "templates" / "charts.mplstyle")
 # "default" first, so that a user's matplotlibrc does not change the bytes.
 _styled = matplotlib.style.context(["default", STYLE])
 
@@ -167,11 +154,9 @@ def draw_ratios(numerics: pd.DataFrame, others: Sequence[tuple[str, pd.DataFrame
     Tables of `variability.numerical_variability`: ours, and with their names those of other pipelines.
     """
     order = pair_sides(numerics["name"])[:MAX_ROWS]
+    figure, axes = _structure_axes(len(order))
     series = [("this ensemble", numerics, BLUE, "o")]
     series += [(name, other, *PIPELINE_LOOKS[n % len(PIPELINE_LOOKS)]) for n, (name, other) in enumerate(others)]
-    height = 1.4 + 0.25 * len(order)
-    figure = Figure(figsize=(8.8, height))
-    axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
     found = []
     for number, (label, data, color, marker) in enumerate(series):
         rows = data.set_index("name").reindex(order)[["ratio", "low", "high"]]
@@ -202,9 +187,7 @@ def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.nd
     `structures` has name, low and high, missing where there is no range; (R,) bool `outlying` images are red.
     """
     order = pair_sides(structures["name"])[:MAX_ROWS]
-    height = 1.4 + 0.25 * len(order)
-    figure = Figure(figsize=(8.8, height))
-    axes = figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
+    figure, axes = _structure_axes(len(order))
     limits = structures.set_index("name").loc[order]
     rows = np.arange(len(order))
     axes.barh(rows, limits["high"] - limits["low"], 0.62, limits["low"], color="#cfe3f1", label="plausible in adults")
@@ -293,6 +276,12 @@ def pair_sides(names: Sequence[str] | pd.Series) -> list[str]:
     for name in names:
         pairs.setdefault(str(name).removeprefix("Left-").removeprefix("Right-"), []).append(name)
     return [name for pair in pairs.values() for name in pair]
+
+
+def _structure_axes(n_rows: int) -> tuple[Figure, Axes]:
+    height = 1.4 + 0.25 * n_rows
+    figure = Figure(figsize=(8.8, height))
+    return figure, figure.add_axes((0.27, 0.65 / height, 0.7, 1 - 1.15 / height))
 
 
 def _set_ticks(axes: Axes, ticks: Sequence[float], labels: Sequence[str]) -> None:

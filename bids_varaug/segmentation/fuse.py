@@ -1,26 +1,195 @@
-"""The consensus of many members and how they disagree; memory does not grow with their number."""
+"""Sparse posteriors of many members and their consensus; memory does not grow with the number of members.
+
+Only voxels that are not surely background are stored. A file that is absent or damaged is refused with a `UserError`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from scipy.sparse import csr_array, vstack
 
-from bids_varaug.segmentation.posterior import (
-    SparsePosterior,
-    add_background,
-    check_same_box,
-    label_slabs,
-    load_posterior,
-    save_posterior,
-    split_slabs,
+from bids_varaug.errors import UserError
+from bids_varaug.variability.measures import (
+    ALL,
+    FLOAT32_BITS,
+    group_members,
+    mean_entropy,
+    region_counts,
+    significant_bits,
+    suffix_of,
+    unreliable,
+    vote_entropy,
 )
-from bids_varaug.variability.maps import FLOAT32_BITS, significant_bits, unreliable, vote_entropy
-from bids_varaug.variability.regions import ALL, group_members, mean_entropy, region_counts, suffix_of
+
+if TYPE_CHECKING:
+    from bids_varaug.images.conform import Geometry
+
+
+BACKGROUND_CUT = 1e-4
+"""A voxel has a row unless its background probability exceeds 1 - BACKGROUND_CUT."""
+SMALLEST = np.float32(2**-23)
+"""Step between float32 probabilities near 1; no larger ones are stored."""
+_SLABS_AT_ONCE = 8
+_ROWS_AT_ONCE = 2**16  # with all their zeros
+
+
+@dataclass(frozen=True)
+class SparsePosterior:
+    """Class probabilities on the head box.
+
+    There is one row for each voxel, in C order. Class 0, the background, is left out: its probability is what a row
+    lacks to 1, and an empty row is surely background.
+    """
+
+    labels: np.ndarray  # (X, Y, Z) uint8, most probable class
+    rows: csr_array  # (X * Y * Z, K) float
+
+    @classmethod
+    def from_rows(cls, rows: csr_array, shape: tuple[int, ...]) -> SparsePosterior:
+        """Label rows with their most probable classes, ties go to the lower class."""
+        labels = np.zeros(rows.shape[0], np.uint8)
+        stored = np.flatnonzero(np.diff(rows.indptr))
+        for start in range(0, len(stored), _ROWS_AT_ONCE):
+            part = stored[start : start + _ROWS_AT_ONCE]
+            labels[part] = add_background(rows[part].toarray()).argmax(axis=1)
+        return cls(labels.reshape(shape), rows)
+
+    @property
+    def stored(self) -> np.ndarray:
+        """Which voxels have a row, (X * Y * Z,) bool."""
+        return np.diff(self.rows.indptr) > 0
+
+    @property
+    def posterior(self) -> np.ndarray:
+        """The stored rows with the background, (N, K) float32, sums to 1 over K."""
+        return add_background(self.rows[self.stored].toarray())
+
+    def to_native(self, geometry: Geometry, out: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
+        """Return class indices on the image's own grid; see `images.conform.resample_posterior`."""
+        from bids_varaug.images.conform import resample_posterior  # with torch, which fusing needs not
+
+        return resample_posterior(self.stored, self.posterior, geometry, out, temperature)
+
+
+def sparse_rows(posterior: np.ndarray, stored: np.ndarray) -> csr_array:
+    """Return rows (V, K) without the background and what is no larger than `SMALLEST`.
+
+    Of V voxels, those `stored` (V,) have a `posterior` (N, K) float32.
+
+    >>> posterior = np.array([[0.25, 0, 0.75], [0.5, 0.5, 1e-9]], np.float32)
+    >>> sparse_rows(posterior, np.array([True, False, True])).indices.tolist()
+    [2, 1]
+    """
+    kept = posterior > SMALLEST
+    kept[:, 0] = False
+    counts = np.zeros(len(stored), np.int32)
+    counts[stored] = np.count_nonzero(kept, axis=1)
+    classes = kept.nonzero()[1].astype(np.int32)
+    return csr_array((posterior[kept], classes, _starts(counts)), shape=(len(stored), posterior.shape[1]))
+
+
+def add_background(rows: np.ndarray) -> np.ndarray:
+    """Give rows (N, K), whose class 0 is empty, what they lack to 1 as background; in place."""
+    rows[:, 0] = np.maximum(1 - rows.sum(axis=1), 0)
+    return rows
+
+
+def save_posterior(path: Path, sparse: SparsePosterior) -> None:
+    """Write one safetensors file, aside first and renamed; up to 256 classes.
+
+    ``labels`` and ``counts`` (entries of each row) are (X, Y, Z) uint8; ``classes`` uint8 and ``values`` float32 are
+    those of all entries, and ``starts`` (X + 1,) int64 where those of each slab begin; ``n_classes`` stands in the
+    metadata.
+    """
+    rows, shape = sparse.rows, sparse.labels.shape
+    tensors = {
+        "labels": sparse.labels,
+        "counts": np.diff(rows.indptr).astype(np.uint8).reshape(shape),
+        "classes": rows.indices.astype(np.uint8),
+        "values": rows.data.astype(np.float32, copy=False),
+        "starts": rows.indptr[:: shape[1] * shape[2]].astype(np.int64),
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, {"n_classes": str(rows.shape[1])})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_posterior(path: Path, slabs: slice = slice(None)) -> SparsePosterior:
+    """Read what `save_posterior` wrote, or some slabs of it.
+
+    The file is mapped into memory, and pages once touched count as memory of this process until it is closed: to need
+    little memory, read a few slabs at a time.
+    """
+    with _open(path) as tensors:
+        labels, counts = (tensors.get_slice(name)[slabs] for name in ("labels", "counts"))
+        starts = tensors.get_tensor("starts")
+        start, stop = starts[slabs][0], starts[1:][slabs][-1]
+        values, classes = np.empty((2, 0), np.float32)
+        if start < stop:  # safetensors refuses an empty slice at the end of a tensor
+            values, classes = (tensors.get_slice(name)[start:stop] for name in ("values", "classes"))
+        n_classes = int(tensors.metadata()["n_classes"])
+        rows = csr_array((values, classes.astype(np.int32), _starts(counts.ravel())), (labels.size, n_classes))
+        rows.check_format(full_check=True)
+        if labels.shape != counts.shape or labels.ndim != 3 or rows.nnz != len(values) or labels.max() >= n_classes:
+            raise ValueError("its tensors do not fit together")
+    return SparsePosterior(labels, rows)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: this work file is damaged or absent ({error}). Delete it and run again with the same work "
+            "directory; it is made again."
+        ) from error
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each row's entries begin, and where the last ends, (V + 1,) int32."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int32)], dtype=np.int32)
+
+
+def check_same_box(paths: Sequence[Path]) -> tuple[int, int, int]:
+    """Return the shape (X, Y, Z) of all posterior files; a `UserError` where boxes or classes differ."""
+    boxes = []
+    for path in paths:
+        with _open(path) as tensors:
+            shape = tuple(tensors.get_slice("labels").get_shape())
+            boxes.append((shape, f"{tensors.metadata()['n_classes']} classes on {shape} voxels"))
+        if boxes[-1] != boxes[0]:
+            differ = f"{boxes[-1][1]}, but {paths[0].name} has {boxes[0][1]}"
+            raise UserError(f"{path}: {differ}. Delete the work directory and run again.")
+    return boxes[0][0]
+
+
+def split_slabs(length: int) -> list[slice]:
+    """Cut X slabs into parts that take little memory."""
+    return [slice(x, min(x + _SLABS_AT_ONCE, length)) for x in range(0, length, _SLABS_AT_ONCE)]
+
+
+def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Yield the labels of all members, a few slabs at a time, (M, S * Y * Z) uint8."""
+    for slabs in split_slabs(check_same_box(paths)[0]):
+        members = []
+        for path in paths:
+            with _open(path) as tensors:
+                members.append(tensors.get_slice("labels")[slabs].ravel())
+        yield np.stack(members)
+
 
 _MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unreliable": np.bool_}
 
@@ -35,7 +204,7 @@ class Fusion:
     - entropy : float32, bit, of the votes
     - std : float32, of the posteriors of the consensus label (sample, n - 1)
     - sigbits : float32, bit, of the same posteriors; 24 where the members agree exactly
-    - unreliable : bool, where less than `variability.maps.UNRELIABLE_BELOW` voted for the consensus label
+    - unreliable : bool, where less than `variability.measures.UNRELIABLE_BELOW` voted for the consensus label
     """
 
     mean: SparsePosterior  # mean posterior; its labels are the consensus, ties go to the lower class
@@ -45,7 +214,7 @@ class Fusion:
 def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -> Fusion:
     """Average the posteriors of the perturbed members and measure how they differ.
 
-    `paths` are one posterior file or more, see `segmentation.posterior`; `families` are those of the members, see
+    `paths` are one posterior file or more, see `save_posterior`; `families` are those of the members, see
     `group_members` (None takes all for perturbed). `UserError` if a file is damaged, or boxes or classes differ.
     """
     groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
@@ -57,21 +226,16 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
         maps["sigbits" + suffix_of(group)] += FLOAT32_BITS
     rows = []
     for slabs in split_slabs(len(labels)):
-        mean = _mean([paths[m] for m in groups[ALL]], slabs)
+        total: csr_array | float = 0.0
+        for m in groups[ALL]:
+            total = load_posterior(paths[m], slabs).rows.astype(np.float64) + total
+        mean = SparsePosterior.from_rows(csr_array(total / len(groups[ALL]), dtype=np.float32), labels[slabs].shape)
         labels[slabs] = mean.labels
         rows.append(mean.rows)
         voxels = mean.stored.reshape(mean.labels.shape)
         for name, values in _spread(paths, groups, slabs, mean).items():
             maps[name][slabs][voxels] = values
     return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), maps)
-
-
-def _mean(paths: Sequence[Path], slabs: slice) -> SparsePosterior:
-    total: csr_array | float = 0.0
-    for path in paths:
-        member = load_posterior(path, slabs)
-        total = member.rows.astype(np.float64) + total
-    return SparsePosterior.from_rows(csr_array(total / len(paths), dtype=np.float32), member.labels.shape)
 
 
 def _spread(
@@ -131,11 +295,7 @@ def summarise_members(
 ) -> Summary:
     """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
-    Parameters
-    ----------
-    paths, families : posterior file and family of every member
-    folder : where the results go
-    family_maps : whether to keep maps of each family too
+    `paths` and `families` are those of every member; results go to `folder`, with maps of each family if wanted.
     """
     files = Summary(folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz")
     fusion = fuse_members(paths, families)

@@ -1,6 +1,11 @@
-"""Segment one volume with one network."""
+"""One network segments one head: locate the brain, classify its voxels, write the posterior."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,9 +13,15 @@ import torch.nn.functional as F
 from scipy.ndimage import label, maximum_filter
 from scipy.sparse import csr_array, diags_array, vstack
 
+from bids_varaug.errors import ScanError
+from bids_varaug.images.conform import Box, Geometry, bounds, enclose, extract
 from bids_varaug.images.intensity import normalise_intensity
-from bids_varaug.models.unet import Features, UNet
-from bids_varaug.segmentation.posterior import BACKGROUND_CUT, SparsePosterior, sparse_rows
+from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
+from bids_varaug.models.ensemble import Member, load_ensemble
+from bids_varaug.models.unet import Features, UNet, load_member
+from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, load_posterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
 
 SLABS = 8  # at once
 RIM = 4  # voxels around the brain whose posterior is kept
@@ -20,18 +31,15 @@ RIM = 4  # voxels around the brain whose posterior is kept
 def segment_volume(network: UNet, image: np.ndarray) -> SparsePosterior:
     """Return the class posterior of one head.
 
+    `image` is (X, Y, Z) float32 of any unit, the head box on the network grid, RAS; sides are multiples of
+    ``network.shape.multiple``, else that is a ValueError. `network` is in evaluation mode, on the device to use.
+
     What is not connected with the brain (specks in neck, scalp and meninges) becomes sure background, and so does
     everything more than `RIM` voxels away from it. The last layer runs a few slabs at a time, of which only voxels
     stay that are not surely background: the dense posterior (1 GB for a whole head and 32 classes) never exists.
 
     Within `MonteCarloArithmetic` what torch computes is perturbed: intensities, network, softmax. The largest component
     and its surroundings are found by scipy, exactly.
-
-    Parameters
-    ----------
-    network : in evaluation mode, on the device to use
-    image : (X, Y, Z) float32, any unit, head box of the network grid, RAS; sides are multiples of
-        ``network.shape.multiple``, else a `ValueError`
     """
     if image.ndim != 3 or any(side % network.shape.multiple for side in image.shape):
         raise ValueError(f"image of shape {image.shape}: sides must be multiples of {network.shape.multiple}")
@@ -75,3 +83,91 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     return parts == sizes.argmax()
+
+
+MARGIN_MM = 8.0
+"""Beyond what is found at half the resolution, on each side, before the sides are rounded up."""
+_PLAUSIBLE_CM3 = (400.0, 2500.0)
+
+
+def localise_brain(network: UNet, head: np.ndarray, voxel_size: float) -> Box:
+    """Return the part of a head box that holds the brain.
+
+    The network, which has seen images of both in training, segments the head (as the image of `segment_volume`, with
+    voxels of `voxel_size` mm) at half the resolution: an eighth of the time. What it finds is enlarged by `MARGIN_MM`
+    and to sides that the network takes. Where that is no brain by its size (400 to 2500 cm3), the whole head is
+    returned.
+    """
+    multiple = network.shape.multiple
+    half = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(head))[None], 2)[0].numpy()
+    # Empty voxels after it, to two multiples at least: the network cannot normalise a level of one voxel.
+    missing = [max(-side % multiple, 2 * multiple - side) for side in half.shape]
+    brain = segment_volume(network, np.pad(half, [(0, n) for n in missing])).labels > 0
+    low_cm3, high_cm3 = _PLAUSIBLE_CM3
+    if not low_cm3 <= brain.sum() * (2 * voxel_size) ** 3 / 1000 <= high_cm3:
+        return Box((0, 0, 0), head.shape)
+    margin = round(MARGIN_MM / voxel_size)
+    low, high = bounds(brain)
+    return enclose(2 * low - margin, 2 * high + margin, head.shape, multiple)
+
+
+def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
+    """Cut the part that holds the brain out of a head box (see `localise_brain`); returns it and its geometry."""
+    part = localise_brain(network, head, geometry.voxel_size)
+    return extract(head, part), replace(geometry, box=part.within(geometry.box))
+
+
+def segment_with_member(
+    head: np.ndarray,
+    ensemble_name: str,
+    member: Member,
+    out: Path,
+    device: str,
+    num_threads: int,
+    offset: Offset = (0, 0, 0),
+    shift: Path | None = None,
+) -> None:
+    """Load a member of the ensemble (or of `round_inference` of it), segment, and write its posterior to `out`.
+
+    The head (X, Y, Z) is float32, on the network grid. `offset` is that of the grid to segment on, see `move_to_grid`,
+    and `shift` a file of the change that several grids make, see `shift_posterior`; None adds nothing. `EnsembleError`
+    if the weights are damaged, `ScanError` if the device runs out of memory.
+    """
+    with _network(ensemble_name, member, device, num_threads, head) as network:
+        with arithmetic_of(member):
+            sparse = segment_volume(network, move_to_grid(head, offset))
+        if shift is not None:
+            sparse = shift_posterior(sparse, load_posterior(shift))
+        save_posterior(out, sparse)
+
+
+def crop_with_member(
+    head: np.ndarray, geometry: Geometry, ensemble_name: str, member: Member, device: str, num_threads: int
+) -> tuple[np.ndarray, Geometry]:
+    """Load a member and cut out what it takes for the brain; see `crop_to_brain`, raises as `segment_with_member`."""
+    with _network(ensemble_name, member, device, num_threads, head) as network:
+        return crop_to_brain(network, head, geometry)
+
+
+@contextmanager
+def _network(ensemble_name: str, member: Member, device: str, num_threads: int, head: np.ndarray) -> Iterator[UNet]:
+    """Load a member; afterwards give back the memory that an idle worker would keep."""
+    keep_freed_memory()
+    use_threads(num_threads)
+    try:
+        yield load_member(load_ensemble(ensemble_name), member, device)
+    except torch.OutOfMemoryError as error:
+        need = f"not enough memory for a head of {head.shape} voxels"
+        raise ScanError(f"{device}: {need}. Use --device cpu or a GPU with more memory.") from error
+    finally:
+        release_freed_memory()
+
+
+def arithmetic_of(member: Member) -> AbstractContextManager:
+    """Return the arithmetic in which a member segments: plain, or random rounding of what torch computes.
+
+    What comes before and after (resampling, fusion) runs in numpy, scipy and numba, and is never perturbed.
+    """
+    if not member.is_rounded:
+        return nullcontext()
+    return MonteCarloArithmetic(mode="rr", precision=member.precision, seed=member.seed)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array, diags_array, vstack
 
-from bids_varaug.segmentation.posterior import SparsePosterior, check_same_box, load_posterior, save_posterior
+from bids_varaug.segmentation.fuse import SparsePosterior, check_same_box, load_posterior, save_posterior
 
 Offset = tuple[int, int, int]
 

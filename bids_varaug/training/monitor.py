@@ -19,9 +19,8 @@ from tqdm import tqdm
 from bids_varaug.errors import UserError
 from bids_varaug.images.conform import prepare_head
 from bids_varaug.models.unet import UNet
-from bids_varaug.segmentation.localise import crop_to_brain
-from bids_varaug.segmentation.predict import segment_volume
-from bids_varaug.training.subjects import open_image
+from bids_varaug.segmentation.predict import crop_to_brain, segment_volume
+from bids_varaug.training.labels import open_image
 from bids_varaug.training.train import StepReport
 
 
@@ -112,20 +111,15 @@ def find_labelled_images(directory: Path, names: Mapping[int, str]) -> list[Labe
     found = []
     for t1w in sorted(directory.rglob("*_T1w.nii*")):
         stem = t1w.name.split("_T1w")[0].split("_desc-")[0]
-        maps = [path for path in t1w.parent.glob(f"{stem}*_dseg.nii*") if _same_atlas(path, names)]
-        if maps:
-            found.append(LabelledImage(t1w, min(maps, key=lambda path: ("desc-aseg" not in path.name, path.name))))
+        for path in sorted(t1w.parent.glob(f"{stem}*_dseg.nii*"), key=lambda p: ("desc-aseg" not in p.name, p.name)):
+            table = path.with_name(path.name.split(".nii")[0] + ".tsv")
+            rows = pd.read_csv(table, sep="\t") if table.exists() else None
+            if rows is None or (rows["index"].map(names) == rows["name"]).any():
+                found.append(LabelledImage(t1w, path))
+                break
     if not found:
         raise UserError(f"{directory}: no *_T1w.nii.gz with a *_dseg.nii.gz beside it.")
     return found
-
-
-def _same_atlas(path: Path, names: Mapping[int, str]) -> bool:
-    table = path.with_name(path.name.split(".nii")[0] + ".tsv")
-    if not table.exists():
-        return True
-    rows = pd.read_csv(table, sep="\t")
-    return bool((rows["index"].map(names) == rows["name"]).any())
 
 
 def dice_with_truth(found: np.ndarray, truth: np.ndarray, ids: Sequence[int]) -> np.ndarray:

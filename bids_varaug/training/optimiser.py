@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bids_varaug.errors import UserError
-from bids_varaug.models.unet import UNet
-from bids_varaug.models.weights import write_tensors
+from bids_varaug.models.unet import UNet, write_tensors
 
 DEEP_WEIGHT = 0.4  # of the mean loss of the decoder's coarser levels
 MOMENTS = ("momentum", "exp_avg", "exp_avg_sq")  # of Muon, and of AdamW

@@ -1,13 +1,17 @@
-"""How an ensemble is trained: the stages, in plain numbers that the manifest records."""
+"""How an ensemble is trained: which members, and the stages of each, in plain numbers that the manifest records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
-from bids_varaug.models.ensemble import NetworkShape
+from bids_varaug.errors import UsageError
+from bids_varaug.models.ensemble import BASELINE, NetworkShape
+from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.training.synthesis import SynthesisSettings
 
 
@@ -117,3 +121,58 @@ class Recipe:
     def fingerprint(self) -> str:
         """Name the recipe, which decides the bits of a member."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+FAMILIES = (BASELINE, "mca", "seed")
+_MEMBERS = re.compile(r"ieee|(?P<family>mca|seed)(?P<first>\d\d)(\.\.(?P=family)(?P<last>\d\d))?")
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """One member to train.
+
+    `seed` decides initialisation and data order; `rounding_seed` the random rounding of a Monte Carlo member, None for
+    deterministic arithmetic.
+    """
+
+    id: str
+    family: str
+    seed: int
+    rounding_seed: int | None
+
+    def arithmetic(self, step: int) -> AbstractContextManager:
+        """Return the context under which step number `step` runs."""
+        if self.rounding_seed is None:
+            return nullcontext()
+        # One stream a step, so that a resumed run rounds as an unbroken one.
+        return MonteCarloArithmetic(seed=self.rounding_seed * 1_000_003 + step)
+
+
+def plan_member(member_id: str) -> MemberPlan:
+    """Return the seeds of a member: Monte Carlo members share the baseline's seed, 0."""
+    if member_id == BASELINE:
+        return MemberPlan(member_id, BASELINE, 0, None)
+    family, number = member_id[:-2], int(member_id[-2:])
+    return MemberPlan(member_id, family, *((0, number) if family == "mca" else (number, None)))
+
+
+def parse_members(text: str) -> tuple[str, ...]:
+    """Expand "ieee,mca01..mca04" into ids, in the order given; `UsageError` for what is no id or range of a family.
+
+    >>> parse_members("ieee,seed01..seed03")
+    ('ieee', 'seed01', 'seed02', 'seed03')
+    """
+    ids: list[str] = []
+    for part in text.split(","):
+        found = _MEMBERS.fullmatch(part.strip())
+        if found is None or (found["last"] and found["last"] < found["first"]):
+            raise UsageError(
+                f"--members {part}: use ieee, mcaNN, seedNN, or a range that runs upwards within one family "
+                "(mca01..mca10)."
+            )
+        if found["first"]:
+            numbers = range(int(found["first"]), int(found["last"] or found["first"]) + 1)
+            ids += [f"{found['family']}{number:02d}" for number in numbers]
+        else:
+            ids.append(BASELINE)
+    return tuple(dict.fromkeys(ids))

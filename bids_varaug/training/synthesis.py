@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bids_varaug.images.intensity import normalise_intensity
-from bids_varaug.training.labels import TISSUES, LabelScheme
-from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.training.labels import TISSUES, LabelScheme, TrainingSubject
 
 
 @dataclass(frozen=True)

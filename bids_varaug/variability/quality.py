@@ -18,12 +18,13 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import binary_erosion
 
 from bids_varaug.models.ensemble import BASELINE
 
@@ -66,14 +67,10 @@ THRESHOLDS = {
 MEMBERS = Threshold(5, 3, -1, "{:.0f} (fewer than {:.0f})")
 
 
-def _read_limits() -> pd.DataFrame:
-    with (files("bids_varaug") / "data" / "plausible_volumes.tsv").open(encoding="utf-8") as stream:
-        table = pd.read_csv(stream, sep="\t").astype({"right": "Int64"})
-    right = table.dropna(subset="right").rename(columns={"left": "right", "right": "left"})
-    return pd.concat([table, right]).rename(columns={"left": "index", "right": "partner"}).set_index("index")
-
-
-LIMITS = _read_limits()
+with (files("bids_varaug") / "data" / "plausible_volumes.tsv").open(encoding="utf-8") as _stream:
+    _LEFT = pd.read_csv(_stream, sep="\t").astype({"right": "Int64"})
+_RIGHT = _LEFT.dropna(subset="right").rename(columns={"left": "right", "right": "left"})
+LIMITS = pd.concat([_LEFT, _RIGHT]).rename(columns={"left": "index", "right": "partner"}).set_index("index")
 """Plausible volumes [mm3] of a structure, by FreeSurfer id.
 
 low, high at any age: outside, the volume is taken for wrong. The same at 20 (young) and at 80 years (old), geometric in
@@ -96,20 +93,16 @@ def judge_regions(
 
     Its worst finding decides: measures beyond `THRESHOLDS`, too few `MEMBERS`, a volume outside of `LIMITS`, left and
     right that differ too much. Spread is the largest of that over all members and those within a family: where one
-    family hardly differs, all together differ less.
+    family hardly differs, all together differ less. Returns `regions` with the columns verdict (of `VERDICTS`), reason
+    (None where good), and the limits volume_low, volume_high [mm3] (NaN where none are known).
 
     Parameters
     ----------
-    regions : as `variability.regions.region_table` returns it: one row per structure with index, name, volume_mean
-        [mm3], cv and dice_min with those within families (cv_FAMILY, dice_min_FAMILY)
+    regions : of `variability.measures.region_table`: one row per structure with index, name, volume_mean [mm3], cv and
+        dice_min with those within families (cv_FAMILY, dice_min_FAMILY)
     members : perturbed members of each family
     voxel_volume : of the coarser grid of the image's and the network's, mm3
     age, sex : as for `volume_limits`
-
-    Returns
-    -------
-    The same with the columns verdict (of `VERDICTS`), reason (None where good), and the limits volume_low, volume_high
-    [mm3] (NaN where none are known).
     """
     ids, volumes = regions["index"].to_numpy(int), regions["volume_mean"].to_numpy(float)
     low, high = volume_limits(ids, age, sex)
@@ -255,3 +248,108 @@ def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[
             text = _BETWEEN.join(named) + more
         sentences.append(f"{len(rows)} of {len(judged)} structures {phrase}: {text}.")
     return sentences
+
+
+TRAINED_VOXEL_MM = (0.5, 3.0)
+MIN_CONTRAST = 0.5  # separation of white matter and cortex in pooled standard deviations
+EDGE_FRACTION = 0.002  # of the labelled voxels
+SATURATED_FRACTION = 0.03  # of the labelled voxels
+WHITE, CORTEX = (2, 41), (3, 42)
+
+
+def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -> list[str]:
+    """What speaks against an image of a voxel size [mm] or its consensus (FreeSurfer ids), both on the native grid."""
+    return [*_check_geometry(zooms, labels), *_check_contrast(t1w, labels)]
+
+
+def _check_geometry(zooms: Sequence[float], labels: np.ndarray) -> Iterator[str]:
+    """Voxels finer or coarser than those of the training; a brain that the image's edge cuts."""
+    low, high = TRAINED_VOXEL_MM
+    if min(zooms) < low * 0.99 or max(zooms) > high * 1.01:  # a header's 0.4999999 mm is 0.5 mm
+        size = " x ".join(f"{z:.2f}" for z in zooms)
+        trained = f"the range of the training ({low:g} to {high:g} mm)"
+        yield f"Voxels of {size} mm are outside {trained}; small structures are not to be trusted."
+    faces = (labels.take(side, axis) for axis in range(3) for side in (0, -1))
+    on_edge = sum(np.count_nonzero(face) for face in faces)
+    if on_edge > EDGE_FRACTION * np.count_nonzero(labels):
+        yield (
+            f"The brain reaches the edge of the image ({on_edge:,} labelled voxels lie on it): part of it may be "
+            "outside the field of view, and volumes too small."
+        )
+
+
+def _check_contrast(t1w: np.ndarray, labels: np.ndarray) -> Iterator[str]:
+    """A contrast unlike T1 weighting, or too weak to separate the tissues; bright tissue cut off at the largest value.
+
+    White matter is eroded by a voxel where that leaves enough of it, to keep partial volume out.
+    """
+    white_mask, cortex_mask = np.isin(labels, WHITE), np.isin(labels, CORTEX)
+    core = binary_erosion(white_mask)
+    white = np.asarray(t1w[core if core.sum() > 200 else white_mask], np.float64)
+    cortex = np.asarray(t1w[cortex_mask], np.float64)
+    white, cortex = white[np.isfinite(white)], cortex[np.isfinite(cortex)]
+    if white.size < 50 or cortex.size < 50:
+        yield "Too little white matter or cortex was found to judge the contrast of the image."
+    else:
+        pooled = np.sqrt((white.var() + cortex.var()) / 2)
+        contrast = (white.mean() - cortex.mean()) / max(pooled, 1e-12)
+        means = f"White matter ({white.mean():.4g}) is darker than cortex ({cortex.mean():.4g})"
+        if contrast < 0:
+            yield f"{means}: this does not look like a T1-weighted image."
+        elif contrast < MIN_CONTRAST:
+            yield (
+                f"White matter and cortex hardly differ in brightness ({contrast:.2f} standard deviations; at least "
+                f"{MIN_CONTRAST:g} is usual): noise, motion or another contrast."
+            )
+    share = np.mean(t1w[labels > 0] == t1w.max()) if labels.any() else 0.0
+    if share > SATURATED_FRACTION:
+        yield (
+            f"{share:.0%} of the brain's voxels have the largest value of the image: it is saturated, and tissues "
+            "cannot be told apart there. Convert the original again."
+        )
+
+
+MIN_IMAGES = 10
+CLIP = 2.5
+OUTLYING = 3.5  # Iglewicz and Hoaglin (1993), How to detect and handle outliers
+_MAD = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
+
+
+def robust_distances(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each image lies from the others, and each of its structures from what the others predict.
+
+    Logarithms of volumes become robust z-scores (median, median absolute deviation). Their covariance is that of the
+    z-scores cut at +-`CLIP`, which outliers cannot move far (Raymaekers & Rousseeuw 2021), shrunk as Ledoit & Wolf
+    (2004): fewer images than structures will do. Of the Mahalanobis distances, a robust z-score is returned; above
+    `OUTLYING`, an image stands out. Of simulated normal images, 8 % do among 10, 4 % among 20, 0.5 % among 50.
+
+    Of `volumes` (R, F) of any unit, 0 counts as half the smallest other volume. Returns (R,) float64, NaN with fewer
+    than `MIN_IMAGES` images; and (R, F) float64, the z-score of each structure given all others, NaN for structures of
+    which more than half have one volume.
+
+    >>> volumes = 1000 * np.exp(0.1 * np.random.default_rng(0).standard_normal((30, 4)))
+    >>> volumes[7, 2] /= 3
+    >>> distances, deviations = robust_distances(volumes)
+    >>> np.flatnonzero(distances > OUTLYING).tolist(), int(np.abs(deviations[7]).argmax())
+    ([7], 2)
+    """
+    from sklearn.covariance import ledoit_wolf  # the participant level needs none of it
+
+    distances, deviations = np.full(len(volumes), np.nan), np.full(volumes.shape, np.nan)
+    if len(volumes) < MIN_IMAGES:
+        return distances, deviations
+    smallest = np.where(volumes > 0, volumes, np.inf).min(axis=0)
+    logs = np.log(np.where(volumes > 0, volumes, np.where(np.isfinite(smallest), smallest / 2, 1.0)))
+    centred = logs - np.median(logs, axis=0)
+    spread = _MAD * np.median(np.abs(centred), axis=0)
+    known = spread > 1e-9
+    if not known.any():
+        return distances, deviations
+    scores = centred[:, known] / spread[known]
+    covariance, _ = ledoit_wolf(np.clip(scores, -CLIP, CLIP), assume_centered=True)
+    precision = np.linalg.inv(covariance)
+    pulls = scores @ precision
+    deviations[:, known] = pulls / np.sqrt(np.diag(precision))
+    distances = np.sqrt((pulls * scores).sum(axis=1))
+    from_median = distances - np.median(distances)
+    return from_median / max(_MAD * np.median(np.abs(from_median)), 1e-9), deviations

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from bids_varaug.atomic import write_json, write_text
+from bids_varaug.brainage import outputs, variability
+from bids_varaug.brainage import target as targets
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import best_augmentation, evaluate_brain_age
 from bids_varaug.brainage.features import asymmetries, relative_volumes
@@ -24,56 +25,22 @@ from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
 from bids_varaug.brainage.model_file import apply_model, features_for, load_model, model_card, save_model
 from bids_varaug.brainage.models import MIN_PARTICIPANTS, BrainAgeModel, fit_brain_age
-from bids_varaug.brainage.outputs import (
-    PHENOTYPE_TABLE,
-    applied_sidecar,
-    covariance_sidecar,
-    evaluated_sidecar,
-    evaluated_tables,
-    phenotype_tables,
-    remark_ages,
-)
 from bids_varaug.brainage.repeated_runs import read_repeated_runs
-from bids_varaug.brainage.target import (
-    TargetData,
-    TargetEvaluation,
-    TargetModel,
-    encode_covariates,
-    evaluate_target,
-    fit_target,
-    prepare_target,
-    target_table,
-)
-from bids_varaug.brainage.variability import (
-    COVARIANCE_TABLE,
-    compare_pipelines,
-    numerical_covariance,
-    numerical_variability,
-)
+from bids_varaug.brainage.target import TargetData, TargetEvaluation, TargetModel
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.citation import Citation, cite, render
-from bids_varaug.derivatives.logs import write_group_logs
-from bids_varaug.derivatives.read import read_regions
-from bids_varaug.derivatives.sidecars import package_versions, write_group_dataset_files
-from bids_varaug.derivatives.write import with_bids_labels, write_table
+from bids_varaug.derivatives.citation import cite, render
+from bids_varaug.derivatives.io import summarise_regions, with_bids_labels, write_table
+from bids_varaug.derivatives.sidecars import write_group_dataset_files
 from bids_varaug.errors import FiltersError, UsageError, UserError
+from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.inputs.tables import find_column, some
-from bids_varaug.inputs.variables import participants_where, read_variables
+from bids_varaug.inputs.tables import find_column, participants_where, read_variables, some
 from bids_varaug.models.ensemble import sha256_of
-from bids_varaug.reports.group import (
-    ComparedPipeline,
-    Page,
-    RunInfo,
-    applied_page,
-    evaluation_page,
-    load_page,
-    target_page,
-)
+from bids_varaug.reports.group import ComparedPipeline, applied_page, evaluation_page, load_page, target_page
 from bids_varaug.settings import Settings
-from bids_varaug.workflows.quality import write_quality
+from bids_varaug.workflows.quality import note, run_info, write_quality
 
 MODEL = "models/brainage.skops"
 
@@ -82,12 +49,8 @@ def run_group(settings: Settings) -> Path | None:
     """Score the augmented brain-age model, or apply one; return the file to look at first.
 
     With ``--dry-run`` nothing is fitted or written, and there is no such file. With ``--reports-only`` the page of the
-    last run is rewritten from what that run left.
-
-    Raises
-    ------
-    UserError
-        If there are too few people with age, or what was asked for does not fit the data.
+    last run is rewritten from what that run left. Raises `UserError` if there are too few people with age, or what was
+    asked for does not fit the data.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if settings.target is not None and settings.apply_model is not None:
@@ -112,7 +75,7 @@ def run_group(settings: Settings) -> Path | None:
     ]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
-    _print_notes(notes)
+    note(notes)
     if settings.dry_run:
         n_people = cohort.people["participant_id"].nunique()
         print(
@@ -133,11 +96,6 @@ def run_group(settings: Settings) -> Path | None:
     if model is not None:
         return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
-
-
-def _print_notes(notes: Iterable[str]) -> None:
-    for note in notes:
-        print(f"Note: {note}", file=sys.stderr)
 
 
 def _rewrite_pages(settings: Settings) -> Path | None:
@@ -173,24 +131,19 @@ def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str 
 def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: People | None, notes: list[str]) -> Path:
     """Score and fit a model of --target."""
     target, variables = str(settings.target), _variables(settings, cohort, people)
-    covariates = encode_covariates(volumes, settings.covariates, variables)
+    covariates = targets.encode_covariates(volumes, settings.covariates, variables)
     column = None if variables is None else find_column(list(variables), target)
     if variables is None or column is None:
         raise UserError(
             f"--target {target}: no such column, with one value for each participant, in participants.tsv or the table "
             f"of features. There are: {some([] if variables is None else list(variables))}."
         )
-    data = prepare_target(cohort, target, variables[column], covariates, settings.cv_folds)
+    data = targets.prepare_target(cohort, target, variables[column], covariates, settings.cv_folds)
     dropped = data.cohort.source["told_target"].items()
-    news = [f"Feature {name} is left out: it {why}." for name, why in dropped]
-    _print_notes(news)
-    with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
-        evaluation = evaluate_target(
-            data, augmentations=_augmentations(settings), cv_folds=settings.cv_folds, seed=settings.random_seed,
-            progress=partial(_show_progress, bar),
-        )  # fmt: skip
+    _note(notes, [f"Feature {name} is left out: it {why}." for name, why in dropped])
+    evaluation = _evaluate(targets.evaluate_target, settings, data)
     best = evaluation.best
-    model = fit_target(data, best, settings.random_seed)
+    model = targets.fit_target(data, best, settings.random_seed)
     model = replace(model, training={**model.training, "covariates": list(settings.covariates)})
     described = {"augmentation": best, "categories": list(model.classes), **model.training}
     path = settings.output_dir / f"models/target_{_plain(target)}.skops"
@@ -198,7 +151,7 @@ def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: P
     for name, table in (("scores", evaluation.scores), ("gains", evaluation.gains)):
         write_table(table, path.with_name(f"{path.stem}_{name}.tsv"))
     predicted = evaluation.predictions[evaluation.predictions["augmentation"] == best]
-    return _write_target(settings, data.cohort, [*notes, *news], model, predicted, described, evaluation)
+    return _write_target(settings, data.cohort, notes, model, predicted, described, evaluation)
 
 
 def _apply_target(
@@ -206,16 +159,15 @@ def _apply_target(
 ) -> Path:
     """Predict a target with a model fitted to other people; who lacks a covariate is left out."""
     chosen, news = features_for(model, cohort)
-    _print_notes(news)
-    covariates = encode_covariates(volumes, model.training["covariates"], _variables(settings, cohort, people))
+    _note(notes, news)
+    covariates = targets.encode_covariates(volumes, model.training["covariates"], _variables(settings, cohort, people))
     known = covariates.notna().all(axis=1).to_numpy()
     missing = dict.fromkeys(cohort.people["observation"][~known], "a covariate is missing")
     chosen = replace(chosen, left_out=chosen.left_out | missing)
     covariates = covariates.reindex(columns=list(model.covariates), fill_value=0.0)
     data = TargetData(chosen, model.target, np.zeros(len(chosen)), model.classes, covariates).take(known)
-    file = Path(str(settings.apply_model))
-    described = {"file": file.name, "sha256": sha256_of(file), "augmentation": model.augmentation, **model.training}
-    return _write_target(settings, data.cohort, [*notes, *news], model, model.predict(data), described)
+    described = _describe_file(settings) | {"augmentation": model.augmentation, **model.training}
+    return _write_target(settings, data.cohort, notes, model, model.predict(data), described)
 
 
 def _write_target(
@@ -225,29 +177,47 @@ def _write_target(
     """Write table and report of a target."""
     target, applied = model.target, evaluation is None
     sidecar = json.loads(render("target.json", target=target, classes=model.classes, applied=applied))
-    table = target_table(predicted, model.classes)
+    table = targets.target_table(predicted, model.classes)
     _write_tables(settings, {f"phenotype/target_{_plain(target)}.tsv": table}, sidecar)
     how = {"target": target, "covariates": model.training["covariates"], "classes": list(model.classes)}
     if evaluation is not None:
         how = evaluation.settings | how
-    features = _features_text(settings, cohort)
-    citation = cite("target", package_versions(), settings=how, features=features, applied=applied)
-    run = _run_info(settings, cohort, notes, citation, how)
-    return _write_page(settings, target_page(run, target, model.classes, predicted, described, evaluation))
+    citation = cite("target", settings=how, features=_features_text(settings, cohort), applied=applied)
+    run = run_info(settings, cohort, notes, citation, how)
+    page = target_page(run, target, model.classes, predicted, described, evaluation)
+    return page.write(settings.output_dir, _report_name(target))
+
+
+def _note(notes: list[str], news: Sequence[str]) -> None:
+    """Tell the user, and the page."""
+    note(news)
+    notes += news
+
+
+def _describe_file(settings: Settings) -> dict[str, str]:
+    """File of the model that is applied."""
+    file = Path(str(settings.apply_model))
+    return {"file": file.name, "sha256": sha256_of(file)}
+
+
+def _evaluate(evaluate: Callable[..., Any], settings: Settings, data: object, **options: object) -> Any:
+    """Evaluate in cross-validation, with a progress bar."""
+    augmentations = None if settings.augmentation == "all" else (settings.augmentation,)
+    with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return evaluate(
+            data, augmentations=augmentations, cv_folds=settings.cv_folds, seed=settings.random_seed, progress=show,
+            **options,
+        )  # fmt: skip
 
 
 def _plain(name: str) -> str:
     """Name as BIDS allows it in a file's."""
     return re.sub(r"[^0-9A-Za-z]", "", name) or "column"
-
-
-def _augmentations(settings: Settings) -> tuple[str, ...] | None:
-    return None if settings.augmentation == "all" else (settings.augmentation,)
-
-
-def _show_progress(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _variables(settings: Settings, cohort: Cohort, people: People | None) -> pd.DataFrame | None:
@@ -343,61 +313,53 @@ def _derive(cohort: Cohort, how: Mapping[str, Any]) -> Cohort:
 
 
 def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list[str]) -> Path:
+    """Predict ages with a model fitted to other people."""
     predicted = apply_model(model, cohort)
-    tables = phenotype_tables(predicted)
-    news = [*predicted.attrs["notes"], *remark_ages(tables[PHENOTYPE_TABLE])]
-    _print_notes(news)
-    notes = notes + news
-    _write_tables(settings, tables, applied_sidecar(model, notes))
-    file = Path(str(settings.apply_model))
+    tables = outputs.phenotype_tables(predicted)
+    _note(notes, [*predicted.attrs["notes"], *outputs.remark_ages(tables[outputs.PHENOTYPE_TABLE])])
+    _write_tables(settings, tables, outputs.applied_sidecar(model, notes))
     trained_on = ("table", "ensemble", "ensemble_version", "bids_varaug", "members")
-    described = {
-        "file": file.name,
-        "sha256": sha256_of(file),
+    described = _describe_file(settings) | {
         **model.chosen,
         "augmentation": model.augmentation,
         **model.training,
         **{f"trained on: {key}": value for key, value in model.source.items() if key in trained_on},
     }
-    citation = cite("applied", package_versions(), model=described, features=_features_text(settings, cohort))
-    run = _run_info(settings, cohort, notes, citation, {})
-    return _write_page(settings, applied_page(run, predicted, described))
+    citation = cite("applied", model=described, features=_features_text(settings, cohort))
+    run = run_info(settings, cohort, notes, citation, {})
+    return applied_page(run, predicted, described).write(settings.output_dir, names.GROUP_REPORT)
 
 
 def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]) -> Path:
-    with tqdm(desc="Fitting models", unit="fit", disable=None) as bar:
-        evaluation = evaluate_brain_age(
-            cohort, model=settings.brainage_model, augmentations=_augmentations(settings), cv_folds=settings.cv_folds,
-            seed=settings.random_seed, log_volumes=settings.log_volumes, progress=partial(_show_progress, bar),
-        )  # fmt: skip
+    """Score and fit models of brain age."""
+    how = {"model": settings.brainage_model, "log_volumes": settings.log_volumes}
+    evaluation = _evaluate(evaluate_brain_age, settings, cohort, **how)
     numerics, compared = _numerics(settings, volumes)
     best = best_augmentation(evaluation)
     model = fit_brain_age(cohort, settings.brainage_model, best, settings.random_seed, log_volumes=settings.log_volumes)
     path = settings.output_dir / MODEL
     save_model(path, model, model_card(model, cohort, evaluation))
-    predicted = evaluated_tables(evaluation)
-    news = remark_ages(predicted[PHENOTYPE_TABLE])
-    _print_notes(news)
-    notes = notes + news
-    _write_tables(settings, predicted, evaluated_sidecar(evaluation, notes))
+    predicted = outputs.evaluated_tables(evaluation)
+    _note(notes, outputs.remark_ages(predicted[outputs.PHENOTYPE_TABLE]))
+    _write_tables(settings, predicted, outputs.evaluated_sidecar(evaluation, notes))
     tables = {"scores": evaluation.scores, "gains": evaluation.gains, "numerics": numerics}
     tables |= {f"against_{other.name}": other.comparison for other in compared}
     for name, table in tables.items():
         if table is not None:
             write_table(table, path.with_name(f"brainage_{name}.tsv"))
     if volumes.members is not None:
-        path = settings.output_dir / COVARIANCE_TABLE
-        write_table(numerical_covariance(volumes), path)
-        write_json(covariance_sidecar(volumes), path.with_suffix(".json"))
+        path = settings.output_dir / variability.COVARIANCE_TABLE
+        write_table(variability.numerical_covariance(volumes), path)
+        write_json(outputs.covariance_sidecar(volumes), path.with_suffix(".json"))
     citation = cite(
-        "group", package_versions(), settings=evaluation.settings, features=_features_text(settings, cohort),
+        "group", settings=evaluation.settings, features=_features_text(settings, cohort),
         has_numerics=numerics is not None, has_reliability=not evaluation.reliability.empty,
         compared_with=[other.name for other in compared],
     )  # fmt: skip
     if not np.isfinite(cohort.age).all():
-        notes = [*notes, "Some people have no age: they count for numerics, not for the model."]
-    run = _run_info(settings, cohort, notes, citation, evaluation.settings)
-    return _write_page(settings, evaluation_page(run, evaluation, numerics, compared))
+        notes.append("Some people have no age: they count for numerics, not for the model.")
+    run = run_info(settings, cohort, notes, citation, evaluation.settings)
+    return evaluation_page(run, evaluation, numerics, compared).write(settings.output_dir, names.GROUP_REPORT)
 
 
 def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
@@ -407,15 +369,15 @@ def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, 
     known: dict[str, dict[str, float]] = {}
     if settings.features_table is None:
         observations = cohort.people.set_index("observation")["participant_id"].to_dict()
-        known = read_regions(settings.output_dir, observations)
-    numerics = numerical_variability(cohort, **known)
+        known = summarise_regions(settings.output_dir, observations)
+    numerics = variability.numerical_variability(cohort, **known)
     compared = []
     for name, path in settings.compare:
         if path.suffix == ".csv":
             other = read_minimum_dice_csv(path)
         else:
-            other = numerical_variability(read_repeated_runs(path))
-        comparison = compare_pipelines(numerics, other)
+            other = variability.numerical_variability(read_repeated_runs(path))
+        comparison = variability.compare_pipelines(numerics, other)
         if comparison.empty:
             raise UserError(
                 f"--compare {name}={path}: holds minimum Dice alone, which these features lack. Compare it with the "
@@ -441,23 +403,6 @@ def _features_text(settings: Settings, cohort: Cohort) -> str:
     if cohort.source["relative_to"] != "none":
         text += f", divided by {cohort.source['relative_to']} volume"
     return text + (", volumes as natural logarithms" if cohort.source["log_volumes"] else "")
-
-
-def _run_info(
-    settings: Settings, cohort: Cohort, notes: Sequence[str], citation: Citation, shown: Mapping[str, Any]
-) -> RunInfo:
-    """Write the logs; what the page says of the run."""
-    write_group_logs(settings, citation)
-    return RunInfo(
-        citation.methods, cohort.left_out, notes, cohort.source, {"level": "group", **shown}, package_versions(),
-        sloppy=bool(cohort.source.get("sloppy")),
-    )  # fmt: skip
-
-
-def _write_page(settings: Settings, page: Page) -> Path:
-    report = _report_name(page.values.get("target"))
-    page.save((names.logs(settings.output_dir) / report).with_suffix(".json"))
-    return write_text(page.html(), settings.output_dir / report)
 
 
 def _report_name(target: str | None) -> str:

@@ -1,5 +1,7 @@
 """Thin shells that let nipype call the pure functions: load, call, save."""
 
+# ruff: noqa: D106, N801  # nipype calls the specifications so
+
 from __future__ import annotations
 
 import sys
@@ -25,21 +27,16 @@ class _Step(SimpleInterface):
         try:
             self._results |= self._step(folder)
         except Exception as error:
-            if isinstance(error, UserError):
-                message = str(error)
-            elif isinstance(error, OSError | SafetensorError):
+            message = str(error)
+            if isinstance(error, OSError | SafetensorError):
                 # Outputs have errors of their own; this is the work directory, full as a rule.
-                message = (
-                    f"{folder}: cannot read or write the work directory ({error}). Free some space there and resume "
-                    "with the same -w, or choose another -w."
-                )
+                what = f"{folder}: cannot read or write the work directory ({error}). Free some space there and"
+                message = f"{what} resume with the same -w, or choose another -w."
             # torch has no error of its own for this on the CPU.
-            elif isinstance(error, MemoryError) or "allocate memory" in str(error):
-                message = (
-                    f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps at "
-                    "once (--nprocs), and resume with the same -w."
-                )
-            else:
+            elif isinstance(error, MemoryError) or "allocate memory" in message:
+                what = f"{folder}: not enough memory for this step ({error}). Provide more memory, or run fewer steps"
+                message = f"{what} at once (--nprocs), and resume with the same -w."
+            elif not isinstance(error, UserError):
                 raise
             print(f"ERROR: {message}", file=sys.stderr)
             raise
@@ -56,22 +53,18 @@ class _NetworkInput(BaseInterfaceInputSpec):
     num_threads = traits.Int(1, usedefault=True, nohash=True)
 
 
-class _ConformInput(_NetworkInput):
-    in_file = File(exists=True, mandatory=True, desc="T1w image")
-    voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
-    multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
-    trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
-
-
-class _ConformOutput(TraitedSpec):
-    head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
-    geometry_file = File(exists=True, desc="grids and box, JSON")
-
-
 class Conform(_Step):
     """Bring a T1w image to the network grid; cut out the head, or the brain if given a member."""
 
-    input_spec, output_spec = _ConformInput, _ConformOutput
+    class input_spec(_NetworkInput):
+        in_file = File(exists=True, mandatory=True, desc="T1w image")
+        voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
+        multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
+        trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
+
+    class output_spec(TraitedSpec):
+        head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
+        geometry_file = File(exists=True, desc="grids and box, JSON")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.images.conform import prepare_head
@@ -81,7 +74,7 @@ class Conform(_Step):
         for warning in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):
-            from bids_varaug.segmentation.member import crop_with_member
+            from bids_varaug.segmentation.predict import crop_with_member
 
             where = inputs.ensemble, inputs.member, inputs.device, inputs.num_threads
             head, geometry = crop_with_member(head, geometry, *where)
@@ -91,12 +84,6 @@ class Conform(_Step):
         return {"head_file": head_file, "geometry_file": geometry_file}
 
 
-class _SegmentInput(_NetworkInput):
-    head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
-    offset = traits.Any(desc="of the grid to segment on, see segmentation.shifts; absent: none")
-    shift_file = File(exists=True, desc="what several grids add, safetensors")
-
-
 class _PosteriorOutput(TraitedSpec):
     posterior_file = File(exists=True, desc="sparse posterior, safetensors")
 
@@ -104,10 +91,15 @@ class _PosteriorOutput(TraitedSpec):
 class SegmentMember(_Step):
     """Segment a head with one member."""
 
-    input_spec, output_spec = _SegmentInput, _PosteriorOutput
+    class input_spec(_NetworkInput):
+        head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
+        offset = traits.Any(desc="of the grid to segment on, see segmentation.shifts; absent: none")
+        shift_file = File(exists=True, desc="what several grids add, safetensors")
+
+    output_spec = _PosteriorOutput
 
     def _step(self, folder: Path) -> dict[str, Path]:
-        from bids_varaug.segmentation.member import segment_with_member
+        from bids_varaug.segmentation.predict import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
         segment_with_member(
@@ -117,47 +109,38 @@ class SegmentMember(_Step):
         return {"posterior_file": path}
 
 
-class _AverageInput(BaseInterfaceInputSpec):
-    posterior_files = InputMultiPath(File(exists=True), mandatory=True, desc="one for each grid")
-    member = traits.Any(mandatory=True, desc="models.ensemble.Member whose they are")
-    n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.shifts.GRIDS")
-
-
-class _AverageOutput(_PosteriorOutput):
-    shift_file = File(exists=True, desc="mean minus the posterior on the first grid, safetensors")
-
-
 class AverageGrids(_Step):
     """Average the posteriors of one member on several grids; the mean is on the first grid."""
 
-    input_spec, output_spec = _AverageInput, _AverageOutput
+    class input_spec(BaseInterfaceInputSpec):
+        posterior_files = InputMultiPath(File(exists=True), mandatory=True, desc="one for each grid")
+        member = traits.Any(mandatory=True, desc="models.ensemble.Member whose they are")
+        n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.shifts.GRIDS")
+
+    class output_spec(_PosteriorOutput):
+        shift_file = File(exists=True, desc="mean minus the posterior on the first grid, safetensors")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.shifts import GRIDS, average_grids
 
-        member, paths = self.inputs.member, map(Path, self.inputs.posterior_files)
-        mean, shift = folder / f"{member.id}.safetensors", folder / "shift.safetensors"
-        offsets = GRIDS[self.inputs.n_grids]
-        average_grids(list(paths), offsets, mean, shift)
+        paths = [Path(file) for file in self.inputs.posterior_files]
+        mean, shift = folder / f"{self.inputs.member.id}.safetensors", folder / "shift.safetensors"
+        average_grids(paths, GRIDS[self.inputs.n_grids], mean, shift)
         return {"posterior_file": mean, "shift_file": shift}
-
-
-class _FuseInput(BaseInterfaceInputSpec):
-    posterior_files = InputMultiPath(File(exists=True), mandatory=True)
-    families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
-    family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
-
-
-class _FuseOutput(TraitedSpec):
-    mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
-    maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
-    counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
 
 
 class FuseMembers(_Step):
     """Make the consensus of the perturbed members, and the maps and counts of their spread."""
 
-    input_spec, output_spec = _FuseInput, _FuseOutput
+    class input_spec(BaseInterfaceInputSpec):
+        posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+        families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+        family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
+
+    class output_spec(TraitedSpec):
+        mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
+        maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
+        counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
@@ -167,35 +150,33 @@ class FuseMembers(_Step):
         return {f"{name}_file": path for name, path in files._asdict().items()}
 
 
-class _WriteInput(BaseInterfaceInputSpec):
-    request = traits.Any(mandatory=True, desc="derivatives.names.ScanRequest")
-    geometry_file = File(exists=True, mandatory=True)
-    mean_file = File(exists=True, mandatory=True)
-    maps_file = File(exists=True, mandatory=True)
-    counts_file = File(exists=True, mandatory=True)
-    posterior_files = InputMultiPath(File(exists=True), mandatory=True)
-    num_threads = traits.Int(1, usedefault=True, nohash=True)
-
-
-class _WriteOutput(TraitedSpec):
-    out_files = traits.List(File(exists=True), desc="derivatives of the scan")
-
-
 class WriteScan(_Step):
     """Bring labels and maps to the T1w's own grid and write the derivatives."""
 
-    input_spec, output_spec = _WriteInput, _WriteOutput
+    class input_spec(BaseInterfaceInputSpec):
+        request = traits.Any(mandatory=True, desc="derivatives.names.ScanRequest")
+        geometry_file = File(exists=True, mandatory=True)
+        mean_file = File(exists=True, mandatory=True)
+        maps_file = File(exists=True, mandatory=True)
+        counts_file = File(exists=True, mandatory=True)
+        posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+        num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+    class output_spec(TraitedSpec):
+        out_files = traits.List(File(exists=True), desc="derivatives of the scan")
+
     always_run = True  # the output folder may have been emptied since
 
     def _step(self, folder: Path) -> dict[str, list[Path]]:
-        from bids_varaug.derivatives.scan import Intermediate, write_scan
+        from bids_varaug.derivatives.scan import write_scan
+        from bids_varaug.segmentation.fuse import Summary
 
         inputs, request = self.inputs, self.inputs.request
-        intermediate = Intermediate(
-            Path(inputs.geometry_file), Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file),
-            tuple(map(Path, inputs.posterior_files)),
-        )  # fmt: skip
-        written, warnings = write_scan(request, intermediate, folder, inputs.num_threads)
+        summary = Summary(Path(inputs.mean_file), Path(inputs.maps_file), Path(inputs.counts_file))
+        posteriors = [Path(file) for file in inputs.posterior_files]
+        written, warnings = write_scan(
+            request, Path(inputs.geometry_file), posteriors, summary, folder, inputs.num_threads
+        )
         if warnings:
             warning = f"WARNING: {request.scan.path}: {' '.join(warnings)}"
             print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)
@@ -204,15 +185,14 @@ class WriteScan(_Step):
         return {"out_files": written}
 
 
-class _ReportInput(BaseInterfaceInputSpec):
-    requests = traits.Any(mandatory=True, desc="a ScanRequest for each scan of the participant")
-    derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
-
-
 class WriteReport(_Step):
     """Draw a participant's report from the derivatives."""
 
-    input_spec, always_run = _ReportInput, True
+    class input_spec(BaseInterfaceInputSpec):
+        requests = traits.Any(mandatory=True, desc="a ScanRequest for each scan of the participant")
+        derivatives = traits.List(mandatory=True, desc="written files; only their being there matters")
+
+    always_run = True
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.reports.participant import write_subject_report

@@ -17,13 +17,13 @@ from nipype.interfaces.utility import IdentityInterface, Merge
 
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
-from bids_varaug.derivatives.logs import write_logs
+from bids_varaug.derivatives.citation import write_logs
 from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
+from bids_varaug.files import hold_participants
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
-from bids_varaug.locks import hold_participants
 from bids_varaug.machine import caches_below
 from bids_varaug.models.ensemble import identify
 from bids_varaug.segmentation.shifts import GRIDS
@@ -47,17 +47,15 @@ def run_participants(settings: Settings) -> ExitCode:
     plugins.check_plugin(settings)
     check_memory(plan)
     selection = _select(settings)
-    origin = run_origin(settings, plan.ensemble, plan.members)
-    check_rerun(settings.output_dir, origin, () if settings.reports_only else selection.scans)
+    check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
     if settings.dry_run:
         members = ", ".join(member.id for member in plan.members)
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
-    labels = plan.ensemble.labels
-    write_dataset_files(settings.bids_dir, settings.output_dir, labels, plan.members, sloppy=settings.sloppy)
-    write_logs(settings, plan.ensemble, plan.members)
+    write_dataset_files(plan)
+    write_logs(plan)
     step = write_reports if settings.reports_only else _segment
     complete = step(plan, selection.scans) and not selection.errors
     return ExitCode.DONE if complete else ExitCode.SUBJECT_FAILED
@@ -71,10 +69,9 @@ def _select(settings: Settings) -> Selection:
         chosen = settings.participant_labels or settings.exclude_participant_labels
         validation.validate_input(settings.bids_dir, participants if chosen else ())
     selection = find_scans(settings)
-    for note in selection.notes:
-        print(f"WARNING: {note}", file=sys.stderr)
-    for error in selection.errors:
-        print(f"ERROR: {error}", file=sys.stderr)
+    for kind, texts in (("WARNING", selection.notes), ("ERROR", selection.errors)):
+        for text in texts:
+            print(f"{kind}: {text}", file=sys.stderr)
     return selection
 
 
@@ -119,11 +116,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     hit = {scan.subject for scan in scans if scan.prefix in failed}
     write_reports(plan, [scan for scan in scans if scan.subject in hit and scan.prefix not in failed])
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
-    print(
-        f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {others}; details are in "
-        f"{names.logs(settings.output_dir)}.",
-        file=sys.stderr,
-    )
+    details = f"{others}; details are in {names.logs(settings.output_dir)}."
+    print(f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {details}", file=sys.stderr)
     return False
 
 
@@ -175,14 +169,8 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 
 
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
-    """Segment one T1w image with every member, one after another, and write its derivatives.
-
-    Outputs
-    -------
-    derivatives : files written for this scan
-    """
-    settings, ensemble, locator = plan.settings, plan.ensemble, plan.locator
-    threads = settings.omp_nthreads
+    """Segment one T1w image with every member; ``outputnode.derivatives`` are the files written for it."""
+    settings, ensemble, locator, threads = plan.settings, plan.ensemble, plan.locator, plan.settings.omp_nthreads
     where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
     by_locator = {"member": locator, "identity": identify(ensemble, locator)}
 

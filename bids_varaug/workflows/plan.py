@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bids_varaug import __version__
-from bids_varaug.atomic import write_json
-from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.errors import UsageError
+from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import memory_bound, resolve_device
 from bids_varaug.models.ensemble import (
@@ -35,12 +35,8 @@ RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan t
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings with nothing left open, the ensemble, and its members to run."""
-
-    settings: Settings
-    ensemble: Ensemble
-    members: tuple[Member, ...]
+class Plan(Run):
+    """A run, and what it takes."""
 
     @property
     def voxel_size(self) -> float:
@@ -70,14 +66,11 @@ class Plan:
 
     def request(self, scan: Scan) -> ScanRequest:
         """What is asked for of one scan."""
-        return ScanRequest(self.settings, scan, self.ensemble, self.members)
+        return ScanRequest(self.settings, self.ensemble, self.members, scan)
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Load the ensemble, choose members, device and number of grids, and check the weights.
-
-    Raises `UsageError` or `EnsembleError`.
-    """
+    """Load the ensemble, choose members, device and grids, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
     n_members = settings.n_members
@@ -133,13 +126,10 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
+        space = f"the members of {n_images} image(s) need about {need:.0f} GB more there, and {free:.0f} GB are free"
         other = "--clean-workdir, which removes those of an image once it is written"
-        print(
-            f"WARNING: {settings.work_dir}: the members of {n_images} image(s) need about {need:.0f} GB more there, "
-            f"and {free:.0f} GB are free. Choose another -w, or use "
-            f"{'a smaller --nprocs' if settings.clean_workdir else other}.",
-            file=sys.stderr,
-        )
+        use = "a smaller --nprocs" if settings.clean_workdir else other
+        print(f"WARNING: {settings.work_dir}: {space}. Choose another -w, or use {use}.", file=sys.stderr)
 
 
 def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:

@@ -14,8 +14,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 from nipype import Node, Workflow, config, logging
@@ -72,10 +73,8 @@ def check_plugin(settings: Settings) -> None:
     if name not in known:
         raise UsageError(f"--use-plugin: nipype has no plugin {name!r}. It has {', '.join(known)}.")
     if settings.clean_workdir and name in SUBMIT_ONLY:
-        raise UsageError(
-            f"--clean-workdir: with {name} the jobs still need the work directory when this command ends. Leave one of "
-            "the two out."
-        )
+        why = f"with {name} the jobs still need the work directory when this command ends"
+        raise UsageError(f"--clean-workdir: {why}. Leave one of the two out.")
 
 
 def run_workflow(workflow: Workflow, settings: Settings, progress: ProgressLog) -> bool:
@@ -167,16 +166,14 @@ class WorkersPlugin(MultiProcPlugin):
 
 def _start_worker(folder: str, level: int) -> None:
     """Begin a worker; it ends when the main process was killed, and does not write beside the next run."""
+
+    def end_with_parent() -> None:
+        cast(BaseProcess, multiprocessing.parent_process()).join()
+        os._exit(1)
+
     process_initializer(folder)
     logging.getLogger("nipype.workflow").setLevel(level)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class SlurmPlugin(plugins.SLURMPlugin):

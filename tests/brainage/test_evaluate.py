@@ -13,7 +13,7 @@ from bids_varaug.brainage.evaluate import (
     evaluate_brain_age,
 )
 from bids_varaug.errors import ExitCode, UserError
-from bids_varaug.variability.reliability import intraclass_correlation
+from bids_varaug.variability.longitudinal import intraclass_correlation
 from tests.brainage.cohorts import simulated_cohort
 
 QUICK = {"n_bootstrap": 200, "gain_repeats": 1}

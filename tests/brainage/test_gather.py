@@ -6,8 +6,8 @@ import pytest
 
 from bids_varaug.brainage.cohort import CohortError
 from bids_varaug.brainage.gather import gather_cohort
+from bids_varaug.derivatives.io import ENDING
 from bids_varaug.derivatives.provenance import MixedDerivativesError
-from bids_varaug.derivatives.read import ENDING
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.participants import People, read_people

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.atomic import write_json
 from bids_varaug.brainage import outputs
 from bids_varaug.brainage.evaluate import best_augmentation
-from bids_varaug.derivatives import sidecars, write
+from bids_varaug.derivatives import io, sidecars
+from bids_varaug.files import write_json
 from bids_varaug.inputs.validation import find_validator, run_validator
 from tests.reports.group_content import make_study
 
@@ -94,17 +94,17 @@ def test_the_validator_accepts_it_and_would_see_a_fault(tmp_path):
     study = with_sessions(make_study(n=12))
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
-    sidecars.write_dataset_files(raw, out, [], [])
+    sidecars.write_group_dataset_files(raw, out)
     for name, table in outputs.evaluated_tables(study).items():
-        write.write_table(table, out / name)
+        io.write_table(table, out / name)
         write_json(outputs.evaluated_sidecar(study), (out / name).with_suffix(".json"))
     for participant in study.predictions["participant_id"].unique():
         (out / participant / "anat").mkdir(parents=True)
-        write.write_table(
+        io.write_table(
             pd.DataFrame({"index": [1], "name": ["x"]}),
             out / participant / "anat" / f"{participant}_seg-varaug_desc-consensus_dseg.tsv",
         )
     assert run_validator(out) == []
     table = main_table(study).rename(columns={"participant_id": "who"})
-    write.write_table(table, out / outputs.PHENOTYPE_TABLE)
+    io.write_table(table, out / outputs.PHENOTYPE_TABLE)
     assert run_validator(out) != []

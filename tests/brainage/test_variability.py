@@ -10,7 +10,7 @@ from bids_varaug.brainage.variability import (
     numerical_variability,
     participants_needed,
 )
-from bids_varaug.derivatives.read import read_regions
+from bids_varaug.derivatives.io import summarise_regions
 from bids_varaug.errors import UserError
 
 
@@ -170,10 +170,10 @@ def test_minimum_dice_is_a_mean_over_people(tmp_path):
     write_dice(tmp_path, "sub-01_run-1", "17\tHip\t0.8\n18\tAmy\tn/a\n")
     write_dice(tmp_path, "sub-01_run-2", "17\tHip\t0.6\n")
     write_dice(tmp_path, "sub-02", "17\tHip\t0.9\n18\tAmy\tn/a\n")
-    assert read_regions(tmp_path) == {"dice_min": {"Hip": pytest.approx(0.8)}}
-    only = read_regions(tmp_path, {"sub-02": "sub-02"})
-    assert only == {"dice_min": {"Hip": pytest.approx(0.9)}}
-    assert read_regions(tmp_path / "nothing") == {}
+    assert summarise_regions(tmp_path) == {"dice_min": {"Hip": pytest.approx(0.8)}, "unreliable": {}}
+    only = summarise_regions(tmp_path, {"sub-02": "sub-02"})
+    assert only == {"dice_min": {"Hip": pytest.approx(0.9)}, "unreliable": {}}
+    assert summarise_regions(tmp_path / "nothing") == {"dice_min": {}, "unreliable": {}}
 
 
 def test_unreliable_structures_are_a_share_of_the_images(tmp_path):
@@ -181,14 +181,14 @@ def test_unreliable_structures_are_a_share_of_the_images(tmp_path):
                           ("sub-02", "caution"), ("sub-03", "unreliable")):  # fmt: skip
         path = write_dice(tmp_path, name, "")
         path.write_text(f"name\tdice_min\tverdict\nHip\t0.9\tgood\nAmy\t0.9\t{verdict}\n")
-    assert read_regions(tmp_path)["unreliable"] == {"Hip": 0.0, "Amy": 0.5}
+    assert summarise_regions(tmp_path)["unreliable"] == {"Hip": 0.0, "Amy": 0.5}
 
 
 def test_damaged_dice_table_is_named(tmp_path):
     path = write_dice(tmp_path, "sub-01", "17\tHip\t0.8\n")
     path.write_text("index\tname\n17\tHip\n")
     with pytest.raises(UserError, match="sub-01_seg-varaug.*dice_min"):
-        read_regions(tmp_path)
+        summarise_regions(tmp_path)
 
 
 def numerics(ratio):

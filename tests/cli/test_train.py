@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from bids_varaug.cli.train import build_parser, main, make_recipe, member_command
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.weights import load_member
+from bids_varaug.models.unet import load_member
 from bids_varaug.training.recipe import STAGES
 
 

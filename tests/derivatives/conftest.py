@@ -36,7 +36,7 @@ def request_(scan) -> ScanRequest:
 def request_of(scan: Scan, **settings) -> ScanRequest:
     """Who asks for the derivatives of a scan."""
     settings = Settings(Path("/data"), Path("/out"), "participant", Path("/work"), **settings)
-    return ScanRequest(settings, scan, ENSEMBLE, MEMBERS)
+    return ScanRequest(settings, ENSEMBLE, MEMBERS, scan)
 
 
 @pytest.fixture

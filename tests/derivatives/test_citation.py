@@ -9,14 +9,14 @@ from bids_varaug.derivatives.citation import references
 
 def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1):
     run = {"ensemble": ensemble, "members": members, "sloppy": sloppy, "n_grids": n_grids}
-    return citations.cite("participant", versions or {}, **run)
+    return citations.cite("participant", versions=versions or {}, **run)
 
 
 def cite_full_group():
     """A group level with everything that it can do."""
     augmentations = ["none", "mean", "members", "analytic", "jitter", "shuffled"]
     return citations.cite(
-        "group", {}, settings={"model": "auto", "augmentations": augmentations},
+        "group", settings={"model": "auto", "augmentations": augmentations},
         features="volumes of 31 structures [mm3]", has_numerics=True, has_reliability=True,
         compared_with=["FreeSurfer"],
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_every_cited_key_is_listed(ensemble, members):
 def test_a_full_ensemble_and_a_full_group_cite_every_reference(ensemble, members):
     participant = {r.key for r in cite(ensemble, members).references}
     group = {r.key for r in cite_full_group().references}
-    quality = citations.cite("quality", {}, has_members=True, has_changes=True).references
+    quality = citations.cite("quality", has_members=True, has_changes=True).references
     assert participant | group | {r.key for r in quality} == set(references())
     assert len(participant) == 13
 
@@ -112,7 +112,7 @@ def test_methods_of_the_group_level_cite_what_they_name():
 
 def test_methods_leave_out_what_was_not_done():
     citation = citations.cite(
-        "group", {}, settings={"model": "ridge", "augmentations": ["none"]}, features="thickness",
+        "group", settings={"model": "ridge", "augmentations": ["none"]}, features="thickness",
         has_numerics=False, has_reliability=False, compared_with=[],
     )  # fmt: skip
     assert "augmentation" not in citation.methods and "the model ridge" in citation.methods

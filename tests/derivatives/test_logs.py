@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bids_varaug.derivatives.logs import write_logs
+from bids_varaug.derivatives.citation import write_logs
+from bids_varaug.derivatives.names import Run
 from bids_varaug.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -32,7 +33,7 @@ def settings(tmp_path):
 
 def written(settings):
     """Settings as they stand in the folder of logs."""
-    write_logs(settings, ENSEMBLE, MEMBERS)
+    write_logs(Run(settings, ENSEMBLE, MEMBERS))
     (path,) = (settings.output_dir / "logs").glob("settings-*.toml")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -51,13 +52,13 @@ def test_checksums_stand_under_the_members_ids(settings):
 
 
 def test_citation_names_the_versions_that_ran(settings, tmp_path):
-    write_logs(settings, ENSEMBLE, MEMBERS)
+    write_logs(Run(settings, ENSEMBLE, MEMBERS))
     text = (tmp_path / "logs" / "CITATION.md").read_text(encoding="utf-8")
     assert f"Nipype {importlib.metadata.version('nipype')} " in text
 
 
 def test_equal_requests_share_one_file(settings, tmp_path):
-    write_logs(settings, ENSEMBLE, MEMBERS)
-    write_logs(settings, ENSEMBLE, MEMBERS)
-    write_logs(replace(settings, sloppy=True), ENSEMBLE, MEMBERS)
+    write_logs(Run(settings, ENSEMBLE, MEMBERS))
+    write_logs(Run(settings, ENSEMBLE, MEMBERS))
+    write_logs(Run(replace(settings, sloppy=True), ENSEMBLE, MEMBERS))
     assert len(list((tmp_path / "logs").glob("settings-*.toml"))) == 2

@@ -35,7 +35,7 @@ DIFFERENCES = {
     "ensemble": "ensemble old (now new)",
     "version of the ensemble": "version of the ensemble 1 (now 2)",
     "version of bids_varaug": "version of bids_varaug 0.1.0 (now 0.2.0)",
-    "--sloppy": "made without --sloppy (now with)",
+    "--sloppy": "--sloppy False (now True)",
     "--grids": "--grids 4 (now 1)",
     "weights of mca01": "other weights of mca01",
     "members": "members ieee, mca01, rr01 (now ieee)",

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.derivatives.read import MorphError, read_morph
+from bids_varaug.derivatives.io import MorphError, read_morph
 
 MEMBERS = ("ieee", "mca01", "mca02")
 STRUCTURES = ((17, "Left-Hippocampus"), (53, "Right-Hippocampus"))

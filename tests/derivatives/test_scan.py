@@ -1,7 +1,7 @@
 """The derivatives of one scan, from a work directory made by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.derivatives.names import OUTPUTS
-from bids_varaug.derivatives.scan import Intermediate, ScanRequest, write_scan
-from bids_varaug.images.conform import Geometry
-from bids_varaug.images.crop import Box
+from bids_varaug.derivatives import scan as scans
+from bids_varaug.derivatives.names import OUTPUTS, ScanRequest
+from bids_varaug.images.conform import Box, Geometry
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
-from bids_varaug.segmentation.posterior import SparsePosterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.fuse import SparsePosterior, Summary, save_posterior, sparse_rows
 from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)
@@ -25,6 +24,22 @@ MEMBERS = tuple(
     Member(name, name.rstrip("0123456789"), 0, None, "", "a" * 64)
     for name in ("ieee", "mca01", "mca02")
 )
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """Files of the work directory that the derivatives are made of."""
+
+    geometry: Path
+    mean: Path
+    maps: Path
+    counts: Path
+    posteriors: tuple[Path, ...]
+
+
+def write_scan(request: ScanRequest, files: Intermediate, folder: Path):
+    summary = Summary(files.mean, files.maps, files.counts)
+    return scans.write_scan(request, files.geometry, files.posteriors, summary, folder)
 
 
 @pytest.fixture
@@ -37,7 +52,7 @@ def request_(tmp_path) -> ScanRequest:
     scan = Scan(path, {"subject": "01"}, "sub-01/anat/sub-01_T1w.nii.gz")
     shape = NetworkShape(2, (16, 16), 16)
     ensemble = Ensemble("small", "1", Path(), 1.0, LABELS, shape, MEMBERS, {})
-    return ScanRequest(settings, scan, ensemble, MEMBERS)
+    return ScanRequest(settings, ensemble, MEMBERS, scan)
 
 
 @pytest.fixture

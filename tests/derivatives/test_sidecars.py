@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bids_varaug import __version__
 from bids_varaug.derivatives import names, sidecars
+from bids_varaug.derivatives.names import Run
+from bids_varaug.settings import Settings
 from tests.derivatives.conftest import request_of
 
 MEMBERS = [
@@ -69,9 +72,9 @@ def test_thresholds_are_added(request_):
 
 
 def test_description_names_tool_source_and_licence(bids_dir, tmp_path):
-    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ={})
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out")
     assert content["GeneratedBy"] == [
-        {"Name": "bids_varaug", "Version": sidecars.package_version()}
+        {"Name": "bids_varaug", "Version": __version__}
     ]
     assert content["DatasetLinks"] == {"raw": "../ds"}
     assert content["License"] == "CC0"
@@ -79,14 +82,14 @@ def test_description_names_tool_source_and_licence(bids_dir, tmp_path):
 
 
 def test_description_survives_an_input_without_one(tmp_path):
-    content = sidecars.dataset_description(tmp_path / "none", tmp_path / "out", environ={})
+    content = sidecars.dataset_description(tmp_path / "none", tmp_path / "out")
     assert content["Name"].endswith("none")
 
 
 @pytest.mark.parametrize("doi", ["10.18112/x", "doi:10.18112/x", "https://doi.org/10.18112/x"])
 def test_source_doi_becomes_an_address(bids_dir, tmp_path, doi):
     (bids_dir / "dataset_description.json").write_text(json.dumps({"DatasetDOI": doi}))
-    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ={})
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out")
     assert content["SourceDatasets"] == [{"URL": "https://doi.org/10.18112/x", "DOI": "10.18112/x"}]
 
 
@@ -98,8 +101,10 @@ def test_source_doi_becomes_an_address(bids_dir, tmp_path, doi):
         ({"APPTAINER_CONTAINER": "/x/a.sif"}, {"Type": "apptainer", "Tag": "a.sif"}),
     ],
 )
-def test_container_is_recorded(bids_dir, tmp_path, environ, expected):
-    content = sidecars.dataset_description(bids_dir, tmp_path / "out", environ=environ)
+def test_container_is_recorded(bids_dir, tmp_path, monkeypatch, environ, expected):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out")
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
@@ -136,5 +141,6 @@ def test_each_fixed_desc_has_a_row():
 
 def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
     labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
-    sidecars.write_dataset_files(bids_dir, tmp_path, labels, MEMBERS)
+    settings = Settings(bids_dir, tmp_path, "participant", tmp_path)
+    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels), MEMBERS))
     assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"

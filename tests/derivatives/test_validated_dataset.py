@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.atomic import write_json, write_text
-from bids_varaug.derivatives import names, sidecars, write
+from bids_varaug.derivatives import io, names, sidecars
+from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
 from bids_varaug.reports.participant import figure_name
+from bids_varaug.settings import Settings
 from tests.derivatives.conftest import LABELS, request_of
 
 pytestmark = pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
@@ -35,6 +36,11 @@ MEMBERS = [
 ]
 
 
+def _run(bids_dir, output_dir):
+    settings = Settings(bids_dir, output_dir, "participant", output_dir)
+    return names.Run(settings, SimpleNamespace(labels=LABELS), MEMBERS)
+
+
 def _write_outputs(output_dir, scan):
     affine, request = np.diag([2.0, 2, 2, 1]), request_of(scan)
     request = replace(request, settings=replace(request.settings, output_dir=output_dir))
@@ -47,11 +53,11 @@ def _write_outputs(output_dir, scan):
                 row |= {"verdict": "caution", "reason": "CV 6.1 % (above 5 %); 9 voxels"}
             if "member" in row:
                 row |= {"member": "mca01", "family": "mca"}
-            write.write_table(pd.DataFrame([row]), path)
+            io.write_table(pd.DataFrame([row]), path)
         else:
             shape = (8, 8, 8, 2) if key == "mean_probseg" else (8, 8, 8)
             dtype = "uint8" if output.suffix in ("mask", "dseg") else "float32"
-            write.write_image(np.ones(shape, dtype), affine, path)
+            io.write_image(np.ones(shape, dtype), affine, path)
         # The table shares the sidecar of the consensus labels, which describes both.
         if key != "regions_tsv":
             content = sidecars.sidecar(request, key, member, extra={"Threshold": 0.5})
@@ -78,7 +84,7 @@ def errors(tmp_path_factory, request):
             relative = f"{folder}/{prefix}_T1w.nii.gz"
             subject = prefix.split("_")[0].removeprefix("sub-")
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
-    sidecars.write_dataset_files(raw, out, LABELS, MEMBERS)
+    sidecars.write_dataset_files(_run(raw, out))
     write_text("a = 1\n", names.logs(out) / "run.toml")
     write_text("# How to cite\n", names.logs(out) / "CITATION.md")
     write_text("crash\n", names.logs(out) / "crash-1.txt")
@@ -90,7 +96,7 @@ def test_all_outputs_pass_the_schema_validator(errors):
 
 
 def test_validator_would_see_a_wrong_name(tmp_path):
-    sidecars.write_dataset_files(tmp_path, tmp_path, LABELS, MEMBERS)
+    sidecars.write_dataset_files(_run(tmp_path, tmp_path))
     path = tmp_path / "sub-01" / "anat" / "sub-01_varaug-1_dseg.nii.gz"
-    write.write_image(np.ones((8, 8, 8), "uint8"), np.eye(4), path)
+    io.write_image(np.ones((8, 8, 8), "uint8"), np.eye(4), path)
     assert run_validator(tmp_path) != []

@@ -43,7 +43,7 @@ class App:
     def start(self, out: Path, limits: Mapping[str, int] | None = None):
         """Begin a run in a fork of a server that has imported torch and nipype already."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bids_varaug.segmentation.member", __name__])
+        context.set_forkserver_preload(["bids_varaug.segmentation.predict", __name__])
         arguments = self.arguments(out, *self.linear)
         process = context.Process(target=_run, args=(arguments, log_of(out), dict(limits or {})))
         process.start()

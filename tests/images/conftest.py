@@ -4,8 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bids_varaug.images.conform import Geometry
-from bids_varaug.images.crop import Box
+from bids_varaug.images.conform import Box, Geometry
 
 
 def grids(conformed_affine, conformed_shape, native_affine, native_shape, box=None):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nibabel.affines import voxel_sizes
 
 from bids_varaug.errors import ScanError
-from bids_varaug.images.affine import choose_affine, is_oblique, voxel_volume
+from bids_varaug.images.load import choose_affine, is_oblique, voxel_volume
 
 SCANNER, ALIGNED, MNI = 1, 2, 4
 MIRRORED = np.diag([-1.0, 1, 1, 1])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import inv_ornt_aff
 
-from bids_varaug.images.affine import voxel_volume
 from bids_varaug.images.conform import Volume, conform, resample_map
+from bids_varaug.images.load import voxel_volume
 from tests.images.conftest import grids
 
 ORIENTATIONS = [

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bids_varaug.images.crop import Box, extract, head_box, head_mask, insert, is_probably_cropped
+from bids_varaug.images.conform import Box, extract, head_box, head_mask, insert, is_probably_cropped
 
 sides = st.tuples(*[st.integers(1, 7)] * 3)
 

@@ -4,8 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from bids_varaug.images.conform import resample_map, resample_posterior
-from bids_varaug.images.crop import Box
+from bids_varaug.images.conform import Box, resample_map, resample_posterior
 from tests.images.conftest import grids
 
 K = 4

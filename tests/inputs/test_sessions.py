@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bids_varaug.inputs.sessions import order_sessions
+from bids_varaug.inputs.participants import order_sessions
 
 SESSIONS = ["ses-1", "ses-2", "ses-10"]
 

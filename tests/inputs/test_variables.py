@@ -3,8 +3,7 @@
 import pytest
 
 from bids_varaug.errors import UsageError
-from bids_varaug.inputs.tables import TableError
-from bids_varaug.inputs.variables import participants_where, read_variables
+from bids_varaug.inputs.tables import TableError, participants_where, read_variables
 
 TABLE = """participant_id\tage\tgroup\tscan date\tIQ
 01\t20\tTD\t2001\t100

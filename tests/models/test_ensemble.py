@@ -18,8 +18,7 @@ from bids_varaug.models.ensemble import (
     select_members,
     write_manifest,
 )
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import load_member, save_weights
+from bids_varaug.models.unet import build_network, load_member, save_weights
 
 SHAPE = NetworkShape(3, (2, 2), 2)
 IDS = ("ieee", "mca01", "mca02", "seed01", "seed02")

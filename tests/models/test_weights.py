@@ -4,8 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from bids_varaug.models.ensemble import NetworkShape, sha256_of
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import FORMAT, load_weights, save_weights
+from bids_varaug.models.unet import FORMAT, build_network, load_weights, save_weights
 
 
 def test_weights_are_those_of_half_precision(tmp_path):

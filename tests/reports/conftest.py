@@ -101,6 +101,6 @@ def make_content(regions_table, members_table, tmp_path):
         )
         relative = f"sub-01/anat/{prefix}_T1w.nii.gz"
         t1w = Scan(settings.bids_dir / relative, {"subject": "01"}, relative)
-        return Content(ScanRequest(settings, t1w, ENSEMBLE, MEMBERS), (scan,))
+        return Content(ScanRequest(settings, ENSEMBLE, MEMBERS, t1w), (scan,))
 
     return make

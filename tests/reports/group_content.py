@@ -122,7 +122,7 @@ def make_page(study: Evaluation | None = None, *, numerics="made up", compared="
     study = study or make_study()
     ours, other = make_numerics(), make_numerics(1.6, seed=2)
     citation = cite(
-        "group", {"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"}, settings=study.settings,
+        "group", versions={"bids_varaug": "0.1.0", "scikit-learn": "1.9.1"}, settings=study.settings,
         features=f"volumes of {len(STRUCTURES)} structures [mm3]",
         has_numerics=True, has_reliability=True, compared_with=["FreeSurfer"],
     )  # fmt: skip

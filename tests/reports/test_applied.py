@@ -24,7 +24,7 @@ def make_applied(known: int = 30, predicted: pd.DataFrame | None = None, **chang
              "age_max": 85.0, "sha256": "b" * 64} | changes  # fmt: skip
     parts = {
         "methods": cite(
-            "applied", {"bids_varaug": "0.1.0"}, model=model, features="volumes of 31 features [mm3]"
+            "applied", versions={"bids_varaug": "0.1.0"}, model=model, features="volumes of 31 features [mm3]"
         ).methods,
         "left_out": {"sub-900": "no value of <b>CSF</b>"},
         "warnings": ["3 images are of people outside the ages of training."],

@@ -8,15 +8,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bids_varaug.errors import UserError
-from bids_varaug.segmentation.fuse import fuse_members, summarise_members
-from bids_varaug.segmentation.posterior import (
+from bids_varaug.segmentation.fuse import (
     SparsePosterior,
+    fuse_members,
     label_slabs,
     load_posterior,
     save_posterior,
     sparse_rows,
+    summarise_members,
 )
-from bids_varaug.variability.maps import (
+from bids_varaug.variability.measures import (
     significant_bits,
     unreliable,
     vote_entropy,

@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 from nilearn.datasets import MNI152_FILE_PATH
 
-from bids_varaug.images.crop import Box, extract
+from bids_varaug.images.conform import Box, extract
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import load_member
-from bids_varaug.segmentation.localise import MARGIN_MM, localise_brain
-from bids_varaug.segmentation.predict import segment_volume
+from bids_varaug.models.unet import build_network, load_member
+from bids_varaug.segmentation.predict import MARGIN_MM, localise_brain, segment_volume
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from bids_varaug.models.ensemble import (
     round_inference,
     write_manifest,
 )
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import save_weights
-from bids_varaug.segmentation.member import segment_with_member
-from bids_varaug.segmentation.posterior import load_posterior
+from bids_varaug.models.unet import build_network, save_weights
+from bids_varaug.segmentation.fuse import load_posterior
+from bids_varaug.segmentation.predict import segment_with_member
 
 SHAPE = NetworkShape(4, (16, 16, 16), 16)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.segmentation.posterior import (
+from bids_varaug.segmentation.fuse import (
     SMALLEST,
     SparsePosterior,
     load_posterior,

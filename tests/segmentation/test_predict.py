@@ -8,7 +8,7 @@ from scipy.ndimage import binary_dilation
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network
-from bids_varaug.segmentation.posterior import load_posterior, save_posterior
+from bids_varaug.segmentation.fuse import load_posterior, save_posterior
 from bids_varaug.segmentation.predict import largest_component, segment_volume
 
 SHAPE = NetworkShape(4, (16, 16, 16), 16)

@@ -8,7 +8,7 @@ import torch
 
 from bids_varaug.errors import UserError
 from bids_varaug.models.unet import build_network
-from bids_varaug.segmentation.posterior import (
+from bids_varaug.segmentation.fuse import (
     SparsePosterior,
     load_posterior,
     save_posterior,

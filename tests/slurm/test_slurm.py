@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.weights import load_member
+from bids_varaug.models.unet import load_member
 from bids_varaug.settings import Settings
 from tests.slurm.conftest import FULL, LABELS, MEMBERS
 from tests.workflows.test_participant import digests

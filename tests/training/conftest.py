@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bids_varaug.training.labels import load_scheme
-from bids_varaug.training.subjects import TrainingSubject
+from bids_varaug.training.labels import TrainingSubject, load_scheme
 
 
 @pytest.fixture(scope="session")

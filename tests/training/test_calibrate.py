@@ -7,7 +7,7 @@ import torch
 
 from bids_varaug.models.ensemble import NetworkShape
 from bids_varaug.models.unet import build_network
-from bids_varaug.training.calibrate import cross_entropy, log_mean_posterior, logits_at
+from bids_varaug.training.train import cross_entropy, log_mean_posterior, logits_at
 
 
 @pytest.mark.parametrize("true", [0.5, 2.0])

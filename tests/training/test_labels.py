@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.training.labels import find_label_table, load_scheme
-from bids_varaug.training.subjects import find_label_maps, load_label_map
+from bids_varaug.training.labels import find_label_maps, find_label_table, load_label_map, load_scheme
 
 
 def write(path, data, affine=None):

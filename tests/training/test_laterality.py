@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.training.labels import load_scheme, other_side
-from bids_varaug.training.subjects import check_laterality
+from bids_varaug.training.labels import check_laterality, load_scheme, other_side
 
 HERE = Path("labels.nii.gz")
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from bids_varaug.errors import UserError
-from bids_varaug.locks import file_lock
-from bids_varaug.training.members import train_in_parallel
+from bids_varaug.files import file_lock
+from bids_varaug.training.train import train_in_parallel
 
 MODULE = """
 import sys, time
@@ -48,7 +48,7 @@ def test_file_lock_holds_between_processes_and_is_freed_by_a_kill(tmp_path):
     held = tmp_path / "held"
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from bids_varaug.locks import file_lock\n"
+        "from bids_varaug.files import file_lock\n"
         f"with file_lock(Path({str(tmp_path / 'lock')!r})):\n"
         f"    Path({str(held)!r}).touch()\n    time.sleep(60)\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bids_varaug.errors import UserError
-from bids_varaug.training.subjects import load_subjects
+from bids_varaug.training.labels import load_subjects
 from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 FLIPPED = np.diag([-1.0, 1, 1, 1])

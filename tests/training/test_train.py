@@ -11,9 +11,8 @@ import torch
 from bids_varaug.errors import OutputError, UsageError, UserError
 from bids_varaug.models.ensemble import NetworkShape, load_ensemble
 from bids_varaug.models.unet import build_network
-from bids_varaug.training.members import parse_members, plan_member
 from bids_varaug.training.optimiser import segmentation_loss, training_loss
-from bids_varaug.training.recipe import Recipe, Stage, Window
+from bids_varaug.training.recipe import Recipe, Stage, Window, parse_members, plan_member
 from bids_varaug.training.synthesis import SyntheticImageGenerator
 from bids_varaug.training.train import Trainer
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bids_varaug.variability.change import paired_changes, rescan_noise, summarise_changes
+from bids_varaug.variability.longitudinal import paired_changes, rescan_noise, summarise_changes
 
 
 def images(*names):

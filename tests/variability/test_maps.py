@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bids_varaug.variability.maps import (
+from bids_varaug.variability.measures import (
     significant_bits,
     unreliable,
     vote_entropy,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bids_varaug.variability.outliers import MIN_IMAGES, OUTLYING, robust_distances
+from bids_varaug.variability.quality import MIN_IMAGES, OUTLYING, robust_distances
 
 
 def normal_volumes(n, rng, n_structures=31):

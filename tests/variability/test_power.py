@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bids_varaug.cli.power import main
+from bids_varaug.cli.run import power_main as main
 from bids_varaug.variability.power import flip_probability, noise_of_statistics, power_table
 
 NPVR = 0.3

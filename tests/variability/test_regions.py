@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from significantdigits import significant_digits
 
-from bids_varaug.variability.regions import (
+from bids_varaug.variability.measures import (
     RegionCounts,
     mean_entropy,
     members_table,

@@ -11,8 +11,7 @@ import torch
 
 from bids_varaug.cli.run import main
 from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape, write_manifest
-from bids_varaug.models.unet import build_network
-from bids_varaug.models.weights import save_weights
+from bids_varaug.models.unet import build_network, save_weights
 
 # Widths of 16: with fewer, torch takes another convolution, whose bits depend on threads.
 SHAPE = NetworkShape(4, (16, 16, 16), 16)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.errors import OutputError
-from bids_varaug.locks import hold_participants
+from bids_varaug.files import hold_participants
 from tests.workflows.test_participant import digests
 
 if sys.version_info >= (3, 11):
@@ -116,7 +116,7 @@ def test_participant_started_twice_is_done_once(pair, plain, linear, tmp_path, w
 HOLD = """
 import sys, time
 from pathlib import Path
-from bids_varaug.locks import hold_participants
+from bids_varaug.files import hold_participants
 with hold_participants(["01", "02"], [Path(sys.argv[1])]) as held:
     print(*sorted(held), flush=True)
     time.sleep(300)

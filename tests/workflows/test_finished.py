@@ -59,7 +59,7 @@ def written(dataset, small_ensemble, tmp_path):
     scan = find_scans(settings).scans[0]
     path = tmp_path / f"{scan.prefix}_T1w.nii.gz"
     shutil.copy(scan.path, path)
-    request = ScanRequest(settings, replace(scan, path=path), ensemble, ensemble.members[:2])
+    request = ScanRequest(settings, ensemble, ensemble.members[:2], replace(scan, path=path))
     outputs = [tmp_path / "out" / "a_dseg.nii.gz", tmp_path / "out" / "a_dseg.tsv"]
     outputs[0].parent.mkdir()
     for output in (*outputs, tmp_path / "out" / "a_dseg.json"):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.cli.run import main
-from bids_varaug.derivatives.read import ENDING
+from bids_varaug.derivatives.io import ENDING
 from bids_varaug.inputs.validation import find_validator, run_validator
 
 STRUCTURES = ("Left-Hippocampus", "Right-Hippocampus", "Left-Lateral-Ventricle", "3rd-Ventricle")

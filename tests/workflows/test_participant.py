@@ -22,8 +22,7 @@ from bids_varaug.cli import run as cli_run
 from bids_varaug.cli.run import main
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.validation import run_validator
-from bids_varaug.models.ensemble import load_ensemble
-from bids_varaug.models.trunk import Trunk
+from bids_varaug.models.ensemble import Trunk, load_ensemble
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.plan import suitable_grids
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w

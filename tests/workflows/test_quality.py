@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from bids_varaug.cli.run import main
+from bids_varaug.derivatives.io import ENDING
 from bids_varaug.derivatives.names import OUTPUTS
-from bids_varaug.derivatives.read import ENDING
 from bids_varaug.inputs.validation import find_validator, run_validator
 
 STRUCTURES = {17: "Left-Hippocampus", 53: "Right-Hippocampus", 4: "Left-Lateral-Ventricle", 14: "3rd-Ventricle"}

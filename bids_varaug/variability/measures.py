@@ -1,4 +1,4 @@
-"""Structure by structure: volumes, overlap between members, and the tables of both."""
+"""How much the members of an ensemble disagree: voxel by voxel, and structure by structure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,62 @@ from significantdigits import Error, Method, significant_digits
 
 from bids_varaug.machine import compiled
 from bids_varaug.models.ensemble import BASELINE, Label
-from bids_varaug.variability.maps import FLOAT32_BITS, significant_bits
+
+FLOAT32_BITS = 24.0
+"""No result computed in float32 has more significant bits."""
+UNRELIABLE_BELOW = 0.75
+"""A voxel is unreliable where fewer than this share of the members chose the consensus label."""
+
+
+def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
+    """Disagreement of the members about each voxel's label, (...) float32, bit.
+
+    Shannon entropy of the empirical label distribution (Gonzalez-Pepe et al. 2023, arXiv:2308.01939, there in nats),
+    ``H = -sum_k p_k log2(p_k)`` with ``p_k = votes_k / n_members``: 0 where all agree, ``log2(n_members)`` where all
+    differ. `votes` (K, ...) unsigned integer say how many members chose each of the K labels; unless they sum to
+    `n_members` over K everywhere, that is a ValueError.
+
+    >>> float(vote_entropy(np.array([[[[1]]], [[[1]]]], dtype="uint8"), 2)[0, 0, 0])
+    1.0
+    """
+    votes = np.asarray(votes)
+    if n_members < 1 or (votes.sum(axis=0, dtype=np.int64) != n_members).any():
+        raise ValueError(f"the votes do not sum to {n_members} members in every voxel")
+    shares = np.arange(1, n_members) / n_members
+    terms = np.concatenate([[0.0], -shares * np.log2(shares), [0.0]])  # of 0, 1, ..., n votes
+    entropy = np.zeros(votes.shape[1:])
+    for count in votes:  # in a fixed order, class by class: the same bits every time
+        entropy += terms[count]
+    return entropy.astype(np.float32)
+
+
+def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """How many leading bits of a value the perturbations leave alone, (...) float32, bit.
+
+    ``s = -log2(|sd / mean|)``, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree exactly).
+    This is the estimate of Parker (1997, Monte Carlo arithmetic, UCLA CSD-970002) without a confidence level; the
+    ``significantdigits`` package (Sohier et al. 2021, Confidence intervals for stochastic arithmetic, ACM TOMS 47(2))
+    subtracts from it a constant that depends on the number of members, see `significant_bits_lower`. Without it,
+    ensembles of different size can be compared. `mean` and `sd` (...) are of one unit.
+
+    >>> significant_bits(np.array([1.0, 1.0, 0.5]), np.array([0.25, 0.0, 4.0])).tolist()
+    [2.0, 24.0, 0.0]
+    """
+    mean = np.abs(np.asarray(mean, dtype=np.float64))
+    sd = np.asarray(sd, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = -np.log2(sd / mean)
+    bits = np.where(sd == 0, FLOAT32_BITS, bits)
+    return np.clip(bits, 0.0, FLOAT32_BITS).astype(np.float32)
+
+
+def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
+    """Voxels (...) bool, where a share below `UNRELIABLE_BELOW` of the members chose the consensus label.
+
+    `votes_for` (...) integer says how many members chose it.
+    """
+    return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW
+
 
 ALL = "all"
 """All perturbed members together, beside the names of the families."""
@@ -30,15 +85,8 @@ class RegionCounts:
 def region_counts(slabs: Iterable[np.ndarray], n_members: int, n_classes: int) -> RegionCounts:
     """Count volumes and overlaps while the members' labels pass by, slab after slab.
 
-    Parameters
-    ----------
-    slabs : any number of (M, n) uint8, labels (class index) of all members in the voxels of a slab
-    n_members, n_classes : M, K
-
-    Raises
-    ------
-    ValueError
-        If a slab has another number of members, or a label is not below `n_classes`.
+    A slab is (M, n) uint8: the labels (class index) of all M members in n voxels. ValueError if one has another number
+    of members, or a label that is not below `n_classes`.
     """
     agreed = np.zeros(n_classes, np.int64)
     pairs = np.zeros((n_members, n_members, n_classes), np.int64)
@@ -77,8 +125,6 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
     ``Dice = 2 |A and B| / (|A| + |B|)`` (Dice 1945, Ecology 26(3), 297-302): 1 where two members gave a structure the
     same voxels, 0 where only one of them has it, NaN where neither has it.
 
-    Examples
-    --------
     >>> counts = region_counts([np.array([[0, 1, 1], [0, 0, 1]], dtype="uint8")], 2, 3)
     >>> pairwise_dice(counts)[0, 1].round(3).tolist()
     [0.667, 0.667, nan]
@@ -91,8 +137,6 @@ def pairwise_dice(counts: RegionCounts) -> np.ndarray:
 def group_members(families: Sequence[str]) -> dict[str, list[int]]:
     """Number the perturbed members: `ALL` together, then those of each family; the baseline only where it is alone.
 
-    Examples
-    --------
     >>> group_members(["ieee", "mca", "mca", "seed"])
     {'all': [1, 2, 3], 'mca': [1, 2], 'seed': [3]}
     >>> group_members(["ieee"])
@@ -119,13 +163,8 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     members (2.0 bits for 8). The package's standard deviation divides by M; with M - 1 there would be
     ``log2(M / (M - 1)) / 2`` bits less (0.1 for 8 members). Limited to 0 ... 24 bits.
 
-    Parameters
-    ----------
-    volumes : (M, K) any unit
-
-    Returns
-    -------
-    (K,) float64, bit; NaN with fewer than two members, or where no member has the structure
+    `volumes` (M, K) are of any unit. Returns (K,) float64, NaN with fewer than two members, or where none has the
+    structure.
     """
     volumes = np.asarray(volumes, dtype=np.float64)
     bits = np.full(volumes.shape[1], np.nan)
@@ -143,13 +182,8 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
     """Mean vote entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
-    Parameters
-    ----------
-    labels : (X, Y, Z) uint8, consensus
-    entropy : (X, Y, Z) float32, bit
+    `labels` (X, Y, Z) uint8 are the consensus, `entropy` (X, Y, Z) float32 is in bit.
 
-    Examples
-    --------
     >>> mean_entropy(np.array([1, 1]), np.array([0.0, 1.0]), 3).tolist()
     [nan, 0.5, nan]
     """
@@ -165,10 +199,12 @@ def region_table(
     voxel_volume: float,
     entropy_means: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    """Return the variability of each structure over the perturbed members.
+    """Return the variability of each structure over the perturbed members, one row per structure.
 
     If all members are of the baseline family, they take the perturbed members' place; one member has a volume but no
-    spread (NaN).
+    spread (NaN). Columns are index, name and the measures that ``data/templates/columns.tsv`` describes; then the same
+    within each family, with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one
+    member.
 
     Parameters
     ----------
@@ -177,12 +213,6 @@ def region_table(
     labels : K labels, background first; it is left out of the table
     voxel_volume : mm3
     entropy_means : (K,) bit of each group of `group_members` with two members, see `mean_entropy`
-
-    Returns
-    -------
-    DataFrame, one row per structure
-        index, name and the measures that ``data/templates/columns.tsv`` describes; then the same within each family,
-        with ``_FAMILY`` after the name. NaN where a value does not exist, as all do in a family of one member.
     """
     columns = {"index": [int(label.index) for label in labels], "name": [label.name for label in labels]}
     dice = pairwise_dice(counts)
@@ -192,15 +222,16 @@ def region_table(
         mean, alone = volumes.mean(axis=0), len(members) < 2
         present = np.where(mean > 0, mean, np.nan)
         std = nothing if alone else volumes.std(axis=0, ddof=1)
-        least, average = _dice_summary(dice, members)
+        pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]  # (pairs, K)
+        n_pairs = (~np.isnan(pairs)).sum(axis=0)  # that have the structure at all
         measures = {
             "volume_mean": nothing if alone and group != ALL else mean,
             "volume_std": std,
             "cv": std / present,
             "sigbits": np.where(np.isnan(std / present), np.nan, significant_bits(mean, std)),
             "sigbits_lower": significant_bits_lower(volumes),
-            "dice_min": least,
-            "dice_mean": average,
+            "dice_min": np.fmin.reduce(pairs, axis=0, initial=np.nan),
+            "dice_mean": np.nansum(pairs, axis=0) / np.where(n_pairs > 0, n_pairs, np.nan),
             "entropy_mean": nothing if alone else entropy_means[group],
         }
         columns |= {name + suffix_of(group): values for name, values in measures.items()}
@@ -217,10 +248,3 @@ def members_table(
         for member, family, volumes in zip(members, families, counts.volumes, strict=True)
     ]
     return pd.concat(tables, ignore_index=True)[["member", "family", "index", "name", "volume"]]
-
-
-def _dice_summary(dice: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Least and mean Dice over the pairs of `members` that have the structure at all, (K,)."""
-    pairs = dice[np.ix_(members, members)][np.triu_indices(len(members), 1)]
-    count = (~np.isnan(pairs)).sum(axis=0)
-    return np.fmin.reduce(pairs, axis=0, initial=np.nan), np.nansum(pairs, axis=0) / np.where(count > 0, count, np.nan)
