@@ -21,7 +21,7 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.target import TargetEvaluation, encode_covariates, evaluate_target, prepare_target
-from bids_varaug.inputs.variables import participants_where, read_variables
+from bids_varaug.inputs.tables import participants_where, read_variables
 
 
 def evaluate(cohort: Cohort, table: Path, options: argparse.Namespace) -> TargetEvaluation:

@@ -48,7 +48,7 @@ def numerical_variability(
     participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Members absent in an observation are NaN; observations with fewer than two members of a feature do not count.
-    `dice_min` and `unreliable`, by feature, are of `read_regions`. Returns one row per feature, in the cohort's order;
+    `dice_min` and `unreliable`, by feature, are of `summarise_regions`. Returns one row per feature, in the cohort's order;
     ``data/templates/columns.tsv`` describes the columns. The ratio is infinite where nothing but numerical spread is
     seen, and NaN with fewer than two participants or in a feature that is constant.
     """
