@@ -15,11 +15,10 @@ members); they differ in how the copies scatter around it:
     transformed (log, ratios) before their covariance is taken. Kernel models have no such form: ``bayesian_ridge`` is
     fitted in their place.
 ``jitter``
-    control: Gaussian noise in place of the members' deviations, of the same total variance for each participant in
-    standardised features, equal in and independent over them: the effect of regularisation alone.
+    control: Gaussian noise of the same total variance for each participant, equal in and independent over the
+    standardised features: the effect of regularisation alone.
 ``shuffled``
-    control: the deviations of another participant. Of a linear model only the sum of all covariances matters, so that
-    this control equals ``members`` there; it differs for kernel models.
+    control: the deviations of another participant; equals ``members`` for linear models.
 
 Linear models are never fitted to copies, but to the sums of `augmentation_covariance`, whatever the augmentation.
 """
@@ -39,10 +38,7 @@ BLOCK = 2048
 
 
 def centers(cohort: Cohort, augmentation: str) -> np.ndarray:
-    """Return the one row that stands for each observation: baseline, or mean of the members; (R, F) float64.
-
-    A UserError says that this cohort cannot be augmented that way.
-    """
+    """Return the baseline or mean of the members, (R, F) float64; a UserError says that there are no members."""
     if augmentation == "none":
         return cohort.baseline
     if cohort.members is None:

@@ -71,8 +71,7 @@ class BiasCorrection:
     ``corrected = (predicted - intercept) / slope``, the line fitted to held-out predictions of training participants
     (de Lange & Cole 2020, NeuroImage: Clinical 26, 102229), and both NaN where the correction is withheld. Unlike
     corrections that subtract a line in the true age (Beheshti et al. 2019, NeuroImage: Clinical 24, 102063), it never
-    sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually a larger
-    error.
+    sees the age that is being predicted: less bias, and usually a larger error.
     """
 
     slope: float

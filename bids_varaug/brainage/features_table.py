@@ -55,8 +55,7 @@ def read_features_table(
     `require_age` are as of `assemble`. The `source` of the cohort (JSON types) has "kind" ("table"), "table" (file
     name), "ignored_columns" (reasons by name), "notes"; and what `assemble` adds.
 
-    A TableError says that the table cannot be read, or is damaged; lacks ids, or ages that are not in `people` either;
-    has two rows of the same image and member, or contradicting sites, sexes or ages; or ids that could mean several.
+    A TableError says that the table cannot be read, lacks ids or ages, has rows or people twice, or contradicts itself.
     """
     path = Path(path)
     columns = read_header(path)

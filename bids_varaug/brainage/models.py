@@ -121,8 +121,7 @@ def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> Regres
 class BrainAgeModel:
     """A fitted model of age, the models of its inner folds, and what they missed by.
 
-    The residuals, (N,), are absolute errors of the models of the inner folds on the participants held out, on the
-    model's scale of age; each has its fold and its weight, 1 in all per participant.
+    The residuals, (N,), are absolute errors on inner folds, on the model's scale of age, weighing 1 per participant.
     """
 
     names: tuple[str, ...]  # of the F features, in order

@@ -48,9 +48,8 @@ def numerical_variability(
     participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Members absent in an observation are NaN; observations with fewer than two members of a feature do not count.
-    `dice_min` and `unreliable`, by feature, are of `summarise_regions`. Returns one row per feature, in the cohort's order;
-    ``data/templates/columns.tsv`` describes the columns. The ratio is infinite where nothing but numerical spread is
-    seen, and NaN with fewer than two participants or in a feature that is constant.
+    `dice_min` and `unreliable` are of `summarise_regions`. Returns one row per feature, see
+    ``data/templates/columns.tsv``. The ratio is infinite where all spread is numerical, NaN where there is none.
     """
     if cohort.members is None:
         raise ValueError("numerical variability needs members; this cohort has one value per row")
