@@ -2,11 +2,15 @@ r"""Errors of brain-age models on tables, and whether numerical noise helps as a
 
     python benchmarks/brain_age.py tables DIR/*.tsv
     python benchmarks/brain_age.py transfer TRAIN.tsv TEST.tsv [--rows "group == 'TD'"]
+    python benchmarks/brain_age.py small DIR/*.tsv
     python benchmarks/brain_age.py transplant fcon1000_freesurfer.tsv --members OUTPUT_DIR \
         --out study.tsv --figure study.png
 
 ``tables``: MAE of grouped 5-fold cross-validation, uncorrected, beside plain ridge and the mean
 predictor; with ``--sites`` also whole sites held out.
+
+``small``: MAE of models fitted to few people drawn from a table, on all others, sites unknown; and in how many draws
+each is better than plain ridge on age.
 
 ``transplant``: true volumes are those of a table of FreeSurfer volumes. Each participant gets the
 numerical deviations of a donor, a real head segmented by every member: log-volumes drawn from the
@@ -34,6 +38,9 @@ from tempfile import TemporaryDirectory
 import matplotlib
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from bids_varaug.brainage.augment import AUGMENTATIONS
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
@@ -47,7 +54,7 @@ from bids_varaug.brainage.evaluate import (
 from bids_varaug.brainage.features import relative_volumes
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
-from bids_varaug.brainage.models import closed_form_model, fit_estimator, predict_ages
+from bids_varaug.brainage.models import ALPHAS, fit_estimator, predict_ages, resolve_model
 from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.derivatives.io import ENDING
 from bids_varaug.inputs.participants import read_people
@@ -84,7 +91,7 @@ def bench_tables(options: argparse.Namespace) -> None:
         cohort = read_features_table(path)
         for model in options.models:
             study = evaluate_brain_age(
-                cohort, model=model, seed=options.seed, repeats=options.repeats,
+                cohort, model=model, seed=options.seed,
                 log_volumes=options.log_volumes, curve_sizes=(), leave_site_out=options.sites,
             )  # fmt: skip
             scores = study.scores.copy()
@@ -100,6 +107,39 @@ def bench_tables(options: argparse.Namespace) -> None:
                 print(study.sites.round(2).to_string(index=False), flush=True)
     if options.out:
         pd.concat(tables).to_csv(options.out, sep="\t", index=False, na_rep="n/a")
+
+
+# --- small --------------------------------------------------------------------------------------
+
+
+def bench_small(options: argparse.Namespace) -> None:
+    """Print errors by the number of people, and how often each model beats plain ridge."""
+    rows = []
+    for path in options.tables:
+        cohort = _named_alike(path)
+        cohort = replace(cohort, people=cohort.people.assign(site=None))
+        if options.volumes:
+            cohort = by_brain(_with(cohort, [FREESURFER_NAMES.get(name, name) for name in STRUCTURES]))
+        for n in options.sizes:
+            for draw in range(options.repeats):
+                order = np.random.default_rng([draw, n]).permutation(len(cohort))
+                train, test = cohort.take(np.sort(order[:n])), cohort.take(np.sort(order[n:]))
+                plain = make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(train.baseline, train.age)
+                predicted = {"mean age": train.age.mean(), "plain ridge": plain.predict(test.baseline)}
+                for model in options.models:
+                    predicted[model] = predict_ages(fit_estimator(train, model, "none", draw)[0], test, "none")
+                if {"auto", "ridge"} <= set(options.models):
+                    predicted["auto + ridge"] = (predicted["auto"] + predicted["ridge"]) / 2
+                errors = {name: np.abs(ages - test.age).mean() for name, ages in predicted.items()}
+                rows.append({"table": path.stem, "n": n} | errors)
+        table = pd.DataFrame(rows)
+        part = table[table["table"] == path.stem].drop(columns="table")
+        print(path.stem, part.groupby("n").mean().round(2).to_string(), sep="\n", flush=True)
+    errors = table.drop(columns=["table", "n"])
+    better = errors.lt(errors["plain ridge"], axis=0).groupby(table["n"]).mean()
+    relative = errors.div(errors["plain ridge"], axis=0).groupby(table["n"]).mean()
+    print("error over that of plain ridge", relative.round(3).to_string(), sep="\n")
+    print("share of draws better than plain ridge", better.round(2).to_string(), sep="\n")
 
 
 # --- transfer -----------------------------------------------------------------------------------
@@ -183,7 +223,7 @@ def paired_study(
 ) -> pd.DataFrame:
     """Errors and paired gains of each contrast for each number of training participants."""
     # `analytic` is linear: compared with the linear model without augmentation.
-    fits = [(name, model, name) for name in AUGMENTATIONS] + [(LINEAR_MEAN, closed_form_model(model), "mean")]
+    fits = [(name, model, name) for name in AUGMENTATIONS] + [(LINEAR_MEAN, resolve_model(model, "analytic"), "mean")]
     studies = []
     for size in sizes:
         tables = []
@@ -274,10 +314,10 @@ def bench_simulated(options: argparse.Namespace) -> None:
     for what, cohort in (("measured", measured), ("true volumes", exact)):
         for relative, one in (("", cohort), (" / brain", by_brain(cohort))):
             study = evaluate_brain_age(
-                one, model=options.model, seed=options.seed, repeats=options.repeats,
+                one, model=options.model, seed=options.seed, gain_repeats=options.repeats,
                 curve_sizes=(), leave_site_out=False,
             )  # fmt: skip
-            print(f"{what}{relative}, {options.model}, {options.repeats} repeats")
+            print(f"{what}{relative}, {options.model}, folds drawn {options.repeats} times for gains")
             shown = study.scores[["augmentation", "n", "mae", "mae_low", "mae_high", "r"]]
             print(shown.round(3).to_string(index=False))
             print(study.gains.round(3).to_string(index=False), flush=True)
@@ -295,12 +335,18 @@ def main() -> None:
     part = parts.add_parser("tables", help="cross-validated errors")
     part.add_argument("tables", type=Path, nargs="+")
     part.add_argument("--models", nargs="+", default=["auto"])
-    part.add_argument("--repeats", type=int, default=1)
     part.add_argument("--sites", action="store_true", help="also leave out site after site")
     part.add_argument("--log-volumes", action="store_true", help="logarithms of volumes")
     part.add_argument("--seed", type=int, default=0)
     part.add_argument("--out", type=Path)
     part.set_defaults(run=bench_tables)
+    part = parts.add_parser("small", help="few people")
+    part.add_argument("tables", type=Path, nargs="+")
+    part.add_argument("--models", nargs="+", default=["auto", "ridge", "bayesian_ridge", "svr", "gpr"])
+    part.add_argument("--sizes", type=int, nargs="+", default=[12, 20, 30, 40, 60, 90, 130, 200])
+    part.add_argument("--volumes", action="store_true", help="the 31 volumes of aseg31 over their sum alone")
+    part.add_argument("--repeats", type=int, default=10)
+    part.set_defaults(run=bench_small)
     part = parts.add_parser("transfer", help="train on one table, test on another")
     part.add_argument("train", type=Path)
     part.add_argument("test", type=Path)

@@ -29,7 +29,8 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.evaluate import evaluate_brain_age
 from bids_varaug.brainage.features_table import read_features_table
 from bids_varaug.brainage.gather import gather_cohort
-from bids_varaug.brainage.models import fit_estimator
+from bids_varaug.brainage.models import fit_brain_age, fit_estimator
+from bids_varaug.brainage.variability import numerical_covariance, numerical_variability
 from bids_varaug.derivatives.io import ENDING
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.models.ensemble import load_ensemble
@@ -186,7 +187,7 @@ def bench_augmentation(options: argparse.Namespace) -> None:
             runs.append(time.process_time() - start)
         seconds[augmentation] = min(runs)
         predicted[augmentation] = estimator.predict(cohort.baseline)
-        print(f"{augmentation:10} {min(runs):8.3f} s cpu   {choice.as_dict()}", flush=True)
+        print(f"{augmentation:10} {min(runs):8.3f} s cpu   {choice}", flush=True)
     difference = np.abs(predicted["members"] - predicted["analytic"]).max()
     print(f"analytic is {seconds['members'] / seconds['analytic']:.1f} times faster")
     print(f"largest difference of predictions {difference:.1e} years")
@@ -196,7 +197,7 @@ def bench_augmentation(options: argparse.Namespace) -> None:
 
 
 def bench_study(options: argparse.Namespace) -> None:
-    """Evaluate ridge without augmentation and with `analytic`, 5 folds."""
+    """Evaluate a model with the augmentations, as the group level does, and the numerical variability."""
     with timed("make the cohort" if options.file is None else "read_features_table"):
         if options.file is None:
             cohort = make_cohort(options.participants, options.members, options.features)
@@ -209,9 +210,13 @@ def bench_study(options: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         study = evaluate_brain_age(
-            cohort, model="ridge", augmentations=("none", "analytic"), curve_sizes=(),
-            progress=show,
+            cohort, model=options.model, augmentations=options.augmentations, progress=show,
         )  # fmt: skip
+    with timed("fit_brain_age"):
+        fit_brain_age(cohort, options.model, "mean")
+    with timed("numerical_variability and numerical_covariance"):
+        numerical_variability(cohort)
+        numerical_covariance(cohort)
     print(study.scores.round(3).to_string(index=False))
     print(study.gains.round(4).to_string(index=False))
 
@@ -237,6 +242,8 @@ def main() -> None:
     part.add_argument("--repeats", type=int, default=3)
     part.set_defaults(run=bench_augmentation)
     part = parts.add_parser("study", help="cross-validation of a large cohort")
+    part.add_argument("--model", default="auto")
+    part.add_argument("--augmentations", nargs="+", help="default: all")
     part.add_argument("--participants", type=int, default=50000)
     part.add_argument("--members", type=int, default=21)
     part.add_argument("--features", type=int, default=31)

@@ -21,7 +21,7 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bids_varaug.models.ensemble import Ensemble, Member, load_ensemble, sha256_of
 from bids_varaug.variability.measures import pairwise_dice, region_counts
 
 NOT_JUDGED = -1
@@ -247,6 +248,18 @@ def print_origin(title: str, ensemble: str, heads: Sequence[Head]) -> None:
     people = {head.participant for head in heads}
     print(f"# {title}\n\n{date.today()}, {processor}, torch {torch.__version__}. "
           f"Ensemble `{ensemble}`; {len(heads)} heads of {len(people)} people.\n")  # fmt: skip
+
+
+def load_members(name: str) -> Ensemble:
+    """Load an ensemble, or the members in a folder of weights without a manifest, of the shipped network."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    if not files or (Path(name) / "manifest.json").exists():
+        return load_ensemble(name)
+    members = tuple(
+        Member(file.stem, file.stem.rstrip("0123456789"), 0, None, file.name, sha256_of(file)) for file in files
+    )
+    folder = Path(name).absolute()
+    return replace(load_ensemble("aseg31"), name=folder.name, directory=folder, members=members, trunk=None)
 
 
 def segmenting_parser(doc: str) -> argparse.ArgumentParser:

@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import atrophy
 import heads
 import minimum_dice
+import rescan
 import segment_heads
 import spread
 import validate_heads
 
 
-@pytest.mark.parametrize("module", [atrophy, heads, spread, validate_heads])
+@pytest.mark.parametrize("module", [atrophy, heads, rescan, spread, validate_heads])
 def test_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted and not result.failed
@@ -210,27 +211,51 @@ def test_minimum_dice_is_printed_beside_the_published(cache, shared_data, capsys
     assert "`mca`, 2 members" in out and "FastSurfer, verrou_sr" in out
 
 
-def test_atrophy_is_recovered_where_members_see_it():
-    shrunk = "Left-Hippocampus x 0.9"
-    rows = [
-        {"image": image, "member": member, "family": family, "Left-Hippocampus": volume,
-         "Right-Hippocampus": 100.0}
-        for image, volumes in {"original": (100, 100, 100), shrunk: (90, 92, 94)}.items()
-        for member, family, volume in zip(("ieee", "mca01", "mca02"), ("ieee", "mca", "mca"),
-                                          volumes, strict=True)
-    ]  # fmt: skip
-    change = atrophy.changes(pd.DataFrame(rows))
-    row = atrophy.summarise_image(shrunk, change.loc[[shrunk]])
-    assert (row["found"], row["by `ieee`"]) == pytest.approx((-7, -10))
-    assert (row["recovered"], row["SD mca"]) == pytest.approx((0.7, 2**0.5))
-    assert row["other side"] == row["others"] == 0
+def shrinking_ball(factor):
+    """Labels of a ball, and the field that scales its volume."""
+    distance = np.indices((40, 40, 40), np.float32) - 19.5
+    labels = (np.sqrt((distance**2).sum(axis=0)) < 9).astype(np.uint8)
+    return labels, ((slice(None),) * 3, distance * (factor ** (-1 / 3) - 1))
 
 
-def test_copies_in_which_nothing_changed_should_show_no_change():
-    rows = [
-        {"image": image, "member": member, "family": family, "Left-Hippocampus": volume}
-        for image, volumes in {"original": (100, 100), "rescan 1": (99, 98)}.items()
-        for member, family, volume in zip(("ieee", "mca01"), ("ieee", "mca"), volumes, strict=True)
-    ]
-    row = atrophy.summarise_image("rescan 1", atrophy.changes(pd.DataFrame(rows)))
-    assert row == pytest.approx({"injected": 0, "found": 2, "by `ieee`": 1})
+@pytest.mark.parametrize("factor", [0.95, 0.8, 1.1])
+def test_change_that_a_deformation_makes_is_that_of_its_factor(factor):
+    labels, field = shrinking_ball(factor)
+    made = atrophy.exchange_made(labels, field, 2)
+    assert atrophy.relative_change(made, 1, labels.sum()) == pytest.approx(100 * (factor - 1), abs=0.6)
+    assert made[0, 1] - made[1, 0] == pytest.approx(labels.sum() * (factor - 1), rel=0.1)
+    assert atrophy.deform(labels.astype(np.float32), [field]).sum() / labels.sum() == pytest.approx(factor, abs=0.006)
+
+
+def test_targets_that_move_the_same_voxels_are_refused():
+    labels, field = shrinking_ball(0.9)
+    with pytest.raises(SystemExit, match="24 mm apart"):
+        atrophy.deform(labels.astype(np.float32), [field, field])
+
+
+def test_recovery_is_of_the_members_own_label(capsys):
+    row = {"image": "17 x 0.9", "structure": "Left-Hippocampus", "volume": 5000, "reference": 4000, "found": -6.0,
+           "made": -9.0, "made in reference": -10.0}  # fmt: skip
+    flow = {"image": "17 x 0.9", "structure": "Left-Hippocampus", "neighbour": "Left-Amygdala"}
+    flow |= {"made": 90.0, "found": 60.0}
+    atrophy.print_results(pd.DataFrame([row, row]), pd.DataFrame([flow, flow]))
+    out = capsys.readouterr().out
+    assert "0.9|Left-Hippocampus|-10.000|-9.000|-6.000|0.667|1.250" in out
+    assert "Left-Hippocampus|Left-Amygdala|1.000|0.667" in out
+
+
+def test_scans_differ_beyond_what_members_do():
+    first = np.array([[99.0, 50], [101, 52]])
+    table = rescan.compare_scans(first, first * [1.1, 1])
+    assert table["scans"].tolist() == pytest.approx([100 * 0.1 / 1.05, 0])
+    assert table["paired SD"][1] == 0 and table["SD"][1] == pytest.approx(100 * 2**0.5 / 51)
+
+
+def test_weights_without_a_manifest_are_an_ensemble(tmp_path):
+    for name in ("seed01", "ieee"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x")
+    ensemble = heads.load_members(str(tmp_path))
+    assert [(member.id, member.family) for member in ensemble.members] == [("ieee", "ieee"), ("seed01", "seed")]
+    assert ensemble.trunk is None and heads.load_members("aseg31").trunk is not None
+
+

@@ -11,15 +11,16 @@ members); they differ in how the copies scatter around it:
     one row per member.
 ``analytic``
     the same for linear models in closed form: copies that scatter with covariance C_i around their mean add
-    ``sum_i w_i C_i`` to the normal equations, as does the Cholesky factor of that sum, appended to the centred design
-    as 2 F pseudo-rows (Bishop 1995, Neural Computation 7(1), 108-116). Features must be transformed (log, ratios)
-    before their covariance is taken. Kernel models have no such form: ``bayesian_ridge`` is fitted in their place.
+    ``sum_i w_i C_i`` to the normal equations (Bishop 1995, Neural Computation 7(1), 108-116). Features must be
+    transformed (log, ratios) before their covariance is taken. Kernel models have no such form: ``bayesian_ridge`` is
+    fitted in their place.
 ``jitter``
-    control: Gaussian noise in place of the members' deviations, of the same total variance for each participant in
-    standardised features, equal in and independent over them: the effect of regularisation alone.
+    control: Gaussian noise of the same total variance for each participant, equal in and independent over the
+    standardised features: the effect of regularisation alone.
 ``shuffled``
-    control: the deviations of another participant. Of a linear model only the sum of all covariances matters, so that
-    on one set of participants this control equals ``members`` there; it differs for kernel models.
+    control: the deviations of another participant; equals ``members`` for linear models.
+
+Linear models are never fitted to copies, but to the sums of `augmentation_covariance`, whatever the augmentation.
 """
 
 from __future__ import annotations
@@ -34,22 +35,18 @@ CONTROLS = ("jitter", "shuffled")
 """Augmentations by noise of another origin: what others are compared with, never chosen."""
 USES_MEMBERS = ("members", "analytic", "jitter", "shuffled")
 BLOCK = 2048
-PSEUDO_WEIGHT = 1e-9  # of a pseudo-row: none to speak of in means and counts
 
 
-def check_augmentation(cohort: Cohort, augmentation: str) -> None:
-    """Raise a UserError if this cohort cannot be augmented that way."""
-    if augmentation != "none" and cohort.members is None:
+def centers(cohort: Cohort, augmentation: str) -> np.ndarray:
+    """Return the baseline or mean of the members, (R, F) float64; a UserError says that there are no members."""
+    if augmentation == "none":
+        return cohort.baseline
+    if cohort.members is None:
         raise UserError(
             f"augmentation {augmentation!r} needs the features of at least two members, and these features have one "
             "value per observation. Use --augmentation none, or a table with a member column."
         )
-
-
-def centers(cohort: Cohort, augmentation: str) -> np.ndarray:
-    """Return the one row that stands for each observation: baseline, or mean of the members; (R, F) float64."""
-    check_augmentation(cohort, augmentation)
-    return cohort.baseline if augmentation == "none" or cohort.members is None else cohort.members.mean(axis=1)
+    return cohort.members.mean(axis=1)
 
 
 def augmented_members(
@@ -83,19 +80,33 @@ def draw_rows(
     return members.reshape(n * kept, n_features), np.repeat(np.arange(n), kept), np.repeat(weights / kept, kept)
 
 
-def pseudo_rows(members: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that add the members' summed covariance, and nothing else, to the normal equations of a linear model.
+def augmentation_covariance(
+    members: np.ndarray, weights: np.ndarray, augmentation: str, scale: np.ndarray
+) -> np.ndarray:
+    """What an augmentation adds to the weighted scatter of (R, M, F) members' means, in units of (F,) `scale`; (F, F).
 
-    For ``sum_i w_i C_i = L L'`` and the weighted mean c of all rows they are ``c + L_f / sqrt(2 e)`` and
-    ``c - L_f / sqrt(2 e)``, each with a small weight e; their target is the mean. A model that is fitted to the means
-    of the members and to these rows is then that of all members as rows.
-
-    Returns (2 F, F) rows and (2 F,) weights, for (R, M, F) members and (R,) weights.
+    For ``jitter`` the expectation of what `augmented_members` draws.
     """
-    center = np.average(members.mean(axis=1), axis=0, weights=weights)
-    values, axes = np.linalg.eigh(summed_covariances(members, weights))  # a Cholesky factor that may be singular
-    factor = (axes * np.sqrt(np.clip(values, 0, None))).T / np.sqrt(2 * PSEUDO_WEIGHT)
-    return np.concatenate([center + factor, center - factor]), np.full(2 * len(factor), PSEUDO_WEIGHT)
+    covariance = summed_covariances(members, weights) / np.outer(scale, scale)
+    return np.eye(len(scale)) * np.trace(covariance) / len(scale) if augmentation == "jitter" else covariance
+
+
+def rows_of_moments(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All that a linear model learns from any number of rows (1, z), z of D values, from 2 D rows of equal weight.
+
+    `moments`, (1 + D, 1 + D), is the rows' weighted ``sum w (1, z)' (1, z)``. Returns (2 D, D) rows with these
+    moments, and (2 D,) weights.
+
+    Examples
+    --------
+    >>> rows, weights = rows_of_moments(np.array([[4.0, 8.0], [8.0, 52.0]]))
+    >>> rows.round(6).tolist(), weights.tolist()
+    ([[5.0], [-1.0]], [2.0, 2.0])
+    """
+    weight, mean, n = moments[0, 0], moments[0, 1:] / moments[0, 0], len(moments) - 1
+    values, axes = np.linalg.eigh(moments[1:, 1:] / weight - np.outer(mean, mean))  # a root, singular or not
+    root = (axes * np.sqrt(n * np.clip(values, 0, None))).T
+    return np.concatenate([mean + root, mean - root]), np.full(2 * n, weight / (2 * n))
 
 
 def summed_covariances(members: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t
 
-BISECTIONS = 60
+BISECTIONS = 40  # to 1e-10 of the range
 CONFIDENCE = 0.95
 WORST_SHARE = 0.5  # of the slope: half the width of its confidence interval
 LEAST_R2 = 0.5
@@ -71,8 +71,7 @@ class BiasCorrection:
     ``corrected = (predicted - intercept) / slope``, the line fitted to held-out predictions of training participants
     (de Lange & Cole 2020, NeuroImage: Clinical 26, 102229), and both NaN where the correction is withheld. Unlike
     corrections that subtract a line in the true age (Beheshti et al. 2019, NeuroImage: Clinical 24, 102063), it never
-    sees the age that is being predicted, so that the corrected error is an honest one: less bias, and usually a larger
-    error.
+    sees the age that is being predicted: less bias, and usually a larger error.
     """
 
     slope: float
@@ -87,12 +86,9 @@ def fit_correction(predicted: np.ndarray, age: np.ndarray, weights: np.ndarray) 
     """Fit the line to held-out predictions of training participants, if they determine it well.
 
     With slope b and its standard error ``SE^2 = sum w e^2 / ((n - 2) sum w (age - mean)^2)``, e what the line misses
-    and n participants, it is withheld (NaN) unless both hold:
-
-    - ``t(0.975, n - 2) SE <= b / 2``: the confidence interval of the slope, which all corrected ages are divided by, is
-      within half of it and far from 0 (Fieller's g is at most 1/4).
-    - ``r^2 >= 1/2`` of prediction and age: what the line misses is divided by b too, to e / b, and below this r^2 that
-      is more than the ages' own standard deviation, by which the mean age misses.
+    and n participants, it is withheld (NaN) unless ``t(0.975, n - 2) SE <= b / 2`` (the interval of the slope, by which
+    all is divided, is within half of it: Fieller's g is at most 1/4) and ``r^2 >= 1/2`` of prediction and age (e / b is
+    otherwise more than the ages' own standard deviation, by which the mean age misses).
     """
     slope, intercept = weighted_line(age, predicted, weights)
     n = weights.sum()

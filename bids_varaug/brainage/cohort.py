@@ -62,9 +62,9 @@ class Cohort:
     @property
     def sites(self) -> np.ndarray | None:
         """Site of each participant, by observation; None where a site is unknown, or with fewer than 3 sites."""
-        first = self.people.groupby("participant_id")["site"].transform(lambda sites: sites.iloc[0])
-        sites = np.array([site if isinstance(site, str) else "" for site in first], dtype=object)
-        return None if "" in sites or len(set(sites)) < MIN_SITES else sites
+        first = self.people.drop_duplicates("participant_id").set_index("participant_id")["site"]
+        sites = self.people["participant_id"].map(first).to_numpy(object)
+        return None if pd.isna(sites).any() or "" in sites or len(set(sites)) < MIN_SITES else sites
 
     def missing(self) -> np.ndarray:
         """Whether an observation lacks a feature, in the baseline or any member, (R, F) bool."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,14 @@ from bids_varaug.brainage.cohort import Cohort, grouped_folds, participant_weigh
 from bids_varaug.brainage.features import LogVolumes
 from bids_varaug.brainage.models import (
     ALPHAS,
+    LINEAR_MODELS,
     MIN_PARTICIPANTS,
     VALUES,
     check_trainable,
-    closed_form_model,
     fit_brain_age,
     fit_estimator,
     predict_ages,
+    resolve_model,
 )
 from bids_varaug.variability.longitudinal import intraclass_correlation
 
@@ -41,8 +41,8 @@ CONTRASTS: dict[Contrast, str] = {
     ("members", "jitter"): "structure",
     ("members", "shuffled"): "structure",
 }
-"""What each gain shows, by augmentation and what it is compared with. ``mean``, ``members`` and the controls all are
-centred on the mean of the members, so that averaging is in none of the later gains."""
+"""What each gain shows. All but ``none`` are centred on the members' mean: averaging is in the first gain alone."""
+LIKE_MEMBERS = ("analytic", "shuffled")  # of linear models, by construction: fitted once
 TRIED = ("averaging", "augmentation")  # parts that are tried for what is best; others are controls
 ALPHA = 0.05  # of tests, as that of the 95 % intervals
 GAIN_REPEATS = 3  # of the folds, for gains: the interval of a single one is a fifth wider
@@ -60,7 +60,7 @@ class Evaluation:
     """How well age is predicted out of sample, and what each augmentation changed.
 
     Ages and everything derived from them in years. A score is a mean over participants, each with the same weight
-    however many observations it has; of several repeats, predictions are averaged for the table, errors for the scores.
+    however many observations it has.
 
     Columns are described in ``data/templates/columns.tsv``. A table that does not apply is empty.
     """
@@ -69,14 +69,13 @@ class Evaluation:
     # Per augmentation, and of ``mean_predictor`` (the mean age), ``site_predictor`` (the mean age of the site; where
     # there are 3 or more) and ``ridge`` (on age, not augmented): `agreement_scores`, and a bootstrap over participants.
     scores: pd.DataFrame
-    # Per contrast of `CONTRASTS`, see `compare_losses`; ``analytic`` is compared with ``mean, linear model`` where the
-    # model asked for is not linear: the change of model is no effect of augmentation.
+    # Of `compare_losses`; ``analytic`` is compared with the linear ``mean`` where the model asked for is not linear.
     gains: pd.DataFrame
     learning_curve: pd.DataFrame  # per number of training participants and augmentation
     sites: pd.DataFrame  # leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor
     reliability: pd.DataFrame  # `intraclass_correlation` of predictions and features
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Choice` of the fit to all, by augmentation
-    settings: dict[str, Any] = field(default_factory=dict)  # model, cv_folds, repeats, seed, n_participants, ...
+    settings: dict[str, Any] = field(default_factory=dict)  # model, cv_folds, seed, n_participants, ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ class Split:
     """Observations to train on and to test, as masks."""
 
     kind: str  # "folds", "repeats", "curve" or "site"
-    of: Any  # the repeat, the number of training participants, or the site that is held out
+    of: Any  # the draw of the folds, the number of training participants, or the site that is held out
     fold: int
     train: np.ndarray
     test: np.ndarray
@@ -96,17 +95,17 @@ class Split:
 
 
 def make_splits(
-    cohort: Cohort, cv_folds: int, repeats: int, seed: int, *, gain_repeats: int = 0, curve_sizes: Iterable[int] = (),
+    cohort: Cohort, cv_folds: int, seed: int, *, gain_repeats: int = 1, curve_sizes: Iterable[int] = (),
     leave_site_out: bool = False, strata: np.ndarray | None = None,
 ) -> list[Split]:  # fmt: skip
-    """Splits of participants: folds of each repeat (its seed is ``seed + repeat``), learning curve, held-out sites.
+    """Splits of participants: folds (the seed of each draw is ``seed + draw``), learning curve, held-out sites.
 
-    Repeats up to `gain_repeats`, of the kind "repeats", are for gains alone. Of the learning curve, smaller training
-    samples are part of larger ones, within the folds of the first repeat; sizes that these do not have are left out.
+    Draws after the first, of the kind "repeats", are for gains alone. Of the learning curve, smaller training samples
+    are part of larger ones, within the folds of the first draw; sizes that these do not have are left out.
     """
     splits = []
-    for repeat in range(max(repeats, gain_repeats)):
-        kind = "folds" if repeat < repeats else "repeats"
+    for repeat in range(gain_repeats):
+        kind = "repeats" if repeat else "folds"
         folds = grouped_folds(cohort.groups, cv_folds, seed + repeat, strata)
         splits += [Split(kind, repeat, k, folds != k, folds == k, seed + repeat) for k in range(folds.max() + 1)]
     first = [split for split in splits if split.of == 0]
@@ -125,11 +124,9 @@ def make_splits(
 def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
     """Decide of each gain whether it helps; files and reports only repeat it.
 
-    It helps where its interval lies above 0 and its p-value, corrected for the number of augmentations tried, is below
-    0.05: the best of several is chosen. It harms where the same holds below 0.
-
-    Adds to a table with part, low, high (95 % interval) and p_value the columns p_corrected (Bonferroni; comparisons
-    with controls do not count as tried) and effect ("helps", "harms" or "unclear").
+    It helps where its interval (low, high) lies above 0 and its p-value, corrected for the number of augmentations
+    tried (Bonferroni, without controls), is below 0.05; it harms where the same holds below 0. Adds the columns
+    p_corrected and effect ("helps", "harms" or "unclear").
     """
     tried = gains["part"].isin(TRIED).sum()
     p_corrected = (gains["p_value"].astype(float) * max(tried, 1)).clip(upper=1.0)
@@ -151,47 +148,42 @@ def best_of(gains: pd.DataFrame, losses: pd.Series) -> str:
 
 def evaluate_brain_age(
     cohort: Cohort, *, model: str = "auto", augmentations: Sequence[str] | None = None, cv_folds: int = 5,
-    repeats: int = 1, seed: int = 0, log_volumes: bool = False, coverage: float = 0.9,
-    gain_repeats: int = GAIN_REPEATS, curve_sizes: Sequence[int] = CURVE_SIZES, leave_site_out: bool = True,
-    n_bootstrap: int = N_BOOTSTRAP, progress: Callable[[int, int], None] = lambda done, total: None,
+    seed: int = 0, log_volumes: bool = False, coverage: float = 0.9, gain_repeats: int = GAIN_REPEATS,
+    curve_sizes: Sequence[int] = CURVE_SIZES, leave_site_out: bool = True, n_bootstrap: int = N_BOOTSTRAP,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:  # fmt: skip
     """Score a model with every augmentation on the same held-out participants.
 
-    Repeated K-fold cross-validation, folds grouped by participant. Everything that is fitted (scaling, hyperparameters,
-    correction of age bias, prediction intervals of this `coverage`) is fitted within the training folds.
+    K-fold cross-validation, folds grouped by participant, drawn `gain_repeats` times for gains. Everything that is
+    fitted (scaling, hyperparameters, correction of age bias, prediction intervals of this `coverage`) is fitted within
+    the training folds.
 
-    Observations without age are left out; a UserError says that fewer than 10 participants have one. `augmentations`
-    are of `tried_augmentations`, splits of `make_splits`, fits of `fit_brain_age`. `progress` is called with the number
-    of fits done and of all fits.
+    Observations without age are left out; a UserError says that fewer than 10 participants have one. See also
+    `tried_augmentations`, `make_splits` and `fit_brain_age`. `progress` gets the number of splits done and of all.
     """
     augmentations = tried_augmentations(cohort, augmentations)
-    for augmentation in augmentations:
-        known = check_trainable(cohort, augmentation, MIN_PARTICIPANTS)
-    cohort = known
+    cohort, gain_repeats = check_trainable(cohort, MIN_PARTICIPANTS), gain_repeats if len(augmentations) > 1 else 1
     splits = make_splits(
-        cohort, cv_folds, repeats, seed, gain_repeats=gain_repeats, curve_sizes=curve_sizes,
-        leave_site_out=leave_site_out,
+        cohort, cv_folds, seed, gain_repeats=gain_repeats, curve_sizes=curve_sizes, leave_site_out=leave_site_out,
     )  # fmt: skip
-    linear = closed_form_model(model) if "analytic" in augmentations else model
-    done, n_fits = count(1), len(augmentations) * (len(splits) + 1)
-
-    def tick() -> None:
-        progress(next(done), n_fits)
-
-    how = (model, linear, log_volumes, coverage)
-    table = pd.concat([_held_out(cohort, split, augmentations, tick, *how) for split in splits], ignore_index=True)
-    chosen = {}
-    for augmentation in augmentations:
-        chosen[augmentation] = asdict(fit_estimator(cohort, model, augmentation, seed, log_volumes=log_volumes)[1])
-        tick()
+    asked, model = model, resolve_model(model, "none", len(cohort))  # the same for all sizes of the learning curve
+    linear = resolve_model(model, "analytic") if "analytic" in augmentations else model
+    tables = []
+    for done, split in enumerate(splits, 1):
+        tables.append(_held_out(cohort, split, augmentations, model, linear, log_volumes, coverage))
+        progress(done, len(splits))
+    table = pd.concat(tables, ignore_index=True)
+    table["participant_id"] = table["participant_id"].astype("category")  # faster to group by, where there are many
+    fits = {name: fit_estimator(cohort, model, name, seed, log_volumes=log_volumes) for name in augmentations}
+    chosen = {name: asdict(choice) for name, (_, choice) in fits.items()}
     rng = np.random.default_rng([seed, 1])
     folds = table[table["kind"] == "folds"]
     # Withheld in one fold, from all: the gaps of some people alone would mislead.
     withheld = folds["corrected"].isna().groupby(folds["augmentation"]).transform("any")
     folds = folds.assign(corrected=folds["corrected"].mask(withheld))
-    means = folds.groupby(["augmentation", "observation"])[list(VALUES)].mean()
     people = pd.concat([cohort.people[IDS].assign(augmentation=name) for name in augmentations], ignore_index=True)
-    predictions = people.join(means, on=["augmentation", "observation"])
+    key = ["augmentation", "observation"]
+    predictions = people.join(folds.set_index(key)[list(VALUES)], on=key)
     against = {("analytic", "mean"): LINEAR_MEAN} if linear != model else {}
     gains = compare_losses(table[table["kind"].isin(["folds", "repeats"])], against)
     return Evaluation(
@@ -199,7 +191,7 @@ def evaluate_brain_age(
         _learning_curve(table, augmentations, rng), _site_errors(table, augmentations),
         _reliability(predictions, cohort), chosen,
         settings={
-            "model": model, "augmentations": augmentations, "cv_folds": cv_folds, "repeats": repeats, "seed": seed,
+            "model": asked, "augmentations": augmentations, "cv_folds": cv_folds, "seed": seed,
             "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(cohort.groups)),
             "n_observations": len(cohort), "n_features": len(cohort.names),
             "n_sites": sum(split.kind == "site" for split in splits),
@@ -218,8 +210,8 @@ def tried_augmentations(cohort: Cohort, asked: Sequence[str] | None) -> list[str
 
 
 def _held_out(
-    cohort: Cohort, split: Split, augmentations: Sequence[str], tick: Callable[[], None], model: str, linear: str,
-    log_volumes: bool, coverage: float,
+    cohort: Cohort, split: Split, augmentations: Sequence[str], model: str, linear: str, log_volumes: bool,
+    coverage: float,
 ) -> pd.DataFrame:  # fmt: skip
     """Predictions of one split by each augmentation and by what they are compared with; intervals of folds only."""
     train, test = cohort.take(split.train), cohort.take(split.test)
@@ -229,15 +221,17 @@ def _held_out(
         predictions[LINEAR_MEAN] = predict_ages(estimator, test, "mean")
     ids = test.people[IDS]
     tables = [ids.assign(predicted=predicted, augmentation=name) for name, predicted in predictions.items()]
-    for augmentation in augmentations:
-        if split.kind == "folds":
-            fitted = fit_brain_age(train, model, augmentation, split.seed, log_volumes=log_volumes, min_participants=2)
-            table = fitted.predict(test, coverage)
+    found: dict[str, pd.DataFrame] = {}
+    for name in augmentations:
+        if model in LINEAR_MODELS and name in LIKE_MEMBERS and "members" in found:
+            found[name] = found["members"]
+        elif split.kind == "folds":
+            fitted = fit_brain_age(train, model, name, split.seed, log_volumes=log_volumes, min_participants=2)
+            found[name] = fitted.predict(test, coverage)
         else:
-            estimator, _ = fit_estimator(train, model, augmentation, split.seed, log_volumes=log_volumes)
-            table = ids.assign(predicted=predict_ages(estimator, test, augmentation))
-        tables.append(table.assign(augmentation=augmentation))
-        tick()
+            estimator, _ = fit_estimator(train, model, name, split.seed, log_volumes=log_volumes)
+            found[name] = ids.assign(predicted=predict_ages(estimator, test, name))
+    tables += [table.assign(augmentation=name) for name, table in found.items()]
     table = pd.concat(tables, ignore_index=True)
     losses = (table["predicted"] - table["age"]).abs()
     return split.label(table).assign(loss=losses, n_train=len(np.unique(train.groups)))
@@ -258,17 +252,16 @@ def _simple_predictions(train: Cohort, test: Cohort, by_site: bool, log_volumes:
 
 def participant_losses(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Mean loss of each participant (and of each value of the columns `by`), a column per augmentation."""
-    return table.pivot_table(index=[*by, "participant_id"], columns="augmentation", values="loss")
+    return table.pivot_table(index=[*by, "participant_id"], columns="augmentation", values="loss", observed=True)
 
 
 def _score(folds: pd.DataFrame, names: Sequence[str], rng: np.random.Generator, n_bootstrap: int) -> pd.DataFrame:
     errors = participant_losses(folds)
     errors = errors[[name for name in names if name in errors]]
     low, high = bootstrap_interval(errors.to_numpy(), rng, n_bootstrap)
-    parts = folds.groupby(["augmentation", "of"], sort=False)
-    by_repeat = [{"augmentation": name} | agreement_scores(part) for (name, _), part in parts]
-    scores = pd.DataFrame(by_repeat).groupby("augmentation").mean().loc[list(errors)]
-    return scores.assign(n=len(errors), mae_low=low, mae_high=high).reset_index()[list(SCORE_COLUMNS)]
+    parts = dict(iter(folds.groupby("augmentation")))
+    scores = pd.DataFrame([{"augmentation": name} | agreement_scores(parts[name]) for name in errors])
+    return scores.assign(n=len(errors), mae_low=low, mae_high=high)[list(SCORE_COLUMNS)]
 
 
 def compare_losses(
@@ -294,7 +287,7 @@ def compare_losses(
             continue
         # Models that are equal by construction differ by rounding, which a test would find.
         difference = (losses[base] - losses[name]).round(6)
-        gain, n = difference.mean(), difference.groupby("participant_id").ngroups
+        gain, n = difference.mean(), difference.groupby("participant_id", observed=True).ngroups
         variance = difference.groupby("of").var(ddof=1).mean() / n  # of the mean, were the models given
         n_test = n * folds["of"].nunique() / len(runs)
         error = np.sqrt(variance * n / n_test * (1 / len(runs) + n_test / runs["n_train"].mean()))
@@ -330,8 +323,10 @@ def _site_errors(table: pd.DataFrame, augmentations: Sequence[str]) -> pd.DataFr
 
 def _reliability(predictions: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
     several = (np.bincount(cohort.groups) > 1).sum() > 1
-    parts = predictions.groupby("augmentation", sort=False)["predicted"]
-    values = [("prediction", name, part.to_numpy()) for name, part in parts]
+    parts = predictions.groupby("augmentation", sort=False)
+    # Models that know no more than the mean age predict that of the fold, the same for all images of a person.
+    told = {name: 1 if r2_score(part["age"], part["predicted"]) > 0 else np.nan for name, part in parts}
+    values = [("prediction", name, part["predicted"].to_numpy() * told[name]) for name, part in parts]
     values += [("feature", name, x) for name, x in zip(cohort.names, cohort.baseline.T, strict=True)]
     rows = [
         {"kind": kind, "name": name} | intraclass_correlation(x, cohort.groups) for kind, name, x in values if several
@@ -369,8 +364,7 @@ def agreement_scores(table: pd.DataFrame) -> dict[str, float]:
 def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, n_draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Confidence interval (95 %, percentile bootstrap) of means over P participants; (P, A) to (A,), (A,).
 
-    Models are not fitted again: the interval is about which people were looked at, not about which people the models
-    were trained on. The same people are drawn for all A quantities.
+    Models are not fitted again: the interval takes them as given. The same people are drawn for all A quantities.
     """
     n = len(values)
     means = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) @ values / n for _ in range(n_draws)])

@@ -55,14 +55,7 @@ def read_features_table(
     `require_age` are as of `assemble`. The `source` of the cohort (JSON types) has "kind" ("table"), "table" (file
     name), "ignored_columns" (reasons by name), "notes"; and what `assemble` adds.
 
-    Raises
-    ------
-    TableError
-        If the table cannot be read, is damaged or truncated; lacks participant ids, or ages that are not in `people`
-        either; has two rows of the same participant, session, run and member; or a participant in two sites, of two
-        sexes, or of two ages in one session; or ids that could mean several of `people`.
-    CohortError
-        As `assemble`.
+    A TableError says that the table cannot be read, lacks ids or ages, has rows or people twice, or contradicts itself.
     """
     path = Path(path)
     columns = read_header(path)
@@ -99,7 +92,7 @@ def read_features_table(
         names = [name for name in names if name not in leaks]
         told = [f"{name} ({why})" for name, why in ignored.items() if not why.startswith("no numbers")]
         if told:
-            notes.append(f"{path.name}: left out because they do not measure the brain: {some(told)}.")
+            notes.append(f"{path.name}: columns that are not used as features: {some(told)}.")
     found = Gathered(frame, values, present, tuple(member_ids), tuple(names), left_out, age_reasons)
     source = {"kind": "table", "table": path.name, "ignored_columns": ignored, "notes": notes}
     return assemble(found, source, "", features=features, require_age=require_age)

@@ -49,14 +49,8 @@ def gather_cohort(
     version), "sloppy", "sha256" by member, "families" (ids of the used perturbed members by family), "notes" (on ids
     that participants.tsv spells differently); and what `assemble` adds.
 
-    Raises
-    ------
-    NoInputError
-        If this is no output of the participant level, or has no such table.
-    MixedDerivativesError
-        If they were not all made by one ensemble and version, as far as that can be told; each is listed.
-    CohortError
-        If nobody is left.
+    A NoInputError says that this is no output of the participant level, or has no such table; a MixedDerivativesError
+    lists what was not made by one ensemble and version, as far as can be told; a CohortError says that nobody is left.
     """
     output_dir = Path(output_dir)
     root = provenance.read_root(output_dir)

@@ -190,8 +190,8 @@ def _check_same_source(model: BrainAgeModel | TargetModel, cohort: Cohort) -> li
     outside = int(((cohort.age < low) | (cohort.age > high)).sum())
     if outside:
         notes.append(
-            f"{outside} images are of people outside the ages of training, {low:g} to {high:g} years; their "
-            "predictions are extrapolated."
+            f"{outside} {'image is of a person' if outside == 1 else 'images are of people'} outside the ages of "
+            f"training, {low:g} to {high:g} years; predictions there are extrapolated."
         )
     return notes
 

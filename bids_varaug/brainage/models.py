@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from typing import Any
@@ -21,11 +21,11 @@ from sklearn.svm import SVR
 
 from bids_varaug.brainage.augment import (
     USES_MEMBERS,
+    augmentation_covariance,
     augmented_members,
     centers,
-    check_augmentation,
     draw_rows,
-    pseudo_rows,
+    rows_of_moments,
 )
 from bids_varaug.brainage.calibration import BiasCorrection, cross_conformal_interval, fit_correction
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
@@ -33,8 +33,7 @@ from bids_varaug.brainage.features import LogVolumes
 from bids_varaug.errors import UserError
 
 LINEAR_MODELS = ("ridge", "bayesian_ridge")
-# What ``auto`` averages. At a new site kernel models fall back to the mean where there were no training people, and
-# linear ones extrapolate: they fail in different places.
+# What ``auto`` averages: at a new site kernel models fall back to the mean, linear ones extrapolate.
 AVERAGED, AVERAGED_OVER_SITES = ("svr", "gpr"), ("bayesian_ridge", "svr", "gpr")
 ALPHAS = np.logspace(-1, 6, 22)
 # Kernel exp(-WIDTH |x - x'|^2 / F): features are standardised, so that the squared distance of two people is about 2 F.
@@ -55,10 +54,10 @@ VALUES = ("predicted", "corrected", "lower", "upper", "sd_num")
 
 @dataclass(frozen=True)
 class Choice:
-    """What is decided before a model is fitted; `inner_mae` is the error in years by which it was chosen.
+    """What is decided before a model is fitted.
 
-    `model` is a key of `GRIDS`, or ``average`` (equal weights on several; its `hyperparameters` are those
-    of each); `log_age` whether it predicts ``log(age + 1)``.
+    `model` is a key of `GRIDS`, or ``average`` (equal weights; its `hyperparameters` are those of each); `log_age`
+    whether it predicts ``log(age + 1)``; `inner_mae` the error in years by which it was chosen.
     """
 
     model: str
@@ -67,9 +66,10 @@ class Choice:
     inner_mae: float = float("nan")
 
 
-def closed_form_model(model: str) -> str:
-    """Return the model that ``analytic`` fits where this one is asked for."""
-    return model if model in LINEAR_MODELS else "bayesian_ridge"
+def resolve_model(model: str, augmentation: str, n_observations: int = 0) -> str:
+    """The model that is fitted: a linear one with ``analytic``, and for ``auto`` with more than 5,000 observations."""
+    linear = augmentation == "analytic" or (model == "auto" and n_observations > MAX_KERNEL_ROWS)
+    return "bayesian_ridge" if linear and model not in LINEAR_MODELS else model
 
 
 def to_scale(age: np.ndarray, log_age: bool) -> np.ndarray:
@@ -121,8 +121,7 @@ def _regressor(model: str, values: Mapping[str, Any], n_features: int) -> Regres
 class BrainAgeModel:
     """A fitted model of age, the models of its inner folds, and what they missed by.
 
-    The residuals, (N,), are absolute errors of the models of the inner folds on the participants held out, on the
-    model's scale of age; each has its fold and its weight, 1 in all per participant.
+    The residuals, (N,), are absolute errors on inner folds, on the model's scale of age, weighing 1 per participant.
     """
 
     names: tuple[str, ...]  # of the F features, in order
@@ -173,23 +172,22 @@ def fit_brain_age(
        without, and see at most 5,000 rows, that is, members drawn at random for each observation.
     3. The same without each of 5 folds of participants, for intervals and the correction of bias.
 
-    Observations without age are left out. ``analytic`` fits bayesian_ridge in place of svr, gpr and auto. With
-    `log_volumes`, see `features.LogVolumes`, numerical noise is augmented as it stands on the logarithmic scale. The
-    seed is that of folds and drawn noise. A UserError says that there are fewer than `min_participants` participants
-    with age, one age for all, features not finite, an augmentation that needs members where there are none, or a kernel
-    model with more than 5,000 observations.
+    Observations without age are left out. ``analytic`` fits bayesian_ridge in place of svr, gpr and auto. `log_volumes`
+    are those of `features.LogVolumes`, noise included. The seed is that of folds and drawn noise. A UserError says that
+    there are fewer than `min_participants` participants with age, one age for all, features not finite, an augmentation
+    that needs members where there are none, or a kernel model with more than 5,000 observations.
     """
-    cohort = check_trainable(cohort, augmentation, min_participants)
+    cohort = check_trainable(cohort, min_participants)
     training = _Training(cohort, augmentation, seed, log_volumes)
     chosen = training.choose(model)
     fold_estimators, held_out = [], np.zeros(len(cohort))
     for k in range(training.folds.max() + 1):
         test = training.folds == k
-        fold_estimators.append(training.fit(chosen, np.flatnonzero(~test)))
+        fold_estimators.append(training.fit(chosen, k))
         held_out[test] = predict_ages(fold_estimators[k], cohort.take(test), augmentation)
     return BrainAgeModel(
         names=tuple(cohort.names),
-        estimator=training.fit(chosen, np.arange(len(cohort))),
+        estimator=training.fit(chosen),
         fold_estimators=tuple(fold_estimators),
         residuals=np.abs(to_scale(held_out, chosen.log_age) - to_scale(cohort.age, chosen.log_age)),
         residual_folds=training.folds, residual_weights=training.weights,
@@ -206,10 +204,10 @@ def fit_estimator(
     cohort: Cohort, model: str, augmentation: str, seed: int, *, log_volumes: bool = False
 ) -> tuple[BaseEstimator, Choice]:
     """Choose and fit as `fit_brain_age` does, without intervals and correction, where only predictions are wanted."""
-    cohort = check_trainable(cohort, augmentation, 2)
+    cohort = check_trainable(cohort, 2)
     training = _Training(cohort, augmentation, seed, log_volumes)
     chosen = training.choose(model)
-    return training.fit(chosen, np.arange(len(cohort))), chosen
+    return training.fit(chosen), chosen
 
 
 def predict_ages(estimator: BaseEstimator, cohort: Cohort, augmentation: str) -> np.ndarray:
@@ -235,9 +233,8 @@ def _predict(estimator: BaseEstimator, x: np.ndarray) -> np.ndarray:
     return np.concatenate([estimator.predict(x[start : start + PREDICTED_ROWS]) for start in starts])
 
 
-def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) -> Cohort:
+def check_trainable(cohort: Cohort, min_participants: int) -> Cohort:
     """Return the observations with age, if a model can be fitted to them; for errors see `fit_brain_age`."""
-    check_augmentation(cohort, augmentation)
     known = np.isfinite(cohort.age)
     n = len(np.unique(cohort.groups[known]))
     if n < min_participants:
@@ -258,11 +255,13 @@ def check_trainable(cohort: Cohort, augmentation: str, min_participants: int) ->
 
 
 def _ridge_path(x: np.ndarray, age: np.ndarray, weights: np.ndarray, x_test: np.ndarray, log_age: bool) -> np.ndarray:
-    """Predictions of ridge with every penalty, from one fit: each is the penalty of a target of its own."""
+    """Predictions of ridge with each of `ALPHAS`, from one decomposition; (R, A), on the scale of age."""
     scaler = StandardScaler().fit(x, sample_weight=weights)
-    targets = np.repeat(to_scale(age, log_age)[:, None], len(ALPHAS), axis=1)
-    ridge = Ridge(ALPHAS, solver="cholesky").fit(scaler.transform(x), targets, sample_weight=weights)
-    return ridge.predict(scaler.transform(x_test))
+    z, target = scaler.transform(x), to_scale(age, log_age)
+    weighted, mean = (z * weights[:, None]).T, np.average(target, weights=weights)
+    values, axes = np.linalg.eigh(weighted @ z)
+    along = axes.T @ (weighted @ (target - mean))
+    return mean + scaler.transform(x_test) @ axes @ (along[:, None] / (values[:, None] + ALPHAS))
 
 
 class _Training:
@@ -281,11 +280,12 @@ class _Training:
                 self.members = self.logs.transform(flat).reshape(self.members.shape)
                 self.x = self.members.mean(axis=1)
         self.folds = grouped_folds(self.groups, INNER_FOLDS, seed)
+        self.choice_folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, seed)
+        self._moments: dict[int, np.ndarray] = {}
 
     def choose(self, model: str) -> Choice:
         """Choose scale of age and hyperparameters by the error in held-out sites or participants."""
-        if self.augmentation == "analytic" or (model == "auto" and len(self.x) > MAX_KERNEL_ROWS):
-            model = closed_form_model(model)
+        model = resolve_model(model, self.augmentation, len(self.x))
         if model not in ("auto", *LINEAR_MODELS) and len(self.x) > MAX_KERNEL_ROWS:
             raise UserError(
                 f"{model} with {len(self.x)} observations: its cost grows with their square, and more than "
@@ -295,53 +295,78 @@ class _Training:
         best = []
         for log_age in (False, True):
             names = averaged if model == "auto" else (model,)
-            options = [min(self._options(name, log_age), key=itemgetter(0)) for name in names]
-            held_out = np.mean([predictions for _, _, predictions in options], axis=0)
-            choice = options[0][1]
+            parts = [self._best_setting(name, log_age) for name in names]
+            held_out = np.mean([predictions for _, predictions in parts], axis=0)
+            choice = parts[0][0]
             if model == "auto":
-                parts = {part.model: dict(part.hyperparameters) for _, part, _ in options}
-                choice = Choice("average", log_age, parts)
+                choice = Choice("average", log_age, {part.model: dict(part.hyperparameters) for part, _ in parts})
             best.append((self._error(held_out, log_age), choice))
         mae, choice = min(best, key=itemgetter(0))
         return replace(choice, inner_mae=mae)
 
-    def _options(self, model: str, log_age: bool) -> Iterator[tuple[float, Choice, np.ndarray]]:
-        """Every setting of a model: its error in years, itself, and held-out predictions on its own scale of age."""
+    def _best_setting(self, model: str, log_age: bool) -> tuple[Choice, np.ndarray]:
+        """The setting of least error, and its held-out predictions on the scale of age."""
         settings = [Choice(model, log_age, values) for values in ParameterGrid(GRIDS[model])]
-        folds = self.folds if self.sites is None else grouped_folds(self.sites, INNER_FOLDS, self.seed)
         held_out = np.zeros((len(self.x), len(settings)))
-        for k in range(folds.max() + 1):
-            train, test = np.flatnonzero(folds != k), folds == k
-            rows = self._rows(train, settings[0], augment=model in LINEAR_MODELS)
+        for k in range(self.choice_folds.max() + 1):
+            test = self.choice_folds == k
+            rows = self._rows(self.choice_folds, k, settings[0], augment=False)
             if model == "ridge":
                 held_out[test] = _ridge_path(*rows, self.x[test], log_age)
             else:
                 fitted = [fit_weighted(choice, *rows).predict(self.x[test]) for choice in settings]
                 held_out[test] = to_scale(np.stack(fitted, axis=1), log_age)
-        for choice, column in zip(settings, held_out.T, strict=True):
-            yield self._error(column, log_age), choice, column
+        best = int(np.argmin([self._error(column, log_age) for column in held_out.T]))
+        return settings[best], held_out[:, best]
 
     def _error(self, held_out: np.ndarray, log_age: bool) -> float:
         return float(np.average(np.abs(from_scale(held_out, log_age) - self.age), weights=self.weights))
 
-    def fit(self, choice: Choice, rows: np.ndarray) -> BaseEstimator:
-        """Fit what was chosen to these observations' augmented rows."""
-        fitted = fit_weighted(choice, *self._rows(rows, choice))
+    def fit(self, choice: Choice, without: int = -1) -> BaseEstimator:
+        """Fit what was chosen to all augmented rows, or without one fold."""
+        fitted = fit_weighted(choice, *self._rows(self.folds, without, choice))
         return fitted if self.logs is None else make_pipeline(self.logs, fitted)
 
     def _rows(
-        self, rows: np.ndarray, choice: Choice, augment: bool = True
+        self, folds: np.ndarray, without: int, choice: Choice, augment: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features, ages and weights of the training rows made from these observations."""
+        """Features, ages and weights of the training rows made from all observations but those of one fold.
+
+        Kernel models get the members as rows, if `augment`; linear ones get few rows with the same moments.
+        """
+        rows = np.flatnonzero(folds != without)
         x, age, weights = self.x[rows], self.age[rows], self.weights[rows]
+        n_values = x.shape[1] + 1
+        if choice.model in LINEAR_MODELS:
+            if self.members is None and len(rows) <= 2 * n_values:
+                return x, age, weights
+            moments = self._fold_moments(folds)[np.arange(folds.max() + 1) != without].sum(axis=0)
+            kept = np.array([*range(n_values - 1), n_values - 1 + choice.log_age])
+            z, weights = rows_of_moments(moments[np.ix_([0, *kept + 1], [0, *kept + 1])])
+            z = self._center[kept] + z * self._scale[kept]
+            return z[:, :-1], np.exp(z[:, -1]) - AGE_OFFSET if choice.log_age else z[:, -1], weights
         if self.members is None or not augment:
             return x, age, weights
         rng = np.random.default_rng([self.seed, len(rows)])
         members = augmented_members(self.members[rows], weights, self.groups[rows], self.augmentation, rng)
-        if choice.model not in LINEAR_MODELS:
-            x, owner, weights = draw_rows(members, weights, MAX_KERNEL_ROWS, rng)
-            return x, age[owner], weights
-        pseudo_x, pseudo_weights = pseudo_rows(members, weights)
-        mean_age = from_scale(np.average(to_scale(age, choice.log_age), weights=weights), choice.log_age)
-        ages = np.concatenate([age, np.full(len(pseudo_x), mean_age)])
-        return np.concatenate([x, pseudo_x]), ages, np.concatenate([weights, pseudo_weights])
+        x, owner, weights = draw_rows(members, weights, MAX_KERNEL_ROWS, rng)
+        return x, age[owner], weights
+
+    def _fold_moments(self, folds: np.ndarray) -> np.ndarray:
+        """Weighted moments of 1, features, age and its logarithm, augmented, by fold; (K, F + 3, F + 3)."""
+        key = int(folds is self.folds)
+        if key not in self._moments:
+            z = np.column_stack([self.x, self.age, to_scale(self.age, True)])
+            self._center = np.average(z, axis=0, weights=self.weights)
+            self._scale = np.sqrt(np.average((z - self._center) ** 2, axis=0, weights=self.weights))
+            self._scale[self._scale == 0] = 1.0
+            z = np.column_stack([np.ones(len(z)), (z - self._center) / self._scale])
+            moments = []
+            for rows in (np.flatnonzero(folds == k) for k in range(folds.max() + 1)):
+                weights = self.weights[rows]
+                moments.append((z[rows] * weights[:, None]).T @ z[rows])
+                if self.members is not None:
+                    how = self.augmentation, self._scale[:-2]
+                    moments[-1][1:-2, 1:-2] += augmentation_covariance(self.members[rows], weights, *how)
+            self._moments[key] = np.stack(moments)
+        return self._moments[key]

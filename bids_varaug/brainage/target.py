@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss, make_scorer, mean_absolute_error, r2_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, PredefinedSplit, permutation_test_score
+from sklearn.model_selection import PredefinedSplit, cross_val_score, permutation_test_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -184,14 +184,22 @@ def _read_target(name: str, values: pd.Series, people: pd.Series, n_folds: int) 
 
 
 def choose_penalty(data: TargetData, augmentation: str, seed: int) -> dict[str, float]:
-    """Parameter of `fit_target` that predicts inner folds of participants best, without augmentation."""
+    """Parameter of `fit_target` that predicts inner folds of participants best, without augmentation.
+
+    From the strongest penalty on, until two weaker ones are no better: nearly free models of many features, which are
+    the slowest to fit, are left out where they are of no use.
+    """
     key, grid = ("model__C", PENALTIES) if data.classes else ("model__alpha", 1 / PENALTIES)
     folds = grouped_folds(data.cohort.groups, INNER_FOLDS, seed, data.y if data.classes else None)
-    scoring = _log_loss_of(data) if data.classes else "neg_mean_absolute_error"
-    search = GridSearchCV(_pipeline(data), {key: grid}, scoring=scoring, cv=PredefinedSplit(folds), refit=False)
+    how = {"scoring": _log_loss_of(data) if data.classes else "neg_mean_absolute_error", "cv": PredefinedSplit(folds)}
     x = data.versions(centers(data.cohort, augmentation)[:, None])[:, 0]
-    weights = dict.fromkeys(WEIGHTS, data.cohort.weights)
-    return dict(search.fit(x, data.y, **weights).best_params_)
+    weights, scores = dict.fromkeys(WEIGHTS, data.cohort.weights), []
+    for value in grid:
+        model = _pipeline(data).set_params(**{key: value})
+        scores.append(cross_val_score(model, x, data.y, params=weights, **how).mean())
+        if len(scores) > 2 + np.argmax(scores):
+            break
+    return {key: float(grid[np.argmax(scores)])}
 
 
 def fit_target(data: TargetData, augmentation: str, seed: int, penalty: dict[str, float] | None = None) -> TargetModel:
@@ -248,7 +256,9 @@ def evaluate_target(
     cohort = data.cohort
     augmentations = [name for name in tried_augmentations(cohort, augmentations) if name != "analytic"]
     strata = data.y if data.classes else None
-    splits = make_splits(cohort, cv_folds, 1, seed, gain_repeats=gain_repeats, leave_site_out=True, strata=strata)
+    compared = len(augmentations) > 1 or len(data.covariates.columns) > 0
+    repeats = gain_repeats if compared else 1
+    splits = make_splits(cohort, cv_folds, seed, gain_repeats=repeats, leave_site_out=True, strata=strata)
     # A category that one site alone has cannot be learnt without it.
     splits = [split for split in splits if len(np.unique(data.y[split.train])) > 1]
     done, tables = count(1), []

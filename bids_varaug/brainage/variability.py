@@ -14,9 +14,9 @@ from bids_varaug.brainage.augment import summed_covariances
 from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.features import find_pairs
 from bids_varaug.errors import UserError
+from bids_varaug.variability.power import participants_needed
 
 COVARIANCE_TABLE = "models/brainage_covariance.tsv"
-EFFECT_SIZE = 0.1  # Cohen's d; half of what Cohen calls a small effect
 CONFIDENCE = 0.95
 TINY = 1e-9  # a standard deviation below this share of the mean is rounding
 
@@ -41,17 +41,15 @@ def numerical_variability(
     Reports, doi:10.1038/s41598-026-64679-2), whose denominator holds the numerical part in full: about ``ratio / sqrt(1
     + ratio^2)``. sd_anat is all that differs between participants: anatomy, age, and the noise of the scanner.
 
-    The confidence interval of the ratio leaves out participant after participant, with all their observations and
-    members, of ``log(sd_num / sd of the participants' means)`` (jackknife, t distribution); ``u = (sd_num /
-    sd)^2`` then gives ``ratio^2 = u / (1 - k u)``, k the mean of 1 / (M o_p). In simulations it held the truth in
-    93-96 % with 8 to 100 participants, in 92-93 % with log-normal anatomy and noise. Chatelain et al. take an F
-    distribution that counts the runs of a participant as M participants, and is several times too narrow. Members are
-    taken as given, not drawn.
+    The confidence interval of the ratio leaves out participant after participant of ``log(sd_num / sd of the
+    participants' means)`` (jackknife, t distribution); ``u = (sd_num / sd)^2`` then gives ``ratio^2 = u / (1 - k u)``,
+    k the mean of 1 / (M o_p). In simulations it held the truth in 93-96 % with 8 to 100 participants, in 92-93 % with
+    log-normal anatomy and noise. Chatelain et al. take an F distribution that counts the runs of a participant as M
+    participants, and is several times too narrow. Members are taken as given, not drawn.
 
     Members absent in an observation are NaN; observations with fewer than two members of a feature do not count.
-    `dice_min` and `unreliable`, by feature, are of `read_regions`. Returns one row per feature, in the cohort's order;
-    ``data/templates/columns.tsv`` describes the columns. The ratio is infinite where nothing but numerical spread is
-    seen, and NaN with fewer than two participants or in a feature that is constant.
+    `dice_min` and `unreliable` are of `summarise_regions`. Returns one row per feature, see
+    ``data/templates/columns.tsv``. The ratio is infinite where all spread is numerical, NaN where there is none.
     """
     if cohort.members is None:
         raise ValueError("numerical variability needs members; this cohort has one value per row")
@@ -105,35 +103,6 @@ def _jackknife_reach(variance: np.ndarray, observations: np.ndarray, mean: np.nd
 
 def _ratio(u: np.ndarray, k: np.ndarray) -> np.ndarray:
     return np.where(k * u < 1, np.sqrt(u / np.maximum(1 - k * u, 0.0)), np.where(np.isnan(u), np.nan, np.inf))
-
-
-def participants_needed(
-    ratio: np.ndarray | float, effect_size: float = EFFECT_SIZE, *, confidence: float = CONFIDENCE
-) -> np.ndarray:
-    """Participants that keep the numerical error of a group difference below an effect size.
-
-    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single
-    runs. Numerical noise, independent between people, moves a small d; by the delta method, as Chatelain et al. (2026)
-    derive it, with r = sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for
-    which ``z sd(d) <= effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share
-    (a bias of the pipeline) is not in it.
-
-    `ratio`, of any shape, is sd_num / sd_anat of one member, infinity allowed. Returns float64 of its shape, at least
-    4, NaN where the ratio is NaN.
-
-    Examples
-    --------
-    >>> participants_needed([0.1, 0.5]).tolist()
-    [16.0, 308.0]
-    """
-    if not effect_size > 0 or not 0 < confidence < 1:
-        raise ValueError(f"effect size {effect_size} or confidence {confidence} is out of range")
-    squared = np.square(np.asarray(ratio, np.float64))
-    with np.errstate(invalid="ignore"):
-        # Of two equal infinities the limit is 1: all of the spread is numerical.
-        share = np.where(np.isinf(squared), 1.0, squared / (1 + squared))
-    n = 4 * np.square(norm.ppf((1 + confidence) / 2) / effect_size) * share
-    return np.maximum(2 * np.ceil(n / 2 - 1e-9), 4.0)
 
 
 def numerical_covariance(cohort: Cohort) -> pd.DataFrame:

@@ -16,6 +16,8 @@ ALPHA = 0.05
 MAX_FLIPS = 0.05
 """Share of reruns on the other side of `ALPHA` up to which a p-value counts as safe."""
 REPORTED_P = (0.04, 0.01)
+EFFECT_SIZE = 0.1  # Cohen's d; half of what Cohen calls a small effect
+CONFIDENCE = 0.95
 MIN_PEOPLE = 4
 MAX_PEOPLE = 10**9
 
@@ -88,3 +90,30 @@ def power_table(names: ArrayLike, npvr: ArrayLike, n: int) -> pd.DataFrame:
     flips = {f"flips_{p}": flip_probability(npvr, n, p) for p in REPORTED_P}
     noise = {"sd_d": 2 * share / np.sqrt(n), "sd_r": share / np.sqrt(n - 1)}
     return pd.DataFrame({"name": names, "npv": npvr, **noise, **flips, "p_safe": 2 * t.sf(safe, n - 2)})
+
+
+def participants_needed(
+    ratio: np.ndarray | float, effect_size: float = EFFECT_SIZE, *, confidence: float = CONFIDENCE
+) -> np.ndarray:
+    """Participants that keep the numerical error of a group difference below an effect size.
+
+    Two groups of n/2 are compared by Cohen's d, their mean difference over the pooled standard deviation of single
+    runs. Numerical noise, independent between people, moves a small d; by the delta method, as Chatelain et al. (2026)
+    derive it, with r = sd_num / sd_anat, by ``sd(d)^2 = 4 r^2 / ((1 + r^2) n)``. n is the smallest even number for
+    which ``z sd(d) <= effect_size``, z the two-sided normal quantile of `confidence`. Error that all participants share
+    (a bias of the pipeline) is not in it.
+
+    `ratio`, of any shape, is sd_num / sd_anat of one member, infinity allowed. Returns float64 of its shape, at least
+    4, NaN where the ratio is NaN.
+
+    Examples
+    --------
+    >>> participants_needed([0.1, 0.5]).tolist()
+    [16.0, 308.0]
+    """
+    if not effect_size > 0 or not 0 < confidence < 1:
+        raise ValueError(f"effect size {effect_size} or confidence {confidence} is out of range")
+    with np.errstate(divide="ignore"):
+        share = 1 / (1 + 1 / np.square(np.asarray(ratio, np.float64)))  # 1 of infinity: all of the spread is numerical
+    n = 4 * np.square(norm.ppf((1 + confidence) / 2) / effect_size) * share
+    return np.maximum(2 * np.ceil(n / 2 - 1e-9), 4.0)

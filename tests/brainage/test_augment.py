@@ -3,13 +3,13 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from bids_varaug.brainage.augment import (
+    augmentation_covariance,
     augmented_members,
     centers,
     draw_rows,
-    pseudo_rows,
     summed_covariances,
 )
-from bids_varaug.brainage.models import Choice, fit_weighted, from_scale, to_scale
+from bids_varaug.brainage.models import Choice, _Training, fit_weighted
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
 
@@ -26,27 +26,42 @@ def members_of(cohort, augmentation):
 
 @pytest.mark.parametrize("model", ["ridge", "bayesian_ridge"])
 @pytest.mark.parametrize("log_age", [False, True])
-def test_pseudo_rows_equal_training_on_every_member(cohort, model, log_age):
+def test_rows_of_moments_equal_training_on_every_member(cohort, model, log_age):
     choice = Choice(model, log_age, {"alpha": 3.0})
     x, owner, weights = draw_rows(cohort.members, cohort.weights, 10_000, np.random.default_rng(0))
     members = fit_weighted(choice, x, cohort.age[owner], weights).predict(cohort.baseline)
-    pseudo, pseudo_weights = pseudo_rows(cohort.members, cohort.weights)
-    mean = from_scale(np.average(to_scale(cohort.age, log_age), weights=cohort.weights), log_age)
-    analytic = fit_weighted(
-        choice,
-        np.concatenate([centers(cohort, "analytic"), pseudo]),
-        np.concatenate([cohort.age, np.full(len(pseudo), mean)]),
-        np.concatenate([cohort.weights, pseudo_weights]),
-    )
-    np.testing.assert_allclose(analytic.predict(cohort.baseline), members, atol=1e-4)
+    training = _Training(cohort, "members", seed=0, log_volumes=False)
+    for kept in (np.ones(len(cohort), bool), training.folds != 2):
+        mean, weights = cohort.members[kept].mean(axis=1), cohort.weights[kept]
+        few, _, few_weights = training._rows(training.folds, -1 if kept.all() else 2, choice)
+        assert len(few) == 2 * (len(cohort.names) + 1) and few_weights.sum() == pytest.approx(weights.sum())
+        np.testing.assert_allclose(few_weights @ few, weights @ mean, rtol=1e-9)
+        center = np.average(mean, axis=0, weights=weights)
+        scatter = ((mean - center) * weights[:, None]).T @ (mean - center)
+        scatter += summed_covariances(cohort.members[kept], weights)
+        np.testing.assert_allclose(((few - center) * few_weights[:, None]).T @ (few - center), scatter, rtol=1e-6)
+    fitted = training.fit(choice)
+    np.testing.assert_allclose(fitted.predict(cohort.baseline), members, atol=1e-4)
 
 
-def test_pseudo_rows_add_the_covariance_and_nothing_else(cohort):
-    x, weights = pseudo_rows(cohort.members, cohort.weights)
-    center = np.average(cohort.members.mean(axis=1), axis=0, weights=cohort.weights)
-    np.testing.assert_allclose(weights @ (x - center), 0, atol=1e-6)
-    scatter = ((x - center) * weights[:, None]).T @ (x - center)
-    np.testing.assert_allclose(scatter, summed_covariances(cohort.members, cohort.weights), rtol=1e-6)
+@pytest.mark.parametrize("model", ["ridge", "bayesian_ridge"])
+def test_many_people_give_the_same_model_as_their_moments(model):
+    """Above 2 (F + 1) observations a linear model sees their moments alone."""
+    cohort = simulated_cohort(n=60, n_members=0)
+    choice = Choice(model, True, {"alpha": 3.0})
+    fitted = _Training(cohort, "none", seed=0, log_volumes=False).fit(choice)
+    direct = fit_weighted(choice, cohort.baseline, cohort.age, cohort.weights)
+    np.testing.assert_allclose(fitted.predict(cohort.baseline), direct.predict(cohort.baseline), atol=1e-6)
+
+
+def test_jitter_of_linear_models_is_what_is_drawn_on_average(cohort):
+    center = cohort.members.mean(axis=1)
+    scale = np.sqrt(np.average((center - np.average(center, 0, cohort.weights)) ** 2, 0, cohort.weights))
+    drawn = np.mean([summed_covariances(
+        augmented_members(cohort.members, cohort.weights, cohort.groups, "jitter", np.random.default_rng(seed)),
+        cohort.weights) for seed in range(100)], axis=0) / np.outer(scale, scale)  # fmt: skip
+    expected = augmentation_covariance(cohort.members, cohort.weights, "jitter", scale)
+    np.testing.assert_allclose(drawn, expected, atol=0.05 * expected[0, 0])  # 4 standard errors: 6e-5 false alarms each
 
 
 def test_members_drawn_from_a_covariance_approach_its_closed_form():

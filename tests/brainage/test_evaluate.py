@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_varaug.brainage import models
 from bids_varaug.brainage.augment import AUGMENTATIONS
 from bids_varaug.brainage.evaluate import (
     SCORE_COLUMNS,
@@ -22,7 +23,7 @@ QUICK = {"n_bootstrap": 200, "gain_repeats": 1}
 @pytest.fixture(scope="module")
 def study():
     cohort = simulated_cohort(n=80, sessions=2, n_sites=4, noise=1.0)
-    return evaluate_brain_age(cohort, model="ridge", repeats=2, curve_sizes=(20, 40), **QUICK)
+    return evaluate_brain_age(cohort, model="ridge", curve_sizes=(20, 40), **QUICK)
 
 
 def test_every_augmentation_and_both_baselines_are_scored(study):
@@ -48,8 +49,10 @@ def test_gains_are_differences_of_the_scores(study):
         assert row.gain == pytest.approx(mae[row.against] - mae[row.augmentation], abs=1e-6)
 
 
-def test_numerical_noise_in_the_baseline_is_averaged_away(study):
+def test_numerical_noise_in_the_baseline_is_averaged_away():
     # The noise of one member is as large as the person-to-person variation here.
+    cohort = simulated_cohort(n=80, sessions=2, noise=1.0)
+    study = evaluate_brain_age(cohort, model="ridge", augmentations=("mean",), curve_sizes=(), n_bootstrap=10)
     averaging = study.gains.set_index("part").loc["averaging"]
     assert averaging["low"] > 0 and averaging["effect"] == "helps"
 
@@ -127,6 +130,15 @@ def test_ten_participants_are_enough():
     assert len(study.predictions) == 60 and study.learning_curve.empty
 
 
+def test_a_cohort_too_large_for_kernels_has_one_model_in_all_splits(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(models, "MAX_KERNEL_ROWS", 50)
+    original = models._regressor
+    monkeypatch.setattr(models, "_regressor", lambda model, *rest: fitted.append(model) or original(model, *rest))
+    study = evaluate_brain_age(simulated_cohort(n=60), augmentations=("members",), curve_sizes=(10,), **QUICK)
+    assert set(fitted) == {"bayesian_ridge"} and study.settings["model"] == "auto"
+
+
 def test_progress_ends_at_its_total():
     seen = []
     evaluate_brain_age(
@@ -176,6 +188,15 @@ def test_bootstrap_has_the_width_of_the_standard_error():
     rng = np.random.default_rng(0)
     low, high = bootstrap_interval(rng.normal(0, 1, (400, 1)), rng, 1000)
     assert high[0] - low[0] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def test_predictions_that_tell_nothing_have_no_reliability():
+    """They are the mean age of each fold, the same for both images of a person."""
+    cohort = simulated_cohort(n=40, n_members=0, sessions=2)
+    blind = replace(cohort, baseline=np.random.default_rng(0).normal(0, 1, cohort.baseline.shape))
+    kinds = [evaluate_brain_age(one, model="ridge", curve_sizes=()).reliability.set_index("kind")["icc"]
+             for one in (cohort, blind)]  # fmt: skip
+    assert kinds[0]["prediction"] > 0.5 and np.isnan(kinds[1]["prediction"]) and kinds[1]["feature"].notna().all()
 
 
 def test_icc_is_that_of_shrout_and_fleiss():

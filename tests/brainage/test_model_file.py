@@ -186,7 +186,7 @@ def test_other_unit_and_missing_values_are_refused(cohort, model):
 def test_ages_outside_training_are_told(cohort, model):
     people = cohort.people.assign(age=[150.0, *cohort.age[1:]])
     notes = apply_model(model, replace(cohort, people=people)).attrs["notes"]
-    assert len(notes) == 1 and "1 images" in notes[0] and "extrapolated" in notes[0]
+    assert len(notes) == 1 and "1 image is of a person outside" in notes[0] and "extrapolated" in notes[0]
 
 
 def test_card_tells_data_scores_and_limits(cohort, model):

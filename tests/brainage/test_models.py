@@ -6,7 +6,16 @@ import pytest
 
 from bids_varaug.brainage.calibration import cross_conformal_interval, fit_correction
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
-from bids_varaug.brainage.models import Choice, fit_brain_age, fit_weighted, from_scale, predict_members, to_scale
+from bids_varaug.brainage.models import (
+    ALPHAS,
+    Choice,
+    _ridge_path,
+    fit_brain_age,
+    fit_weighted,
+    from_scale,
+    predict_members,
+    to_scale,
+)
 from bids_varaug.errors import UserError
 from tests.brainage.cohorts import simulated_cohort
 
@@ -206,3 +215,14 @@ def test_auto_averages_kernel_models_and_over_sites_a_linear_one_too(n_sites, pa
 def test_auto_fits_where_there_are_sites():
     fitted = fit_brain_age(simulated_cohort(n=60, n_sites=6, seed=2))
     assert fitted.chosen["inner_mae"] < 15
+
+
+@pytest.mark.parametrize("log_age", [False, True])
+def test_ridge_of_every_penalty_is_that_of_scikit_learn(log_age):
+    cohort = simulated_cohort(n=30, n_members=0, n_features=40)
+    x, age, weights = cohort.baseline, cohort.age, np.random.default_rng(0).uniform(0.5, 2, 30)
+    found = _ridge_path(x[:20], age[:20], weights[:20], x[20:], log_age)
+    for at in (0, 10, 21):
+        choice = Choice("ridge", log_age, {"alpha": ALPHAS[at]})
+        expected = fit_weighted(choice, x[:20], age[:20], weights[:20]).predict(x[20:])
+        np.testing.assert_allclose(from_scale(found[:, at], log_age), expected, rtol=1e-9)

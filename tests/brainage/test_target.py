@@ -5,9 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from bids_varaug.brainage import target
+from bids_varaug.brainage.cohort import grouped_folds
 from bids_varaug.brainage.model_file import load_model, save_model
 from bids_varaug.brainage.target import (
+    choose_penalty,
     encode_covariates,
     evaluate_target,
     fit_target,
@@ -104,6 +111,24 @@ def test_the_unit_of_volumes_does_not_matter(cohort):
     other = replace(data, cohort=litres)
     first, second = (fit_target(one, "members", 0).predict(one) for one in (data, other))
     np.testing.assert_allclose(first["p_low"], second["p_low"], atol=1e-4)
+
+
+def test_penalties_weaker_than_of_any_use_are_not_tried(cohort, monkeypatch):
+    scores = iter([0.1, 0.3, 0.2, 0.2, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(target, "cross_val_score", lambda *_, **__: np.array([next(scores)]))
+    data = prepare_target(cohort, "stage", thirds(cohort), no_covariates(cohort), 5)
+    assert choose_penalty(data, "none", 0) == {"model__C": target.PENALTIES[1]}
+    assert next(scores) == 0.9  # the fifth
+
+
+def test_the_penalty_is_the_best_of_all(cohort):
+    data = prepare_target(cohort, "severity", severity(cohort), no_covariates(cohort), 5)
+    found = choose_penalty(data, "none", 0)["model__alpha"]
+    folds = grouped_folds(cohort.groups, 5, 0)
+    model = make_pipeline(StandardScaler(), Ridge())
+    search = GridSearchCV(model, {"ridge__alpha": 1 / target.PENALTIES}, scoring="neg_mean_absolute_error",
+                          cv=PredefinedSplit(folds)).fit(cohort.baseline, data.y)  # fmt: skip
+    assert found == search.best_params_["ridge__alpha"]
 
 
 def test_a_saved_model_predicts_the_same(cohort, classes, tmp_path):

@@ -5,11 +5,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.brainage.cohort import Cohort
-from bids_varaug.brainage.variability import (
-    compare_pipelines,
-    numerical_variability,
-    participants_needed,
-)
+from bids_varaug.brainage.variability import compare_pipelines, numerical_variability
 from bids_varaug.derivatives.io import summarise_regions
 from bids_varaug.errors import UserError
 
@@ -109,38 +105,6 @@ def test_without_members_there_is_nothing_to_tell():
     alone = Cohort(cohort.people, cohort.names, cohort.baseline)
     with pytest.raises(ValueError, match="needs members"):
         numerical_variability(alone)
-
-
-def test_participants_needed_keep_what_they_promise():
-    """Cohen's d of one cohort under 4,000 draws of numerical noise."""
-    ratio, tolerance = 0.3, 0.15
-    n = int(participants_needed(ratio, tolerance))
-    rng = np.random.default_rng(0)
-
-    def errors(n):
-        half = n // 2
-        truth = rng.standard_normal((2, half))
-        truth = (truth - truth.mean(axis=1, keepdims=True)) / truth.std(axis=1, ddof=1)[:, None]
-        x = truth + ratio * rng.standard_normal((4000, 2, half))
-        pooled = np.sqrt(x.var(axis=2, ddof=1).mean(axis=1))
-        d = (x[:, 1].mean(axis=1) - x[:, 0].mean(axis=1)) / pooled
-        return np.abs(d)
-
-    assert np.mean(errors(n) < tolerance) == pytest.approx(0.95, abs=0.015)
-    assert np.mean(errors(n // 2 // 2 * 2) < tolerance) < 0.88
-
-
-def test_participants_needed_agree_with_the_paper():
-    # Chatelain et al.: one standard deviation below 0.01 at their ratio of 0.183 (theirs is npv).
-    ratio = 0.183 / np.sqrt(1 - 0.183**2)
-    one_sd = 0.6826894921370859
-    assert participants_needed(ratio, 0.01, confidence=one_sd) == pytest.approx(1340, abs=2)
-
-
-def test_participants_needed_refuse_nonsense():
-    assert np.isnan(participants_needed(np.nan))
-    with pytest.raises(ValueError, match="out of range"):
-        participants_needed(0.1, 0.0)
 
 
 def test_published_ratios_follow_the_same_definition(shared_data):

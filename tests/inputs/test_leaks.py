@@ -191,7 +191,7 @@ def test_leaks_are_left_out_with_a_note(tmp_path):
     cohort = read_features_table(tmp_path / "features.tsv")
     assert cohort.names == ("Left-Hippocampus",)
     assert cohort.source["notes"] == [
-        "features.tsv: left out because they do not measure the brain: interview_age (tells the age), "
+        "features.tsv: columns that are not used as features: interview_age (tells the age), "
         "PTNO (counts people, rows or sessions), q (is almost a function of age)."
     ]
 

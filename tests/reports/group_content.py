@@ -85,7 +85,7 @@ def make_study(n: int = 120, gains: dict[str, float] | None = None, half: float 
         reliability=reliability,
         chosen={a: {"model": "svr", "log_age": True, "hyperparameters": {"C": 1.0}}
                 for a in augmentations},
-        settings={"model": "auto", "augmentations": augmentations, "cv_folds": 5, "repeats": 2,
+        settings={"model": "auto", "augmentations": augmentations, "cv_folds": 5,
                   "seed": 0, "coverage": 0.9, "n_participants": n, "n_observations": n},
     )  # fmt: skip
 

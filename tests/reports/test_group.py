@@ -107,6 +107,12 @@ def test_a_useless_model_is_called_so():
     assert "hardly predict age" in answer(make_page(study))[1][0]
 
 
+def test_negative_scores_have_a_true_minus():
+    study = make_study()
+    study.scores["r2"] = -0.22
+    assert "R² is −0.22" in answer(make_page(study))[1][0]
+
+
 def test_words_on_structures_name_the_worst():
     numerics = make_numerics()
     numerics.loc[3, "ratio"] = 7.0

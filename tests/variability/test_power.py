@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from bids_varaug.cli.run import power_main as main
-from bids_varaug.variability.power import flip_probability, noise_of_statistics, power_table
+from bids_varaug.variability.power import flip_probability, noise_of_statistics, participants_needed, power_table
 
 NPVR = 0.3
 
@@ -73,3 +73,35 @@ def test_command_prints_the_table_and_refuses_what_is_no_number(capsys):
     assert main(["--npvr", "x", "--n", "100", "--p", "0.03"]) == 64
     assert "invalid float value: 'x'" in capsys.readouterr().err
     assert main(["--npvr", "0.2", "--n", "100", "--p", "2"]) == 64
+
+
+def test_participants_needed_keep_what_they_promise():
+    """Cohen's d of one cohort under 4,000 draws of numerical noise."""
+    ratio, tolerance = 0.3, 0.15
+    n = int(participants_needed(ratio, tolerance))
+    rng = np.random.default_rng(0)
+
+    def errors(n):
+        half = n // 2
+        truth = rng.standard_normal((2, half))
+        truth = (truth - truth.mean(axis=1, keepdims=True)) / truth.std(axis=1, ddof=1)[:, None]
+        x = truth + ratio * rng.standard_normal((4000, 2, half))
+        pooled = np.sqrt(x.var(axis=2, ddof=1).mean(axis=1))
+        d = (x[:, 1].mean(axis=1) - x[:, 0].mean(axis=1)) / pooled
+        return np.abs(d)
+
+    assert np.mean(errors(n) < tolerance) == pytest.approx(0.95, abs=0.015)
+    assert np.mean(errors(n // 2 // 2 * 2) < tolerance) < 0.88
+
+
+def test_participants_needed_agree_with_the_paper():
+    # Chatelain et al.: one standard deviation below 0.01 at their ratio of 0.183 (theirs is npv).
+    ratio = 0.183 / np.sqrt(1 - 0.183**2)
+    one_sd = 0.6826894921370859
+    assert participants_needed(ratio, 0.01, confidence=one_sd) == pytest.approx(1340, abs=2)
+
+
+def test_participants_needed_refuse_nonsense():
+    assert np.isnan(participants_needed(np.nan))
+    with pytest.raises(ValueError, match="out of range"):
+        participants_needed(0.1, 0.0)
