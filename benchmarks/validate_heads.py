@@ -3,8 +3,8 @@
     python benchmarks/validate_heads.py CACHE [--adults ADULTS.tsv] [--margin 0.01] [--tsv rows.tsv]
 
 CACHE is a folder of `segment_heads.py`. Prints Markdown: mean Dice of every member and of the
-consensus by group of people (dataset and age), whether members are equally good, and for each
-structure
+consensus by head and by group of people (dataset and age), whether members are equally good, and
+for each structure
 
 Dice
     of the consensus, mean over people;
@@ -194,6 +194,9 @@ def main() -> None:
     print("Mean Dice over the structures that the labels have, mean over people:\n")
     means = people.groupby(["who", "group", "participant"], sort=False)["dice"].mean()
     print_markdown(means.groupby(["who", "group"], sort=False).mean().unstack())
+    print("The same by head:\n")
+    by_head = rows.groupby(["head", "who"], sort=False)["dice"].mean().unstack()
+    print_markdown(by_head[rows["who"].unique()])
     if people["participant"].nunique() > 1:
         print(f"Members minus `{BASELINE}`, mean Dice over people, 90 % confidence interval, p of "
               f"a difference of {options.margin} or more:\n")  # fmt: skip
