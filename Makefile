@@ -60,18 +60,25 @@ docs: $(VENV)/.docs
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
 
 # Five members of each family, and cheap rivals of the ensemble. To be published: $(VALIDATION)/tables.md
+SYNTHETIC := $(addprefix $(VALIDATION)/synthetic/,t1 sharp any inverted t2)
+$(SYNTHETIC): $(VALIDATION)/synthetic/%: | $(VENV)/.test
+	$(BIN)/python benchmarks/synthetic_heads.py $(DATA)/synthseg_label_maps $@.part --kinds $*
+	mv $@.part $@
 REAL_HEADS = $(DATA)/t1w $(addprefix $(DATA)/bids/,fs-training miccai2012 nichart-old)
-validate: $(VENV)/.test
+validate: $(VENV)/.test $(SYNTHETIC)
 	$(BIN)/python benchmarks/segment_heads.py $(REAL_HEADS) --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
 		--n-members 5 --rr 5 --shifts 5 --noise 5
 	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION) \
 		--adults $(DATA)/brain_age/fcon1000_freesurfer.tsv > $(VALIDATION)/accuracy.md
 	$(BIN)/python benchmarks/spread.py $(VALIDATION) > $(VALIDATION)/spread.md
 	$(BIN)/python benchmarks/minimum_dice.py $(VALIDATION) $(DATA)/paper_tables > $(VALIDATION)/minimum_dice.md
+	$(BIN)/python benchmarks/segment_heads.py $(SYNTHETIC) --cache $(VALIDATION)/synthetic/cache \
+		--ensemble $(ENSEMBLE) --n-members 5
+	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION)/synthetic/cache > $(VALIDATION)/synthetic.md
 	$(PIP) install --quiet bidsgate
 	$(BIN)/python benchmarks/atrophy.py $(DATA)/bids/miccai2012 --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
 		--n-members 5 --targets 17 --factors 0.9 0.95 --rescans 1 > $(VALIDATION)/atrophy.md
-	cat $(foreach part,accuracy spread minimum_dice atrophy,$(VALIDATION)/$(part).md) > $(VALIDATION)/tables.md
+	cat $(foreach part,accuracy spread minimum_dice synthetic atrophy,$(VALIDATION)/$(part).md) > $(VALIDATION)/tables.md
 
 # The stamps hold what was installed; a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
