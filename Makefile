@@ -74,11 +74,13 @@ validate: $(VENV)/.test $(SYNTHETIC)
 	$(BIN)/python benchmarks/minimum_dice.py $(VALIDATION) $(DATA)/paper_tables > $(VALIDATION)/minimum_dice.md
 	$(BIN)/python benchmarks/segment_heads.py $(SYNTHETIC) --cache $(VALIDATION)/synthetic/cache \
 		--ensemble $(ENSEMBLE) --n-members 5
-	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION)/synthetic/cache > $(VALIDATION)/synthetic.md
+	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION)/synthetic/cache \
+		--title "Accuracy on synthetic heads" > $(VALIDATION)/synthetic.md
 	$(PIP) install --quiet bidsgate
 	$(BIN)/python benchmarks/atrophy.py $(DATA)/bids/miccai2012 --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
 		--n-members 5 --targets 17 --factors 0.9 0.95 --rescans 1 > $(VALIDATION)/atrophy.md
-	cat $(foreach part,accuracy spread minimum_dice synthetic atrophy,$(VALIDATION)/$(part).md) > $(VALIDATION)/tables.md
+	{ echo '# Validation of `$(notdir $(ENSEMBLE))`' && echo && sed 's/^#/##/' $(foreach \
+		part,accuracy synthetic spread minimum_dice atrophy,$(VALIDATION)/$(part).md); } > $(VALIDATION)/tables.md
 
 # The stamps hold what was installed; a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch
