@@ -15,7 +15,7 @@ from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.errors import UsageError
 from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.machine import memory_bound, resolve_device
+from bids_varaug.machine import WORKER_MODULES, memory_bound, resolve_device
 from bids_varaug.models.ensemble import (
     Ensemble,
     Member,
@@ -127,7 +127,7 @@ def _unused_address_space(limit: float) -> float:
     if not sys.platform.startswith("linux"):
         return 0.0
     code = (
-        "import resource, bids_varaug.segmentation.member, bids_varaug.workflows.interfaces\n"
+        f"import resource, {', '.join(WORKER_MODULES)}\n"
         "mapped, used = map(int, open('/proc/self/statm').read().split()[:2])\n"
         "print((mapped - used) * resource.getpagesize() / 2**30)"
     )

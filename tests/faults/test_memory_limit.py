@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
 import pytest
 
-from bids_varaug.machine import memory_bound
+from bids_varaug.machine import WORKER_MODULES, memory_bound
 
 MEMINFO = "MemTotal:       {total} kB\nMemFree:        1000 kB\nMemAvailable:   {free} kB\n"
 
@@ -94,6 +95,10 @@ def test_address_space_of_the_libraries_counts(app, tmp_path):
     [need] = re.findall(r"Not enough memory: the largest step needs ([\d.]+) GB .* 1.7 GB \(ulimit -v\)", log)
     assert float(need) > 1.8
     assert not (tmp_path / "out").exists()
+
+
+def test_what_workers_import_exists():
+    assert all(find_spec(name) for name in WORKER_MODULES)
 
 
 def test_image_too_large_for_the_memory_names_need_and_free(app, tmp_path):
