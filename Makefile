@@ -16,7 +16,12 @@ export MPLBACKEND := Agg
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help demo test lint docs clean distclean
+# Of `make validate`: development data, an ensemble's name or folder, and where labels and tables go
+DATA ?= ../shared/data
+ENSEMBLE ?= aseg31
+VALIDATION ?= work/validation-$(notdir $(ENSEMBLE))
+
+.PHONY: help demo test lint docs validate clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +29,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make docs   build the documentation site into docs/_build/html"
+	@echo "make validate   segment real heads (hours); tables for docs/experiments. Resumes where it stopped"
 	@echo "make clean  remove what these made (distclean: the virtual environment too)"
 
 demo: $(VENV)/.demo
@@ -52,6 +58,29 @@ lint: $(VENV)/.test
 docs: $(VENV)/.docs
 	@$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
+# Five members of each family, and cheap rivals of the ensemble. To be published: $(VALIDATION)/tables.md
+SYNTHETIC := $(addprefix $(VALIDATION)/synthetic/,t1 sharp any inverted t2)
+$(SYNTHETIC): $(VALIDATION)/synthetic/%: | $(VENV)/.test
+	$(BIN)/python benchmarks/synthetic_heads.py $(DATA)/synthseg_label_maps $@.part --kinds $*
+	mv $@.part $@
+REAL_HEADS = $(DATA)/t1w $(addprefix $(DATA)/bids/,fs-training miccai2012 nichart-old)
+validate: $(VENV)/.test $(SYNTHETIC)
+	$(BIN)/python benchmarks/segment_heads.py $(REAL_HEADS) --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
+		--n-members 5 --rr 5 --shifts 5 --noise 5
+	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION) \
+		--adults $(DATA)/brain_age/fcon1000_freesurfer.tsv > $(VALIDATION)/accuracy.md
+	$(BIN)/python benchmarks/spread.py $(VALIDATION) > $(VALIDATION)/spread.md
+	$(BIN)/python benchmarks/minimum_dice.py $(VALIDATION) $(DATA)/paper_tables > $(VALIDATION)/minimum_dice.md
+	$(BIN)/python benchmarks/segment_heads.py $(SYNTHETIC) --cache $(VALIDATION)/synthetic/cache \
+		--ensemble $(ENSEMBLE) --n-members 5
+	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION)/synthetic/cache \
+		--title "Accuracy on synthetic heads" > $(VALIDATION)/synthetic.md
+	$(PIP) install --quiet bidsgate
+	$(BIN)/python benchmarks/atrophy.py $(DATA)/bids/miccai2012 --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
+		--n-members 5 --targets 17 --factors 0.9 0.95 --rescans 1 > $(VALIDATION)/atrophy.md
+	{ echo '# Validation of `$(notdir $(ENSEMBLE))`' && echo && sed 's/^#/##/' $(foreach \
+		part,accuracy synthetic spread minimum_dice atrophy,$(VALIDATION)/$(part).md); } > $(VALIDATION)/tables.md
 
 # The stamps hold what was installed; a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test: $(VENV)/.%: pyproject.toml $(VENV)/.torch

@@ -203,11 +203,13 @@ def read_cache(folder: Path) -> list[SegmentedHead]:
     Raises
     ------
     SystemExit
-        If there is none, or some were segmented by other members than the rest.
+        If there is none, some were segmented by other members than the rest, or the members are too few to differ.
     """
     heads = [SegmentedHead(path) for path in sorted(folder.glob("*/*.npz"))]
     if not heads:
         raise SystemExit(f"{folder}: no segmented head. Run benchmarks/segment_heads.py.")
+    if "all" not in heads[0].groups:
+        raise SystemExit(f"{folder}: spread needs two members or more beside the baseline.")
     members = [head.passes[head.passes["trained"]].to_dict("records") for head in heads]
     others = [head.head.name for head, m in zip(heads, members, strict=True) if m != members[0]]
     if others:

@@ -2,7 +2,7 @@
 
     python benchmarks/segment_heads.py DATASET ... --cache DIR [--ensemble aseg31]
         [--members ieee mca seed] [--n-members 5] [--rr 5] [--shifts 5] [--noise 5]
-        [--only sub-OAS10111] [--minutes 8] [--posteriors]
+        [--only sub-OAS10111] [--minutes 8] [--keep DIR]
 
 Each DATASET is as `heads.py` says. Beside the members, which must hold the baseline, its cheap
 rivals segment every head:
@@ -17,9 +17,10 @@ rivals segment every head:
     `NOISE` of the 99th percentile.
 
 For each head the folder gets ``DATASET/NAME.npz``, labels and maps on the T1w's grid (see
-`heads.SegmentedHead`); with `--posteriors` also those of the baseline and the families' means, on
-the network's grid, 60 MB each. A head that is there is not segmented again, unless other passes are
-wanted. With `--minutes` it stops after that time; to resume, run the same command again.
+`heads.SegmentedHead`). A head that is there is not segmented again, unless other passes are wanted.
+``--keep DIR`` keeps the posterior of each pass there, on the network's grid, 60 MB each; with more
+members only the new ones segment. With ``--minutes`` it stops after that time; to resume, run the
+same command again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from bids_varaug.segmentation.fuse import (
     SparsePosterior,
     fuse_members,
     label_slabs,
+    load_posterior,
     save_posterior,
     sparse_rows,
 )
@@ -157,9 +159,12 @@ def doubt_of(sparse: SparsePosterior) -> np.ndarray:
 
 
 def segment_head(
-    head: Head, ensemble: Ensemble, passes: Sequence[Pass], path: Path, keep_posteriors: bool
+    head: Head, ensemble: Ensemble, passes: Sequence[Pass], path: Path, keep: Path | None = None
 ) -> None:
-    """Run all passes on a head, measure how they differ, and write `path`."""
+    """Run all passes on a head, measure how they differ, and write `path`.
+
+    Posteriors stay in `keep`, if given; those that are there are not made again.
+    """
     finder = load_member(ensemble, passes[0].member)
     whole, geometry = prepare_head(Path(head.t1w), ensemble.voxel_size, finder.shape.multiple)
     image, g = crop_to_brain(finder, whole, geometry)
@@ -171,11 +176,16 @@ def segment_head(
     groups = group_passes(passes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as scratch:
-        names = [p.id for p in passes] + [f"mean-{group}" for group in groups]
-        files = {name: Path(scratch) / f"{name}.safetensors" for name in names}
+        folder = keep / head.dataset / head.name if keep else Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {one["id"]: folder / f"{one['id']}-{one['weights'][-12:]}.safetensors"
+                 for one in describe(ensemble, passes)}  # fmt: skip
         for p in passes:
-            sparse = p.run(ensemble, image)
-            save_posterior(files[p.id], sparse)
+            if files[p.id].exists():
+                sparse = load_posterior(files[p.id])
+            else:
+                sparse = p.run(ensemble, image)
+                save_posterior(files[p.id], sparse)
             labels.append(sparse.to_native(g))
             entropies[p.id] = entropy_of(sparse)
             if p.id == BASELINE:
@@ -185,7 +195,6 @@ def segment_head(
         for group, ids in groups.items():
             fusion = fuse_members([files[i] for i in ids])
             mean = fusion.mean
-            save_posterior(files[f"mean-{group}"], mean)
             found[f"{group}_vote"] = native(fusion.maps["entropy"])
             entropy = entropy_of(mean)
             expected = sum(entropies[i] for i in ids) / len(ids)
@@ -195,8 +204,6 @@ def segment_head(
             found[f"{group}_doubt"] = native(doubt_of(mean))
         same_image = [files[p.id] for p in passes if p.family not in (SHIFT, NOISY)]
         counts = region_counts(label_slabs(same_image), len(same_image), len(ensemble.labels))
-        for name in (BASELINE, *(f"mean-{group}" for group in groups)) if keep_posteriors else ():
-            files[name].replace(path.parent / f"{head.name}_{name}.safetensors")
     reference = head.read_reference() if head.reference else np.zeros(labels[0].shape, np.int32)
     if reference.shape != labels[0].shape:
         raise SystemExit(f"{head.reference}: {reference.shape} voxels, not {labels[0].shape}.")
@@ -248,7 +255,7 @@ def main() -> None:
     for rival in ("rr", "shifts", "noise"):
         parser.add_argument(f"--{rival}", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=np.inf)
-    parser.add_argument("--posteriors", action="store_true", help="keep them too")
+    parser.add_argument("--keep", type=Path, help="where posteriors stay")
     options = parser.parse_args()
     keep_freed_memory()
     start = time.monotonic()
@@ -262,7 +269,7 @@ def main() -> None:
     print(f"{len(heads)} heads, {len(todo)} to do, {len(passes)} passes each")
     for number, path in enumerate(todo, start=1):
         before = time.monotonic()
-        segment_head(paths[path], ensemble, passes, path, options.posteriors)
+        segment_head(paths[path], ensemble, passes, path, options.keep)
         now = time.monotonic()
         print(f"{number}/{len(todo)} {paths[path].name}: {now - before:.0f} s", flush=True)
         if now - start > 60 * options.minutes:

@@ -1,10 +1,11 @@
 """Accuracy on real heads: Dice, volumes and their slope with age, equal members, scan and rescan.
 
     python benchmarks/validate_heads.py CACHE [--adults ADULTS.tsv] [--margin 0.01] [--tsv rows.tsv]
+        [--title "Accuracy on real heads"]
 
 CACHE is a folder of `segment_heads.py`. Prints Markdown: mean Dice of every member and of the
-consensus by group of people (dataset and age), whether members are equally good, and for each
-structure
+consensus by head and by group of people (dataset and age), whether members are equally good, and
+for each structure
 
 Dice
     of the consensus, mean over people;
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="Dice that does not matter")
     parser.add_argument("--adults", type=Path)
     parser.add_argument("--tsv", type=Path)
+    parser.add_argument("--title", default="Accuracy on real heads")
     options = parser.parse_args()
     everybody = read_cache(options.cache)
     heads = [head for head in everybody if head.head.protocol]
@@ -185,7 +187,7 @@ def main() -> None:
     if options.tsv:
         rows.to_csv(options.tsv, sep="\t", index=False, float_format="%.6g")
     people = by_person(rows)
-    print_origin("Accuracy on real heads", heads[0].ensemble, [head.head for head in heads])
+    print_origin(options.title, heads[0].ensemble, [head.head for head in heads])
     sizes = rows.groupby("group", sort=False).agg(
         heads=("head", "nunique"), people=("participant", "nunique"),
         youngest=("age", "min"), oldest=("age", "max"),
@@ -194,6 +196,9 @@ def main() -> None:
     print("Mean Dice over the structures that the labels have, mean over people:\n")
     means = people.groupby(["who", "group", "participant"], sort=False)["dice"].mean()
     print_markdown(means.groupby(["who", "group"], sort=False).mean().unstack())
+    print("The same by head:\n")
+    by_head = rows.groupby(["head", "who"], sort=False)["dice"].mean().unstack()
+    print_markdown(by_head[rows["who"].unique()])
     if people["participant"].nunique() > 1:
         print(f"Members minus `{BASELINE}`, mean Dice over people, 90 % confidence interval, p of "
               f"a difference of {options.margin} or more:\n")  # fmt: skip

@@ -27,6 +27,13 @@ AMD_DEVICE = "/dev/kfd"
 # Environment variable -> folder of a cache; deno runs the validator.
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "DENO_DIR": "deno"}
 
+# What each worker process imports, with torch; a name that does not exist would be passed over.
+WORKER_MODULES = (
+    "bids_varaug.segmentation.predict",
+    "bids_varaug.workflows.plugins",
+    "bids_varaug.workflows.interfaces",
+)
+
 GIB = 2**30
 _NO_LIMIT = 2**60  # version 1 of cgroups says "none" with a number of about 2^63
 MAX_DEFAULT_THREADS = 8  # a 3D convolution gains little from more

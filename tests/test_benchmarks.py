@@ -170,6 +170,18 @@ def test_head_is_segmented_once_unless_other_passes_are_wanted(cache, capsys):
     assert len(heads.read_cache(folder)) == 2
 
 
+def test_posteriors_that_are_kept_are_not_made_again(cache, tmp_path, monkeypatch):
+    path = next(cache("--keep", str(tmp_path)).glob("data/*.npz"))
+    first = path.rename(tmp_path / "first.npz")
+    cache("--keep", str(tmp_path))
+    path.unlink()
+    monkeypatch.delattr(segment_heads.Pass, "run")
+    cache("--keep", str(tmp_path))
+    again = np.load(path)
+    for name, values in np.load(first).items():
+        np.testing.assert_array_equal(values, again[name])
+
+
 def test_heads_of_other_members_are_not_mixed(cache, tmp_path):
     whole = cache()
     shutil.copytree(whole, tmp_path / "cache")
@@ -202,6 +214,7 @@ def test_scripts_judge_people_up_to_40_apart(script, cache, tmp_path, capsys):
     run(script, cache(), "--tsv", tmp_path / "rows.tsv")
     out = capsys.readouterr().out
     assert "2 heads of 2 people" in out and "data, up to 40" in out and "data, over 40" in out
+    assert script is spread or "sub-02|0." in out  # a row for each head
     assert len(pd.read_csv(tmp_path / "rows.tsv", sep="\t")) > 20
 
 

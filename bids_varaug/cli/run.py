@@ -22,7 +22,7 @@ from bids_varaug.cli.parser import (
     split_members,
 )
 from bids_varaug.errors import ExitCode, OutputError, UsageError, UserError
-from bids_varaug.machine import keep_caches_below
+from bids_varaug.machine import WORKER_MODULES, keep_caches_below
 from bids_varaug.settings import Settings
 
 
@@ -89,8 +89,7 @@ def _start_workers_server(settings: Settings) -> None:
     """Start the server that worker processes are forked from, if there will be any."""
     if settings.dry_run or settings.reports_only or settings.plugin_name != "MultiProc":
         return
-    loaded = ("segmentation.predict", "workflows.plugins", "workflows.interfaces")
-    multiprocessing.set_forkserver_preload([f"bids_varaug.{name}" for name in loaded])
+    multiprocessing.set_forkserver_preload(list(WORKER_MODULES))
     try:
         forkserver.ensure_running()
     except OSError as error:  # a socket's path holds about 100 bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.errors import UsageError
 from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.machine import memory_bound, resolve_device
+from bids_varaug.machine import WORKER_MODULES, memory_bound, resolve_device
 from bids_varaug.models.ensemble import (
     Ensemble,
     Member,
@@ -102,6 +103,8 @@ def check_memory(plan: Plan) -> None:
     if settings.dry_run or settings.reports_only or not settings.runs_here:
         return
     bound = memory_bound()
+    if bound.source == "ulimit -v" and bound.total >= need:
+        need += _unused_address_space(bound.total)
     if bound.total < need:
         raise UsageError(
             f"Not enough memory: the largest step needs {need:.1f} GB for a head of 256 mm, and there are "
@@ -114,6 +117,22 @@ def check_memory(plan: Plan) -> None:
             f"({bound.source}). If it is killed, resume with the same -w.",
             file=sys.stderr,
         )
+
+
+def _unused_address_space(limit: float) -> float:
+    """GiB that a worker's libraries map and do not use (3, if torch is built for CUDA), which ``ulimit -v`` counts.
+
+    All of `limit` where they do not fit into it. 0 on macOS, which does not enforce it.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    code = (
+        f"import resource, {', '.join(WORKER_MODULES)}\n"
+        "mapped, used = map(int, open('/proc/self/statm').read().split()[:2])\n"
+        "print((mapped - used) * resource.getpagesize() / 2**30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else limit
 
 
 def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:

@@ -2,15 +2,17 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
 import pytest
 
-from bids_varaug.machine import memory_bound
+from bids_varaug.machine import WORKER_MODULES, memory_bound
 
 MEMINFO = "MemTotal:       {total} kB\nMemFree:        1000 kB\nMemAvailable:   {free} kB\n"
 
@@ -68,11 +70,35 @@ def test_group_without_limit_is_none(tmp_path, unlimited):
     assert memory_bound(root).total == 64
 
 
+def run_limited(app, out: Path, gib: float) -> tuple[int, str]:
+    """Run the app as after ``ulimit -v``: in a new process, since torch maps 0.6 GiB, built for CUDA 3 GiB."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({int(gib * 2**30)},) * 2); "
+        "from bids_varaug.cli.run import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, *app.arguments(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def test_address_space_below_the_need_is_refused_before_anything_is_written(app, tmp_path):
-    code, log = app.run(tmp_path / "out", {"RLIMIT_AS": 3 << 29})
+    code, log = run_limited(app, tmp_path / "out", 1.5)
     assert code == 64, log
     assert "Not enough memory: the largest step needs 1.6 GB" in log and "ulimit -v" in log
     assert not (tmp_path / "out").exists()
+
+
+def test_address_space_of_the_libraries_counts(app, tmp_path):
+    """Above what a step uses, and below what it and the libraries map."""
+    code, log = run_limited(app, tmp_path / "out", 1.7)
+    assert code == 64, log
+    [need] = re.findall(r"Not enough memory: the largest step needs ([\d.]+) GB .* 1.7 GB \(ulimit -v\)", log)
+    assert float(need) > 1.8
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_workers_import_exists():
+    assert all(find_spec(name) for name in WORKER_MODULES)
 
 
 def test_image_too_large_for_the_memory_names_need_and_free(app, tmp_path):
@@ -88,7 +114,7 @@ def test_image_too_large_for_the_memory_names_need_and_free(app, tmp_path):
     path.write_bytes(gzip.compress(header.binaryblock + bytes(4 + 1000)))
     (bids_dir / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
     large = type(app)(bids_dir, app.ensemble, app.linear)
-    code, log = large.run(tmp_path / "out", {"RLIMIT_AS": 4 << 30})
+    code, log = large.run(tmp_path / "out", {"RLIMIT_AS": 5 << 30})
     assert code == 1, log
     assert "sub-01_T1w.nii.gz: 700 x 700 x 700 voxels need about 5.1 GB" in log
     assert "Traceback" not in log
