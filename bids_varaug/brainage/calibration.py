@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t
 
-BISECTIONS = 40  # to 1e-10 of the range
+BISECTIONS = 60
 CONFIDENCE = 0.95
 WORST_SHARE = 0.5  # of the slope: half the width of its confidence interval
 LEAST_R2 = 0.5
