@@ -90,6 +90,16 @@ def segment(
     Traceback (most recent call last):
     bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. Pass a file, ...
     """
+    allowed = {
+        "members: name at least one": bool(members),
+        f"n_members={n_members!r}: must be 1 or more, or None": n_members is None or n_members >= 1,
+        f"perturb_inference={perturb_inference!r}: must be 0 or more": perturb_inference >= 0,
+        f"grids={grids!r}: must be one of {(0, *GRIDS)}": grids in (0, *GRIDS),
+        f"trust={trust!r}: must be sform, qform or None": trust in (None, "sform", "qform"),
+    }
+    for message, is_allowed in allowed.items():
+        if not is_allowed:
+            raise UsageError(message)
     folder = Path(tempfile.mkdtemp(prefix="bids_varaug-"))
     try:
         path = _as_file(image, folder)

@@ -196,3 +196,11 @@ def test_import_takes_no_time_and_promises_a_few_names():
     assert all(hasattr(bids_varaug, name) for name in dir(bids_varaug))
     with pytest.raises(AttributeError, match="nothing"):
         getattr(bids_varaug, "nothing")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    "argument", [{"n_members": 0}, {"members": []}, {"grids": 3}, {"trust": "header"}, {"perturb_inference": -1}]
+)
+def test_arguments_are_checked_before_the_work(argument, t1w):
+    with pytest.raises(UsageError, match=next(iter(argument))):
+        segment(t1w, **argument)
