@@ -191,7 +191,8 @@ def evaluate_brain_age(
         _learning_curve(table, augmentations, rng), _site_errors(table, augmentations),
         _reliability(predictions, cohort), chosen,
         settings={
-            "model": asked, "augmentations": augmentations, "cv_folds": cv_folds, "seed": seed,
+            "model": asked, "augmentations": augmentations, "seed": seed,
+            "cv_folds": sum(split.kind == "folds" for split in splits),
             "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(cohort.groups)),
             "n_observations": len(cohort), "n_features": len(cohort.names),
             "n_sites": sum(split.kind == "site" for split in splits),

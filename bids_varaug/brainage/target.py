@@ -287,7 +287,8 @@ def evaluate_target(
         best_of(gains, folds.groupby("augmentation")["loss"].mean()),
         settings={
             "target": data.name, "classes": list(data.classes), "covariates": list(data.covariates), "seed": seed,
-            "augmentations": augmentations, "cv_folds": cv_folds, "n_permutations": n_permutations,
+            "augmentations": augmentations, "n_permutations": n_permutations,
+            "cv_folds": sum(split.kind == "folds" for split in splits),
             "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
             "n_features": len(cohort.names), "n_sites": sum(split.kind == "site" for split in splits),
         },

@@ -34,6 +34,10 @@ RELATIVE_TO = ("none", "brain", "intracranial")
 GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
+BOTH_LEVELS = (
+    "age_column", "sex_column", "participant_labels", "exclude_participant_labels", "session_labels", "random_seed",
+    "skip_bids_validation",
+)  # of flags in the groups of one level
 
 
 class Parser(argparse.ArgumentParser):
@@ -213,6 +217,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         error = UsageError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
         error.exit_code = ExitCode.UNKNOWN_LEVEL
         raise error
+    for flag in _without_effect(parser, given):
+        print(f"Note: {flag} has no effect at the {given.level} level.", file=sys.stderr)
     given.work_dir = given.work_dir or Path.cwd() / "work"
     check_paths(given.bids_dir, given.output_dir, given.work_dir)
     given.nprocs = given.nprocs or available_processors()
@@ -233,6 +239,18 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         raise UsageError("--covariates needs --target: age is predicted from the features alone.")
     given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
+
+
+def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """Flags given that only the other level knows."""
+    groups = ("group level",) if given.level == "participant" else ("images", "ensemble")
+    return [
+        action.option_strings[0]
+        for group in parser._action_groups
+        if group.title in groups
+        for action in group._group_actions
+        if action.dest not in BOTH_LEVELS and getattr(given, action.dest) != parser.get_default(action.dest)
+    ]
 
 
 def dash_flag(argument: str) -> str:
@@ -261,8 +279,10 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespa
         flag = dash_flag(f"--{name}")
         if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
-        # A value of the wrong kind becomes an argument that the parser refuses.
-        if actions[flag].nargs == 0 and isinstance(value, int) and value in range(10):  # or true, false
+        # A value of another wrong kind becomes an argument that the parser refuses.
+        if actions[flag].nargs == 0:
+            if not isinstance(value, int) or value not in range(10):  # or true, false
+                raise UsageError(f"--config-file {path}: {name} = {value!r}: write true or false.")
             arguments += [flag] * value
         elif actions[flag].nargs == "+" and isinstance(value, list):
             arguments += [flag, *map(str, value)]

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +79,9 @@ def make_plan(settings: Settings) -> Plan:
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
     members = select_members(ensemble, settings.members, n_members)
+    counts = Counter(member.family for member in members if not member.is_baseline)
+    if few := [f"{n} of {family}" for family, n in counts.items() if n < (n_members or 0)]:
+        print(f"Note: --n-members {n_members}: ensemble {ensemble.name} has {', '.join(few)}.", file=sys.stderr)
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)

@@ -320,6 +320,13 @@ def test_config_file_gives_defaults(places, config):
     assert (settings.members, settings.perturb_inference) == (("mca",), 10)
 
 
+def test_flags_of_the_other_level_are_told(places, capsys):
+    parser.parse_settings([*places, "--cv-folds", "7", "--age-column", "years"])
+    assert capsys.readouterr().err == "Note: --cv-folds has no effect at the participant level.\n"
+    parser.parse_settings([*places[:2], "group", "--members", "mca", "--cv-folds", "7"])
+    assert capsys.readouterr().err == "Note: --members has no effect at the group level.\n"
+
+
 def test_command_line_wins_over_config_file(places, config):
     given = config('participant-label = ["01"]\nnprocs = 3\n')
     settings = parser.parse_settings([*places, *given, "--participant-label", "09", "--nprocs=2"])
@@ -331,6 +338,7 @@ def test_command_line_wins_over_config_file(places, config):
     [
         ("colour = 'red'", "unknown flag 'colour'"),
         ("config-file = 'x'", "unknown flag"),
+        ("sloppy = 'yes'", "sloppy = 'yes': write true or false"),
         ("help = true", "unknown flag"),
         ("[section]\nmem = 8", "unknown flag 'section'"),
         ("verbose = 1000", "verbose"),
