@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest
+from bids_varaug.derivatives.citation import cite_participant
+from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest, logs
 from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
@@ -216,7 +217,9 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy images and tables with their sidecars, and a `report`, to a new or an empty folder; return the files.
+        """Copy images and tables with their sidecars, how to cite, and a `report`, to a new or an empty folder.
+
+        Returns the files.
 
         Raises as `check_output_dir`.
         """
@@ -226,6 +229,7 @@ class Segmentation:
         shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
         request = replace(self._request, settings=replace(made, output_dir=output_dir))
         write_dataset_files(request)
+        cite_participant(request).write(logs(output_dir))
         if report:
             write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())

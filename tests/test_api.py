@@ -93,7 +93,7 @@ def test_everything_is_saved_and_the_temporary_folder_is_removed(t1w, small_ense
     files = {path.name for path in result.save(tmp_path / "out", report=True)}
     assert {f"{PREFIX}_seg-varaug_desc-consensus_dseg.nii.gz", "seg-varaug_dseg.tsv",
             f"{PREFIX}_seg-varaug_stat-entropy_desc-mca_statmap.nii.gz",
-            "dataset_description.json", "sub-02.html"} <= files  # fmt: skip
+            "dataset_description.json", "sub-02.html", "CITATION.md", "CITATION.bib"} <= files  # fmt: skip
     with pytest.raises(UsageError, match="BIDS dataset"):
         result.save(tmp_path / "out")
     del result

@@ -112,6 +112,11 @@ class Run:
     members: tuple[Member, ...]
 
     @property
+    def voxel_size(self) -> float:
+        """Of the network grid, mm."""
+        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
+
+    @property
     def perturbed(self) -> tuple[Member, ...]:
         """Members of consensus and spread; the baseline alone where there is no other."""
         return tuple(m for m in self.members if not m.is_baseline) or self.members

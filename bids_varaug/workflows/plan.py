@@ -41,11 +41,6 @@ class Plan(Run):
     """A run, and what it takes."""
 
     @property
-    def voxel_size(self) -> float:
-        """Of the network grid, mm."""
-        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
-
-    @property
     def locator(self) -> Member:
         """The member that locates the brain and segments it on several grids."""
         return self.ensemble.baseline or self.members[0]

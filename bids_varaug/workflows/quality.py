@@ -52,7 +52,7 @@ def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> P
         if len(table):
             _write(settings.output_dir / f"{path}.tsv", table)
     citation = cite("quality", has_members=cohort.members is not None, has_changes=len(changes) > 0)
-    run = run_info(settings, cohort, [*notes, *added], citation, {}, "CITATION_quality.md")
+    run = run_info(settings, cohort, [*notes, *added], citation, {}, "CITATION_quality")
     page = quality_page(run, settings.output_dir, images, means, structures, power, changes)
     return page.write(settings.output_dir, names.QUALITY_REPORT)
 
@@ -65,7 +65,7 @@ def note(news: Sequence[str]) -> None:
 
 def run_info(
     settings: Settings, cohort: Cohort, notes: Sequence[str], citation: Citation, shown: Mapping[str, Any],
-    log: str = "CITATION_group.md",
+    log: str = "CITATION_group",
 ) -> RunInfo:  # fmt: skip
     """Write the logs; return what a page says of the run, `shown` among its settings."""
     write_group_logs(settings, citation, log)
