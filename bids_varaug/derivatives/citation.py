@@ -97,7 +97,7 @@ class Citation:
         )))  # fmt: skip
 
     def _written(self, plain: Callable[[str], str], write: Callable[[list[Reference], bool], str]) -> Iterator[str]:
-        """Yield what is no citation, and the works of each citation; `write` is told whether one is part of a sentence."""
+        """Yield the text between citations, and what `write` makes of each; it is told if one is no parenthesis."""
         end = 0
         for found in re.finditer(r"\[(@\w+(?:; @\w+)*)\]|@\w+", self.methods):
             if works := Citation(found[0]).references:

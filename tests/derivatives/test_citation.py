@@ -85,7 +85,7 @@ def test_versions_are_named(ensemble, members):
 
 
 RELATIONS = {
-    "share the first 900 steps of their training and differ in the last 50": {"forked_at_step": 900, "member_steps": 50},
+    "share the first 900 steps of their training and differ in the last 5": {"forked_at_step": 900, "member_steps": 5},
     "trained apart, from the first of its 8000 steps": {"steps": 8000},
 }
 
