@@ -74,7 +74,7 @@ def segment(
     n_threads : default: all processors, up to 8
     trust : "sform" or "qform", to use where the two contradict each other
     random_seed : of `perturb_inference`
-    sloppy : 2 mm and two members, for tests and demos only
+    sloppy : 2 mm grid; one member of each family unless `members` or `n_members` say more; for tests and demos only
 
     Raises
     ------
@@ -236,17 +236,23 @@ class Segmentation:
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder; `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written."""
+    """Refuse a folder to save to, and make none.
+
+    `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written.
+    """
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
             f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
             "for one image, choose an empty folder."
         )
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if any(output_dir.iterdir()):
             raise UsageError(f"{output_dir}: the folder is not empty. Choose another, or empty it.")
         tempfile.TemporaryFile(dir=output_dir).close()
+        for folder in made:
+            folder.rmdir()
     except OSError as error:
         raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -29,15 +30,19 @@ def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> 
 
 
 def write_image(
-    data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader | None = None, slope: float = 1.0
-) -> Path:
+    data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader | None = None, slope: float = 1.0,
+    **fields: Any,
+) -> Path:  # fmt: skip
     """Write a NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 
     Data (X, Y, Z) or (X, Y, Z, N) keep their type; bool becomes uint8. Of a `numpy.memmap`, one volume at a time is in
-    memory. Stored values x `slope` are values: 1/255 keeps a probability in a byte. See `image_header` for the rest.
+    memory. Stored values x `slope` are values: 1/255 keeps a probability in a byte. `fields` are more of the header
+    (``cal_max``, ``intent_code``); see `image_header` for the rest.
     """
     dtype = np.dtype(np.uint8) if data.dtype == bool else data.dtype
     header = image_header(data.shape, dtype, affine, source_header, slope)
+    for name, value in fields.items():
+        header[name] = value
     volumes = [data] if data.ndim == 3 else np.moveaxis(data, 3, 0)
     with replacing(path) as raw:
         # No name and no time in gzip's header, for equal bytes.
@@ -50,6 +55,20 @@ def write_image(
                 for z in range(0, data.shape[2], SLAB):
                     stream.write(whole[..., z : z + SLAB].astype(dtype.newbyteorder("<")).tobytes(order="F"))
     return Path(path)
+
+
+def in_steps(values: np.ndarray, per_unit: int) -> np.ndarray:
+    """Values as whole numbers of steps, int16, of which `per_unit` make a unit: to the nearest, ties to the even one.
+
+    ValueError where that is too many for int16. A power of 2 keeps sums of steps exact.
+
+    >>> in_steps(np.array([0.25, 1.1]), 8).tolist()
+    [2, 9]
+    """
+    steps = np.rint(values * np.float32(per_unit))
+    if np.abs(steps).max(initial=0) > np.iinfo(np.int16).max:
+        raise ValueError(f"{np.abs(values).max():g} has too many steps of 1/{per_unit} for int16")
+    return steps.astype(np.int16)
 
 
 def image_header(

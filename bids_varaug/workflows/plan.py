@@ -182,5 +182,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        settings.family_maps, settings.freesurfer_dir, scan, status.st_size, status.st_mtime_ns, request.ensemble,
+        request.members,
     ))  # fmt: skip

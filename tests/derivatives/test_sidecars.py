@@ -8,6 +8,7 @@ import pytest
 from bids_varaug import __version__
 from bids_varaug.derivatives import names, sidecars
 from bids_varaug.derivatives.names import Run
+from bids_varaug.models.ensemble import Label, load_ensemble
 from bids_varaug.settings import Settings
 from tests.derivatives.conftest import request_of
 
@@ -140,7 +141,24 @@ def test_each_fixed_desc_has_a_row():
 
 
 def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
-    labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
+    labels = [Label(0, "background", "#000000"), Label(17, "Left-Hippocampus", "#dcd814"), Label(99, "Own", "#010203")]
     settings = Settings(bids_dir, tmp_path, "participant", tmp_path)
     sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels), MEMBERS))
-    assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"
+    lines = [
+        "index\tname\tabbreviation\tcolor\tmapping", "0\tbackground\tBG\t#000000\t0",
+        "17\tLeft-Hippocampus\tL-HIP\t#dcd814\t9", "99\tOwn\tn/a\t#010203\tn/a", "",
+    ]  # fmt: skip
+    assert (tmp_path / names.LOOKUP_TABLE).read_text().split("\n") == lines
+
+
+def test_every_structure_of_the_shipped_ensemble_has_abbreviation_and_tissue():
+    table = sidecars.labels_table(load_ensemble("aseg31").labels)
+    assert len(table) == 32 and table.notna().all(axis=None)
+    assert table["abbreviation"].is_unique and set(table["mapping"]) == {0, 2, 3, 8, 9, 10, 11}
+
+
+@pytest.mark.parametrize("key", [key for key, output in names.OUTPUTS.items() if output.suffix == "statmap"])
+def test_maps_state_how_they_are_rounded(request_, key):
+    output = names.OUTPUTS[key]
+    steps = sidecars.sidecar(request_, key, "mca" if output.per_member else None)["Precision"]
+    assert f"1/{output.per_unit}" in steps and f"at most 1/{2 * output.per_unit}" in steps
