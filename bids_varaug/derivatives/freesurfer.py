@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -82,10 +81,10 @@ def write_freesurfer(
     # No name and no time in gzip's header, for equal bytes.
     with replacing(volume) as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as stream:
         stream.write(nib.MGHImage(labels, affine).to_bytes())
-    measures = {
-        text: regions["volume_mean"][[bool(re.fullmatch(pattern, name)) for name in regions["name"]]].sum()
-        for text, pattern in _MEASURES.items()
-    } | {"Mask, MaskVol, Mask Volume": brain_volumes["brain_mask"]}
+    volumes = regions.set_index("name")["volume_mean"]
+    parts = {text: volumes[volumes.index.str.fullmatch(pattern)] for text, pattern in _MEASURES.items()}
+    measures = {text: part.sum() for text, part in parts.items() if len(part)}
+    measures["Mask, MaskVol, Mask Volume"] = brain_volumes["brain_mask"]
     head = f"""# Title Segmentation Statistics
 #
 {_OURS}

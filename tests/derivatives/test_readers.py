@@ -150,7 +150,7 @@ def test_files_of_another_program_are_not_replaced(request_of_aseg, files, tmp_p
     theirs = tmp_path / "fs" / "sub-01" / "stats" / "aseg.stats"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("# Title Segmentation Statistics\n# generating_program mri_segstats\n")
-    with pytest.raises(UsageError, match=r"--freesurfer-dir .*another program made stats/aseg.stats of sub-01\. Choose"):
+    with pytest.raises(UsageError, match=r"--freesurfer-dir .*another program made stats/aseg.stats of sub-01\."):
         check_subjects(tmp_path / "fs", [request_of_aseg.scan])
     with pytest.raises(UsageError, match="another program"):
         write_scan(request_of_aseg, files, tmp_path)

@@ -88,6 +88,7 @@ def errors(tmp_path_factory, request):
     sidecars.write_dataset_files(_run(raw, out))
     write_text("a = 1\n", names.logs(out) / "run.toml")
     Citation("x").write(names.logs(out))
+    write_text("x\n", out / "sourcedata" / "freesurfer" / "sub-01" / "stats" / "aseg.stats")
     write_text("crash\n", names.logs(out) / "crash-1.txt")
     return run_validator(out)
 
