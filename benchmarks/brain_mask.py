@@ -1,6 +1,6 @@
-"""The brain mask beside those of other programs, by the radius of the closing.
+"""The brain mask beside those of other programs, by radius of the closing and rim.
 
-    python benchmarks/brain_mask.py T1W.nii.gz ... --cache DIR [--radii 0 2 4 6 8 10]
+    python benchmarks/brain_mask.py T1W.nii.gz ... --cache DIR [--radii 4 6 10] [--rims 0 1 2]
 
 The baseline segments each image once; labels stay in DIR. References:
 
@@ -12,13 +12,14 @@ The baseline segments each image once; labels stay in DIR. References:
 ``MaskVol``, ``eTIV``
     of FreeSurfer's aseg.stats there, ml.
 
-For each radius [mm]: volume [ml], Dice with deepbet, share of deepbet's mask that is covered and share of ours outside
-of it, share of the aseg that is covered.
+For each radius and rim [mm] (radius 0: the structures, filled): volume [ml], Dice with deepbet, share of deepbet's mask
+that is covered and share of ours outside of it, share of the aseg that is covered.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +30,7 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 
 import bids_varaug
 from bids_varaug.images.load import voxel_volume
-from bids_varaug.segmentation.brain import close_sulci, fill_holes
+from bids_varaug.segmentation.brain import depth_of_brain, fill_holes
 
 TO_ML = 1e-3
 
@@ -69,16 +70,17 @@ def freesurfer(t1w: Path) -> tuple[np.ndarray | None, dict[str, float]]:
     return None, {}
 
 
-def compare(t1w: Path, cache: Path, radii: list[float]) -> list[dict]:
-    """Rows of one image, a row for each radius."""
+def compare(t1w: Path, cache: Path, shapes: list[tuple[float, float]]) -> list[dict]:
+    """Rows of one image, a row for each radius and rim."""
     image = segment(t1w, cache)
     structures = np.asarray(image.dataobj) > 0
     voxel, size = voxel_volume(image.affine) * TO_ML, float(np.mean(image.header.get_zooms()[:3]))
     other, (aseg, measures) = deepbet_mask(t1w, cache, image), freesurfer(t1w)
     rows = []
-    for radius in radii:
-        mask = fill_holes(close_sulci(structures, size, radius) if radius else structures)
-        row = {"head": t1w.name.split("_T1w")[0], "radius": radius, "volume": mask.sum() * voxel}
+    for radius, rim in shapes:
+        depth = depth_of_brain(structures, size, radius, rim)
+        mask = fill_holes(structures | (depth > 0))
+        row = {"head": t1w.name.split("_T1w")[0], "radius": radius, "rim": rim, "volume": mask.sum() * voxel}
         if other is not None:
             shared = (mask & other).sum()
             row |= {
@@ -95,11 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--radii", type=float, nargs="+", default=[0, 2, 4, 6, 8, 10])
+    parser.add_argument("--radii", type=float, nargs="+", default=[4, 6, 10])
+    parser.add_argument("--rims", type=float, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    table = pd.DataFrame([row for t1w in given.images for row in compare(t1w, given.cache, given.radii)])
+    shapes = [(0.0, 0.0), *product(given.radii, given.rims)]
+    table = pd.DataFrame([row for t1w in given.images for row in compare(t1w, given.cache, shapes)])
     print_markdown(table.set_index("head"))
-    print_markdown(table.groupby("radius").mean(numeric_only=True))
+    print_markdown(table.groupby(["radius", "rim"]).mean(numeric_only=True))
 
 
 if __name__ == "__main__":

@@ -181,14 +181,14 @@ def test_headers_tell_viewers_what_the_images_are(request_, files, tmp_path):
 def test_significant_bits_are_those_of_the_brain(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
     bits, brain = (nib.load(request_.path(key)).get_fdata() for key in ("sigbits", "brain_mask"))
-    assert brain.sum() == 1 and bits[2, 3, 4] == 3
+    assert brain.sum() == 7 and bits[2, 3, 4] == 3  # the voxel and those that share a face
     assert (bits[brain == 0] == 0).all()
 
 
 def test_sidecar_tells_volumes_of_the_brain_as_what_they_are(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
     volumes = told(request_)[1]["Volumes"]
-    assert {name: of["Value"] for name, of in volumes.items()} == {"brain": 1.0, "brain_mask": 1.0}
+    assert {name: of["Value"] for name, of in volumes.items()} == {"brain": 1.0, "brain_mask": 7.0}
     assert all(of["Units"] == "mm^3" and "o intracranial volume" in of["Description"] for of in volumes.values())
 
 

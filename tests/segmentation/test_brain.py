@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import distance_transform_edt, label
 
 from bids_varaug.images.conform import Box, Geometry
-from bids_varaug.segmentation.brain import CLOSING_MM, brain_mask, close_sulci, fill_holes
+from bids_varaug.segmentation.brain import CLOSING_MM, brain_mask, depth_of_brain, fill_holes
 
 SIDE = 48
 
@@ -44,20 +44,28 @@ def test_mask_is_one_part_without_holes(brain):
     assert label(mask)[1] == 1 and label(~mask)[1] == 1 and not mask[1, 1, 1]
 
 
-def test_mask_of_a_coarser_grid_is_nearly_that_of_the_finer(brain):
+def test_surface_of_a_coarser_grid_is_within_a_voxel_of_the_finer(brain):
     fine = brain_mask(brain, brain, geometry(1.0))
     coarse = brain.reshape(SIDE // 2, 2, SIDE // 2, 2, SIDE // 2, 2).mean(axis=(1, 3, 5)) >= 0.5
     other = brain_mask(coarse, brain, geometry(2.0))
-    assert 2 * (fine & other).sum() / (fine.sum() + other.sum()) > 0.98
+    from_surface = distance_transform_edt(fine) + distance_transform_edt(~fine)
+    assert from_surface[fine != other].max() <= 2.0
 
 
 def test_closing_reaches_what_no_ball_outside_of_the_structures_does(brain):
     """By definition: a voxel is out if some ball of the radius holds it and no structure."""
-    found = close_sulci(np.pad(brain, 8), 1.0)
+    found = depth_of_brain(np.pad(brain, 8), 1.0, rim=0.0) > 0
     free = distance_transform_edt(~np.pad(brain, 8)) > CLOSING_MM  # centres of such balls
     assert np.array_equal(found, distance_transform_edt(~free) > CLOSING_MM)
 
 
+def test_rim_of_a_millimetre_lies_around_the_structures(brain):
+    rim = distance_transform_edt(~brain) <= 1
+    mask = brain_mask(brain, brain, geometry(1.0))
+    closed = depth_of_brain(brain, 1.0, rim=0.0) > 0
+    assert mask[rim].all() and not mask[distance_transform_edt(~closed) > 1.5].any()
+
+
 def test_nothing_to_mask_is_an_empty_mask():
     nothing = np.zeros((4, 4, 4), bool)
-    assert not fill_holes(nothing).any() and not close_sulci(nothing, 1.0).any()
+    assert not fill_holes(nothing).any() and not depth_of_brain(nothing, 1.0).any()
