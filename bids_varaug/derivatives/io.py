@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,18 @@ def read_regions(
         tables.append(table.assign(image=image, participant=participant))
     table = pd.concat(tables, ignore_index=True)
     return table.reindex(columns=list(dict.fromkeys([*needed, "verdict", "image", "participant"]))), unreadable
+
+
+def read_mask_volumes(output_dir: Path) -> dict[str, float]:
+    """Volume of the brain mask [mm3] by image, of those whose sidecar tells it."""
+    output, volumes = OUTPUTS["regions_tsv"], {}
+    ending = output.name("").removesuffix(output.extension) + ".json"
+    for path in Path(output_dir).glob(f"sub-*/**/*{ending}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            volumes[path.name.removesuffix(ending)] = float(
+                json.loads(path.read_text(encoding="utf-8"))["Volumes"]["brain_mask"]["Value"]
+            )
+    return volumes
 
 
 def summarise_regions(output_dir: Path, images: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:
