@@ -1,6 +1,6 @@
 """The brain mask beside those of other programs, by radius of the closing and rim.
 
-    python benchmarks/brain_mask.py T1W.nii.gz ... --cache DIR [--radii 4 6 10] [--rims 0 1 2]
+    python benchmarks/brain_mask.py T1W.nii.gz ... --cache DIR [--radii 6 10] [--rims 0 1 2]
 
 The baseline segments each image once; labels stay in DIR. References:
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--radii", type=float, nargs="+", default=[4, 6, 10])
+    parser.add_argument("--radii", type=float, nargs="+", default=[6, 10])
     parser.add_argument("--rims", type=float, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     shapes = [(0.0, 0.0), *product(given.radii, given.rims)]

@@ -127,12 +127,6 @@ def test_several_grids_are_those_of_the_app(app, linear, t1w, small_ensemble, tm
     assert np.array_equal(nib.load(tmp_path / "out" / name).get_fdata(), expected.get_fdata())
 
 
-def test_missing_image_has_the_code_of_a_missing_dataset_and_leaves_no_folder(tmp_path, capsys):
-    assert main([str(tmp_path / "no.nii"), str(tmp_path / "new" / "out")]) == 66
-    assert "no.nii: no such file" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_four_dimensions_are_refused_as_in_the_app(tmp_path, capsys):
     image = nib.Nifti1Image(np.ones((20, 20, 20, 2), np.float32), np.eye(4) * 4)
     with pytest.raises(ScanError, match=r"4D image \(20 x 20 x 20 x 2\). A T1w must be one volume"):
@@ -154,11 +148,12 @@ def test_image_without_affine_is_refused(tmp_path):
         segment(None)
 
 
-def test_missing_file_is_refused_as_in_the_app(tmp_path, capsys):
+def test_missing_file_has_the_code_of_a_missing_dataset_and_leaves_no_folder(tmp_path, capsys):
     with pytest.raises(ScanError, match="head.nii.gz: no such file"):
         segment(tmp_path / "head.nii.gz")
-    assert main([str(tmp_path / "head.nii.gz"), str(tmp_path / "out")]) == ExitCode.SUBJECT_FAILED
+    assert main([str(tmp_path / "head.nii.gz"), str(tmp_path / "new" / "out")]) == ExitCode.NO_INPUT
     assert "head.nii.gz: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_refuses_folders(dataset, t1w, tmp_path, capsys):
