@@ -177,6 +177,7 @@ def _otsu(values: np.ndarray) -> float:
 
 
 SAME_SIZE = 1e-3  # relative difference of voxel sizes below which an axis is left as it is
+POSTERIOR_SCALE = 1 / 255  # value of one step of a stored posterior (the NIfTI's ``scl_slope``)
 _FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 # Affines are stored in float32: indices computed from them are good to about this many decimals.
 _INDEX_STEPS = 1e4

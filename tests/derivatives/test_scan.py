@@ -11,7 +11,7 @@ import pytest
 
 from bids_varaug.derivatives import scan as scans
 from bids_varaug.derivatives.names import LOOKUP_TABLE, OUTPUTS, ScanRequest
-from bids_varaug.images.conform import Box, Geometry
+from bids_varaug.images.conform import POSTERIOR_SCALE, Box, Geometry
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
 from bids_varaug.segmentation.fuse import SparsePosterior, Summary, save_posterior, sparse_rows
@@ -145,6 +145,7 @@ def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
 
 def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
+    assert 1 / OUTPUTS["mean_probseg"].per_unit == POSTERIOR_SCALE
     path = request_.path("mean_probseg")
     image = nib.load(path)
     assert image.get_data_dtype() == np.uint8
