@@ -172,11 +172,15 @@ class Segmentation:
             return None
         image = nib.Nifti1Image.from_filename(path)  # read at once: the file is removed with this object
         if image.ndim == 3:
-            return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
-        data = np.empty(image.shape, np.float32)
-        for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
-            data[..., k] = image.dataobj[..., k]
-        return nib.Nifti1Image(data, image.affine, image.header)
+            data = np.asanyarray(image.dataobj)
+            data = data.astype(np.float32) if data.dtype.kind == "f" else data
+        else:
+            data = np.empty(image.shape, np.float32)
+            for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
+                data[..., k] = image.dataobj[..., k]
+        found = nib.Nifti1Image(data, image.affine, image.header)
+        found.set_data_dtype(data.dtype)
+        return found
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102

@@ -144,7 +144,7 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
-    add("--sloppy", action="store_true", 
+    add("--sloppy", action="store_true",
         help="2 mm grid, and one member of each family unless --members or --n-members say otherwise: for tests and "
         "demos only")
 

@@ -92,12 +92,14 @@ class Citation:
     @property
     def latex(self) -> str:
         """The paragraph for LaTeX with natbib."""
-        return "".join(self._written(_escape_latex, lambda works, is_subject: (
-            f"\\cite{'t' if is_subject else 'p'}{{{','.join(work.key for work in works)}}}"
-        )))  # fmt: skip
+
+        def write(works: Sequence[Reference], is_subject: bool) -> str:
+            return f"\\cite{'t' if is_subject else 'p'}{{{','.join(work.key for work in works)}}}"
+
+        return "".join(self._written(_escape_latex, write))
 
     def _written(self, plain: Callable[[str], str], write: Callable[[list[Reference], bool], str]) -> Iterator[str]:
-        """Yield the text between citations, and what `write` makes of each; it is told if one is no parenthesis."""
+        """Yield what `plain` makes of the text, and `write` of citations and of whether one is part of a sentence."""
         end = 0
         for found in re.finditer(r"\[(@\w+(?:; @\w+)*)\]|@\w+", self.methods):
             if works := Citation(found[0]).references:

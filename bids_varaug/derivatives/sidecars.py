@@ -73,8 +73,11 @@ def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = Fals
 
 
 def code_url() -> str | None:
-    """Address of the source code, as ``pyproject.toml`` gives it."""
-    urls = importlib.metadata.metadata(TOOL).get_all("Project-URL") or []
+    """Address of the source code, as ``pyproject.toml`` gives it to an installation; None where it gives none."""
+    try:
+        urls = importlib.metadata.metadata(TOOL).get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
     return next((url for name, _, url in (text.partition(", ") for text in urls) if name == "Repository"), None)
 
 

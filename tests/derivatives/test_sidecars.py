@@ -109,6 +109,16 @@ def test_container_is_recorded(bids_dir, tmp_path, monkeypatch, environ, expecte
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
+def test_source_code_is_that_of_the_installation(bids_dir, tmp_path, monkeypatch):
+    metadata = tmp_path / "site" / "bids_varaug-0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    urls = "Project-URL: Homepage, https://example.org\nProject-URL: Repository, https://example.org/code\n"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: bids_varaug\nVersion: 0\n{urls}")
+    monkeypatch.syspath_prepend(metadata.parents[1])
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out")
+    assert content["GeneratedBy"][0]["CodeURL"] == "https://example.org/code"
+
+
 def test_output_inside_the_dataset_is_linked_by_relative_path():
     assert sidecars.raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug")) == "../.."
 
