@@ -49,10 +49,8 @@ def request_of_aseg(request_, files, tmp_path) -> ScanRequest:
     counts = np.bincount(labels.ravel(), minlength=len(ids))
     members = np.stack([counts, counts, counts])
     members[2, ids.index(3)] = 3  # one more voxel than in the others: 2 on average
-    np.savez(
-        files.counts, volumes=members, intersections=np.tile(counts, (3, 3, 1)), entropy_mean=np.zeros(len(ids)),
-        entropy_mean_mca=np.zeros(len(ids)),
-    )  # fmt: skip
+    measures = {name: np.zeros(len(ids)) for name in np.load(files.counts)}
+    np.savez(files.counts, **measures | {"volumes": members, "intersections": np.tile(counts, (3, 3, 1))})
     settings = replace(request_.settings, freesurfer_dir=tmp_path / "fs")
     return replace(request_, settings=settings, ensemble=replace(request_.ensemble, labels=LABELS))
 
