@@ -13,6 +13,7 @@ import pandas as pd
 from bids_varaug import __version__
 from bids_varaug.derivatives.io import COMPRESSION, write_table
 from bids_varaug.derivatives.names import BRAIN_VOLUMES, ScanRequest
+from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.errors import UsageError
 from bids_varaug.files import replacing, write_text
 from bids_varaug.images.load import voxel_volume
@@ -94,7 +95,9 @@ def write_freesurfer(
 # subjectname {request.scan.prefix}
 {_lines("# Measure {}, {:f}, mm^3", measures.items())}
 # Volumes are means over the members of the ensemble; their spread is in aseg.varaug.tsv. Cortex and white matter are
-# counts of voxels. MaskVol: {BRAIN_VOLUMES["brain_mask"].description}
+# counts of voxels. Intensities are those of the T1w image as it is.
+# MaskVol: {BRAIN_VOLUMES["brain_mask"].description}
+# {SLOPPY_NOTE if request.settings.sloppy else ""}
 # SegVolFile mri/aseg.varaug.mgz
 # ColorTable {LUT}
 # InVolFile {request.scan.relative}

@@ -113,10 +113,11 @@ def write_scan(
     regions, members, limits = _tables(request, summary.counts, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
     volumes = {"brain": float(regions["volume_mean"].sum()), "brain_mask": float(np.count_nonzero(brain)) * voxel}
+    about_brain = {n: {"Value": round(volumes[n], 1)} | text for n, text in describe_columns(BRAIN_VOLUMES).items()}
     warnings = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
     quality_keys = {
-        "Volumes": {name: {"Value": volumes[name]} | about for name, about in describe_columns(BRAIN_VOLUMES).items()},
+        "Volumes": about_brain,
         "VolumeLimits": limits,
         "VerdictThresholds": quality.describe_thresholds(),
         "Warnings": [*geometry.warnings, *warnings, *few, *quality.describe_verdicts(regions)],

@@ -108,6 +108,13 @@ def test_measures_are_sums_of_structures(subject):
     assert not any("eTIV" in line for line in lines)
 
 
+def test_sloppy_volumes_say_so(subject, request_of_aseg, files, tmp_path):
+    assert "--sloppy" not in (subject / "stats" / "aseg.stats").read_text()
+    settings = replace(request_of_aseg.settings, sloppy=True)
+    write_scan(replace(request_of_aseg, settings=settings), files, tmp_path)
+    assert "# Made with --sloppy" in (subject / "stats" / "aseg.stats").read_text()
+
+
 def test_mask_is_measured_in_the_t1w_grid(subject, request_of_aseg):
     text = (subject / "stats" / "aseg.stats").read_text()
     mask = nib.load(request_of_aseg.path("brain_mask"))
