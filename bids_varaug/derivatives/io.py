@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -58,18 +59,26 @@ def write_image(
     return Path(path)
 
 
-def in_steps(values: np.ndarray, per_unit: int) -> np.ndarray:
-    """Values as whole numbers of steps, int16, of which `per_unit` make a unit: to the nearest, ties to the even one.
+def in_steps(values: np.ndarray, step: float) -> np.ndarray:
+    """Values as whole numbers of steps, int16: to the nearest, ties to the even one; ValueError where that is too many.
 
-    ValueError where that is too many for int16. A power of 2 keeps sums of steps exact.
-
-    >>> in_steps(np.array([0.25, 1.1]), 8).tolist()
+    >>> in_steps(np.array([0.25, 1.1]), 1 / 8).tolist()
     [2, 9]
     """
-    steps = np.rint(values * np.float32(per_unit))
+    steps = np.rint(values / np.float32(step))
     if np.abs(steps).max(initial=0) > np.iinfo(np.int16).max:
-        raise ValueError(f"{np.abs(values).max():g} has too many steps of 1/{per_unit} for int16")
+        raise ValueError(f"{np.abs(values).max():g} has too many steps of {step:g} for int16")
     return steps.astype(np.int16)
+
+
+def fitting_step(values: np.ndarray) -> float:
+    """Power of 2 of which the largest value has 2048 to 4096: spread may be of any magnitude.
+
+    >>> fitting_step(np.array([0.0, 0.4])) == 1 / 8192
+    True
+    """
+    largest = float(np.abs(values).max(initial=0))
+    return math.ldexp(1.0, math.frexp(largest)[1] - 12) if largest else 1.0
 
 
 def image_header(

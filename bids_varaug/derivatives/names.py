@@ -67,7 +67,7 @@ class Output:
     pattern: str  # of the name, after the T1w's own entities; {member} is the id of a member, or of a family
     description: str  # for the sidecar and the README
     units: str  # of the voxels; "" for labels and tables
-    per_unit: int  # steps of a unit in which values are stored; 1: as they are
+    per_unit: int  # steps of a unit in which values are stored; 0: as they are, real numbers in as many as fit them
     cal_max: float  # value that viewers show brightest; 0 for labels, whose largest id it is
     columns: Mapping[str, Column]  # of a table
 
@@ -80,14 +80,6 @@ class Output:
     def extension(self) -> str:
         """``.nii.gz`` or ``.tsv``."""
         return "." + self.pattern.partition(".")[2]
-
-    @property
-    def precision(self) -> str:
-        """How values are rounded, for the sidecar; "" where they are not."""
-        if self.per_unit == 1:
-            return ""
-        unit = f" {self.units}" if self.units not in ("", "1") else ""
-        return f"Rounded to the nearest 1/{self.per_unit}{unit}: wrong by at most 1/{2 * self.per_unit}{unit}"
 
     @property
     def per_member(self) -> bool:
@@ -110,7 +102,7 @@ BRAIN_VOLUMES = {name: table_columns("group_volumes")[name] for name in ("brain"
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 OUTPUTS: dict[str, Output] = {
-    key: Output(key, pattern, description, units, int(per_unit or 1), float(cal_max or 0), _columns_of(columns))
+    key: Output(key, pattern, description, units, int(per_unit or 0), float(cal_max or 0), _columns_of(columns))
     for key, pattern, units, per_unit, cal_max, columns, description in read_template_table("outputs.tsv")
 }
 

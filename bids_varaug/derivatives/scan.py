@@ -19,7 +19,7 @@ from nibabel.nifti1 import intent_codes
 from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.derivatives.freesurfer import write_freesurfer
-from bids_varaug.derivatives.io import in_steps, write_image, write_table
+from bids_varaug.derivatives.io import fitting_step, in_steps, write_image, write_table
 from bids_varaug.derivatives.names import BRAIN_VOLUMES, LOOKUP_TABLE, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
 from bids_varaug.derivatives.sidecars import describe_columns, sidecar
@@ -69,18 +69,23 @@ class ScanWriter:
     written: list[Path] = field(default_factory=list)
 
     def image(self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None) -> None:
-        """Write an image on the T1w's grid, real numbers in the steps of its output; `extra` goes to its sidecar."""
+        """Write an image on the T1w's grid, real numbers in steps; `extra` goes to its sidecar."""
         output = OUTPUTS[key]
         if key.removesuffix(OF_FAMILY) == "sigbits":  # the 24 bits of the background would hide the brain
             data = data * self.brain
+        step = 1 / output.per_unit if output.per_unit else 1.0
         if data.dtype.kind == "f":
-            data = in_steps(data, output.per_unit)
+            step = step if output.per_unit else fitting_step(data)
+            data = in_steps(data, step)
+        if step != 1:
+            precision = f"Stored in steps of {step:.4g} (scl_slope): wrong by at most half a step"
+            extra = {"Precision": precision, **(extra or {})}
         fields: dict[str, Any] = {"cal_max": output.cal_max, "intent_code": _INTENTS.get(output.suffix, 0)}
         if output.suffix == "dseg":
             largest = max(label.index for label in self.request.ensemble.labels)
             fields |= {"cal_max": largest, "aux_file": LOOKUP_TABLE}
         path = self.request.path(key, member)
-        self.written.append(write_image(data, self.affine, path, self.header, 1 / output.per_unit, **fields))
+        self.written.append(write_image(data, self.affine, path, self.header, step, **fields))
         self.sidecar(key, member, extra)
 
     def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:

@@ -115,7 +115,6 @@ def sidecar(
         "statmap": {"SkullStripped": skull_stripped, "Units": output.units},
     }
     content |= of_suffix.get(output.suffix, {})
-    content |= {"Precision": output.precision} if output.precision else {}
     members = _members_behind(request, key, member)
     content["Members"] = [m.id for m in members]
     if output.suffix in ("statmap", "mask") or key == "consensus_dseg":

@@ -160,10 +160,22 @@ def test_maps_are_stored_in_the_steps_of_their_output(request_, files, tmp_path)
     write_scan(request_, files, tmp_path)
     for key, value in values.items():
         image, output = nib.load(request_.path(key)), OUTPUTS[key]
-        assert image.get_data_dtype() == np.int16
         found = image.get_fdata()[2, 3, 4]
-        assert found == np.rint(value * output.per_unit) / output.per_unit
-        assert abs(found - value) <= 0.5 / output.per_unit
+        step = 1 / output.per_unit if output.per_unit else 2.0**-15  # the power of 2 above 0.123 is 2**-3
+        assert (image.get_data_dtype(), image.dataobj.slope) == (np.int16, step)
+        assert found == np.rint(value / step) * step and abs(found - value) <= step / 2
+        assert f"steps of {step:.4g}" in json.loads(request_.sidecar(key).read_text())["Precision"]
+
+
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-3])
+def test_small_spread_is_not_rounded_away(request_, files, tmp_path, magnitude):
+    """As that of random rounding at inference."""
+    maps = dict(np.load(files.maps))
+    maps["std"] = np.linspace(0, magnitude, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    np.savez(files.maps, **maps)
+    write_scan(request_, files, tmp_path)
+    found = nib.load(request_.path("std")).get_fdata()
+    assert np.abs(found - maps["std"]).max() <= magnitude / 4096
 
 
 def test_headers_tell_viewers_what_the_images_are(request_, files, tmp_path):

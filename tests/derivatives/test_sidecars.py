@@ -167,8 +167,3 @@ def test_every_structure_of_the_shipped_ensemble_has_abbreviation_and_tissue():
     assert table["abbreviation"].is_unique and set(table["mapping"]) == {0, 2, 3, 8, 9, 10, 11}
 
 
-@pytest.mark.parametrize("key", [key for key, output in names.OUTPUTS.items() if output.suffix == "statmap"])
-def test_maps_state_how_they_are_rounded(request_, key):
-    output = names.OUTPUTS[key]
-    steps = sidecars.sidecar(request_, key, "mca" if output.per_member else None)["Precision"]
-    assert f"1/{output.per_unit}" in steps and f"at most 1/{2 * output.per_unit}" in steps
