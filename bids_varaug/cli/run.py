@@ -21,7 +21,7 @@ from bids_varaug.cli.parser import (
     parse_settings,
     split_members,
 )
-from bids_varaug.errors import ExitCode, OutputError, UsageError, UserError
+from bids_varaug.errors import ExitCode, NoInputError, OutputError, UsageError, UserError
 from bids_varaug.machine import WORKER_MODULES, keep_caches_below
 from bids_varaug.settings import Settings
 
@@ -126,6 +126,8 @@ def segment_image(argv: Sequence[str]) -> ExitCode:
             f"{given.image}: this is a folder. For a BIDS dataset, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
             "here, pass one image."
         )
+    if not given.image.is_file():
+        raise NoInputError(f"{given.image}: no such file, or a link to content that is not here (`datalad get` it).")
     from bids_varaug import api  # --help must not wait for torch
 
     options = vars(given) | {"members": split_members(given.members), "grids": GRIDS[given.grids]}

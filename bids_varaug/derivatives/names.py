@@ -67,6 +67,8 @@ class Output:
     pattern: str  # of the name, after the T1w's own entities; {member} is the id of a member, or of a family
     description: str  # for the sidecar and the README
     units: str  # of the voxels; "" for labels and tables
+    per_unit: int  # steps of a unit in which values are stored; 0: as they are, real numbers in as many as fit them
+    cal_max: float  # value that viewers show brightest; 0 for labels, whose largest id it is
     columns: Mapping[str, Column]  # of a table
 
     @property
@@ -95,11 +97,13 @@ class Output:
         return f"{prefix}_{self.pattern.format(member=member)}"
 
 
+BRAIN_VOLUMES = {name: table_columns("group_volumes")[name] for name in ("brain", "brain_mask")}
+"""Volumes of the brain as a whole; the intracranial volume is none of them."""
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 OUTPUTS: dict[str, Output] = {
-    key: Output(key, pattern, description, units, _columns_of(columns))
-    for key, pattern, units, columns, description in read_template_table("outputs.tsv")
+    key: Output(key, pattern, description, units, int(per_unit or 0), float(cal_max or 0), _columns_of(columns))
+    for key, pattern, units, per_unit, cal_max, columns, description in read_template_table("outputs.tsv")
 }
 
 
@@ -110,6 +114,11 @@ class Run:
     settings: Settings
     ensemble: Ensemble
     members: tuple[Member, ...]
+
+    @property
+    def voxel_size(self) -> float:
+        """Of the network grid, mm."""
+        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
     def perturbed(self) -> tuple[Member, ...]:

@@ -15,18 +15,21 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import FileBasedHeader
+from nibabel.nifti1 import intent_codes
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.io import write_image, write_table
-from bids_varaug.derivatives.names import OF_FAMILY, ScanRequest
+from bids_varaug.derivatives.freesurfer import write_freesurfer
+from bids_varaug.derivatives.io import fitting_step, in_steps, write_image, write_table
+from bids_varaug.derivatives.names import BRAIN_VOLUMES, LOOKUP_TABLE, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
-from bids_varaug.derivatives.sidecars import sidecar
+from bids_varaug.derivatives.sidecars import describe_columns, sidecar
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_json
-from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
+from bids_varaug.images.conform import Geometry, resample_map
 from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.inputs.tables import prefixed
+from bids_varaug.segmentation.brain import brain_mask
 from bids_varaug.segmentation.fuse import Summary, load_posterior
 from bids_varaug.variability import quality
 from bids_varaug.variability.measures import (
@@ -43,6 +46,7 @@ from bids_varaug.variability.quality import find_warnings
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
+_INTENTS = {suffix: intent_codes.code[name] for suffix, name in (("dseg", "label"), ("statmap", "estimate"))}
 # What a map is outside the head box, where every member says background with certainty.
 _OUTSIDE = {"entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
 JsonObject = Mapping[str, Any]
@@ -61,13 +65,27 @@ class ScanWriter:
     affine: np.ndarray
     header: FileBasedHeader  # of the T1w
     skull_stripped: bool
+    brain: np.ndarray  # mask
     written: list[Path] = field(default_factory=list)
 
-    def image(
-        self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None, slope: float = 1.0
-    ) -> None:
-        """Write an image on the T1w's grid; `extra` goes to its sidecar."""
-        self.written.append(write_image(data, self.affine, self.request.path(key, member), self.header, slope))
+    def image(self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None) -> None:
+        """Write an image on the T1w's grid, real numbers in steps; `extra` goes to its sidecar."""
+        output = OUTPUTS[key]
+        if key.removesuffix(OF_FAMILY) == "sigbits":  # the 24 bits of the background would hide the brain
+            data = data * self.brain
+        step = 1 / output.per_unit if output.per_unit else 1.0
+        if data.dtype.kind == "f":
+            step = step if output.per_unit else fitting_step(data)
+            data = in_steps(data, step)
+        if step != 1:
+            precision = f"Stored in steps of {step:.4g} (scl_slope): wrong by at most half a step"
+            extra = {"Precision": precision, **(extra or {})}
+        fields: dict[str, Any] = {"cal_max": output.cal_max, "intent_code": _INTENTS.get(output.suffix, 0)}
+        if output.suffix == "dseg":
+            largest = max(label.index for label in self.request.ensemble.labels)
+            fields |= {"cal_max": largest, "aux_file": LOOKUP_TABLE}
+        path = self.request.path(key, member)
+        self.written.append(write_image(data, self.affine, path, self.header, step, **fields))
         self.sidecar(key, member, extra)
 
     def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
@@ -90,16 +108,21 @@ def write_scan(
     ids = ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
     dense_file = folder / "posterior.npy"
     dense = np.lib.format.open_memmap(dense_file, "w+", np.uint8, (*geometry.native_shape, len(ids)))
-    consensus = load_posterior(summary.mean).to_native(geometry, dense, ensemble.temperature)
-    brain, labels = consensus > 0, ids[consensus]
+    mean = load_posterior(summary.mean)
+    consensus = mean.to_native(geometry, dense, ensemble.temperature)
+    brain, labels = brain_mask(mean.labels > 0, consensus > 0, geometry), ids[consensus]
     affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
-    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(brain.sum()) * voxel_volume(affine)
-    writer = ScanWriter(request, affine, image.header, skull_stripped=stripped)
+    voxel = voxel_volume(affine)
+    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(np.count_nonzero(consensus)) * voxel
+    writer = ScanWriter(request, affine, image.header, skull_stripped=stripped, brain=brain)
     regions, members, limits = _tables(request, summary.counts, geometry)
     t1w = np.asanyarray(image.dataobj).reshape(geometry.native_shape)
+    volumes = {"brain": float(regions["volume_mean"].sum()), "brain_mask": float(np.count_nonzero(brain)) * voxel}
+    about_brain = {n: {"Value": round(volumes[n], 1)} | text for n, text in describe_columns(BRAIN_VOLUMES).items()}
     warnings = find_warnings(voxel_sizes(affine), t1w, labels)
     few = quality.describe_families(Counter(member.family for member in request.perturbed))
     quality_keys = {
+        "Volumes": about_brain,
         "VolumeLimits": limits,
         "VerdictThresholds": quality.describe_thresholds(),
         "Warnings": [*geometry.warnings, *warnings, *few, *quality.describe_verdicts(regions)],
@@ -107,8 +130,10 @@ def write_scan(
     writer.image("consensus_dseg", labels, extra=quality_keys)
     writer.image("brain_mask", brain)
     calibration = {"Temperature": ensemble.temperature, "TemperatureDescription": _TEMPERATURE_TEXT}
-    writer.image("mean_probseg", dense, extra=calibration, slope=POSTERIOR_SCALE)
-    del dense, consensus, labels, brain, t1w, image
+    writer.image("mean_probseg", dense, extra=calibration)
+    if request.settings.freesurfer_dir is not None:
+        writer.written += write_freesurfer(request, labels, affine, t1w, regions, volumes)
+    del dense, mean, consensus, labels, t1w, image
     dense_file.unlink()
     for member, path in zip(request.members, posteriors, strict=True):
         if member.is_baseline:

@@ -69,7 +69,10 @@ def scan_report(request: ScanRequest) -> ScanReport:
     figures = {"consensus": mosaic.draw_labels(request.ensemble.labels), "volumes": draw_volumes(members)}
     for key, style in MAP_STYLES.items():
         if request.path(key).exists():
-            figures[key] = mosaic.draw_map(_read_image(request.path(key)), style)
+            values = _read_image(request.path(key))
+            if key == "sigbits":  # 0 outside of the brain mask, where they were not asked for
+                values = np.where(_read_image(request.path("brain_mask")) > 0, values, np.nan)
+            figures[key] = mosaic.draw_map(values, style)
     if request.path("unreliable_mask").exists():
         figures["unreliable"] = mosaic.draw_mask(_read_image(request.path("unreliable_mask")))
     shape = " x ".join(str(n) for n in t1w.data.shape)

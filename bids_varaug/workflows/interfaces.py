@@ -13,7 +13,7 @@ from nipype.interfaces.base.support import Bunch
 from nipype.interfaces.base.traits_extension import File, InputMultiPath, isdefined, traits
 from safetensors import SafetensorError
 
-from bids_varaug.errors import UserError
+from bids_varaug.errors import ScanError, UserError
 from bids_varaug.workflows.plan import record_finished
 
 # Torch takes seconds to import: what needs it is imported in the worker that runs the step.
@@ -70,7 +70,10 @@ class Conform(_Step):
         from bids_varaug.images.conform import prepare_head
 
         inputs = self.inputs
-        head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
+        try:
+            head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
+        except ScanError as error:
+            raise ScanError(f"{error} To leave the image out, use --bids-filter-file.") from error
         for warning in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):

@@ -18,6 +18,7 @@ from nipype.interfaces.utility import IdentityInterface, Merge
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import write_logs
+from bids_varaug.derivatives.freesurfer import check_subjects
 from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
@@ -48,6 +49,8 @@ def run_participants(settings: Settings) -> ExitCode:
     check_memory(plan)
     selection = _select(settings)
     check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
+    if settings.freesurfer_dir is not None:
+        check_subjects(settings.freesurfer_dir, selection.scans)
     if settings.dry_run:
         members = ", ".join(member.id for member in plan.members)
         print(f"{len(selection.scans)} T1w image(s), members {members}:")

@@ -41,11 +41,6 @@ class Plan(Run):
     """A run, and what it takes."""
 
     @property
-    def voxel_size(self) -> float:
-        """Of the network grid, mm."""
-        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
-
-    @property
     def locator(self) -> Member:
         """The member that locates the brain and segments it on several grids."""
         return self.ensemble.baseline or self.members[0]
@@ -187,5 +182,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        settings.family_maps, settings.freesurfer_dir, scan, status.st_size, status.st_mtime_ns, request.ensemble,
+        request.members,
     ))  # fmt: skip

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from bids_varaug.derivatives import scan as scans
-from bids_varaug.derivatives.names import OUTPUTS, ScanRequest
-from bids_varaug.images.conform import Box, Geometry
+from bids_varaug.derivatives.names import LOOKUP_TABLE, OUTPUTS, ScanRequest
+from bids_varaug.images.conform import POSTERIOR_SCALE, Box, Geometry
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
 from bids_varaug.segmentation.fuse import SparsePosterior, Summary, save_posterior, sparse_rows
@@ -145,11 +145,64 @@ def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
 
 def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
+    assert 1 / OUTPUTS["mean_probseg"].per_unit == POSTERIOR_SCALE
     path = request_.path("mean_probseg")
     image = nib.load(path)
     assert image.get_data_dtype() == np.uint8
     assert image.get_fdata()[2, 3, 4] == pytest.approx([0.2, 0.8], abs=1 / 510)
     assert image.get_fdata()[0, 0, 0].tolist() == pytest.approx([1, 0])
+
+
+def test_maps_are_stored_in_the_steps_of_their_output(request_, files, tmp_path):
+    maps = dict(np.load(files.maps))
+    values = {"entropy": 0.7, "std": 0.123, "sigbits": 5.3}
+    np.savez(files.maps, **maps | {name: maps[name] * 0 + np.float32(value) for name, value in values.items()})
+    write_scan(request_, files, tmp_path)
+    for key, value in values.items():
+        image, output = nib.load(request_.path(key)), OUTPUTS[key]
+        found = image.get_fdata()[2, 3, 4]
+        step = 1 / output.per_unit if output.per_unit else 2.0**-15  # the power of 2 above 0.123 is 2**-3
+        assert (image.get_data_dtype(), image.dataobj.slope) == (np.int16, step)
+        assert found == np.rint(value / step) * step and abs(found - value) <= step / 2
+        assert f"steps of {step:.4g}" in json.loads(request_.sidecar(key).read_text())["Precision"]
+
+
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-3])
+def test_small_spread_is_not_rounded_away(request_, files, tmp_path, magnitude):
+    """As that of random rounding at inference."""
+    maps = dict(np.load(files.maps))
+    maps["std"] = np.linspace(0, magnitude, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    np.savez(files.maps, **maps)
+    write_scan(request_, files, tmp_path)
+    found = nib.load(request_.path("std")).get_fdata()
+    assert np.abs(found - maps["std"]).max() <= magnitude / 4096
+
+
+def test_headers_tell_viewers_what_the_images_are(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    shown = {
+        "consensus_dseg": ("label", 17), "ieee_dseg": ("label", 17), "entropy": ("estimate", 2),
+        "sigbits": ("estimate", 24), "brain_mask": ("none", 1), "mean_probseg": ("none", 1),
+    }  # fmt: skip
+    for key, (intent, cal_max) in shown.items():
+        header = nib.load(request_.path(key)).header
+        assert (header.get_intent()[0], header["cal_min"], header["cal_max"]) == (intent, 0, cal_max), key
+    aux = nib.load(request_.path("consensus_dseg")).header["aux_file"].item().decode()
+    assert (request_.settings.output_dir / aux).name == LOOKUP_TABLE
+
+
+def test_significant_bits_are_those_of_the_brain(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    bits, brain = (nib.load(request_.path(key)).get_fdata() for key in ("sigbits", "brain_mask"))
+    assert brain.sum() == 7 and bits[2, 3, 4] == 3  # the voxel and those that share a face
+    assert (bits[brain == 0] == 0).all()
+
+
+def test_sidecar_tells_volumes_of_the_brain_as_what_they_are(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    volumes = told(request_)[1]["Volumes"]
+    assert {name: of["Value"] for name, of in volumes.items()} == {"brain": 1.0, "brain_mask": 7.0}
+    assert all(of["Units"] == "mm^3" and "o intracranial volume" in of["Description"] for of in volumes.values())
 
 
 def test_labels_are_freesurfer_ids(request_, files, tmp_path):

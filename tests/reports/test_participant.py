@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from bids_varaug.derivatives.citation import references
 from bids_varaug.reports import participant
 from bids_varaug.reports.participant import figure_name, shown_settings, write_subject_report
 from bids_varaug.settings import Settings
@@ -56,13 +57,15 @@ def test_nothing_is_loaded_from_outside(page):
     assert all(uri.startswith("data:image/png;base64,") for uri in loaded)
 
 
-def test_links_stay_inside_the_page(page):
-    targets = {a["id"] for _, a in page.tags if "id" in a}
-    assert {a["href"].removeprefix("#") for _, a in page.tags if "href" in a} <= targets
+def test_links_lead_into_the_page_or_to_a_cited_work(page):
+    targets = {f"#{a['id']}" for _, a in page.tags if "id" in a}
+    works = {work.url for work in references().values()} - {""}
+    links = {a["href"] for _, a in page.tags if "href" in a}
+    assert links <= targets | works and links & works
 
 
 def test_no_style_or_script_names_an_address(make_content):
-    text = make_content().html()
+    text = re.sub(r'<a href="https://(doi\.org|arxiv\.org)/[^"]+">[^<]+</a>', "", make_content().html())
     assert not any(word in text for word in ("http:", "https:", "url(", "@import"))
 
 

@@ -21,6 +21,7 @@ import pytest
 from bids_varaug.cli import run as cli_run
 from bids_varaug.cli.run import main
 from bids_varaug.inputs import validation
+from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import Trunk, load_ensemble
 from bids_varaug.settings import Settings
@@ -45,7 +46,7 @@ def digests(folder: Path) -> dict[str, str]:
 def finished(app, linear, tmp_path_factory):
     """Output of a complete run; a test that changes it leaves it as it was."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert app(out, *linear, "--write-members") == 0
+    assert app(out, *linear, "--write-members", "--freesurfer-dir", str(out.with_name("fs"))) == 0
     return out
 
 
@@ -66,6 +67,30 @@ def test_everything_is_written_valid_and_on_the_grid_of_the_t1w(finished, datase
         total = np.asarray(posterior.dataobj).sum(-1)
         assert np.abs(total - 1).max() < 0.02
     assert (finished / "sub-01.html").exists() and (finished / "sub-02.html").exists()
+
+
+def test_each_image_has_a_folder_in_the_subjects_directory(finished, dataset):
+    subjects = finished.with_name("fs")
+    images = {path.name.split("_T1w")[0]: path for path in dataset.rglob("*_T1w.nii*")}
+    assert {path.name for path in subjects.iterdir() if path.is_dir()} == set(images)
+    for prefix, t1w in images.items():
+        volume = nib.load(subjects / prefix / "mri" / "aseg.varaug.mgz")
+        stem = finished / t1w.relative_to(dataset).with_name(prefix)
+        labels = nib.load(f"{stem}_seg-varaug_desc-consensus_dseg.nii.gz")
+        assert np.array_equal(volume.dataobj, labels.dataobj)
+        np.testing.assert_allclose(volume.affine, labels.affine, atol=1e-4)
+        regions = pd.read_csv(f"{stem}_seg-varaug_desc-consensus_dseg.tsv", sep="\t", na_values="n/a")
+        volumes = read_aseg_stats(subjects / prefix / "stats" / "aseg.stats")
+        assert volumes == pytest.approx(regions.set_index("name")["volume_mean"].to_dict(), abs=0.06)
+
+
+def test_subjects_directory_of_freesurfer_stops_before_anything_is_written(app, tmp_path, capsys):
+    stats = tmp_path / "fs" / "sub-01_ses-a" / "stats" / "aseg.stats"
+    stats.parent.mkdir(parents=True)
+    stats.write_text("# generating_program mri_segstats\n")
+    assert app(tmp_path / "out", "--freesurfer-dir", str(tmp_path / "fs")) == 64
+    assert "another program made stats/aseg.stats of sub-01_ses-a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_agree_with_each_other(finished):
@@ -173,6 +198,7 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     bad = ("truncated", "empty", "text", "4d", "nan", "constant", "tiny", "singular", "huge",
            "dangling")  # fmt: skip
     lines = errors.splitlines()
+    assert "split it. To leave the image out, use --bids-filter-file." in errors
     for name in bad:
         named = [line for line in lines if f"sub-{name}_T1w.nii" in line]
         assert any(line.startswith("ERROR: ") for line in named), f"{name} missing:\n{errors}"
@@ -409,7 +435,8 @@ def test_sloppy_says_so_everywhere_and_runs_two_members(app, tmp_path, linear):
     members = pd.read_csv(next(out.rglob("*_morph.tsv")), sep="\t")
     assert sorted(members["member"].unique()) == ["ieee", "mca01", "seed01"]
     for path in out.rglob("*_dseg.json"):
-        assert "sloppy" in json.loads(path.read_text())["Warning"]
+        warning = json.loads(path.read_text())["Warning"]
+        assert "--sloppy (2 mm grid)" in warning and "members" not in warning  # `Members` lists them
     assert "sloppy" in (out / "dataset_description.json").read_text()
     assert "sloppy" in (out / "sub-02.html").read_text()
 
