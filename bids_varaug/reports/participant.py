@@ -27,7 +27,7 @@ from bids_varaug.reports.html import data_uri, render_page, tabulate
 from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes
 from bids_varaug.settings import Settings
-from bids_varaug.variability.measures import UNRELIABLE_BELOW
+from bids_varaug.variability.measures import UNRELIABLE_FROM
 from bids_varaug.variability.quality import VERDICTS, describe_families
 
 MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "unreliable": "✗ unreliable"}
@@ -132,7 +132,7 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         versions=package_versions(),
         citation=cite_participant(request),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
-        unreliable_below=percent(UNRELIABLE_BELOW),
+        unreliable_from=percent(UNRELIABLE_FROM),
     )
 
 
