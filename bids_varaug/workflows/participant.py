@@ -31,7 +31,16 @@ from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
 from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
-from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
+from bids_varaug.workflows.plan import (
+    STEP_GB,
+    Plan,
+    check_memory,
+    describe_cost,
+    is_finished,
+    make_plan,
+    remove_steps,
+    warn_of_disk,
+)
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -56,6 +65,8 @@ def run_participants(settings: Settings) -> ExitCode:
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
+        if selection.scans:
+            print(f"This takes {describe_cost(plan, len(selection.scans))}")
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
     write_dataset_files(plan)
     write_logs(plan)
@@ -99,7 +110,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
-    progress = plugins.ProgressLog(root, left, plan.n_passes, on_written)
+    reports = {f"report_{node_name(who)}": f"report of {who}" for who in (f"sub-{scan.subject}" for scan in scans)}
+    progress = plugins.ProgressLog(root, left, plan.n_passes, reports, on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:

@@ -277,7 +277,7 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear, c
     assert regions["reason"].str.contains("spread unknown with one member").all()
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "structures" in line]
     assert told.startswith("WARNING: /") and "sub-02_acq-las_run-1_T1w.nii.gz: " in told
-    assert 'class="fine"' not in (out / "sub-02.html").read_text()
+    assert 'class="answer good"' not in (out / "sub-02.html").read_text()
     assert run_validator(out) == []
 
 
@@ -449,9 +449,12 @@ def test_sloppy_says_so_everywhere_and_runs_two_members(app, tmp_path, linear):
 
 
 def test_dry_run_writes_nothing(app, tmp_path, capsys):
-    assert app(tmp_path / "out", "--dry-run") == 0
-    assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in capsys.readouterr().out
-    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+    before = set(tmp_path.rglob("*"))
+    assert app(tmp_path / "out", "--dry-run", "--bids-database-dir", str(tmp_path / "database")) == 0
+    told = capsys.readouterr().out
+    assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in told
+    assert re.search(r"about \d+ min on \d+ processor.*, \d+\.\d GB in the work directory, \d+\.\d GB of results", told)
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_dry_run_ends_as_the_run_would(dataset, small_ensemble, linear, tmp_path, capsys):
