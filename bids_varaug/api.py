@@ -128,13 +128,14 @@ def segment(
 class Segmentation:
     """What `segment` found, on the image's own grid.
 
-    Without two perturbed members there is no spread; `entropy` and `unreliable` are then None.
+    Without two perturbed members there is no spread; `entropy` is then None.
 
     Attributes
     ----------
     labels : nibabel image, consensus, FreeSurfer ids
     entropy : nibabel image, of the members' votes [bit]
-    unreliable : nibabel image, mask of the voxels on whose label too many members disagree
+    uncertainty : nibabel image, total entropy of the members' mean posterior [bit]
+    unreliable : nibabel image, mask of the voxels whose label is wrong with a probability of 0.37 or more
     volumes : DataFrame, structure x member [mm3]
     regions : DataFrame, variability and verdict of each structure, see ``docs/reference/outputs.md``
     warnings : list of str, what speaks against the image or the segmentation
@@ -156,16 +157,20 @@ class Segmentation:
         return self.image("entropy")
 
     @property
-    def unreliable(self) -> nib.Nifti1Image | None:  # noqa: D102
-        return self.image("unreliable_mask")
+    def uncertainty(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("total_entropy"))
+
+    @property
+    def unreliable(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("unreliable_mask"))
 
     def image(self, output: str) -> nib.Nifti1Image | None:
         """Return any image, None if it was not made.
 
         Parameters
         ----------
-        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "entropy", "sigbits"
-            or "std"
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "total_entropy",
+            "mutual_information", "entropy", "sigbits" or "std"
         """
         path = self._request.path(output)
         if not path.exists():
@@ -208,7 +213,8 @@ class Segmentation:
 
         Parameters
         ----------
-        what : "consensus", "entropy", "sigbits", "std", "unreliable" or "volumes"
+        what : "consensus", "total_entropy", "mutual_information", "entropy", "sigbits", "std", "unreliable" or
+            "volumes"
         """
         from matplotlib import image, pyplot
 
@@ -280,7 +286,7 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
-    summary = summarise_members(posteriors, families, folder, settings.family_maps)
+    summary = summarise_members(posteriors, families, plan.ensemble.temperature, folder, settings.family_maps)
     return folder / "geometry.json", posteriors, summary
 
 

@@ -48,6 +48,8 @@ def test_images_are_those_of_the_app(result, written):
     for image, ending in (
         (result.labels, "seg-varaug_desc-consensus_dseg"),
         (result.entropy, "seg-varaug_stat-entropy_statmap"),
+        (result.uncertainty, "seg-varaug_stat-totalentropy_statmap"),
+        (result.image("mutual_information"), "seg-varaug_stat-mutualinformation_statmap"),
         (result.image("sigbits"), "seg-varaug_stat-sigbits_statmap"),
         (result.image("std"), "seg-varaug_stat-std_statmap"),
         (result.unreliable, "label-unreliable_mask"),
@@ -83,7 +85,8 @@ def test_image_in_memory_gives_the_labels_of_its_file(result, t1w, small_ensembl
 def test_members_are_chosen_as_in_the_app(t1w, small_ensemble):
     seeds = segment(t1w, ensemble=small_ensemble, members=["seed"], n_members=1, device="cpu")
     assert list(seeds.volumes) == ["seed01"]
-    assert seeds.entropy is None and seeds.unreliable is None
+    assert seeds.entropy is None and seeds.image("mutual_information") is None
+    assert seeds.uncertainty.get_fdata().max() > 0 and seeds.unreliable.shape == seeds.labels.shape
     assert any("one member" in warning for warning in seeds.warnings)
 
 

@@ -45,11 +45,11 @@ def table_columns(table: str) -> dict[str, Column]:
 
 
 def _columns_of(table: str) -> dict[str, Column]:
-    """Columns in the order of the file; of regions, measures over all members, within each family, then verdicts."""
+    """Columns in the order of the file; of regions, measures over members, within families, then verdicts."""
     columns = table_columns(table)
     if table != "regions":
         return columns
-    judged = {name: columns.pop(name) for name in ("verdict", "reason", "volume_low", "volume_high")}
+    judged = {name: columns.pop(name) for name in list(columns)[list(columns).index("expected_dice") :]}
     within = {
         f"{name}_{family}": replace(column, description=f"As {name}, within the {family} family")
         for family in ("mca", "seed", "rr")

@@ -32,7 +32,7 @@ from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes, pair_sides, short_name
 from bids_varaug.reports.viewer import ViewerGrid, ViewerScan, view_scan, viewer_program, voxel_size_for
 from bids_varaug.settings import Settings
-from bids_varaug.variability.measures import UNRELIABLE_BELOW
+from bids_varaug.variability.measures import UNRELIABLE_FROM
 from bids_varaug.variability.quality import MEMBERS, VERDICTS, describe_families, describe_verdicts
 
 MARKS = {"good": "✓ use", "caution": "! use with caution", "unknown": "? not judged", "unreliable": "✗ do not use"}
@@ -90,7 +90,7 @@ def scan_report(request: ScanRequest, n_scans: int = 1) -> ScanReport:
     figures = {"consensus": mosaic.draw_labels(structures)}
     shown: dict[str, Any] = {}  # in the viewer
     for key, style in MAP_STYLES.items():
-        if key in names.OUTPUTS and request.path(key).exists():
+        if request.path(key).exists():
             values = _read_image(request.path(key))
             if key == "sigbits":  # 0 outside of the brain mask, where they were not asked for
                 values = np.where(_read_image(request.path("brain_mask")) > 0, values, np.nan)
@@ -179,7 +179,7 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         versions=package_versions(),
         citation=cite_participant(request),
         verdicts=[(MARKS[name], meaning) for name, meaning in VERDICTS.items()],
-        unreliable_below=percent(UNRELIABLE_BELOW),
+        unreliable_from=percent(UNRELIABLE_FROM),
     )
 
 

@@ -138,18 +138,19 @@ class FuseMembers(_Step):
     class input_spec(BaseInterfaceInputSpec):
         posterior_files = InputMultiPath(File(exists=True), mandatory=True)
         families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+        temperature = traits.Float(mandatory=True, desc="of the ensemble")
         family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
 
     class output_spec(TraitedSpec):
         mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
-        maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
-        counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
+        maps_file = File(exists=True, desc="segmentation.fuse.MAPS on the head box, .npz")
+        counts_file = File(exists=True, desc="volumes, overlaps, entropies, soft Dice, .npz")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
 
-        paths = [Path(file) for file in self.inputs.posterior_files]
-        files = summarise_members(paths, self.inputs.families, folder, self.inputs.family_maps)
+        inputs, paths = self.inputs, [Path(file) for file in self.inputs.posterior_files]
+        files = summarise_members(paths, inputs.families, inputs.temperature, folder, inputs.family_maps)
         return {f"{name}_file": path for name, path in files._asdict().items()}
 
 

@@ -201,7 +201,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         conform.inputs.trait_set(**by_locator)
     posteriors = _merge_node(2, "posteriors")  # of all members, in their order
     families = [member.family for member in plan.members]
-    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
+    fuse = _node(FuseMembers(families=families, temperature=ensemble.temperature), "fuse")
+    fuse.inputs.family_maps = settings.family_maps
     write = _node(WriteScan(request=plan.request(scan), num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 

@@ -28,7 +28,6 @@ from bids_varaug.settings import Settings
 from bids_varaug.workflows.plan import suitable_grids
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
-MAPS = ("entropy", "sigbits", "std")
 ROUNDED = ("--members", "ieee", "--perturb-inference", "2", "--random-seed", "7",
            "--participant-label", "02", "--nprocs", "2", "--omp-nthreads", "1")  # fmt: skip
 
@@ -57,8 +56,8 @@ def test_everything_is_written_valid_and_on_the_grid_of_the_t1w(finished, datase
         folder = finished / t1w.relative_to(dataset).parent
         source = nib.load(t1w)
         images = sorted(folder.glob(f"{stem}_*.nii.gz"))
-        # consensus, ieee, 4 members, posterior, 2 masks, 3 maps
-        assert len(images) == 12
+        # consensus, ieee, 4 members, posterior, 2 masks, 5 maps
+        assert len(images) == 14
         for path in images:
             image = nib.load(path)
             assert image.shape[:3] == source.shape
@@ -267,7 +266,11 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear, c
         nib.load(next(folder.glob(f"*_desc-{name}_dseg.nii.gz"))) for name in ("consensus", "ieee")
     )
     assert np.array_equal(np.asarray(consensus.dataobj), np.asarray(baseline.dataobj))
-    assert not list(folder.glob("*_statmap.nii.gz"))
+    (entropy,) = folder.glob("*_statmap.nii.gz")
+    assert "totalentropy" in entropy.name and nib.load(entropy).get_fdata().max() > 0
+    posterior = nib.load(next(folder.glob("*_probseg.nii.gz"))).get_fdata().max(axis=-1)
+    unreliable = nib.load(next(folder.glob("*_label-unreliable_mask.nii.gz"))).get_fdata() > 0
+    assert np.array_equal(unreliable, np.round(255 * posterior) <= 0.63 * 255) and unreliable.any()
     regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
     assert regions["volume_std"].isna().all()
     assert set(regions["verdict"]) <= {"unknown", "unreliable"}
@@ -332,11 +335,12 @@ def test_another_random_seed_computes_the_rounded_members_alone_again(rounded, a
     assert digests(rounded) == written
 
 
-def test_another_temperature_changes_the_mean_posterior_alone(app, finished, linear, small_ensemble):
+def test_another_temperature_changes_probabilities_and_no_label(app, finished, linear, small_ensemble):
     """Calibrated again, in the same work directory: nothing is segmented again."""
     run = (finished, *linear, "--write-members", "--participant-label", "02")
     before = digests(finished)
-    times = {path: path.stat().st_mtime_ns for path in finished.with_name("out-work").rglob("*.safetensors")}
+    members = [path for path in finished.with_name("out-work").rglob("*.safetensors") if path.stem in IDS]
+    times = {path: path.stat().st_mtime_ns for path in members}
     manifest = small_ensemble / "manifest.json"
     text = manifest.read_text()
     try:
@@ -346,8 +350,11 @@ def test_another_temperature_changes_the_mean_posterior_alone(app, finished, lin
         manifest.write_text(text)
     after = digests(finished)
     changed = {name for name in before if after[name] != before[name]}
-    assert any("desc-mean_probseg.nii" in name for name in changed)
-    assert not [name for name in changed if name.endswith((".nii.gz", ".tsv")) and "probseg" not in name]
+    kinds = {name.rpartition("run-1_")[2] for name in changed if name.endswith((".nii.gz", ".tsv"))}
+    assert "seg-varaug_desc-mean_probseg.nii.gz" in kinds and kinds <= {
+        "seg-varaug_desc-mean_probseg.nii.gz", "label-unreliable_mask.nii.gz", "seg-varaug_desc-consensus_dseg.tsv",
+        "seg-varaug_stat-totalentropy_statmap.nii.gz", "seg-varaug_stat-mutualinformation_statmap.nii.gz",
+    }  # fmt: skip
     sidecar = next((finished / "sub-02").rglob("*_desc-mean_probseg.json"))
     assert json.loads(sidecar.read_text())["Temperature"] == 3
     assert times and {path: path.stat().st_mtime_ns for path in times} == times
