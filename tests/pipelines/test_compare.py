@@ -73,7 +73,7 @@ def test_spread_is_over_the_runs_with_noise(runs):
     assert affine["sd"] == pytest.approx(0.01) and affine["sd_max"] == pytest.approx(0.01)
     tables = rows(found, "table")
     assert tables.loc["Left-Hippocampus", "sd"] == pytest.approx(10)
-    assert tables.loc["x thickness", "mean"] == pytest.approx(2.2)
+    assert tables.loc["thickness", "mean"] == pytest.approx(2.2)
 
 
 def test_files_that_some_runs_lack_or_that_do_not_fit_are_told(runs):
