@@ -32,7 +32,6 @@ from nibabel.processing import resample_to_output
 from bids_varaug.cli.perturb import compare_main, perturb_main
 
 VOXEL_MM = 2.0
-PYTHON = sys.executable
 PREPARE = "import ants, sys; image = ants.image_read(sys.argv[1]); fixed = ants.image_read(sys.argv[2]); "
 CODE = {
     "ants-n4": PREPARE + "ants.image_write(ants.n4_bias_field_correction(image), sys.argv[3] + '/n4.nii.gz')",
@@ -55,7 +54,8 @@ CODE = {
     + ".to_filename(sys.argv[3] + '/warp.nii.gz')",
 }
 PARAMETERS = """(FixedInternalImagePixelType "float") (MovingInternalImagePixelType "float")
-(Registration "MultiResolutionRegistration") (Interpolator "LinearInterpolator") (Metric "AdvancedMattesMutualInformation")
+(Registration "MultiResolutionRegistration") (Interpolator "LinearInterpolator")
+(Metric "AdvancedMattesMutualInformation")
 (ResampleInterpolator "FinalLinearInterpolator") (Resampler "DefaultResampler") (NumberOfResolutions 3)
 (FixedImagePyramid "FixedRecursiveImagePyramid") (MovingImagePyramid "MovingRecursiveImagePyramid")
 (Optimizer "AdaptiveStochasticGradientDescent") (MaximumNumberOfIterations 250) (NumberOfSpatialSamples 4000)
@@ -65,12 +65,12 @@ PARAMETERS = """(FixedInternalImagePixelType "float") (MovingInternalImagePixelT
 """
 
 
-def command(program: str, head: Path, template: Path, folder: Path) -> list[str] | None:
+def command(program: str, head: Path, template: Path, folder: Path, python: str) -> list[str] | None:
     """Command line of a program; None where it is not installed."""
     if program in CODE:
         package = program.partition("-")[0]
-        found = subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True, check=False)
-        return None if found.returncode else [PYTHON, "-c", CODE[program], str(head), str(template), "{run}"]
+        found = subprocess.run([python, "-c", f"import {package}"], capture_output=True, check=False)
+        return None if found.returncode else [python, "-c", CODE[program], str(head), str(template), "{run}"]
     if program == "elastix" and shutil.which("elastix"):
         files = []
         for kind in ("AffineTransform", "BSplineTransform"):
@@ -82,9 +82,9 @@ def command(program: str, head: Path, template: Path, folder: Path) -> list[str]
         steps = [part for file in files for part in ("-p", str(file))]
         return ["elastix", "-threads", "1", "-f", str(template), "-m", str(head), *steps, "-out", "{run}"]
     if program == "mrtrix" and shutil.which("mrregister"):
-        warp = "-nl_warp_full {run}/full.mif"
-        return ["sh", "-c", f"mrregister -nthreads 0 -quiet {head} {template} -type affine_nonlinear {warp} -transformed "
-                "{run}/warped.nii.gz -affine {run}/affine.txt"]  # fmt: skip
+        return ["mrregister", "-nthreads", "0", "-quiet", str(head), str(template), "-type", "affine_nonlinear",
+                "-nl_warp", "{run}/warp.nii.gz", "{run}/inverse.nii.gz", "-transformed", "{run}/warped.nii.gz",
+                "-affine", "{run}/affine.txt"]  # fmt: skip
     return None
 
 
@@ -106,13 +106,13 @@ def run(options: argparse.Namespace) -> None:
         for source in options.heads:
             head = prepare(source, out / "input")
             name = source.name.partition(".")[0]
-            asked = command(program, head, template, out / "input")
+            asked = command(program, head, template, out / "input", options.python)
             if asked is None:
                 print(f"{program}: not installed, left out", flush=True)
                 break
             runs = out / program / name
             flags = ["--n", str(options.n), "--nprocs", str(options.nprocs), "--seed", str(options.seed)]
-            flags += ["--spare-integers"] if asked[0] == PYTHON else []
+            flags += ["--spare-integers"] if asked[0] == options.python else []
             print(program, name, "exit code", perturb_main([str(runs), *flags, "--", *asked]), flush=True)
             compare_main([str(runs), "-o", str(out / "compared" / program / name)])
 
@@ -120,14 +120,16 @@ def run(options: argparse.Namespace) -> None:
 def summarise(out: Path) -> None:
     """Print a row per program: means over heads, the smallest Dice of each, and the range of the SD of warps."""
     measures = {
-        ("displacement", "sd"): "warp SD, mm", ("displacement", "sd_p95"): "95 %", ("displacement", "sd_max"): "largest",
+        ("displacement", "sd"): "warp SD, mm", ("displacement", "sd_p95"): "95 %",
+        ("displacement", "sd_max"): "largest",
         ("displacement", "sigbits"): "bits of the warp", ("affine", "sd"): "affine RMS, mm",
         ("scalar", "sigbits"): "bits of the image", ("labels", "dice_min"): "smallest Dice",
     }  # fmt: skip
     rows = []
     for program in sorted(path for path in (out / "compared").iterdir() if path.is_dir()):
         heads = sorted(program.glob("*/comparison.tsv"))
-        table = pd.concat([pd.read_csv(path, sep="\t", na_values="n/a").assign(head=path.parent.name) for path in heads])
+        tables = {path.parent.name: pd.read_csv(path, sep="\t", na_values="n/a") for path in heads}
+        table = pd.concat(tables, names=["head"]).reset_index()
         records = pd.concat([_records(out / program.name / path.parent.name) for path in heads])
         noisy, plain = records[records["name"] != "ieee"], records[records["name"] == "ieee"].set_index("head")
         slower = noisy.groupby("head")["seconds"].mean() / plain["seconds"]
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10)
     parser.add_argument("--nprocs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="that has antspyx and dipy")
     parser.add_argument("--summarise", action="store_true")
     options = parser.parse_args()
     if not options.summarise:
