@@ -26,7 +26,7 @@ from bids_varaug.files import replacing
 SOURCE = files("bids_varaug") / "data" / "libm_noise.c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-fPIC", "-fno-builtin", "-shared", "-Wl,--no-as-needed")
-LIBRARIES = ("-lm", "-ldl")
+LIBRARIES = ("-lm", "-l:libdl.so.2")  # where dlsym was before glibc 2.34
 CONTAINERS = ("apptainer", "singularity", "docker", "podman")  # the program is inside, and cannot be looked at
 DOUBLE_BITS = 53
 
@@ -42,7 +42,7 @@ def compile_interposer(folder: Path) -> Path:
     """
     source = SOURCE.read_bytes()
     libc = "-".join(platform.libc_ver())
-    key = hashlib.sha256(source + f"{libc} {platform.machine()} {FLAGS}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(source + f"{libc} {platform.machine()} {FLAGS} {LIBRARIES}".encode()).hexdigest()[:12]
     path = folder / f"libm_noise-{key}.so"
     if path.is_file():
         return path

@@ -64,7 +64,7 @@ def write_comparison(
 
 def _worst(table: pd.DataFrame) -> dict[str, Any]:
     """What varies most: the label with the smallest Dice, and the largest SD of each kind in mm."""
-    worst: dict[str, Any] = {}
+    worst: dict[str, Any] = dict.fromkeys(("dice", "displacement", "affine"))
     labels = table[table["kind"] == "labels"].dropna(subset="dice_min")
     if len(labels):
         row = labels.loc[labels["dice_min"].idxmin()]
