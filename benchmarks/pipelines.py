@@ -40,8 +40,7 @@ CODE = {
     + "found = ants.atropos(a=image, x=mask, i='KMeans[3]', m='[0.2,1x1x1]', c='[5,0]'); "
     + "ants.image_write(found['segmentation'], sys.argv[3] + '/tissue_dseg.nii.gz')",
     "ants-syn": PREPARE
-    + "import shutil; found = ants.registration(fixed, image, 'SyN', random_seed=1); "
-    + "[shutil.copy(f, sys.argv[3]) for f in found['fwdtransforms']]; "
+    + "found = ants.registration(fixed, image, 'SyN', random_seed=1, outprefix=sys.argv[3] + '/syn_'); "
     + "ants.image_write(found['warpedmovout'], sys.argv[3] + '/warped.nii.gz')",
     "dipy-affine": "import sys, numpy as np; from dipy.align import affine_registration; "
     + "_, affine = affine_registration(sys.argv[1], sys.argv[2], pipeline=['center_of_mass', 'rigid', 'affine']); "
