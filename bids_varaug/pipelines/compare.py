@@ -33,6 +33,7 @@ from bids_varaug.variability.measures import (
 
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh")
 MAX_LABELS = 256
+TISSUES = 9  # up to here labels are those of tissues, whatever the program calls them
 LABELS_NAMED = re.compile(r"dseg|aseg|aparc|parc|label|atropos|tissue|_seg\b|\bseg\b|wmparc|ribbon", re.IGNORECASE)
 RADIUS = 80.0  # mm, of the sphere of `displacement_between`
 COLUMNS = ("file", "kind", "name", "n", "mean", "sd", "sd_p95", "sd_max", "unit", "cv", "sigbits", "sigbits_general",
@@ -70,7 +71,7 @@ def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def compare_runs(runs: Mapping[str, Path], names: Mapping[int, str]) -> Comparison:
-    """Compare all files that every run has; `names` are those of labels.
+    """Compare all files that every run has; `names` are those of labels, in images with more than tissues.
 
     A file of a kind that is unknown, or damaged, is noted. `UserError` if nothing can be compared.
     """
@@ -154,7 +155,7 @@ def _compare_labels(
     volumes = counts.volumes * voxel_volume(images[0].affine)
     rows = []
     for k in (k for k in range(len(ids)) if k != background):
-        name = names.get(int(ids[k]), str(ids[k]))
+        name = names.get(int(ids[k]), str(ids[k])) if ids.max() > TISSUES else str(ids[k])
         row = _spread_of(volumes[:, k]) | {"kind": "labels", "name": name, "unit": "mm3"}
         rows.append(row | {"dice_min": np.nanmin(dice[:, k]), "dice_mean": np.nanmean(dice[:, k])})
         found.volumes[name] = volumes[:, k]
