@@ -18,7 +18,7 @@ from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_text
 from bids_varaug.pipelines.compare import Comparison
-from bids_varaug.reports.html import data_uri, render_page, run_id, tabulate
+from bids_varaug.reports.html import data_uri, render_page, tabulate
 from bids_varaug.reports.mosaics import MapStyle, Mosaic
 
 PAGE = "comparison.html"
@@ -54,11 +54,12 @@ def write_comparison(
     for kind, title in TITLES.items():
         if len(rows := found.table[found.table["kind"] == kind]):
             tables[title] = tabulate(rows, table_columns(f"comparison_{kind}"))
+    citation = cite("comparison", n=len(found.runs), kinds=sorted(found.table["kind"].unique()))
+    citation.write(output_dir, "CITATION")
     page = render_page(
         "comparison.html", runs=found.runs, notes=found.notes, tables=tables, figures=figures, settings=settings,
         worst=_worst(found.table), versions=package_versions(), sloppy=False,
-        run_id=run_id(settings, package_versions()),
-        citation=cite("comparison", n=len(found.runs), kinds=sorted(found.table["kind"].unique())),
+        citation=citation,
     )  # fmt: skip
     return write_text(page, output_dir / PAGE)
 
