@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, give the same command again.")
+        return exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, give the same command again.")
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -40,7 +40,7 @@ def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
+def exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
     """Do the work; print errors that a user can fix without a traceback."""
     try:
         return int(work())
@@ -115,7 +115,7 @@ def _kill_workers() -> None:
 def segment_main(argv: Sequence[str] | None = None) -> int:
     """Segment one image, without a BIDS dataset; returns the exit code, prints errors without a traceback."""
     arguments = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    return _exit_code(lambda: segment_image(arguments), "Interrupted.")
+    return exit_code(lambda: segment_image(arguments), "Interrupted.")
 
 
 def segment_image(argv: Sequence[str]) -> ExitCode:

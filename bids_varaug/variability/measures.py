@@ -222,6 +222,22 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     return np.clip(bits, 0.0, FLOAT32_BITS)
 
 
+def general_bits(values: np.ndarray) -> np.ndarray:
+    """Whole bits that every one of M results shares with their mean, (...) float64, of `values` (M, ...).
+
+    ``max k in 0 ... 53 such that |x_i / mean - 1| <= 2^-k for all i``: the ``General`` method of the significantdigits
+    package, which assumes no distribution (Sohier et al. 2021, ACM TOMS 47(2)). 0 where the mean is 0 and not all are.
+
+    >>> general_bits(np.array([[1.0, 2.0, 0.0], [1.25, 2.0, 0.0]])).tolist()
+    [3.0, 53.0, 53.0]
+    """
+    mean = np.mean(values, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        farthest = np.abs(values - mean).max(axis=0)
+        bits = np.floor(-np.log2(farthest / np.abs(mean)))
+    return np.clip(np.where(farthest == 0, 53.0, bits), 0.0, 53.0)
+
+
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
     """Mean of an entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
