@@ -33,6 +33,10 @@ class Settings:
     write_members: bool = False
     family_maps: bool = False
     freesurfer_dir: Path | None = None
+    output_spaces: tuple[str, ...] = ()  # NAME or NAME:res-N, see `registration.space.OutputSpace`
+    refine: int = 25
+    allow_downloads: bool = False
+    template_t1w: Path | None = None  # of the output spaces'; None until it was looked for
     device: str = "cpu"
     nprocs: int = 1
     omp_nthreads: int = 1

@@ -165,13 +165,15 @@ def test_commands_of_the_readme_exist():
 
 @pytest.mark.parametrize("page", FRONT_PAGES)
 def test_page_names_every_output(page):
-    from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS
+    from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS, SPACE_OUTPUTS
+    from bids_varaug.registration.space import SPACE, OutputSpace
 
     names = {
         output.name("", member if output.per_member else None).removeprefix("_")
         for key, output in OUTPUTS.items()
         for member in ["mca" if key.endswith(OF_FAMILY) else "mca01"]
     }
+    names |= {output.name("", space=OutputSpace(SPACE, 2)).removeprefix("_") for output in SPACE_OUTPUTS.values()}
     assert {name for name in names if f"`{name}`" not in read(page)} == set()
 
 

@@ -33,6 +33,7 @@ AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffl
 RELATIVE_TO = ("none", "brain", "intracranial")
 GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
+SPACE = "MNI152NLin2009cAsym"
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 BOTH_LEVELS = (
     "age_column", "sex_column", "participant_labels", "exclude_participant_labels", "session_labels", "random_seed",
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also write DIR/sub-01/mri/aseg.varaug.mgz, stats/aseg.stats and a colour table, for programs that read a "
         "FreeSurfer subjects directory")
     _add_ensemble(parser)
+    _add_template(parser)
     _add_running(parser)
     _add_group_level(parser)
     return parser
@@ -147,6 +149,18 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--sloppy", action="store_true",
         help="2 mm grid, and one member of each family unless --members or --n-members say otherwise: for tests and "
         "demos only")
+
+
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("template space").add_argument
+    add("--output-spaces", type=output_space, nargs="+", metavar="SPACE[:res-N]",
+        help=f"also write consensus and maps in a template's space, with the transforms: {SPACE} (1 mm) or "
+        f"{SPACE}:res-2; group level: also average the participants' maps there")
+    add("--refine", type=whole_number(0, 1000), metavar="N",
+        help="iterations that bring each member's segmentation onto the template's after the affine; 0: affine only "
+        "(default: %(default)s)")
+    add("--allow-downloads", action="store_true",
+        help="let TemplateFlow fetch the template's T1w image; without it, nothing is ever downloaded")
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +249,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.bids_filters = read_bids_filters(given.bids_filters) if given.bids_filters else {}
     given.plugin = read_plugin(given.plugin) if given.plugin else None
     given.members = split_members(given.members)
+    given.output_spaces = tuple(dict.fromkeys(re.sub("-0+", "-", space) for space in given.output_spaces))
     given.grids = GRIDS[given.grids]
     for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
         labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
@@ -317,6 +332,10 @@ member_names = matching(
     "[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", "is not a family (all, mca, seed, ieee) or a member such as mca01"
 )
 device_name = matching(r"auto|cpu|cuda(:\d+)?", "is none of auto, cpu, cuda, cuda:0, ...")
+
+output_space = matching(
+    f"{SPACE}(:res-0*[12])?", f"is not an output space that there is: use {SPACE} (1 mm) or {SPACE}:res-2 (2 mm)"
+)
 
 
 def split_members(texts: Iterable[str]) -> tuple[str, ...]:

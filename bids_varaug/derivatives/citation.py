@@ -203,9 +203,10 @@ def write_group_logs(
 def cite_participant(run: Run) -> Citation:
     """How to cite a run of the participant level."""
     settings = run.settings
+    spaces = [space.partition(":")[0] for space in settings.output_spaces]
     return cite(
         "participant", ensemble=run.ensemble, members=run.members, voxel_size=run.voxel_size, sloppy=settings.sloppy,
-        n_grids=settings.grids,
+        n_grids=settings.grids, space=spaces[0] if spaces else None, refine=settings.refine,
     )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def write_scan(
     brain, labels = brain_mask(mean.labels > 0, consensus > 0, geometry), ids[consensus]
     affine, image = geometry.native_affine, cast(SpatialImage, nib.load(request.scan.path))
     voxel = voxel_volume(affine)
-    stripped = geometry.foreground_volume < _SKULL_STRIPPED_BELOW * float(np.count_nonzero(consensus)) * voxel
+    stripped = is_skull_stripped(geometry, consensus)
     writer = ScanWriter(request, affine, image.header, skull_stripped=stripped, brain=brain)
     regions, members, limits = _tables(request, summary.counts, geometry)
     error_probability = 1 - np.float32(POSTERIOR_SCALE) * dense.max(axis=-1)
@@ -157,6 +157,12 @@ def write_scan(
     _remove_outdated(request, writer.written)
     writer.sidecar("members_tsv", extra=run_origin(request).to_json())  # group level must not mix ensembles or versions
     return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
+
+
+def is_skull_stripped(geometry: Geometry, brain: np.ndarray) -> bool:
+    """Whether an image is brain-extracted, of which `brain` are the labelled voxels of the native grid."""
+    volume = float(np.count_nonzero(brain)) * voxel_volume(geometry.native_affine)
+    return geometry.foreground_volume < _SKULL_STRIPPED_BELOW * volume
 
 
 def _write_maps(writer: ScanWriter, maps_file: Path, geometry: Geometry, calibration: JsonObject) -> None:
@@ -235,6 +241,7 @@ def _remove_outdated(request: ScanRequest, written: list[Path]) -> None:
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():
-        ours = old.name.startswith(f"{request.scan.prefix}_seg-varaug_")
+        starts = (f"{request.scan.prefix}_{start}" for start in ("seg-varaug_", "space-", "from-"))
+        ours = old.name.startswith(tuple(starts))
         if ours and old.name.partition(".")[0] not in stems:
             old.unlink()

@@ -102,10 +102,10 @@ def sidecar(
 
     `member` is an id or a family, where the output is of one alone.
     """
-    output = names.OUTPUTS[key]
+    output = names.ALL_OUTPUTS[key]
     raw = f"bids:raw:{request.scan.relative}"
     content: dict[str, Any] = {"Description": output.description, "Sources": [raw]}
-    if output.extension != ".tsv":
+    if output.extension != ".tsv" and not output.in_space:
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
         content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
     of_suffix: dict[str, dict[str, Any]] = {
@@ -113,11 +113,12 @@ def sidecar(
         "mask": {"Type": "Brain" if key == "brain_mask" else "ROI"},
         "probseg": {"LabelMap": [label.name for label in request.ensemble.labels]},
         "statmap": {"SkullStripped": skull_stripped, "Units": output.units},
+        "T1w": {"SkullStripped": skull_stripped},
     }
     content |= of_suffix.get(output.suffix, {})
     members = _members_behind(request, key, member)
     content["Members"] = [m.id for m in members]
-    if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
+    if output.suffix in ("statmap", "mask", "xfm") or key in ("consensus_dseg", "dseg_in_space"):
         content["MembersPerFamily"] = Counter(m.family for m in members)
     content |= extra or {}
     if request.settings.grids > 1:

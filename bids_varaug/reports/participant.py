@@ -30,6 +30,7 @@ from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import data_uri, render_page, run_id, tabulate
 from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes, pair_sides, short_name
+from bids_varaug.reports.registration import TemplateReport, template_report
 from bids_varaug.reports.viewer import ViewerGrid, ViewerScan, view_scan, viewer_program, voxel_size_for
 from bids_varaug.settings import Settings
 from bids_varaug.variability.measures import UNRELIABLE_FROM
@@ -46,7 +47,7 @@ WEBP_QUALITY = (85, 65)  # with few scans contours look as in the PNG files besi
 # the same report.
 _SHOWN = (
     "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference", "grids",
-    "write_members", "family_maps", "random_seed", "sloppy",
+    "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy",
 )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ class ScanReport:
     coarse: Sequence[float] = ()  # voxel size [mm], where it is larger than the network's
     look_first: Sequence[Mapping[str, Any]] = ()  # of the sidecar: Structure, Index, World [mm], Reason
     view: ViewerScan = field(default_factory=ViewerScan)
+    template: TemplateReport | None = None
 
 
 def scan_report(request: ScanRequest, n_scans: int = 1) -> ScanReport:
@@ -112,6 +114,7 @@ def scan_report(request: ScanRequest, n_scans: int = 1) -> ScanReport:
         provenance={"T1w": request.scan.relative, "Grid": f"{shape} voxels of {size} mm"},
         coarse=zooms.round(2).tolist() if zooms.max() > COARSE * request.voxel_size else (),
         look_first=notes.get("LookFirst", []),
+        template=template_report(request),
         view=view_scan(grid, structures, grid.values(t1w.data), grid.labels(consensus), **shown),
     )  # fmt: skip
 
@@ -137,7 +140,8 @@ def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     path = names.report(requests[0].settings.output_dir, requests[0].scan.subject)
     scans = [scan_report(request, len(requests)) for request in requests]
     for scan in scans:
-        for name, png in scan.figures.items():
+        of_template = scan.template.figures if scan.template else {}
+        for name, png in {**scan.figures, **of_template}.items():
             with replacing(path.with_suffix("") / "figures" / figure_name(scan.prefix, name)) as stream:
                 stream.write(png)
     return write_text(render_participant_report(requests[0], scans), path)
@@ -254,6 +258,11 @@ def _scan_values(scan: ScanReport, number: int, n_scans: int) -> dict[str, Any]:
         "volumes": tabulate(volumes.reset_index(), {"name": table_columns("volumes")["name"], **shown}),
         "warnings": [text for text in scan.warnings if text not in {*few, *known}],  # the answer says those
         "provenance": scan.provenance,
+        "template": scan.template,
+        "template_figures": {
+            name: data_uri(to_webp(png, quality), "webp")
+            for name, png in (scan.template.figures if scan.template else {}).items()
+        },
     }
 
 

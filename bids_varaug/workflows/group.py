@@ -40,6 +40,7 @@ from bids_varaug.inputs.tables import TableError, find_column, participants_wher
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, applied_page, evaluation_page, load_page, target_page
 from bids_varaug.settings import Settings
+from bids_varaug.workflows.group_maps import write_group_maps
 from bids_varaug.workflows.quality import note, run_info, write_quality
 
 MODEL = "models/brainage.skops"
@@ -86,6 +87,8 @@ def run_group(settings: Settings) -> Path | None:
         )
         return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
+    if settings.output_spaces:
+        print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
     if settings.features_table is None and model is None:
         page = write_quality(settings, everybody, notes)
         if no_brain_age:
@@ -102,7 +105,7 @@ def run_group(settings: Settings) -> Path | None:
 
 def _rewrite_pages(settings: Settings) -> Path | None:
     """Write the pages of the last run again; return the first."""
-    reports = (_report_name(settings.target), names.QUALITY_REPORT)
+    reports = (_report_name(settings.target), names.QUALITY_REPORT, names.MAPS_REPORT)
     saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in reports}
     pages = {report: load_page(path) for report, path in saved.items() if path.exists()}
     pages = pages or {reports[0]: load_page(saved[reports[0]])}  # an error that says what is missing

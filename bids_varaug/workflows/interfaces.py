@@ -154,6 +154,28 @@ class FuseMembers(_Step):
         return {f"{name}_file": path for name, path in files._asdict().items()}
 
 
+class Register(_Step):
+    """Register one posterior to the template."""
+
+    class input_spec(BaseInterfaceInputSpec):
+        posterior_file = File(exists=True, mandatory=True, desc="sparse posterior, safetensors")
+        geometry_file = File(exists=True, mandatory=True)
+        label_ids = traits.List(traits.Int, mandatory=True, desc="of the ensemble's classes, background first")
+        n_iterations = traits.Int(mandatory=True, desc="of the deformation; 0: affine only")
+        name = traits.Str(mandatory=True, nohash=True, desc="of the image, for messages")
+
+    class output_spec(TraitedSpec):
+        registration_file = File(exists=True, desc="registration.transforms.Registration, .npz")
+
+    def _step(self, folder: Path) -> dict[str, Path]:
+        from bids_varaug.registration.register import register_file
+
+        inputs, path = self.inputs, folder / "registration.npz"
+        posterior, geometry = Path(inputs.posterior_file), Path(inputs.geometry_file)
+        register_file(posterior, geometry, inputs.label_ids, inputs.n_iterations, inputs.name, path)
+        return {"registration_file": path}
+
+
 class WriteScan(_Step):
     """Bring labels and maps to the T1w's own grid and write the derivatives."""
 
@@ -164,6 +186,7 @@ class WriteScan(_Step):
         maps_file = File(exists=True, mandatory=True)
         counts_file = File(exists=True, mandatory=True)
         posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+        registration_files = InputMultiPath(File(exists=True), desc="of the consensus, then of the perturbed members")
         num_threads = traits.Int(1, usedefault=True, nohash=True)
 
     class output_spec(TraitedSpec):
@@ -181,6 +204,10 @@ class WriteScan(_Step):
         written, warnings = write_scan(
             request, Path(inputs.geometry_file), posteriors, summary, folder, inputs.num_threads
         )
+        if isdefined(inputs.registration_files):
+            from bids_varaug.derivatives.in_space import write_in_spaces
+
+            written += write_in_spaces(request, Path(inputs.geometry_file), inputs.registration_files)
         if warnings:
             warning = f"WARNING: {request.scan.path}: {' '.join(warnings)}"
             print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)

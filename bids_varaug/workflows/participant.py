@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nipype import MapNode, Node, Workflow
 from nipype.interfaces.base import BaseInterface
-from nipype.interfaces.utility import IdentityInterface, Merge
+from nipype.interfaces.utility import IdentityInterface, Merge, Select
 
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
@@ -30,7 +30,15 @@ from bids_varaug.models.ensemble import identify
 from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
-from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
+from bids_varaug.workflows.interfaces import (
+    AverageGrids,
+    Conform,
+    FuseMembers,
+    Register,
+    SegmentMember,
+    WriteReport,
+    WriteScan,
+)
 from bids_varaug.workflows.plan import (
     STEP_GB,
     Plan,
@@ -229,6 +237,42 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"), ("counts_file", "counts_file")]),
         (write, outputnode, [("out_files", "derivatives")]),
     ])  # fmt: skip
+    if settings.output_spaces:
+        register_wf = init_register_wf(plan, scan)
+        workflow.connect([
+            (conform, register_wf, [("geometry_file", "inputnode.geometry_file")]),
+            (fuse, register_wf, [("mean_file", "inputnode.mean_file")]),
+            (posteriors, register_wf, [("out", "inputnode.posterior_files")]),
+            (register_wf, write, [("outputnode.registration_files", "registration_files")]),
+        ])  # fmt: skip
+    return workflow
+
+
+def init_register_wf(plan: Plan, scan: Scan) -> Workflow:
+    """Register the consensus, and each perturbed member where there are several, to the template.
+
+    ``outputnode.registration_files`` are in this order; posteriors are those of all members.
+    """
+    inputnode = Node(IdentityInterface(["geometry_file", "mean_file", "posterior_files"]), "inputnode")
+    perturbed = [n for n, member in enumerate(plan.members) if member in plan.perturbed]
+    select = Node(Select(index=perturbed), "perturbed", run_without_submitting=True)
+    posteriors = _merge_node(2 if len(perturbed) > 1 else 1, "registered")
+    ids = [int(label.index) for label in plan.ensemble.labels]
+    interface = Register(label_ids=ids, n_iterations=plan.settings.refine, name=scan.path.name)
+    register = MapNode(interface, ["posterior_file"], "register", mem_gb=STEP_GB["register"])
+    outputnode = Node(IdentityInterface(["registration_files"]), "outputnode")
+    workflow = Workflow("template")
+    workflow.connect([
+        (inputnode, posteriors, [("mean_file", "in1")]),
+        (inputnode, register, [("geometry_file", "geometry_file")]),
+        (posteriors, register, [("out", "posterior_file")]),
+        (register, outputnode, [("registration_file", "registration_files")]),
+    ])  # fmt: skip
+    if len(perturbed) > 1:
+        workflow.connect([
+            (inputnode, select, [("posterior_files", "inlist")]),
+            (select, posteriors, [("out", "in2")]),
+        ])  # fmt: skip
     return workflow
 
 

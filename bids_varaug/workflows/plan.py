@@ -26,10 +26,11 @@ from bids_varaug.models.ensemble import (
     select_members,
     sha256_of,
 )
+from bids_varaug.registration.template import find_template_t1w, load_template
 from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6, "report": 1.0}
+STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "register": 1.2, "write": 1.6, "report": 1.0}
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
@@ -84,7 +85,11 @@ def make_plan(settings: Settings) -> Plan:
     for member in members:
         check_member(ensemble, member)
     grids = settings.grids or suitable_grids(settings, ensemble)
-    return Plan(replace(settings, device=device, grids=grids), ensemble, members)
+    template_t1w = None
+    if settings.output_spaces:
+        load_template([int(label.index) for label in ensemble.labels])  # before hours of work
+        template_t1w = find_template_t1w(settings.allow_downloads)
+    return Plan(replace(settings, device=device, grids=grids, template_t1w=template_t1w), ensemble, members)
 
 
 def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
@@ -202,6 +207,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, settings.freesurfer_dir, scan, status.st_size, status.st_mtime_ns, request.ensemble,
-        request.members,
+        settings.family_maps, settings.freesurfer_dir, settings.output_spaces, settings.refine, scan, status.st_size,
+        status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

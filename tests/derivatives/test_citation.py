@@ -11,9 +11,10 @@ from bids_varaug.derivatives import citation as citations
 from bids_varaug.derivatives.citation import Citation, references
 
 
-def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1):
+def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1, space=None, refine=25):
     run = {"ensemble": ensemble, "members": members, "sloppy": sloppy, "n_grids": n_grids}
     run["voxel_size"] = 2.0 if sloppy else 1.0
+    run |= {"space": space, "refine": refine}
     return citations.cite("participant", versions=versions or {}, **run)
 
 
@@ -34,12 +35,20 @@ def test_every_cited_key_is_listed(ensemble, members):
 
 def test_a_full_ensemble_and_a_full_group_cite_every_reference(ensemble, members):
     participant = {r.key for r in cite(ensemble, members).references}
+    registered = {r.key for r in cite(ensemble, members, space="MNI152NLin2009cAsym").references}
     group = {r.key for r in cite_full_group().references}
     quality = citations.cite("quality", has_members=True, has_changes=True).references
     kinds = ["affine", "displacement", "labels", "scalar"]
     compared = {r.key for r in citations.cite("comparison", n=10, kinds=kinds).references}
-    assert participant | group | {r.key for r in quality} | compared == set(references())
+    assert registered | group | {r.key for r in quality} | compared == set(references())
     assert len(participant) == 14
+    assert registered - participant == {"arsigny2006", "ciric2022", "fonov2011", "hoffmann2024", "power2012"}
+
+
+def test_registration_without_a_deformation_cites_none(ensemble, members):
+    text = cite(ensemble, members, space="MNI152NLin2009cAsym", refine=0).methods
+    assert "barycentres" in text and "velocity" not in text
+    assert "MNI152" not in cite(ensemble, members).methods
 
 
 def test_members_are_counted_by_family(ensemble, members):

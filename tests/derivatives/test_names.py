@@ -54,7 +54,8 @@ def test_image_and_table_of_one_name_share_the_sidecar(request_):
 
 def test_bidsignore_lists_figures_without_slash():
     by_image = ["phenotype/changes.*", "phenotype/volumes.*"]
-    assert names.BIDSIGNORE.split() == ["*.html", "figures", "models", *by_image, "*_morph.*", "*_statmap.*"]
+    images = ["*_morph.*", "*_statmap.*", "*_xfm.*"]
+    assert names.BIDSIGNORE.split() == ["*.html", "figures", "group_maps", "models", *by_image, *images]
 
 
 def test_report_lies_where_browsers_find_it():
