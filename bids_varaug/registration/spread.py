@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from nibabel.affines import apply_affine
-from significantdigits import Error, Method, significant_digits
 
 from bids_varaug.registration.affine import framewise_displacement
 from bids_varaug.registration.template import Template
 from bids_varaug.registration.transforms import Registration, head_points, template_points
 from bids_varaug.registration.velocity import jacobian_determinants
-from bids_varaug.variability.measures import FLOAT32_BITS, significant_bits
+from bids_varaug.variability.measures import FLOAT32_BITS, general_bits, significant_bits
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Spread:
     sd_median: float  # mm, of `displacement_sd`
     sd_p95: float
     sd_max: float
-    sigbits_general: float  # bit, `general_bits`
+    sigbits_general: float  # bit, `variability.measures.general_bits`, at most 24
     sigbits_sd: float  # bit, -log2(sd / |mean|)
     affine_fd_mean: float  # mm, framewise displacement of the members' affines from their mean
     affine_fd_max: float
@@ -86,25 +84,12 @@ def displacement_sd(displacements: np.ndarray) -> np.ndarray:
     return np.sqrt(displacements.var(axis=0, ddof=1, dtype=np.float64).sum(axis=0)).astype(np.float32)
 
 
-def general_bits(displacements: np.ndarray) -> np.ndarray:
-    """Significant bits (N,) float64 of displacements (M, 3, N), as published for SynthMorph (arXiv:2308.01939).
-
-    The largest k with ``|x_i / mean - 1| <= 2^-k`` for all members (significantdigits, method General, error Relative,
-    reference the mean), limited to 0 ... 24, for x, y and z, of which the mean is taken.
-    """
-    values = displacements.astype(np.float64).reshape(len(displacements), -1)
-    parts = []
-    for part in np.array_split(values, values.shape[1] // 2**16 + 1, axis=1):  # it takes many times their memory
-        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-            warnings.simplefilter("ignore")  # components that are 0 have no relative error
-            parts.append(significant_digits(
-                part, reference=part.mean(axis=0), axis=0, basis=2, error=Error.Relative, method=Method.General
-            ))  # fmt: skip
-    return np.clip(np.nan_to_num(np.concatenate(parts)), 0, FLOAT32_BITS).reshape(3, -1).mean(axis=0)
-
-
 def summarise_spread(registrations: Sequence[Registration], displacements: np.ndarray, template: Template) -> Spread:
-    """Figures of the members' spread; `displacements` are of `displacements_in_brain`, of two members or more."""
+    """Figures of the members' spread; `displacements` are of `displacements_in_brain`, of two members or more.
+
+    Bits are the mean over voxels and over x, y and z, as published for SynthMorph (arXiv:2308.01939).
+    """
+    general = np.minimum(general_bits(displacements.astype(np.float64)), FLOAT32_BITS)
     sd = displacement_sd(displacements)
     bits = significant_bits(
         displacements.mean(axis=0, dtype=np.float64), displacements.std(axis=0, ddof=1, dtype=np.float64)
@@ -114,7 +99,7 @@ def summarise_spread(registrations: Sequence[Registration], displacements: np.nd
     moved = [framewise_displacement(affine, affines.mean(axis=0), centre) for affine in affines]
     return Spread(
         len(registrations), float(np.median(sd)), float(np.percentile(sd, 95)), float(sd.max()),
-        float(general_bits(displacements).mean()), float(bits.mean()), float(np.mean(moved)), float(np.max(moved)),
+        float(general.mean()), float(bits.mean()), float(np.mean(moved)), float(np.max(moved)),
     )  # fmt: skip
 
 

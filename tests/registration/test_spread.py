@@ -6,7 +6,6 @@ from bids_varaug.registration.spread import (
     describe,
     displacement_sd,
     displacements_in_brain,
-    general_bits,
     summarise_spread,
 )
 from bids_varaug.registration.transforms import Registration
@@ -41,13 +40,6 @@ def test_shift_of_the_affine_is_the_spread_in_mm(still, template):
     summary = summarise_spread(members, found, template)
     assert summary.affine_fd_max == pytest.approx(1.0, rel=1e-6)
     assert summary.n_members == 3
-
-
-def test_general_bits_are_those_of_the_published_formula():
-    """The largest k with |x / mean - 1| <= 2^-k for every run."""
-    runs = np.array([1.01, 0.98, 1.01])[:, None, None] * np.array([5.0, -3.0, 2.0])[None, :, None]
-    worst = 0.02
-    assert general_bits(runs)[0] == np.floor(-np.log2(worst))
 
 
 def test_figures_have_names_for_the_sidecar(still, template):
