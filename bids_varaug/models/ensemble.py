@@ -37,6 +37,22 @@ class NetworkShape:
         return 2 ** len(self.channels)
 
 
+PLANES = ("coronal", "sagittal", "axial")
+"""In the order in which FastSurfer adds their logits."""
+VINN = "fastsurfer-vinn"
+
+
+@dataclass(frozen=True)
+class VinnShape:
+    """What has to be known to build FastSurferVINN's networks again; its checkpoints have the default sizes."""
+
+    filters: int = 71
+    rim_filters: int = 32  # of the first block, which works on the image's own grid
+    grid: int = 256  # pixels of 1 mm along each side of the grid of the other blocks
+    n_slices: int = 7  # that are seen at once
+    architecture: str = VINN
+
+
 @dataclass(frozen=True)
 class Label:
     """One class of the network: the id written to label maps, its name, its display colour."""
@@ -99,9 +115,9 @@ class Ensemble:
     name: str
     version: str
     directory: Path
-    voxel_size: float  # mm
+    voxel_size: float  # mm; of FastSurfer, the largest
     labels: tuple[Label, ...]  # of class k
-    network: NetworkShape
+    network: NetworkShape | VinnShape
     members: tuple[Member, ...]
     training: dict
     trunk: Trunk | None = None  # None where the members' weights are whole
@@ -111,6 +127,11 @@ class Ensemble:
     def baseline(self) -> Member | None:
         """The unperturbed member, if there is one."""
         return next((member for member in self.members if member.is_baseline), None)
+
+    @property
+    def is_fastsurfer(self) -> bool:
+        """Whether the networks are FastSurferVINN's, which have rules of their own from conform to labels."""
+        return isinstance(self.network, VinnShape)
 
 
 def find_ensemble(name: str) -> Path:
@@ -141,7 +162,7 @@ def load_ensemble(name: str) -> Ensemble:
             "directory": folder,
             "voxel_size": float(values["voxel_size"]),
             "labels": tuple(Label(**label) for label in values["labels"]),
-            "network": NetworkShape(**network | {"channels": tuple(network["channels"])}),
+            "network": _network_shape(network),
             "members": tuple(Member(**member) for member in values["members"]),
             "trunk": None if trunk is None else Trunk(**trunk),
         }
@@ -152,6 +173,14 @@ def load_ensemble(name: str) -> Ensemble:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
     _check_members(path, ensemble.members)
     return ensemble
+
+
+def _network_shape(values: dict) -> NetworkShape | VinnShape:
+    if (architecture := values.get("architecture")) == VINN:
+        return VinnShape(**values)
+    if architecture is not None:
+        raise ValueError(f"architecture {architecture}")
+    return NetworkShape(**values | {"channels": tuple(values["channels"])})
 
 
 def _check_members(path: Path, members: Iterable[Member]) -> None:
