@@ -25,6 +25,7 @@ from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
 from bids_varaug.images.conform import prepare_head
+from bids_varaug.images.fastsurfer import prepare_volume
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
@@ -251,8 +252,11 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     """Run the steps of `workflows.participant.init_scan_wf` one after another, in this process."""
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
-    head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.network.multiple, settings.trust)
-    if not settings.sloppy:
+    if plan.ensemble.is_fastsurfer:
+        head, geometry = prepare_volume(path, settings.trust)
+    else:
+        head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.multiple, settings.trust)
+    if not settings.sloppy and not plan.ensemble.is_fastsurfer:
         head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
     shift = None
     if settings.grids > 1:
@@ -262,7 +266,8 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
             segment_with_member(head, ensemble, plan.locator, file, *where, offset)
         average_grids(on_grids, offsets, folder / f"{plan.locator.id}.safetensors", shift)
     for member in plan.single_pass:
-        segment_with_member(head, ensemble, member, folder / f"{member.id}.safetensors", *where, shift=shift)
+        out = folder / f"{member.id}.safetensors"
+        segment_with_member(head, ensemble, member, out, *where, shift=shift, geometry=geometry)
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]

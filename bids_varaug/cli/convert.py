@@ -32,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     software = parser.add_subparsers(dest="software", required=True)
     fastsurfer = software.add_parser("fastsurfer", help="checkpoints of FastSurferVINN",
-        description="Convert checkpoints of FastSurferVINN, one of each plane for a member. The plane is taken from the "
-        "name of the file.")
+        description="Convert checkpoints of FastSurferVINN, one of each plane for a member. The plane is taken from "
+        "the name of the file.")
     add = fastsurfer.add_argument
     add("checkpoints", type=Path, nargs="*", metavar="CHECKPOINT",
         help="FastSurfer's own three files, or their folder: the baseline")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from nibabel.filebasedimages import FileBasedHeader
 
-from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.names import ending_of, prefix_of
 from bids_varaug.errors import UserError
 from bids_varaug.files import replacing, write_text
 
@@ -103,7 +103,7 @@ def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(participant_id=plain, source_id=ids)
 
 
-ENDING = OUTPUTS["members_tsv"].name("")
+ENDING = ending_of("members_tsv")
 COLUMNS = ["member", "family", "index", "name", "volume"]
 Structures = tuple[tuple[int, str], ...]
 
@@ -169,10 +169,10 @@ def read_regions(
     `images` are the entities of the images that count (``sub-01_ses-1``) to their participant; default all. Also
     returns, for other images, why their tables cannot be read; verdict is missing (NaN) in tables of older versions.
     """
-    ending, needed = OUTPUTS["regions_tsv"].name(""), dict.fromkeys(["name", *columns])
+    ending, needed = ending_of("regions_tsv"), dict.fromkeys(["name", *columns])
     tables, unreadable = [pd.DataFrame()], {}
     for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
-        image = path.name.removesuffix(ending)
+        image = prefix_of(path.name)
         if images is not None and image not in images:
             continue
         try:

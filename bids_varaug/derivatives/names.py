@@ -18,7 +18,9 @@ from bids_varaug.settings import Settings
 
 DATASET_DESCRIPTION = "dataset_description.json"
 DESCRIPTIONS_TABLE = "descriptions.tsv"
-LOOKUP_TABLE = "seg-varaug_dseg.tsv"
+OURS = "seg-varaug"
+"""Entity of the package's own networks in names; ``Run.segmentation`` takes its place."""
+LOOKUP_TABLE = f"{OURS}_dseg.tsv"
 GROUP_REPORT = "group_brainage.html"
 QUALITY_REPORT = "group_quality.html"
 
@@ -95,6 +97,20 @@ class Output:
         return f"{prefix}_{self.pattern.format(member=member)}"
 
 
+def ending_of(key: str) -> str:
+    """Pattern of what an output's names end with, whichever networks segmented.
+
+    >>> ending_of("members_tsv")
+    '_seg-*_desc-members_morph.tsv'
+    """
+    return OUTPUTS[key].name("").replace(OURS, "seg-*")
+
+
+def prefix_of(name: str) -> str:
+    """Entities of the T1w image in the name of an output that has ``seg-``."""
+    return name.partition("_seg-")[0]
+
+
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 OUTPUTS: dict[str, Output] = {
@@ -112,6 +128,16 @@ class Run:
     members: tuple[Member, ...]
 
     @property
+    def segmentation(self) -> str:
+        """Entity that says whose segmentation it is."""
+        return "seg-fastsurfer" if self.ensemble.is_fastsurfer else OURS
+
+    @property
+    def lookup_table(self) -> Path:
+        """Table of the labels, at the root."""
+        return self.settings.output_dir / LOOKUP_TABLE.replace(OURS, self.segmentation)
+
+    @property
     def perturbed(self) -> tuple[Member, ...]:
         """Members of consensus and spread; the baseline alone where there is no other."""
         return tuple(m for m in self.members if not m.is_baseline) or self.members
@@ -126,7 +152,7 @@ class ScanRequest(Run):
     def path(self, key: str, member: str | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`."""
         folder = self.settings.output_dir / Path(self.scan.relative).parent
-        return folder / OUTPUTS[key].name(self.scan.prefix, member)
+        return folder / OUTPUTS[key].name(self.scan.prefix, member).replace(f"_{OURS}_", f"_{self.segmentation}_")
 
     def sidecar(self, key: str, member: str | None = None) -> Path:
         """Absolute path of its JSON sidecar; an image and a table of the same name share it."""

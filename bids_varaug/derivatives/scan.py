@@ -196,6 +196,6 @@ def _remove_outdated(request: ScanRequest, written: list[Path]) -> None:
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():
-        ours = old.name.startswith(f"{request.scan.prefix}_seg-varaug_")
+        ours = old.name.startswith(f"{request.scan.prefix}_seg-")
         if ours and old.name.partition(".")[0] not in stems:
             old.unlink()

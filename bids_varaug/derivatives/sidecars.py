@@ -172,4 +172,4 @@ def write_dataset_files(run: Run) -> None:
     write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
     table = pd.DataFrame([(label.index, label.name) for label in run.ensemble.labels], columns=["index", "name"])
-    write_table(table, output_dir / names.LOOKUP_TABLE)
+    write_table(table, run.lookup_table)

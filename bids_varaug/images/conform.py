@@ -232,7 +232,7 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
 
 
 def examine(native: Volume, voxel_size: float) -> tuple[Volume, float, tuple[str, ...]]:
-    """Conform an image; return it, the volume of the foreground [mm3], and what grid and field of view say against it."""
+    """Conform an image; return it, the volume of the foreground [mm3], and what its grid says against it."""
     whole = conform(native, voxel_size)
     mask = uncut = head_mask(whole.data, voxel_size)
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head

@@ -17,6 +17,7 @@ from scipy.ndimage import affine_transform
 from bids_varaug.images.conform import Box, Geometry, enclose, examine, head_box
 from bids_varaug.images.load import read_t1w, standardise_volume
 
+Sizes = Sequence[float] | np.ndarray
 LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32)
 """Directions of the axes; column k is that of axis k."""
 ONE_MM_FROM = 0.95  # mm; larger voxels become 1 mm
@@ -27,7 +28,7 @@ _BINS = 1000
 _UPPER_SHARE = 0.001  # of the voxels that are not 0; may be brighter than the brightest byte
 
 
-def target_grid(sizes: Sequence[float], shape: Sequence[int], voxel_size: float | None = None) -> tuple[float, int]:
+def target_grid(sizes: Sizes, shape: Sequence[int], voxel_size: float | None = None) -> tuple[float, int]:
     """Return voxel size [mm], rounded to float32, and side [voxels] of the grid.
 
     `sizes` [mm] and `shape` are those of the image; `voxel_size` asks for one in particular, instead of the smallest of
@@ -46,7 +47,7 @@ def target_grid(sizes: Sequence[float], shape: Sequence[int], voxel_size: float 
     return float(np.float32(size)), max(MIN_SIDE, math.ceil(math.trunc(field_of_view / size * 1e4) / 1e4))
 
 
-def is_conformed(data: np.ndarray, affine: np.ndarray, sizes: Sequence[float]) -> bool:
+def is_conformed(data: np.ndarray, affine: np.ndarray, sizes: Sizes) -> bool:
     """Whether an image is taken as it is; arguments as of `conform`.
 
     As in FastSurfer, an image that is rotated by a little passes if its axes lean one way.
@@ -77,7 +78,7 @@ def robust_range(data: np.ndarray) -> tuple[float, float]:
 
 
 def conform(
-    data: np.ndarray, affine: np.ndarray, sizes: Sequence[float], stored: np.dtype | None = None
+    data: np.ndarray, affine: np.ndarray, sizes: Sizes, stored: np.dtype | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bring an image to FastSurfer's grid, linearly, and to bytes.
 
@@ -127,16 +128,16 @@ def prepare_volume(path: Path, trust: str | None = None) -> tuple[np.ndarray, Ge
     return data, Geometry(voxel_size, _box_of_head(data, voxel_size), *grids, volume, warnings)
 
 
-def _doubts(sizes: np.ndarray, shape: tuple[int, ...], side_mm: float) -> Sequence[str]:
+def _doubts(sizes: np.ndarray, shape: tuple[int, ...], side_mm: float) -> list[str]:
     extent = float(max(sizes * shape))
     found = {
         f"The field of view, {extent:.0f} mm, is larger than the {side_mm:.0f} mm that FastSurfer keeps: it is cut on "
         "both sides. If part of the brain is lost, crop the image first.": extent > side_mm + 0.5,
-        f"Voxels of {min(sizes):.2g} mm are smaller than the {FINEST} mm of FastSurfer's training: memory and time grow "
-        "with the grid, and its accuracy there is not known. Resample the image to 0.7 mm or more.":
+        f"Voxels of {min(sizes):.2g} mm are smaller than the {FINEST} mm of FastSurfer's training: memory and time "
+        "grow with the grid, and its accuracy there is not known. Resample the image to 0.7 mm or more.":
             min(sizes) < 0.99 * FINEST,
-        f"Voxels of {max(sizes):.2g} mm are larger than {COARSEST} mm: FastSurfer interpolates them to 1 mm or less, and "
-        "was not trained with such images.": max(sizes) > 1.01 * COARSEST,
+        f"Voxels of {max(sizes):.2g} mm are larger than {COARSEST} mm: FastSurfer interpolates them to 1 mm or less, "
+        "and was not trained with such images.": max(sizes) > 1.01 * COARSEST,
     }  # fmt: skip
     return [text for text, holds in found.items() if holds]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ from bids_varaug.models.fastsurfer import Vinn, n_classes_of, save_planes
 from bids_varaug.models.fastsurfer_labels import read_labels
 
 SUFFIXES = (".pkl", ".pt", ".pth")
-_SCALAR = np.float64(0).__reduce__()[0]
+_SCALAR = cast(Callable, np.float64(0).__reduce__()[0])
 # A checkpoint holds its best score, a number of numpy 1 or of numpy 2.
-_ALLOWED = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_ALLOWED: list[Callable | tuple[Callable, str]] = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _ALLOWED += [(np.dtype, "numpy.dtype")]
 _ALLOWED += [(type(np.dtype(kind)), f"numpy.dtypes.{kind.title()}DType") for kind in ("float64", "float32")]
 _MEMBER = re.compile(r"ieee|(mca|seed)(\d\d)")
@@ -137,9 +138,9 @@ def convert(members: Mapping[str, Sequence[Path]], directory: Path, name: str | 
     states = {m: {plane: read_checkpoint(path, plane) for plane, path in of.items()} for m, of in files.items()}
     sources = {m: {plane: {"File": p.name, "SHA256": sha256_of(p)} for plane, p in of.items()}
                for m, of in files.items()}  # fmt: skip
-    converted = tuple(_write(directory, member, states[member], sources[member]) for member in sorted(states, key=_rank))
+    written = tuple(_write(directory, m, states[m], sources[m]) for m in sorted(states, key=_rank))
     ensemble = Ensemble(
-        name or directory.resolve().name, "1", directory, 1.0, read_labels(), VinnShape(), converted,
+        name or directory.resolve().name, "1", directory, 1.0, read_labels(), VinnShape(), written,
         {"software": "FastSurfer", "sources": sources},
     )  # fmt: skip
     write_manifest(ensemble)

@@ -129,6 +129,11 @@ class Ensemble:
         return next((member for member in self.members if member.is_baseline), None)
 
     @property
+    def multiple(self) -> int:
+        """Sides of the head box are multiples of this many voxels."""
+        return self.network.multiple if isinstance(self.network, NetworkShape) else 1
+
+    @property
     def is_fastsurfer(self) -> bool:
         """Whether the networks are FastSurferVINN's, which have rules of their own from conform to labels."""
         return isinstance(self.network, VinnShape)

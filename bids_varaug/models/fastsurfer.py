@@ -7,6 +7,7 @@ Henschel et al. 2022, NeuroImage 251, 118933), commit 7c45785e, so that its chec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -111,10 +112,10 @@ class Vinn(nn.Module):
             skip = self.get_submodule(f"encode{level}")(x)
             x, places = F.max_pool2d(skip, 2, return_indices=True)
             skips.append((skip, places))
-        x = self.bottleneck(x)
+        x = self.get_submodule("bottleneck")(x)
         for level in range(LEVELS, 0, -1):
             skip, places = skips.pop()
-            x = self.get_submodule(f"decode{level}")(torch.maximum(F.max_unpool2d(x, places, 2), skip))
+            x = self.get_submodule(f"decode{level}")(torch.maximum(F.max_unpool2d(x, places, [2, 2]), skip))
         return x
 
 
@@ -130,7 +131,7 @@ def _runs_of_equal(scale: torch.Tensor) -> Iterator[slice]:
     """Cut a batch where the scale changes."""
     changes = (scale[1:] != scale[:-1]).any(dim=1).nonzero().ravel() + 1
     edges = [0, *changes.tolist(), len(scale)]
-    return (slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
+    return (slice(start, stop) for start, stop in pairwise(edges))
 
 
 def resize(x: torch.Tensor, target: Size, scale: Factors) -> tuple[torch.Tensor, Factors]:

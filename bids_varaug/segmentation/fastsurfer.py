@@ -91,10 +91,14 @@ def _parts(mask: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
         yield shifted, parts[box] == number
 
 
+def _size(found: tuple[Box, np.ndarray]) -> int:
+    return np.count_nonzero(found[1])
+
+
 def _largest(mask: np.ndarray) -> np.ndarray:
     result = np.zeros(mask.shape, bool)
     if mask.any():
-        box, part = max(_parts(mask), key=lambda found: np.count_nonzero(found[1]))
+        box, part = max(_parts(mask), key=_size)
         result[box] = part
     return result
 
@@ -104,7 +108,8 @@ def _centre(part: np.ndarray, box: Box) -> np.ndarray:
 
 
 def _centre_of_largest(mask: np.ndarray) -> np.ndarray:
-    return _centre(*reversed(max(_parts(mask), key=lambda found: np.count_nonzero(found[1]))))  # type: ignore[misc]
+    box, part = max(_parts(mask), key=_size)
+    return _centre(part, box)
 
 
 def _bounds(mask: np.ndarray) -> Box:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array, vstack
 
-from bids_varaug.images.conform import Box, Geometry, extract, insert
-from bids_varaug.models.ensemble import Ensemble, Member
-from bids_varaug.models.fastsurfer import Vinn, load_planes
+from bids_varaug.images.conform import Box, extract, insert
+from bids_varaug.models.fastsurfer import Vinn
 from bids_varaug.models.fastsurfer_labels import IDS, NETWORK_IDS, RIGHT, RIGHT_PARCELS
 from bids_varaug.segmentation.fastsurfer import WHITE, split_hemispheres
-from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, sparse_rows
 
 AXES = {"coronal": (0, 1, 2), "sagittal": (2, 1, 0), "axial": (2, 0, 1)}
 """Axes of the volume that are a slice's rows and columns, and along which slices lie."""
@@ -116,7 +114,7 @@ def segment_slices(
 
 
 def _rows_of(total: torch.Tensor, ids: np.ndarray, final: np.ndarray, right: np.ndarray) -> csr_array:
-    """Sparse rows of a slab (Y, Z, 79), whose `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,)."""
+    """Sparse rows of a slab (Y, Z, 79); `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,)."""
     values = torch.softmax(total.float().flatten(0, 1), dim=1).cpu().numpy()
     stored = values[:, 0] <= 1 - BACKGROUND_CUT
     posterior = np.zeros((np.count_nonzero(stored), len(IDS)), np.float32)
@@ -132,16 +130,3 @@ def _rows_of(total: torch.Tensor, ids: np.ndarray, final: np.ndarray, right: np.
     posterior[other, here] = 0
     return sparse_rows(posterior, stored)
 
-
-def segment_slices_with_member(
-    volume: np.ndarray,
-    geometry: Geometry,
-    ensemble: Ensemble,
-    member: Member,
-    out: Path,
-    device: str,
-    arithmetic: AbstractContextManager,
-) -> None:
-    """Load a member of a FastSurfer ensemble, segment a conformed volume, and write its posterior to `out`."""
-    networks = load_planes(ensemble, member, device)
-    save_posterior(out, segment_slices(networks, volume, geometry.voxel_size, geometry.box, arithmetic))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_varaug.errors import EnsembleError
 from bids_varaug.models.ensemble import PLANES, VinnShape
 from bids_varaug.models.fastsurfer import Vinn, build_planes, n_classes_of, resize
 from bids_varaug.models.fastsurfer_labels import IDS, LEFT_TO_RIGHT, NETWORK_IDS, SAGITTAL_CHANNELS, SAGITTAL_IDS
@@ -133,7 +132,7 @@ def test_networks_have_fastsurfers_size(plane, n_parameters):
     assert sum(parameter.numel() for parameter in network.parameters()) == n_parameters
 
 
-@pytest.mark.parametrize(("side", "voxel_size"), [(366, 0.7), (320, 0.8), (285, 0.9), (256, 1.0), (64, 1.0), (100, 0.8)])
+@pytest.mark.parametrize(("side", "voxel_size"), [(366, 0.7), (320, 0.8), (285, 0.9), (256, 1), (64, 1), (100, 0.8)])
 def test_zooming_in_and_out_gives_the_size_back(side, voxel_size):
     scale = np.float32(1) / np.float32(voxel_size)
     inner, factors = resize(torch.rand(1, 2, side, side), (256, 256), (scale, scale))
