@@ -33,8 +33,8 @@ from bids_varaug.models.fastsurfer_labels import read_labels
 SUFFIXES = (".pkl", ".pt", ".pth")
 _SCALAR = cast(Callable, np.float64(0).__reduce__()[0])
 # A checkpoint holds its best score, a number of numpy 1 or of numpy 2.
-_ALLOWED: list[Callable | tuple[Callable, str]] = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-_ALLOWED += [(np.dtype, "numpy.dtype")]
+_ALLOWED: list[Callable | tuple[Callable, str]] = [(np.dtype, "numpy.dtype")]
+_ALLOWED += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _ALLOWED += [(type(np.dtype(kind)), f"numpy.dtypes.{kind.title()}DType") for kind in ("float64", "float32")]
 _MEMBER = re.compile(r"ieee|(mca|seed)(\d\d)")
 
