@@ -89,19 +89,27 @@ def segment_slices(
     box: Box,
     arithmetic: AbstractContextManager | None = None,
 ) -> SparsePosterior:
-    """Return the class posterior in the box; arguments as of `add_view`, classes those of `IDS`.
+    """Return the class posterior in the box; arguments as of `add_view`, result as of `posterior_of_views`.
 
     `networks` are those of each plane, in the order of adding.
-
-    Labels are FastSurfer's, to the voxel. The posterior is the softmax of the sum of logits; that of a class which both
-    hemispheres share goes to the side that the label of the voxel has, or to the side of the white matter around it.
     """
     device = next(next(iter(networks.values())).parameters()).device
     total = torch.zeros((*box.shape, len(NETWORK_IDS)), dtype=torch.float16, device=device)
     for plane, network in networks.items():
         add_view(total, network, plane, volume, voxel_size, box, arithmetic)
+    return posterior_of_views(total, box, volume.shape)
+
+
+@torch.inference_mode()
+def posterior_of_views(total: torch.Tensor, box: Box, shape: tuple[int, ...]) -> SparsePosterior:
+    """Return labels, those of FastSurfer to the voxel, and the posterior, of the classes `IDS`.
+
+    The posterior is the softmax of the sum of logits, `total` of `add_view` in the box of a volume of `shape`. That of
+    a class which both hemispheres share goes to the side that the label of the voxel has, or to the side of the white
+    matter around it.
+    """
     ids = np.array(NETWORK_IDS, np.int16)[label_views(total)]
-    whole, right = split_hemispheres(insert(ids, box, volume.shape))
+    whole, right = split_hemispheres(insert(ids, box, shape))
     final, right = extract(whole, box), extract(right, box)
     del whole
     missing = [white for white in WHITE if not (ids == white).any()]
