@@ -108,7 +108,7 @@ def ending_of(key: str) -> str:
 
 def prefix_of(name: str) -> str:
     """Entities of the T1w image in the name of an output that has ``seg-``."""
-    return name.partition("_seg-")[0]
+    return name.rpartition("_seg-")[0]
 
 
 OF_FAMILY = "_of_family"

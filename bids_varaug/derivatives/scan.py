@@ -23,7 +23,7 @@ from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
 from bids_varaug.derivatives.sidecars import sidecar
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_json
-from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
+from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, insert, resample_map
 from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.inputs.tables import prefixed
@@ -64,10 +64,17 @@ class ScanWriter:
     written: list[Path] = field(default_factory=list)
 
     def image(
-        self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None, slope: float = 1.0
+        self,
+        key: str,
+        data: np.ndarray,
+        member: str | None = None,
+        extra: JsonObject | None = None,
+        slope: float = 1.0,
+        affine: np.ndarray | None = None,
     ) -> None:
-        """Write an image on the T1w's grid; `extra` goes to its sidecar."""
-        self.written.append(write_image(data, self.affine, self.request.path(key, member), self.header, slope))
+        """Write an image on the T1w's grid, unless another `affine` is given; `extra` goes to its sidecar."""
+        affine = self.affine if affine is None else affine
+        self.written.append(write_image(data, affine, self.request.path(key, member), self.header, slope))
         self.sidecar(key, member, extra)
 
     def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
@@ -115,6 +122,14 @@ def write_scan(
             writer.image("ieee_dseg", ids[load_posterior(path).to_native(geometry)])
         elif request.settings.write_members:
             writer.image("member_dseg", ids[load_posterior(path).to_native(geometry)], member.id)
+    if ensemble.is_fastsurfer:
+        every = request.settings.write_members
+        pairs = zip(request.members, posteriors, strict=True)
+        alone = [(member.id, path) for member, path in pairs if member.is_baseline or every]
+        for name, path in (("consensus", summary.mean), *alone):
+            whole = insert(load_posterior(path).labels, geometry.box, geometry.conformed_shape)
+            grid = {"Resolution": f"FastSurfer's grid: {geometry.voxel_size:g} mm, axes to the left, down and ahead"}
+            writer.image("conformed_dseg", ids[whole], name, grid, affine=geometry.conformed_affine)
     if len(request.perturbed) > 1:
         _write_spread(writer, summary.maps, geometry)
     else:

@@ -121,6 +121,8 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     """Members that an output was computed from; `one` is its member or family."""
     if key.endswith(names.OF_FAMILY):
         return [member for member in request.perturbed if member.family == one]
+    if one == "consensus":
+        return list(request.perturbed)
     if one or key == "ieee_dseg":
         return [member for member in request.members if member.id == (one or BASELINE)]
     return list(request.members if key == "members_tsv" else request.perturbed)

@@ -142,5 +142,5 @@ def test_each_fixed_desc_has_a_row():
 def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
     labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
     settings = Settings(bids_dir, tmp_path, "participant", tmp_path)
-    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels), MEMBERS))
+    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels, is_fastsurfer=False), MEMBERS))
     assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"
