@@ -23,7 +23,7 @@ class Mixture(NamedTuple):
 def mix_at_borders(labels: np.ndarray, image: np.ndarray) -> Mixture:
     """Split the voxels at the borders of structures between two labels, by intensity.
 
-    A voxel with a neighbour (by a face) of another label lies at a border. Of the labels in the 3 x 3 x 3 voxels around
+    A voxel with a neighbour (by a face) of another label, background (0) too, lies at a border. Of the labels in the 3 x 3 x 3 voxels around
     it, those count whose mean lies on the other side of its intensity than the mean of its own label; the one with most
     voxels in the window is taken. The share ``(I - mean_other) / (mean_own - mean_other)`` is limited to 0 ... 1.
 
@@ -52,11 +52,12 @@ def corrected_volumes(labels: np.ndarray, image: np.ndarray, voxel_volume: float
 def _mix(labels: np.ndarray, image: np.ndarray, neighbour: np.ndarray, share: np.ndarray) -> None:
     nx, ny, nz = labels.shape
     counts, sums = np.zeros(2**15, np.int64), np.zeros(2**15)
+    seen = np.zeros((2 * _REACH + 1) ** 3, np.int64)
     for x in range(nx):
         for y in range(ny):
             for z in range(nz):
                 own = labels[x, y, z]
-                if own == 0 or not (
+                if not (
                     (x > 0 and labels[x - 1, y, z] != own)
                     or (x < nx - 1 and labels[x + 1, y, z] != own)
                     or (y > 0 and labels[x, y - 1, z] != own)
@@ -68,11 +69,16 @@ def _mix(labels: np.ndarray, image: np.ndarray, neighbour: np.ndarray, share: np
                 x0, x1 = max(0, x - _REACH), min(nx, x + _REACH + 1)
                 y0, y1 = max(0, y - _REACH), min(ny, y + _REACH + 1)
                 z0, z1 = max(0, z - _REACH), min(nz, z + _REACH + 1)
+                n_seen = 0
                 for i in range(x0, x1):
                     for j in range(y0, y1):
                         for k in range(z0, z1):
-                            counts[labels[i, j, k]] += 1
-                            sums[labels[i, j, k]] += image[i, j, k]
+                            label = labels[i, j, k]
+                            if counts[label] == 0:
+                                seen[n_seen] = label
+                                n_seen += 1
+                            counts[label] += 1
+                            sums[label] += image[i, j, k]
                 value = image[x, y, z]
                 mean = np.rint(sums[own] / counts[own] * _DIGITS) / _DIGITS
                 best, most, other = 0, 0, 0.0
@@ -89,8 +95,6 @@ def _mix(labels: np.ndarray, image: np.ndarray, neighbour: np.ndarray, share: np
                 if most > 0 and abs(mean - other) > _EPSILON:
                     neighbour[x, y, z] = best
                     share[x, y, z] = min(max((value - other) / (mean - other), 0.0), 1.0)
-                for i in range(x0, x1):
-                    for j in range(y0, y1):
-                        for k in range(z0, z1):
-                            counts[labels[i, j, k]] = 0
-                            sums[labels[i, j, k]] = 0.0
+                for label in seen[:n_seen]:
+                    counts[label] = 0
+                    sums[label] = 0.0
