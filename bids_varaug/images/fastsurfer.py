@@ -101,9 +101,7 @@ def conform(
     target[:3, :3] = LIA * np.float32(voxel_size)
     middle = (affine @ [*(np.array(data.shape) / 2), 1])[:3].astype(np.float32)
     target[:3, 3] = middle - target[:3, :3].astype(np.float64) @ np.full(3, side / 2)
-    # In these steps and types, or voxels halfway between two bytes are rounded to the other one.
-    to_source = np.linalg.inv(np.linalg.inv(target) @ affine)
-    values = affine_transform(data.astype(np.float64), to_source, output_shape=(side,) * 3, order=1)
+    values = _resample(data.astype(np.float64), affine, target, side)
     if (stored or data.dtype) != np.uint8:
         empty = values == 0
         low, scale = robust_range(data)
@@ -111,6 +109,19 @@ def conform(
         values *= scale
         values[empty] = 0
     return np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8), target
+
+
+def conform_labels(labels: np.ndarray, affine: np.ndarray, target: np.ndarray, side: int) -> np.ndarray:
+    """Bring labels (X, Y, Z) of any integer type to the grid of their image, `target` of `conform`, by the nearest."""
+    if labels.shape == (side,) * 3 and np.array_equal(target, affine.astype(np.float32)):
+        return labels
+    return _resample(labels, affine, target, side, order=0)
+
+
+def _resample(data: np.ndarray, affine: np.ndarray, target: np.ndarray, side: int, order: int = 1) -> np.ndarray:
+    # In these steps and types, or voxels halfway between two bytes are rounded to the other one.
+    to_source = np.linalg.inv(np.linalg.inv(target) @ affine)
+    return affine_transform(data, to_source, output_shape=(side,) * 3, order=order)
 
 
 def prepare_volume(path: Path, trust: str | None = None) -> tuple[np.ndarray, Geometry]:

@@ -189,6 +189,13 @@ def load_planes(ensemble: Ensemble, member: Member, device: str = "cpu") -> dict
     The sagittal one's classifier gets a row for each of the classes of the other planes. An `EnsembleError` if the
     weights cannot be used.
     """
+    networks = load_trained(ensemble, member)
+    give_both_sides(networks["sagittal"])
+    return {plane: network.to(device).eval().requires_grad_(False) for plane, network in networks.items()}
+
+
+def load_trained(ensemble: Ensemble, member: Member) -> dict[str, Vinn]:
+    """Build a member's networks as they were trained; raises as `load_planes`."""
     check_member(ensemble, member)
     path = ensemble.directory / member.file
     networks = build_planes(cast(VinnShape, ensemble.network))
@@ -199,8 +206,7 @@ def load_planes(ensemble: Ensemble, member: Member, device: str = "cpu") -> dict
             network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
-    give_both_sides(networks["sagittal"])
-    return {plane: network.to(device).eval().requires_grad_(False) for plane, network in networks.items()}
+    return networks
 
 
 def give_both_sides(sagittal: Vinn) -> None:

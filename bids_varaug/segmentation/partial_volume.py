@@ -23,9 +23,10 @@ class Mixture(NamedTuple):
 def mix_at_borders(labels: np.ndarray, image: np.ndarray) -> Mixture:
     """Split the voxels at the borders of structures between two labels, by intensity.
 
-    A voxel with a neighbour (by a face) of another label, background (0) too, lies at a border. Of the labels in the 3 x 3 x 3 voxels around
-    it, those count whose mean lies on the other side of its intensity than the mean of its own label; the one with most
-    voxels in the window is taken. The share ``(I - mean_other) / (mean_own - mean_other)`` is limited to 0 ... 1.
+    A voxel with a neighbour (by a face) of another label, background (0) too, lies at a border. Of the labels in the
+    3 x 3 x 3 voxels around it, those count whose mean lies on the other side of its intensity than the mean of its own
+    label; the one with most voxels in the window is taken. The share ``(I - mean_other) / (mean_own - mean_other)`` is
+    limited to 0 ... 1.
 
     `labels` (X, Y, Z) are of any integer type from 0 to 32767, `image` (X, Y, Z) of any real type.
 
