@@ -54,6 +54,7 @@ def segment(
     trust: str | None = None,
     random_seed: int = 0,
     sloppy: bool = False,
+    whole_voxels: bool = False,
 ) -> Segmentation:
     """Segment one T1w image with an ensemble and measure how its members disagree.
 
@@ -75,6 +76,7 @@ def segment(
     trust : "sform" or "qform", to use where the two contradict each other
     random_seed : of `perturb_inference`
     sloppy : 2 mm and two members, for tests and demos only
+    whole_voxels : with FastSurfer's networks, conform without its shift by half a voxel where sizes are odd
 
     Raises
     ------
@@ -109,6 +111,7 @@ def segment(
             ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
             n_members=n_members, perturb_inference=perturb_inference, grids=grids, write_members=write_members,
             family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
+            whole_voxels=whole_voxels,
             omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
         )  # fmt: skip
         plan = make_plan(settings)
@@ -253,7 +256,7 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
     if plan.ensemble.is_fastsurfer:
-        head, geometry = prepare_volume(path, settings.trust)
+        head, geometry = prepare_volume(path, settings.trust, settings.whole_voxels)
     else:
         head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.multiple, settings.trust)
     if not settings.sloppy and not plan.ensemble.is_fastsurfer:

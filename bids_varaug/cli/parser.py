@@ -142,6 +142,9 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
     add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
+    add("--whole-voxels", action="store_true",
+        help="with FastSurfer's networks: conform images with an odd number of voxels without FastSurfer's shift by "
+        "half a voxel, and without the blur")
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:

@@ -129,6 +129,8 @@ def write_scan(
         for name, path in (("consensus", summary.mean), *alone):
             whole = insert(load_posterior(path).labels, geometry.box, geometry.conformed_shape)
             grid = {"Resolution": f"FastSurfer's grid: {geometry.voxel_size:g} mm, axes to the left, down and ahead"}
+            if request.settings.whole_voxels:
+                grid["Resolution"] += ", moved by half a voxel (--whole-voxels)"
             writer.image("conformed_dseg", ids[whole], name, grid, affine=geometry.conformed_affine)
     if len(request.perturbed) > 1:
         _write_spread(writer, summary.maps, geometry)

@@ -78,7 +78,7 @@ def robust_range(data: np.ndarray) -> tuple[float, float]:
 
 
 def conform(
-    data: np.ndarray, affine: np.ndarray, sizes: Sizes, stored: np.dtype | None = None
+    data: np.ndarray, affine: np.ndarray, sizes: Sizes, stored: np.dtype | None = None, whole_voxels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bring an image to FastSurfer's grid, linearly, and to bytes.
 
@@ -88,6 +88,8 @@ def conform(
     affine : (4, 4) float64, voxel -> mm, RAS+ world
     sizes : of the voxels [mm], as in the header
     stored : type of the file, if it is not that of `data`; bytes are not rescaled
+    whole_voxels : whether an image with an odd number of voxels along an axis is moved by half a voxel less than in
+        FastSurfer, so that at its own voxel size and orientation it is not interpolated
 
     Returns
     -------
@@ -99,7 +101,8 @@ def conform(
     voxel_size, side = target_grid(sizes, data.shape)
     target = np.eye(4, dtype=np.float32)
     target[:3, :3] = LIA * np.float32(voxel_size)
-    middle = (affine @ [*(np.array(data.shape) / 2), 1])[:3].astype(np.float32)
+    centre = np.array(data.shape) // 2 if whole_voxels else np.array(data.shape) / 2
+    middle = (affine @ [*centre, 1])[:3].astype(np.float32)
     target[:3, 3] = middle - target[:3, :3].astype(np.float64) @ np.full(3, side / 2)
     values = _resample(data.astype(np.float64), affine, target, side)
     if (stored or data.dtype) != np.uint8:
@@ -124,15 +127,15 @@ def _resample(data: np.ndarray, affine: np.ndarray, target: np.ndarray, side: in
     return affine_transform(data, to_source, output_shape=(side,) * 3, order=order)
 
 
-def prepare_volume(path: Path, trust: str | None = None) -> tuple[np.ndarray, Geometry]:
-    """Read and conform a T1w image; raises as `load_t1w`.
+def prepare_volume(path: Path, trust: str | None = None, whole_voxels: bool = False) -> tuple[np.ndarray, Geometry]:
+    """Read and conform a T1w image, see `conform`; raises as `load_t1w`.
 
     The volume is (N, N, N) uint8, whole; the box of the geometry is the part that holds the head and is segmented.
     """
     stored = read_t1w(path, trust)
     native = standardise_volume(stored)
     _, volume, warnings = examine(native, 1.0)
-    data, affine = conform(stored.values, stored.affine, stored.sizes, stored.data.dtype)
+    data, affine = conform(stored.values, stored.affine, stored.sizes, stored.data.dtype, whole_voxels)
     voxel_size, side = target_grid(stored.sizes, stored.data.shape)
     grids = data.shape, affine.astype(np.float64), native.data.shape, native.affine
     warnings += tuple(_doubts(stored.sizes, stored.data.shape, side * voxel_size))

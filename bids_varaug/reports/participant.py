@@ -36,6 +36,7 @@ MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "un
 _SHOWN = (
     "bids_dir", "level", "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members",
     "perturb_inference", "grids", "write_members", "family_maps", "random_seed", "sloppy",
+    "whole_voxels",
 )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _parts(mask: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
 
 
 def _size(found: tuple[Box, np.ndarray]) -> int:
-    return np.count_nonzero(found[1])
+    return int(np.count_nonzero(found[1]))
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:

@@ -61,6 +61,7 @@ class Conform(_Step):
         voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
         multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
         trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
+        whole_voxels = traits.Bool(False, usedefault=True, desc="of FastSurfer: without its half-voxel shift")
         fastsurfer = traits.Bool(False, usedefault=True, desc="FastSurfer's rules and grid, the others do not count")
 
     class output_spec(TraitedSpec):
@@ -74,7 +75,7 @@ class Conform(_Step):
         inputs = self.inputs
         path = Path(inputs.in_file)
         if inputs.fastsurfer:
-            head, geometry = prepare_volume(path, inputs.trust)
+            head, geometry = prepare_volume(path, inputs.trust, inputs.whole_voxels)
         else:
             head, geometry = prepare_head(path, inputs.voxel_size, inputs.multiple, inputs.trust)
         for warning in geometry.warnings:

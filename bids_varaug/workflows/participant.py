@@ -181,7 +181,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         return node
 
     conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
-    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.multiple, fastsurfer=ensemble.is_fastsurfer)
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.multiple)
+    conform.inputs.trait_set(fastsurfer=ensemble.is_fastsurfer, whole_voxels=settings.whole_voxels)
     if not settings.sloppy and not ensemble.is_fastsurfer:  # the head at 2 mm takes a second: nothing to be gained
         conform.inputs.trait_set(**by_locator)
     posteriors = _merge_node(2, "posteriors")  # of all members, in their order

@@ -83,6 +83,8 @@ def make_plan(settings: Settings) -> Plan:
         raise UsageError(
             f"{flag}: FastSurfer's networks segment on their own grid of at most 1 mm. Leave {flag.split()[0]} out."
         )
+    if settings.whole_voxels and not ensemble.is_fastsurfer:
+        raise UsageError("--whole-voxels is for FastSurfer's networks; others do not shift images. Leave it out.")
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -195,5 +197,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        settings.family_maps, settings.whole_voxels, scan, status.st_size, status.st_mtime_ns, request.ensemble,
+        request.members,
     ))  # fmt: skip

@@ -145,6 +145,18 @@ def test_images_that_fastsurfer_was_not_made_for_are_warned_of(save, size, shape
     assert any(said in warning for warning in geometry.warnings)
 
 
+def test_odd_sizes_are_blurred_unless_whole_voxels_are_asked_for():
+    data = np.random.default_rng(0).integers(0, 255, (61, 63, 65)).astype(np.uint8)
+    blurred, _ = conform(data, np.eye(4), (1, 1, 1))
+    sharp, _ = conform(data, np.eye(4), (1, 1, 1), whole_voxels=True)
+    np.testing.assert_array_equal(np.bincount(sharp.ravel())[1:], np.bincount(data.ravel())[1:])
+    assert (np.bincount(blurred.ravel())[1:] != np.bincount(data.ravel())[1:]).any()
+    even = data[:60, :62, :64]
+    plain, whole = (conform(even, np.eye(4), (1, 1, 1), whole_voxels=whole) for whole in (False, True))
+    np.testing.assert_array_equal(plain[0], whole[0])
+    np.testing.assert_array_equal(plain[1], whole[1])
+
+
 def test_bytes_are_not_rescaled_even_with_a_slope(tmp_path):
     data = np.zeros((80, 80, 80), np.uint8)
     data[20:60, 20:60, 20:60] = 40 + np.arange(40)[:, None, None] // 2

@@ -107,3 +107,5 @@ def test_what_fastsurfer_cannot_do_is_refused(dataset, ensemble_dir):
     for flags in ({"sloppy": True}, {"grids": 4}):
         with pytest.raises(UsageError, match="FastSurfer's networks segment on their own grid"):
             segment(path, ensemble=ensemble_dir, **flags)
+    with pytest.raises(UsageError, match="--whole-voxels is for FastSurfer's networks"):
+        segment(path, whole_voxels=True)
