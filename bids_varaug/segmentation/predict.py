@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -19,8 +20,10 @@ from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
 from bids_varaug.models.fastsurfer import load_planes
+from bids_varaug.models.fastsurfer_labels import IDS
 from bids_varaug.models.unet import Features, UNet, load_member
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.segmentation.fastsurfer import WHITE
 from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, load_posterior, save_posterior, sparse_rows
 from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
 from bids_varaug.segmentation.slices import segment_slices
@@ -142,7 +145,9 @@ def segment_with_member(
         if geometry is not None and ensemble.is_fastsurfer:
             planes = load_planes(ensemble, member, device)
             place = geometry.voxel_size, geometry.box
-            save_posterior(out, segment_slices(planes, head, *place, arithmetic_of(member)))
+            sparse = segment_slices(planes, head, *place, arithmetic_of(member))
+            _warn_of_missing_white(sparse, member)
+            save_posterior(out, sparse)
             return
         network = load_member(ensemble, member, device)
         with arithmetic_of(member):
@@ -150,6 +155,13 @@ def segment_with_member(
         if shift is not None:
             sparse = shift_posterior(sparse, load_posterior(shift))
         save_posterior(out, sparse)
+
+
+def _warn_of_missing_white(sparse: SparsePosterior, member: Member) -> None:
+    missing = [str(white) for white in WHITE if not (sparse.labels == IDS.index(white)).any()]
+    if missing:
+        found = f"no voxel has label {' or '.join(missing)}, the white matter of a side"
+        print(f"WARNING: {member.id}: {found}: cortex that both sides share is all given to the left.", file=sys.stderr)
 
 
 def crop_with_member(

@@ -7,7 +7,6 @@ a network says of empty slices is computed once: neither changes anything in the
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -17,7 +16,7 @@ from scipy.sparse import csr_array, vstack
 from bids_varaug.images.conform import Box, extract, insert
 from bids_varaug.models.fastsurfer import Vinn
 from bids_varaug.models.fastsurfer_labels import IDS, NETWORK_IDS, RIGHT, RIGHT_PARCELS
-from bids_varaug.segmentation.fastsurfer import WHITE, split_hemispheres
+from bids_varaug.segmentation.fastsurfer import split_hemispheres
 from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, sparse_rows
 
 AXES = {"coronal": (0, 1, 2), "sagittal": (2, 1, 0), "axial": (2, 0, 1)}
@@ -112,10 +111,6 @@ def posterior_of_views(total: torch.Tensor, box: Box, shape: tuple[int, ...]) ->
     whole, right = split_hemispheres(insert(ids, box, shape))
     final, right = extract(whole, box), extract(right, box)
     del whole
-    missing = [white for white in WHITE if not (ids == white).any()]
-    if missing:
-        found = f"no voxel has label {' or '.join(map(str, missing))} (white matter of a side)"
-        print(f"WARNING: {found}: cortex that both sides share is all given to the left.", file=sys.stderr)
     rows = [_rows_of(total[x], *(part[x].ravel() for part in (ids, final, right))) for x in range(len(ids))]
     labels = np.searchsorted(IDS, final).astype(np.uint8)
     return SparsePosterior(labels, vstack(rows, format="csr"))

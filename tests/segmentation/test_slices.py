@@ -5,13 +5,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_varaug.images.conform import Box
-from bids_varaug.models.ensemble import PLANES, VinnShape
+from bids_varaug.images.conform import Box, Geometry
+from bids_varaug.models.ensemble import PLANES, VinnShape, load_ensemble
 from bids_varaug.models.fastsurfer import build_planes, give_both_sides
 from bids_varaug.models.fastsurfer_labels import IDS, NETWORK_IDS
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.fastsurfer import split_hemispheres
+from bids_varaug.segmentation.predict import segment_with_member
 from bids_varaug.segmentation.slices import add_view, label_views, segment_slices, thick_slice
+from tests.workflows.test_fastsurfer import write_small_ensemble
 
 TINY = VinnShape(filters=4, rim_filters=4, grid=32)
 
@@ -132,6 +134,13 @@ def test_random_rounding_moves_the_posterior_and_its_seed_repeats_it(networks, v
     assert abs(one - other).nnz > 0
 
 
-def test_missing_white_matter_is_said(networks, capsys):
-    segment_slices(networks, np.zeros((24, 24, 24), np.uint8), 1.0, Box((0, 0, 0), (2, 2, 2)))
-    assert "white matter of a side" in capsys.readouterr().err
+def test_missing_white_matter_is_said(tmp_path, capsys):
+    write_small_ensemble(tmp_path / "small")
+    member = load_ensemble(str(tmp_path / "small")).baseline
+    box, affine = Box((0, 0, 0), (2, 2, 2)), np.eye(4)
+    geometry = Geometry(1.0, box, (24, 24, 24), affine, (24, 24, 24), affine, 0.0, ())
+    empty = np.zeros((24, 24, 24), np.uint8)
+    segment_with_member(
+        empty, str(tmp_path / "small"), member, tmp_path / "out.safetensors", "cpu", 1, geometry=geometry
+    )
+    assert "ieee: no voxel has label" in capsys.readouterr().err

@@ -22,10 +22,8 @@ from bids_varaug.segmentation.slices import segment_slices
 SHAPE = VinnShape(filters=4, rim_filters=4, grid=32)
 
 
-@pytest.fixture(scope="module")
-def ensemble_dir(tmp_path_factory):
+def write_small_ensemble(folder):
     """A baseline and a perturbed member that differs from it by a little."""
-    folder = tmp_path_factory.mktemp("ensembles") / "small"
     members = []
     for seed, name, family in ((0, "ieee", "ieee"), (1, "mca01", "mca")):
         planes = build_planes(SHAPE, seed=5)
@@ -35,6 +33,12 @@ def ensemble_dir(tmp_path_factory):
         sha256 = save_planes(folder / f"{name}.safetensors", {p: n.state_dict() for p, n in planes.items()})
         members.append(Member(name, family, seed, None, f"{name}.safetensors", sha256))
     write_manifest(Ensemble("small", "1", folder, 1.0, read_labels(), SHAPE, tuple(members), {}))
+
+
+@pytest.fixture(scope="module")
+def ensemble_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ensembles") / "small"
+    write_small_ensemble(folder)
     return folder
 
 
