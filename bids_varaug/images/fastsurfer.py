@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
+import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from scipy.ndimage import affine_transform
 
 from bids_varaug.images.conform import Box, Geometry, enclose, examine, head_box
@@ -45,6 +49,15 @@ def target_grid(sizes: Sizes, shape: Sequence[int], voxel_size: float | None = N
         return 1.0, MIN_SIDE
     field_of_view = max(float(s) * n for s, n in zip(sizes, shape, strict=True))
     return float(np.float32(size)), max(MIN_SIDE, math.ceil(math.trunc(field_of_view / size * 1e4) / 1e4))
+
+
+def voxel_size_of(path: Path) -> float:
+    """Voxel size [mm] that an image will have, by its header; 1 where that cannot be read, which is told later."""
+    try:
+        image = cast(SpatialImage, nib.load(path))
+        return target_grid(image.header.get_zooms()[:3], image.shape[:3])[0]
+    except (ImageFileError, HeaderDataError, OSError, ValueError, ZeroDivisionError):
+        return 1.0
 
 
 def is_conformed(data: np.ndarray, affine: np.ndarray, sizes: Sizes) -> bool:

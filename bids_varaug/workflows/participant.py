@@ -176,7 +176,7 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
 
     def segment_node(name: str, **iterated: list) -> MapNode:
         """Node that segments once for each item of the iterated inputs."""
-        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb)
+        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb_of(scan))
         node.inputs.trait_set(**iterated)
         return node
 

@@ -69,6 +69,14 @@ class Plan(Run):
             return FASTSURFER_GB
         return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
 
+    def segment_gb_of(self, scan: Scan) -> float:
+        """Peak memory of a member on one image, GB: FastSurfer's grid is as fine as the image's."""
+        if not self.ensemble.is_fastsurfer:
+            return self.segment_gb
+        from bids_varaug.images.fastsurfer import voxel_size_of
+
+        return LIBRARIES_GB + (FASTSURFER_GB - LIBRARIES_GB) / voxel_size_of(scan.path) ** 3
+
     def request(self, scan: Scan) -> ScanRequest:
         """What is asked for of one scan."""
         return ScanRequest(self.settings, self.ensemble, self.members, scan)

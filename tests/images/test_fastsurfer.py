@@ -7,7 +7,14 @@ import pytest
 
 from bids_varaug.derivatives.io import write_image
 from bids_varaug.images.conform import resample_map
-from bids_varaug.images.fastsurfer import conform, is_conformed, prepare_volume, robust_range, target_grid
+from bids_varaug.images.fastsurfer import (
+    conform,
+    is_conformed,
+    prepare_volume,
+    robust_range,
+    target_grid,
+    voxel_size_of,
+)
 from bids_varaug.images.load import read_t1w
 
 LIA_1MM = np.array([[-1, 0, 0, 128], [0, 0, 1, -128], [0, -1, 0, 128], [0, 0, 0, 1.0]])
@@ -96,6 +103,13 @@ def test_what_passes_as_conformed_is_what_fastsurfer_lets_pass(golden):
         zooms = np.linalg.norm(affine[:3, :3], axis=0)
         passes = is_conformed(np.zeros(shape, row["dtype"]), affine, zooms)
         assert passes == (row["is_conform"] == "True"), row["name"]
+
+
+def test_the_voxel_size_is_known_from_the_header(save, tmp_path):
+    fine = save(np.zeros((40, 40, 40), np.int16), np.diag([0.7, 0.8, 0.8, 1]))
+    assert voxel_size_of(fine) == pytest.approx(0.7)
+    (tmp_path / "damaged_T1w.nii.gz").write_bytes(b"no image")
+    assert voxel_size_of(tmp_path / "damaged_T1w.nii.gz") == voxel_size_of(tmp_path / "absent_T1w.nii.gz") == 1.0
 
 
 def test_a_mirror_image_is_not_taken_for_conformed():
