@@ -3,9 +3,9 @@
     python benchmarks/fastsurfer.py IMAGE [--slices 3]
 
 A pass of all slices takes a quarter of an hour on a core. A few slices in the middle of the head are timed, in turn in
-a plain loop (every slice, a whole accumulator), as the package does it, and under random rounding. Memory is the peak
-of the process that holds the sum of a whole head, runs slices of each plane, and extracts a posterior from the sum;
-for that, each voxel of the head is given one sure class and four less likely ones.
+a plain loop (every slice, a whole accumulator), as the package does it, and under random rounding, in processor
+seconds. Memory is the peak of the process that holds the sum of a whole head, runs slices of each plane, and extracts
+a posterior from the sum; for that, each voxel of the head is given one sure class and four less likely ones.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def peak_gb() -> float:
 
 
 def plain_loop(network, volume, voxel_size, numbers) -> float:
-    """Seconds of a loop over coronal slices that adds to an accumulator of whole slices."""
+    """Processor seconds of a loop over coronal slices that adds to an accumulator of whole slices."""
     total = torch.zeros((*volume.shape[:2], len(numbers), len(NETWORK_IDS)), dtype=torch.float16)
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         for n, number in enumerate(numbers):
             scale = torch.full((1, 2), 1 / voxel_size)
             logits = network(torch.from_numpy(thick_slice(volume, "coronal", number))[None].contiguous(), scale)
             total[:, :, n] += WEIGHTS["coronal"] * logits[0].permute(1, 2, 0)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ours(network, volume, voxel_size, box, numbers, arithmetic=None) -> float:
     thin = Box((*box.start[:2], numbers[0]), (*box.shape[:2], len(numbers)))
     total = torch.zeros((*thin.shape, len(NETWORK_IDS)), dtype=torch.float16)
-    start = time.perf_counter()
+    start = time.process_time()
     add_view(total, network, "coronal", volume, voxel_size, thin, arithmetic)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -99,9 +99,9 @@ def main() -> None:
         add_view(torch.zeros((*thin, len(NETWORK_IDS)), dtype=torch.float16), network, plane, volume, voxel_size,
                  Box(box.start, thin))  # fmt: skip
     print(f"with the sum of a head and slices of each plane: {peak_gb():.2f} GB")
-    start = time.perf_counter()
+    start = time.process_time()
     sparse = posterior_of_views(total, box, volume.shape)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     print(f"posterior, {sparse.rows.nnz / 1e6:.0f} million values, {took:.0f} s: {peak_gb():.2f} GB")
 
 
