@@ -12,7 +12,7 @@ from bids_varaug.models.fastsurfer_labels import IDS, NETWORK_IDS
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.fastsurfer import split_hemispheres
 from bids_varaug.segmentation.predict import segment_with_member
-from bids_varaug.segmentation.slices import add_view, label_views, segment_slices, thick_slice
+from bids_varaug.segmentation.slices import add_view, label_views, posterior_of_views, segment_slices, thick_slice
 from tests.workflows.test_fastsurfer import write_small_ensemble
 
 TINY = VinnShape(filters=4, rim_filters=4, grid=32)
@@ -112,6 +112,19 @@ def test_posteriors_sum_to_one_and_agree_with_the_labels(networks, volume):
     np.testing.assert_allclose(posterior.sum(axis=1), 1, atol=1e-5)
     own = posterior[np.arange(len(labels)), labels]
     assert (own >= posterior.max(axis=1) - 1e-6).all()
+
+
+def test_little_is_stored_of_sure_voxels_and_nothing_far_from_labels():
+    total = zeros((24, 24, 24))
+    total[..., 0] = 8  # 0.974: not sure by itself
+    total[4, 4, 4, NETWORK_IDS.index(2)] = 40
+    total[4, 4, 4, NETWORK_IDS.index(41)] = 35
+    sparse = posterior_of_views(total, WHOLE, (24, 24, 24))
+    stored = sparse.stored.reshape(24, 24, 24)
+    assert stored[:9, :9, :9].all()
+    assert not stored[9:].any()
+    at = np.ravel_multi_index((4, 4, 4), (24, 24, 24))
+    assert np.array(IDS)[sparse.rows[[at]].indices].tolist() == [2, 41]
 
 
 def test_the_posterior_of_a_shared_class_goes_to_one_side(networks, volume):
