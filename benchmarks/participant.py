@@ -91,7 +91,7 @@ def time_steps(
                 segment_with_member(head, ensemble_name, member, path, "cpu", threads, shift=shift)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
-        summary = summarise_members(paths, families, work)
+        summary = summarise_members(paths, families, ensemble.temperature, work)
     with timed("to the native grid, derivatives"):
         request = ScanRequest(settings, ensemble, members, scan)
         write_scan(request, work / "geometry.json", paths, summary, work, threads)

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest
+from bids_varaug.derivatives.citation import cite_participant
+from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest, logs
 from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
@@ -75,7 +76,7 @@ def segment(
     n_threads : default: all processors, up to 8
     trust : "sform" or "qform", to use where the two contradict each other
     random_seed : of `perturb_inference`
-    sloppy : 2 mm and two members, for tests and demos only
+    sloppy : 2 mm grid; one member of each family unless `members` or `n_members` say more; for tests and demos only
     whole_voxels : with FastSurfer's networks, conform without its shift by half a voxel where sizes are odd
 
     Raises
@@ -131,13 +132,14 @@ def segment(
 class Segmentation:
     """What `segment` found, on the image's own grid.
 
-    Without two perturbed members there is no spread; `entropy` and `unreliable` are then None.
+    Without two perturbed members there is no spread; `entropy` is then None.
 
     Attributes
     ----------
     labels : nibabel image, consensus, FreeSurfer ids
     entropy : nibabel image, of the members' votes [bit]
-    unreliable : nibabel image, mask of the voxels on whose label too many members disagree
+    uncertainty : nibabel image, total entropy of the members' mean posterior [bit]
+    unreliable : nibabel image, mask of the voxels whose label is wrong with a probability of 0.37 or more
     volumes : DataFrame, structure x member [mm3]
     regions : DataFrame, variability and verdict of each structure, see ``docs/reference/outputs.md``
     warnings : list of str, what speaks against the image or the segmentation
@@ -159,27 +161,35 @@ class Segmentation:
         return self.image("entropy")
 
     @property
-    def unreliable(self) -> nib.Nifti1Image | None:  # noqa: D102
-        return self.image("unreliable_mask")
+    def uncertainty(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("total_entropy"))
+
+    @property
+    def unreliable(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("unreliable_mask"))
 
     def image(self, output: str) -> nib.Nifti1Image | None:
         """Return any image, None if it was not made.
 
         Parameters
         ----------
-        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "entropy", "sigbits"
-            or "std"
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "total_entropy",
+            "mutual_information", "entropy", "sigbits" or "std"
         """
         path = self._request.path(output)
         if not path.exists():
             return None
         image = nib.Nifti1Image.from_filename(path)  # read at once: the file is removed with this object
         if image.ndim == 3:
-            return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
-        data = np.empty(image.shape, np.float32)
-        for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
-            data[..., k] = image.dataobj[..., k]
-        return nib.Nifti1Image(data, image.affine, image.header)
+            data = np.asanyarray(image.dataobj)
+            data = data.astype(np.float32) if data.dtype.kind == "f" else data
+        else:
+            data = np.empty(image.shape, np.float32)
+            for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
+                data[..., k] = image.dataobj[..., k]
+        found = nib.Nifti1Image(data, image.affine, image.header)
+        found.set_data_dtype(data.dtype)
+        return found
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102
@@ -207,7 +217,8 @@ class Segmentation:
 
         Parameters
         ----------
-        what : "consensus", "entropy", "sigbits", "std", "unreliable" or "volumes"
+        what : "consensus", "total_entropy", "mutual_information", "entropy", "sigbits", "std", "unreliable" or
+            "volumes"
         """
         from matplotlib import image, pyplot
 
@@ -220,7 +231,9 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy images and tables with their sidecars, and a `report`, to a new or an empty folder; return the files.
+        """Copy images and tables with their sidecars, how to cite, and a `report`, to a new or an empty folder.
+
+        Returns the files.
 
         Raises as `check_output_dir`.
         """
@@ -230,23 +243,30 @@ class Segmentation:
         shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
         request = replace(self._request, settings=replace(made, output_dir=output_dir))
         write_dataset_files(request)
+        cite_participant(request).write(logs(output_dir))
         if report:
             write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder; `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written."""
+    """Refuse a folder to save to, and make none.
+
+    `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written.
+    """
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
             f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
             "for one image, choose an empty folder."
         )
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if any(output_dir.iterdir()):
             raise UsageError(f"{output_dir}: the folder is not empty. Choose another, or empty it.")
         tempfile.TemporaryFile(dir=output_dir).close()
+        for folder in made:
+            folder.rmdir()
     except OSError as error:
         raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 
@@ -274,7 +294,7 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
-    summary = summarise_members(posteriors, families, folder, settings.family_maps)
+    summary = summarise_members(posteriors, families, plan.ensemble.temperature, folder, settings.family_maps)
     return folder / "geometry.json", posteriors, summary
 
 

@@ -32,6 +32,7 @@ class Settings:
     grids: int = 1  # 0: as suits the ensemble, until that is known
     write_members: bool = False
     family_maps: bool = False
+    freesurfer_dir: Path | None = None
     device: str = "cpu"
     nprocs: int = 1
     omp_nthreads: int = 1

@@ -290,7 +290,8 @@ def evaluate_target(
             "augmentations": augmentations, "n_permutations": n_permutations,
             "cv_folds": sum(split.kind == "folds" for split in splits),
             "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
-            "n_features": len(cohort.names), "n_sites": sum(split.kind == "site" for split in splits),
+            "n_features": len(cohort.names), "n_sites": cohort.people["site"].nunique(),
+            "n_sites_left_out": sum(split.kind == "site" for split in splits),
         },
     )  # fmt: skip
 

@@ -81,6 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
+    add("--freesurfer-dir", type=absolute_path, metavar="DIR",
+        help="also write DIR/sub-01/mri/aseg.varaug.mgz, stats/aseg.stats and a colour table, for programs that read a "
+        "FreeSurfer subjects directory")
     _add_ensemble(parser)
     _add_running(parser)
     _add_group_level(parser)
@@ -141,7 +144,9 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
-    add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
+    add("--sloppy", action="store_true",
+        help="2 mm grid, and one member of each family unless --members or --n-members say otherwise: for tests and "
+        "demos only")
     add("--whole-voxels", action="store_true",
         help="with FastSurfer's networks: conform images with an odd number of voxels without FastSurfer's shift by "
         "half a voxel, and without the blur")
@@ -223,7 +228,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     for flag in _without_effect(parser, given):
         print(f"Note: {flag} has no effect at the {given.level} level.", file=sys.stderr)
     given.work_dir = given.work_dir or Path.cwd() / "work"
-    check_paths(given.bids_dir, given.output_dir, given.work_dir)
+    check_paths(given.bids_dir, given.output_dir, given.work_dir, given.freesurfer_dir)
     given.nprocs = given.nprocs or available_processors()
     given.omp_nthreads = given.omp_nthreads or min(given.nprocs, MAX_DEFAULT_THREADS)
     if given.omp_nthreads > given.nprocs:
@@ -405,10 +410,10 @@ def read_plugin(path: Path) -> Mapping[str, Any]:
     return plugin
 
 
-def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path, freesurfer_dir: Path | None = None) -> None:
     """Refuse directories that would lose or mix up data; nothing is created.
 
-    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. `NoInputError` if the
+    The outputs may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. `NoInputError` if the
     input is no readable directory; `UsageError` if one directory lies in another where it must not, or the output
     belongs to another tool; `OutputError` if the output or work directory cannot be written.
     """
@@ -416,19 +421,32 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
         kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
     # Links are followed: two names may mean one folder.
-    source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
-    if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+    source, work = (Path(os.path.realpath(path)) for path in (bids_dir, work_dir))
+    named = {"output": output_dir} | ({"FreeSurfer": freesurfer_dir} if freesurfer_dir else {})
+    outputs = {name: Path(os.path.realpath(path)) for name, path in named.items()}
+    for name, output in outputs.items():
+        if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+            folder = "bids_varaug" if name == "output" else "freesurfer"
+            raise UsageError(
+                f"{named[name]}: the {name} directory must lie outside of the input dataset or below its derivatives/, "
+                f"for example {bids_dir / 'derivatives' / folder}."
+            )
+    if outputs["output"] == outputs.get("FreeSurfer"):
         raise UsageError(
-            f"{output_dir}: the output directory must lie outside of the input dataset or below its derivatives/, for "
-            f"example {bids_dir / 'derivatives' / 'bids_varaug'}."
+            f"{freesurfer_dir}: this is the output directory. Choose another --freesurfer-dir, for example "
+            f"{output_dir / 'sourcedata' / 'freesurfer'}."
         )
     # Whoever deletes the work directory by hand must not delete the others.
-    if work.is_relative_to(source) or source.is_relative_to(work) or output.is_relative_to(work):
+    if (
+        work.is_relative_to(source)
+        or source.is_relative_to(work)
+        or any(output.is_relative_to(work) for output in outputs.values())
+    ):
         raise UsageError(
             f"{work_dir}: the work directory must not be inside the input dataset, nor contain it or the output "
             "directory. Choose another -w."
         )
-    for name, path in (("output", output_dir), ("work", work_dir)):
+    for name, path in (named | {"work": work_dir}).items():
         _check_writable(name, path)
     _check_not_foreign(output_dir)
 

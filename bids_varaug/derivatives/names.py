@@ -47,11 +47,11 @@ def table_columns(table: str) -> dict[str, Column]:
 
 
 def _columns_of(table: str) -> dict[str, Column]:
-    """Columns in the order of the file; of regions, measures over all members, within each family, then verdicts."""
+    """Columns in the order of the file; of regions, measures over members, within families, then verdicts."""
     columns = table_columns(table)
     if table != "regions":
         return columns
-    judged = {name: columns.pop(name) for name in ("verdict", "reason", "volume_low", "volume_high")}
+    judged = {name: columns.pop(name) for name in list(columns)[list(columns).index("expected_dice") :]}
     within = {
         f"{name}_{family}": replace(column, description=f"As {name}, within the {family} family")
         for family in ("mca", "seed", "rr")
@@ -69,6 +69,8 @@ class Output:
     pattern: str  # of the name, after the T1w's own entities; {member} is the id of a member, or of a family
     description: str  # for the sidecar and the README
     units: str  # of the voxels; "" for labels and tables
+    per_unit: int  # steps of a unit in which values are stored; 0: as they are, real numbers in as many as fit them
+    cal_max: float  # value that viewers show brightest; 0 for labels, whose largest id it is
     columns: Mapping[str, Column]  # of a table
 
     @property
@@ -111,11 +113,13 @@ def prefix_of(name: str) -> str:
     return name.rpartition("_seg-")[0]
 
 
+BRAIN_VOLUMES = {name: table_columns("group_volumes")[name] for name in ("brain", "brain_mask")}
+"""Volumes of the brain as a whole; the intracranial volume is none of them."""
 OF_FAMILY = "_of_family"
 """Ends the key of a map of the members of one family, whose ``{member}`` is the family."""
 OUTPUTS: dict[str, Output] = {
-    key: Output(key, pattern, description, units, _columns_of(columns))
-    for key, pattern, units, columns, description in read_template_table("outputs.tsv")
+    key: Output(key, pattern, description, units, int(per_unit or 0), float(cal_max or 0), _columns_of(columns))
+    for key, pattern, units, per_unit, cal_max, columns, description in read_template_table("outputs.tsv")
 }
 
 
@@ -136,6 +140,11 @@ class Run:
     def lookup_table(self) -> Path:
         """Table of the labels, at the root."""
         return self.settings.output_dir / LOOKUP_TABLE.replace(OURS, self.segmentation)
+
+    @property
+    def voxel_size(self) -> float:
+        """Of the network grid, mm."""
+        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
     def perturbed(self) -> tuple[Member, ...]:

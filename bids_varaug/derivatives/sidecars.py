@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from bids_varaug.derivatives import names
 from bids_varaug.derivatives.io import write_table
 from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.files import write_json, write_text
-from bids_varaug.models.ensemble import BASELINE, Member
+from bids_varaug.models.ensemble import BASELINE, Label, Member
 from bids_varaug.variability.quality import VERDICTS
 
 BIDS_VERSION = "1.10.0"
@@ -26,9 +27,10 @@ TOOL = "bids_varaug"
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
+LABEL_COLUMNS = ["index", "name", "abbreviation", "color", "mapping"]
 GRIDS_KEY = "Grids"
 """On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
-SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
+SLOPPY_NOTE = "Made with --sloppy (2 mm grid): for tests and demos only."
 
 
 def package_versions() -> dict[str, str]:
@@ -50,9 +52,9 @@ def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = Fals
     except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
         source = {}
     link = raw_link(bids_dir, output_dir)
-    container = _container()
     generated: dict[str, Any] = {"Name": TOOL, "Version": __version__}
-    generated |= ({"Description": SLOPPY_NOTE} if sloppy else {}) | ({"Container": container} if container else {})
+    known = {"Description": SLOPPY_NOTE if sloppy else None, "CodeURL": code_url(), "Container": _container()}
+    generated |= {key: value for key, value in known.items() if value}
     doi = source.get("DatasetDOI")
     bare = doi.removeprefix("doi:").removeprefix("https://doi.org/") if isinstance(doi, str) else ""
     origin = {"URL": f"https://doi.org/{bare}", "DOI": bare} if bare else {"URL": link}
@@ -68,6 +70,15 @@ def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = Fals
     if isinstance(source.get("License"), str):
         description["License"] = source["License"]
     return description
+
+
+def code_url() -> str | None:
+    """Address of the source code, as ``pyproject.toml`` gives it to an installation; None where it gives none."""
+    try:
+        urls = importlib.metadata.metadata(TOOL).get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((url for name, _, url in (text.partition(", ") for text in urls) if name == "Repository"), None)
 
 
 def _container() -> dict[str, str]:
@@ -173,5 +184,17 @@ def write_dataset_files(run: Run) -> None:
     text = "What each desc- entity stands for; members with their checkpoints."
     write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    table = pd.DataFrame([(label.index, label.name) for label in run.ensemble.labels], columns=["index", "name"])
-    write_table(table, run.lookup_table)
+    write_table(labels_table(run.ensemble.labels), run.lookup_table)
+
+
+def labels_table(labels: Iterable[Label]) -> pd.DataFrame:
+    """Labels with the columns that BIDS gives a lookup table; ``mapping`` is to its labels of tissues.
+
+    Structures that ``data/aseg31.tsv`` does not know have neither abbreviation nor mapping.
+    """
+    with (files("bids_varaug") / "data" / "aseg31.tsv").open(encoding="utf-8") as stream:
+        known = pd.read_csv(stream, sep="\t", dtype={"mapping": "Int64"})
+    table = pd.DataFrame([vars(label) for label in labels])
+    # Manifests spell the background in small letters.
+    known = known.set_index(known["name"].str.casefold()).reindex(table["name"].str.casefold()).reset_index(drop=True)
+    return table.assign(abbreviation=known["abbreviation"], mapping=known["mapping"])[LABEL_COLUMNS]

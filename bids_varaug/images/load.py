@@ -33,7 +33,8 @@ OBLIQUE = 5.0  # degrees between an axis of the image and of the scanner, beyond
 
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
-_FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
+_CORRECT = "Correct the header (fslorient, nibabel, dcm2niix)"
+_FIX = f"{_CORRECT}, or choose with --trust sform|qform."
 
 
 def voxel_volume(affine: np.ndarray) -> float:
@@ -82,7 +83,8 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
-        raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
+        damaged = f"the affine has NaN or infinite values, or is singular ({', '.join(given)})"
+        raise ScanError(f"{name}: {damaged}. {_CORRECT}.")
     chosen, warnings = _choose_form(name, forms, codes) if len(forms) == 2 else (next(iter(forms)), [])
     if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
@@ -152,7 +154,6 @@ _MAX_GZIP_RATIO = 1032
 _MAX_TRAILING_BYTES = 1 << 26
 _CANNOT_READ = (HeaderDataError, ImageFileError, EOFError, zlib.error, OSError, OverflowError, ValueError, MemoryError)
 _AGAIN = "Fetch or convert it again."
-_FILTER = "filter it out with --bids-filter-file."
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,9 @@ def read_t1w(path: Path, trust: str | None = None) -> StoredVolume:
         raise ScanError(f"{path.name}: cannot be read ({reason}). The file is damaged. {_AGAIN}") from error
     bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
     _refuse(path.name, {
-        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
+        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head).":
             bad > 0,
-        f"every voxel is {raw.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
+        f"every voxel is {raw.flat[0]:g}; the image is empty. {_AGAIN}":
             raw.min() == raw.max(),
     })  # fmt: skip
     _, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
@@ -237,7 +238,7 @@ def _refuse(name: str, faults: Mapping[str, bool]) -> None:
 
 def _open(path: Path) -> BufferedIOBase:
     _refuse(path.name, {
-        f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}":
+        f"a link to content that is not here. Get it with `datalad get {path}`.":
             path.is_symlink() and not path.exists(),
         f"no such file ({path}).": not path.is_file(),
         "not named .nii or .nii.gz. Convert it to NIfTI.": not path.name.lower().endswith((".nii", ".nii.gz")),
@@ -272,7 +273,7 @@ def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, ...]:
     need, bound = BYTES_PER_VOXEL * math.prod(shape) / GIB, memory_bound()
     _refuse(name, {
         f"impossible shape ({text}). {_AGAIN}": any(n < 1 for n in shape),
-        f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}": math.prod(shape[3:]) > 1,
+        f"{len(shape)}D image ({text}). A T1w must be one volume; split it.": math.prod(shape[3:]) > 1,
         f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not damaged, crop the image to the "
         "head or resample it to 0.5 mm or coarser.": math.prod(shape) > MAX_VOXELS,
         f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number per voxel; convert it "
@@ -293,11 +294,12 @@ def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> None
     _refuse(name, {
         f"the affine is strongly sheared or has absurd values. {fix} resample the image.":
             voxel_volume(affine) < MIN_SQUARENESS * sizes.prod() or np.abs(affine).max() > 1e6,
-        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the image, "
-        f"or {_FILTER} The unit of length counts too (xyzt_units).":
+        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the "
+        "image. The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
         f"field of view of {in_mm(extent, '.0f')}; that of a whole head is {smallest:g} to {largest:g} mm along each "
-        f"axis. {fix} crop the image, or {_FILTER}": extent.min() < smallest or extent.max() > largest,
+        f"axis. {fix} {'crop the image' if extent.min() >= smallest else 'use an image of the whole brain'}.":
+            extent.min() < smallest or extent.max() > largest,
     })  # fmt: skip
 
 

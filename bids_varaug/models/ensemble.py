@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -105,11 +105,40 @@ class Trunk:
 
 
 @dataclass(frozen=True)
+class DiceModel:
+    """Expected Dice of a structure from what a segmentation says of itself, see `variability.expected_dice`.
+
+    All act on the logit of the Dice.
+    """
+
+    intercept: float
+    soft_dice: float  # of the logit of the soft Dice
+    pair_dice: float  # of the logit of the members' mean pairwise Dice; 0 where there is one member
+    log_voxels: float  # of the logarithm of the number of voxels
+    low: float  # lower end of the interval, from the expected value
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (all(map(math.isfinite, astuple(self))) and self.low <= self.high):
+            raise ValueError(f"expected Dice {self}")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How the expected Dice was calibrated, on heads that were in no training."""
+
+    several: DiceModel  # of the consensus of two members or more
+    alone: DiceModel  # of one member
+    coverage: float  # of the intervals
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
     The temperature T makes the mean posterior as sure as it is right: p becomes p^(1/T), scaled to sum to 1, on the
-    T1w's own grid. Labels and members' posteriors do not depend on it.
+    T1w's own grid. Labels, volumes and votes do not depend on it.
     """
 
     name: str
@@ -122,6 +151,7 @@ class Ensemble:
     training: dict
     trunk: Trunk | None = None  # None where the members' weights are whole
     temperature: float = 1.0
+    quality: Quality | None = None  # None where nobody calibrated it
 
     @property
     def baseline(self) -> Member | None:
@@ -162,7 +192,7 @@ def load_ensemble(name: str) -> Ensemble:
             raise EnsembleError(
                 f"{path}: format {found}; this version reads {FORMAT}. Use the version of bids_varaug that trained it."
             )
-        trunk, network = values.get("trunk"), values["network"]
+        trunk, network, quality = values.get("trunk"), values["network"], values.get("quality")
         values |= {
             "directory": folder,
             "voxel_size": float(values["voxel_size"]),
@@ -170,6 +200,7 @@ def load_ensemble(name: str) -> Ensemble:
             "network": _network_shape(network),
             "members": tuple(Member(**member) for member in values["members"]),
             "trunk": None if trunk is None else Trunk(**trunk),
+            "quality": None if quality is None else _read_quality(**quality),
         }
         ensemble = Ensemble(**values)
         if not 0 < ensemble.temperature < math.inf:
@@ -178,6 +209,12 @@ def load_ensemble(name: str) -> Ensemble:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
     _check_members(path, ensemble.members)
     return ensemble
+
+
+def _read_quality(several: dict, alone: dict, coverage: float, heads: Iterable[str]) -> Quality:
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage {coverage}")
+    return Quality(DiceModel(**several), DiceModel(**alone), float(coverage), tuple(heads))
 
 
 def _network_shape(values: dict) -> NetworkShape | VinnShape:

@@ -13,7 +13,7 @@ from nipype.interfaces.base.support import Bunch
 from nipype.interfaces.base.traits_extension import File, InputMultiPath, isdefined, traits
 from safetensors import SafetensorError
 
-from bids_varaug.errors import UserError
+from bids_varaug.errors import ScanError, UserError
 from bids_varaug.workflows.plan import record_finished
 
 # Torch takes seconds to import: what needs it is imported in the worker that runs the step.
@@ -74,10 +74,13 @@ class Conform(_Step):
 
         inputs = self.inputs
         path = Path(inputs.in_file)
-        if inputs.fastsurfer:
-            head, geometry = prepare_volume(path, inputs.trust, inputs.whole_voxels)
-        else:
-            head, geometry = prepare_head(path, inputs.voxel_size, inputs.multiple, inputs.trust)
+        try:
+            if inputs.fastsurfer:
+                head, geometry = prepare_volume(path, inputs.trust, inputs.whole_voxels)
+            else:
+                head, geometry = prepare_head(path, inputs.voxel_size, inputs.multiple, inputs.trust)
+        except ScanError as error:
+            raise ScanError(f"{error} To leave the image out, use --bids-filter-file.") from error
         for warning in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):
@@ -145,18 +148,19 @@ class FuseMembers(_Step):
     class input_spec(BaseInterfaceInputSpec):
         posterior_files = InputMultiPath(File(exists=True), mandatory=True)
         families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+        temperature = traits.Float(mandatory=True, desc="of the ensemble")
         family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
 
     class output_spec(TraitedSpec):
         mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
-        maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
-        counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
+        maps_file = File(exists=True, desc="segmentation.fuse.MAPS on the head box, .npz")
+        counts_file = File(exists=True, desc="volumes, overlaps, entropies, soft Dice, .npz")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
 
-        paths = [Path(file) for file in self.inputs.posterior_files]
-        files = summarise_members(paths, self.inputs.families, folder, self.inputs.family_maps)
+        inputs, paths = self.inputs, [Path(file) for file in self.inputs.posterior_files]
+        files = summarise_members(paths, inputs.families, inputs.temperature, folder, inputs.family_maps)
         return {f"{name}_file": path for name, path in files._asdict().items()}
 
 

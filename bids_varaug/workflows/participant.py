@@ -18,6 +18,7 @@ from nipype.interfaces.utility import IdentityInterface, Merge
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import write_logs
+from bids_varaug.derivatives.freesurfer import check_subjects
 from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
@@ -30,7 +31,16 @@ from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
 from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
-from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
+from bids_varaug.workflows.plan import (
+    STEP_GB,
+    Plan,
+    check_memory,
+    describe_cost,
+    is_finished,
+    make_plan,
+    remove_steps,
+    warn_of_disk,
+)
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -48,11 +58,15 @@ def run_participants(settings: Settings) -> ExitCode:
     check_memory(plan)
     selection = _select(settings)
     check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
+    if settings.freesurfer_dir is not None:
+        check_subjects(settings.freesurfer_dir, selection.scans)
     if settings.dry_run:
         members = ", ".join(member.id for member in plan.members)
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
+        if selection.scans:
+            print(f"This takes {describe_cost(plan, len(selection.scans))}")
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
     write_dataset_files(plan)
     write_logs(plan)
@@ -96,7 +110,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
-    progress = plugins.ProgressLog(root, left, plan.n_passes, on_written)
+    reports = {f"report_{node_name(who)}": f"report of {who}" for who in (f"sub-{scan.subject}" for scan in scans)}
+    progress = plugins.ProgressLog(root, left, plan.n_passes, reports, on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
@@ -187,7 +202,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         conform.inputs.trait_set(**by_locator)
     posteriors = _merge_node(2, "posteriors")  # of all members, in their order
     families = [member.family for member in plan.members]
-    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
+    fuse = _node(FuseMembers(families=families, temperature=ensemble.temperature), "fuse")
+    fuse.inputs.family_maps = settings.family_maps
     write = _node(WriteScan(request=plan.request(scan), num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 

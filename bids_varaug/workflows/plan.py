@@ -34,17 +34,15 @@ FASTSURFER_GB = 2.5  # at 1 mm, in place of "segment"; the sum of logits grows w
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
+OUTPUT_GB = 0.04  # derivatives and report of a 256^3 head
+# Processor time on a 256^3 head, s (benchmarks/participant.py on two processors): a pass at 1 mm, and all other steps.
+PASS_S, OTHER_STEPS_S = 9.0, 32.0
 RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
 @dataclass(frozen=True)
 class Plan(Run):
     """A run, and what it takes."""
-
-    @property
-    def voxel_size(self) -> float:
-        """Of the network grid, mm."""
-        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
     def locator(self) -> Member:
@@ -161,16 +159,33 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     """Warn, before hours of work, if images (with these folders) will fill the disk of the work directory."""
     settings = plan.settings
     n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
-    n_files = n_images * (plan.n_passes + (2 if settings.grids > 1 else 0))  # the average and the shift
     steps = [folder / step for folder in folders for step in ("segment", "grids", "average")]
     there = sum(path.stat().st_size for step in steps for path in step.glob("**/*.safetensors"))
-    need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
+    need = n_images * _work_gb(plan) - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
         space = f"the members of {n_images} image(s) need about {need:.0f} GB more there, and {free:.0f} GB are free"
         other = "--clean-workdir, which removes those of an image once it is written"
         use = "a smaller --nprocs" if settings.clean_workdir else other
         print(f"WARNING: {settings.work_dir}: {space}. Choose another -w, or use {use}.", file=sys.stderr)
+
+
+def _work_gb(plan: Plan) -> float:
+    """What an image leaves in the work directory, GB."""
+    n_files = plan.n_passes + (2 if plan.settings.grids > 1 else 0)  # the average and the shift
+    return n_files * POSTERIOR_GB / plan.voxel_size**3
+
+
+def describe_cost(plan: Plan, n_images: int) -> str:
+    """Say what so many images take, for heads of 256 mm and processors as those that were measured."""
+    settings = plan.settings
+    at_once = min(settings.nprocs, n_images) if settings.clean_workdir else n_images
+    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {n_images * OUTPUT_GB:.1f} GB of results"
+    if settings.device != "cpu":
+        return f"{disk}. The time on {settings.device} is not known."
+    seconds = n_images * (plan.n_passes * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S) / settings.nprocs
+    time = f"{seconds / 3600:.1f} h" if seconds > 7200 else f"{max(1, round(seconds / 60))} min"
+    return f"about {time} on {settings.nprocs} processor(s), {disk}, for heads of 256 mm."
 
 
 def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:
@@ -205,6 +220,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, settings.whole_voxels, scan, status.st_size, status.st_mtime_ns, request.ensemble,
-        request.members,
+        settings.family_maps, settings.whole_voxels, settings.freesurfer_dir, scan, status.st_size, status.st_mtime_ns,
+        request.ensemble, request.members,
     ))  # fmt: skip

@@ -198,6 +198,24 @@ def test_output_that_is_the_input_by_a_link_is_refused(places, tmp_path):
         parser.parse_settings([places[0], str(tmp_path / "link"), "participant"])
 
 
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("../ds/fs", "the FreeSurfer directory must lie outside .*derivatives/freesurfer"),
+        ("../out", "this is the output directory"),
+        ("../work/fs", "work directory must not"),
+    ],
+)
+def test_freesurfer_directory_where_it_would_mix_data_is_refused(places, folder, message):
+    with pytest.raises(UsageError, match=message):
+        parser.parse_settings([*places, "-w", "../work", "--freesurfer-dir", folder])
+
+
+def test_freesurfer_directory_may_lie_in_the_output(places, tmp_path):
+    given = parser.parse_settings([*places, "--freesurfer-dir", "../out/sourcedata/freesurfer"])
+    assert given.freesurfer_dir == tmp_path / "out" / "sourcedata" / "freesurfer"
+
+
 def test_output_below_derivatives_is_allowed(places):
     output = Path(places[0]) / "derivatives" / "varaug"
     assert parser.parse_settings([places[0], str(output), "participant"]).output_dir == output

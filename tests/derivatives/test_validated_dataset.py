@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from bids_varaug.derivatives import io, names, sidecars
+from bids_varaug.derivatives.citation import Citation
 from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
@@ -86,7 +87,8 @@ def errors(tmp_path_factory, request):
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
     sidecars.write_dataset_files(_run(raw, out))
     write_text("a = 1\n", names.logs(out) / "run.toml")
-    write_text("# How to cite\n", names.logs(out) / "CITATION.md")
+    Citation("x").write(names.logs(out))
+    write_text("x\n", out / "sourcedata" / "freesurfer" / "sub-01" / "stats" / "aseg.stats")
     write_text("crash\n", names.logs(out) / "crash-1.txt")
     return run_validator(out)
 
