@@ -91,8 +91,10 @@ def main() -> None:
     for slab, inside in zip(total, volume[window] > 40, strict=True):
         slab[..., 0] = 10
         at = torch.from_numpy(np.argwhere(inside))
-        for value in (25, 20, 18, 16, 14):
+        for value in (14, 16, 18, 20):
             slab[at[:, 0], at[:, 1], torch.from_numpy(rng.integers(0, len(NETWORK_IDS), len(at)))] = value
+        cubes = (np.argwhere(inside) // 16).sum(axis=1) % len(NETWORK_IDS)  # parts of the size of structures
+        slab[at[:, 0], at[:, 1], torch.from_numpy(cubes)] = 25
     for plane, network in planes.items():
         across = AXES[plane][2]
         thin = tuple(1 if axis == across else n for axis, n in enumerate(box.shape))
