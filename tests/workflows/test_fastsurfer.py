@@ -44,12 +44,12 @@ def ensemble_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """One T1w image of 76 x 84 x 80 mm with a bright ball of 40 mm, in LPS."""
+    """One T1w image of 76 x 84 x 80 mm with a bright ball of 20 mm, in LPS."""
     root = tmp_path_factory.mktemp("bids")
     shape = (76, 84, 80)
     rng = np.random.default_rng(0)
     distance = np.linalg.norm(np.stack(np.indices(shape)) - np.reshape(shape, (3, 1, 1, 1)) / 2, axis=0)
-    data = (np.where(distance < 20, 400 + rng.integers(0, 200, shape), 0) + rng.integers(0, 9, shape)).astype(np.int16)
+    data = (np.where(distance < 10, 400 + rng.integers(0, 200, shape), 0) + rng.integers(0, 9, shape)).astype(np.int16)
     affine = np.diag([-1.0, -1, 1, 1])
     affine[:3, 3] = [38, 42, -40]
     path = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
