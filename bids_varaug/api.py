@@ -26,6 +26,7 @@ from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
 from bids_varaug.images.conform import prepare_head
+from bids_varaug.images.fastsurfer import prepare_volume
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
@@ -54,6 +55,7 @@ def segment(
     trust: str | None = None,
     random_seed: int = 0,
     sloppy: bool = False,
+    whole_voxels: bool = False,
 ) -> Segmentation:
     """Segment one T1w image with an ensemble and measure how its members disagree.
 
@@ -75,6 +77,7 @@ def segment(
     trust : "sform" or "qform", to use where the two contradict each other
     random_seed : of `perturb_inference`
     sloppy : 2 mm grid; one member of each family unless `members` or `n_members` say more; for tests and demos only
+    whole_voxels : with FastSurfer's networks, conform without its shift by half a voxel where sizes are odd
 
     Raises
     ------
@@ -109,6 +112,7 @@ def segment(
             ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
             n_members=n_members, perturb_inference=perturb_inference, grids=grids, write_members=write_members,
             family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
+            whole_voxels=whole_voxels,
             omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
         )  # fmt: skip
         plan = make_plan(settings)
@@ -271,8 +275,11 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     """Run the steps of `workflows.participant.init_scan_wf` one after another, in this process."""
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
-    head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.network.multiple, settings.trust)
-    if not settings.sloppy:
+    if plan.ensemble.is_fastsurfer:
+        head, geometry = prepare_volume(path, settings.trust, settings.whole_voxels)
+    else:
+        head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.multiple, settings.trust)
+    if not settings.sloppy and not plan.ensemble.is_fastsurfer:
         head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
     shift = None
     if settings.grids > 1:
@@ -282,7 +289,8 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
             segment_with_member(head, ensemble, plan.locator, file, *where, offset)
         average_grids(on_grids, offsets, folder / f"{plan.locator.id}.safetensors", shift)
     for member in plan.single_pass:
-        segment_with_member(head, ensemble, member, folder / f"{member.id}.safetensors", *where, shift=shift)
+        out = folder / f"{member.id}.safetensors"
+        segment_with_member(head, ensemble, member, out, *where, shift=shift, geometry=geometry)
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]

@@ -45,6 +45,7 @@ class Settings:
     clean_workdir: bool = False
     random_seed: int = 0
     sloppy: bool = False
+    whole_voxels: bool = False
     dry_run: bool = False
     reports_only: bool = False
     stop_on_first_crash: bool = False

@@ -149,6 +149,9 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--sloppy", action="store_true",
         help="2 mm grid, and one member of each family unless --members or --n-members say otherwise: for tests and "
         "demos only")
+    add("--whole-voxels", action="store_true",
+        help="with FastSurfer's networks: conform images with an odd number of voxels without FastSurfer's shift by "
+        "half a voxel, and without the blur")
 
 
 def _add_template(parser: argparse.ArgumentParser) -> None:

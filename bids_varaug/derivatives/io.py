@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from nibabel.filebasedimages import FileBasedHeader
 
-from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.names import ending_of, prefix_of
 from bids_varaug.errors import UserError
 from bids_varaug.files import replacing, write_text
 
@@ -132,7 +132,7 @@ def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(participant_id=plain, source_id=ids)
 
 
-ENDING = OUTPUTS["members_tsv"].name("")
+ENDING = ending_of("members_tsv")
 COLUMNS = ["member", "family", "index", "name", "volume"]
 Structures = tuple[tuple[int, str], ...]
 
@@ -198,10 +198,10 @@ def read_regions(
     `images` are the entities of the images that count (``sub-01_ses-1``) to their participant; default all. Also
     returns, for other images, why their tables cannot be read; verdict is missing (NaN) in tables of older versions.
     """
-    ending, needed = OUTPUTS["regions_tsv"].name(""), dict.fromkeys(["name", *columns])
+    ending, needed = ending_of("regions_tsv"), dict.fromkeys(["name", *columns])
     tables, unreadable = [pd.DataFrame()], {}
     for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
-        image = path.name.removesuffix(ending)
+        image = prefix_of(path.name)
         if images is not None and image not in images:
             continue
         try:
@@ -222,11 +222,10 @@ def read_regions(
 
 def read_mask_volumes(output_dir: Path) -> dict[str, float]:
     """Volume of the brain mask [mm3] by image, of those whose sidecar tells it."""
-    output, volumes = OUTPUTS["regions_tsv"], {}
-    ending = output.name("").removesuffix(output.extension) + ".json"
+    ending, volumes = ending_of("regions_tsv").removesuffix(".tsv") + ".json", {}
     for path in Path(output_dir).glob(f"sub-*/**/*{ending}"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            volumes[path.name.removesuffix(ending)] = float(
+            volumes[prefix_of(path.name)] = float(
                 json.loads(path.read_text(encoding="utf-8"))["Volumes"]["brain_mask"]["Value"]
             )
     return volumes

@@ -20,7 +20,9 @@ from bids_varaug.settings import Settings
 
 DATASET_DESCRIPTION = "dataset_description.json"
 DESCRIPTIONS_TABLE = "descriptions.tsv"
-LOOKUP_TABLE = "seg-varaug_dseg.tsv"
+OURS = "seg-varaug"
+"""Entity of the package's own networks in names; ``Run.segmentation`` takes its place."""
+LOOKUP_TABLE = f"{OURS}_dseg.tsv"
 GROUP_REPORT = "group_brainage.html"
 QUALITY_REPORT = "group_quality.html"
 MAPS_REPORT = "group_maps.html"
@@ -111,6 +113,20 @@ class Output:
         return f"{prefix}_{self.pattern.format(member=member, **where)}"
 
 
+def ending_of(key: str) -> str:
+    """Pattern of what an output's names end with, whichever networks segmented.
+
+    >>> ending_of("members_tsv")
+    '_seg-*_desc-members_morph.tsv'
+    """
+    return OUTPUTS[key].name("").replace(OURS, "seg-*")
+
+
+def prefix_of(name: str) -> str:
+    """Entities of the T1w image in the name of an output that has ``seg-``."""
+    return name.rpartition("_seg-")[0]
+
+
 BRAIN_VOLUMES = {name: table_columns("group_volumes")[name] for name in ("brain", "brain_mask")}
 """Volumes of the brain as a whole; the intracranial volume is none of them."""
 OF_FAMILY = "_of_family"
@@ -134,6 +150,16 @@ class Run:
     members: tuple[Member, ...]
 
     @property
+    def segmentation(self) -> str:
+        """Entity that says whose segmentation it is."""
+        return "seg-fastsurfer" if self.ensemble.is_fastsurfer else OURS
+
+    @property
+    def lookup_table(self) -> Path:
+        """Table of the labels, at the root."""
+        return self.settings.output_dir / LOOKUP_TABLE.replace(OURS, self.segmentation)
+
+    @property
     def voxel_size(self) -> float:
         """Of the network grid, mm."""
         return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
@@ -153,11 +179,12 @@ class ScanRequest(Run):
     def path(self, key: str, member: str | None = None, space: OutputSpace | None = None) -> Path:
         """Absolute path of one of the `OUTPUTS`, or the `SPACE_OUTPUTS`."""
         folder = self.settings.output_dir / Path(self.scan.relative).parent
+        seg = f"_{self.segmentation}_"
         if space is None:
-            return folder / ALL_OUTPUTS[key].name(self.scan.prefix, member)
+            return folder / ALL_OUTPUTS[key].name(self.scan.prefix, member).replace(f"_{OURS}_", seg)
         # The image is no longer in its own space; BIDS wants chunk after space.
         name = ALL_OUTPUTS[key].name(re.sub("_space-[^_]+", "", self.scan.prefix), member, space)
-        return folder / re.sub("(_chunk-[^_]+)(_space-[^_]+)", r"\2\1", name)
+        return folder / re.sub("(_chunk-[^_]+)(_space-[^_]+)", r"\2\1", name).replace(f"_{OURS}_", seg)
 
     def sidecar(self, key: str, member: str | None = None, space: OutputSpace | None = None) -> Path:
         """Absolute path of its JSON sidecar; an image and a table of the same name share it."""

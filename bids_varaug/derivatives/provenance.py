@@ -175,11 +175,10 @@ def _sidecars(output_dir: Path) -> dict[Path, Path]:
     """Sidecar that tells most about each image, by the path that its outputs begin with."""
     found = {}
     for key in ("consensus_dseg", "members_tsv"):  # the first and the last that are written
-        output = names.OUTPUTS[key]
-        ending = output.name("").removesuffix(output.extension) + ".json"
+        ending = names.ending_of(key).removesuffix(names.OUTPUTS[key].extension) + ".json"
         for folder in ("sub-*/anat", "sub-*/ses-*/anat"):
             for path in output_dir.glob(f"{folder}/*{ending}"):
-                found[path.with_name(path.name.removesuffix(ending))] = path
+                found[path.with_name(names.prefix_of(path.name))] = path
     return found
 
 

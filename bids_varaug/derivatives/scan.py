@@ -20,12 +20,12 @@ from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.derivatives.freesurfer import write_freesurfer
 from bids_varaug.derivatives.io import fitting_step, in_steps, write_image, write_table
-from bids_varaug.derivatives.names import BRAIN_VOLUMES, LOOKUP_TABLE, OF_FAMILY, OUTPUTS, ScanRequest
+from bids_varaug.derivatives.names import BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
 from bids_varaug.derivatives.sidecars import describe_columns, sidecar
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_json
-from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, resample_map
+from bids_varaug.images.conform import POSTERIOR_SCALE, Geometry, insert, resample_map
 from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.participants import read_people
 from bids_varaug.inputs.tables import prefixed
@@ -73,8 +73,15 @@ class ScanWriter:
     brain: np.ndarray  # mask
     written: list[Path] = field(default_factory=list)
 
-    def image(self, key: str, data: np.ndarray, member: str | None = None, extra: JsonObject | None = None) -> None:
-        """Write an image on the T1w's grid, real numbers in steps; `extra` goes to its sidecar."""
+    def image(
+        self,
+        key: str,
+        data: np.ndarray,
+        member: str | None = None,
+        extra: JsonObject | None = None,
+        affine: np.ndarray | None = None,
+    ) -> None:
+        """Write an image on the T1w's grid, or that of `affine`, real numbers in steps; `extra` goes to its sidecar."""
         output = OUTPUTS[key]
         if key.removesuffix(OF_FAMILY) == "sigbits":  # the 24 bits of the background would hide the brain
             data = data * self.brain
@@ -88,9 +95,9 @@ class ScanWriter:
         fields: dict[str, Any] = {"cal_max": output.cal_max, "intent_code": _INTENTS.get(output.suffix, 0)}
         if output.suffix == "dseg":
             largest = max(label.index for label in self.request.ensemble.labels)
-            fields |= {"cal_max": largest, "aux_file": LOOKUP_TABLE}
-        path = self.request.path(key, member)
-        self.written.append(write_image(data, self.affine, path, self.header, step, **fields))
+            fields |= {"cal_max": largest, "aux_file": self.request.lookup_table.name}
+        path, affine = self.request.path(key, member), self.affine if affine is None else affine
+        self.written.append(write_image(data, affine, path, self.header, step, **fields))
         self.sidecar(key, member, extra)
 
     def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
@@ -150,6 +157,16 @@ def write_scan(
             writer.image("ieee_dseg", ids[load_posterior(path).to_native(geometry)])
         elif request.settings.write_members:
             writer.image("member_dseg", ids[load_posterior(path).to_native(geometry)], member.id)
+    if ensemble.is_fastsurfer:
+        every = request.settings.write_members
+        pairs = zip(request.members, posteriors, strict=True)
+        alone = [(member.id, path) for member, path in pairs if member.is_baseline or every]
+        for name, path in (("consensus", summary.mean), *alone):
+            whole = insert(load_posterior(path).labels, geometry.box, geometry.conformed_shape)
+            grid = {"Resolution": f"FastSurfer's grid: {geometry.voxel_size:g} mm, axes to the left, down and ahead"}
+            if request.settings.whole_voxels:
+                grid["Resolution"] += ", moved by half a voxel (--whole-voxels)"
+            writer.image("conformed_dseg", ids[whole], name, grid, affine=geometry.conformed_affine)
     _write_maps(writer, summary.maps, geometry, calibration)
     # The table of regions shares the sidecar of the consensus labels.
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):
@@ -241,7 +258,7 @@ def _remove_outdated(request: ScanRequest, written: list[Path]) -> None:
         return
     stems = {file.name.partition(".")[0] for file in written}  # which outputs share with their sidecars
     for old in path.parent.iterdir():
-        starts = (f"{request.scan.prefix}_{start}" for start in ("seg-varaug_", "space-", "from-"))
+        starts = (f"{request.scan.prefix}_{start}" for start in ("seg-", "space-", "from-"))
         ours = old.name.startswith(tuple(starts))
         if ours and old.name.partition(".")[0] not in stems:
             old.unlink()

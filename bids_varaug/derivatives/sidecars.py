@@ -133,6 +133,8 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     """Members that an output was computed from; `one` is its member or family."""
     if key.endswith(names.OF_FAMILY):
         return [member for member in request.perturbed if member.family == one]
+    if one == "consensus":
+        return list(request.perturbed)
     if one or key == "ieee_dseg":
         return [member for member in request.members if member.id == (one or BASELINE)]
     return list(request.members if key == "members_tsv" else request.perturbed)
@@ -183,7 +185,7 @@ def write_dataset_files(run: Run) -> None:
     text = "What each desc- entity stands for; members with their checkpoints."
     write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    write_table(labels_table(run.ensemble.labels), output_dir / names.LOOKUP_TABLE)
+    write_table(labels_table(run.ensemble.labels), run.lookup_table)
 
 
 def labels_table(labels: Iterable[Label]) -> pd.DataFrame:

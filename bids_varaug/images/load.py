@@ -20,6 +20,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
@@ -164,6 +165,24 @@ class Volume:
     warnings: tuple[str, ...] = ()  # where the header was not taken at its word
 
 
+@dataclass(frozen=True)
+class StoredVolume:
+    """One image volume as its file has it."""
+
+    name: str
+    data: np.ndarray  # (X, Y, Z), values and type as stored
+    slope: float | None
+    intercept: float | None
+    affine: np.ndarray  # as of `Volume`
+    sizes: np.ndarray  # (3,) float32, of the voxels, mm; the header's, unless the affine contradicts them
+    warnings: tuple[str, ...]
+
+    @property
+    def values(self) -> np.ndarray:
+        """What the stored numbers stand for; of the type stored where nothing scales them."""
+        return apply_read_scaling(self.data, self.slope, self.intercept)
+
+
 def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """Read a T1w image from ``.nii`` or ``.nii.gz``; intensities are as `standardise` leaves them.
 
@@ -172,6 +191,19 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     does not say where left and right are; is too large for the memory; or its voxels or field of view cannot be those
     of a head.
     """
+    return standardise_volume(read_t1w(path, trust))
+
+
+def standardise_volume(stored: StoredVolume) -> Volume:
+    """Bring intensities to one scale; a `ScanError` where values wrapped around."""
+    # Slope and intercept would only round what `standardise` undoes.
+    data = standardise(stored.data, negative=(stored.slope or 1) < 0)
+    _check_continuity(stored.name, data, stored.data)
+    return Volume(data, stored.affine, stored.warnings)
+
+
+def read_t1w(path: Path, trust: str | None = None) -> StoredVolume:
+    """Read a T1w image as it is stored; arguments and errors, but for values that wrapped, are those of `load_t1w`."""
     path = Path(path)
     try:
         with _open(path) as stream:
@@ -179,7 +211,7 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
             shape = _check_shape(path.name, header)
             affine, warnings = choose_affine(path.name, header, trust)
             _check_affine(path.name, affine, shape)
-            slope, _ = header.get_slope_inter()  # raises where they are not finite
+            slope, intercept = header.get_slope_inter()  # raises where they are not finite
             raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
         reason = f"{type(error).__name__}: {error}"
@@ -191,10 +223,10 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
         f"every voxel is {raw.flat[0]:g}; the image is empty. {_AGAIN}":
             raw.min() == raw.max(),
     })  # fmt: skip
-    # Slope and intercept would only round what `standardise` undoes.
-    data = standardise(raw, negative=(slope or 1) < 0)
-    _check_continuity(path.name, data, raw)
-    return Volume(data, affine, warnings)
+    _, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+    sizes, of_affine = (header["pixdim"][1:4] * mm).astype(np.float32), voxel_sizes(affine).astype(np.float32)
+    sizes = sizes if (sizes > 0).all() and _same_sizes(sizes, of_affine) else of_affine
+    return StoredVolume(path.name, raw, slope, intercept, affine, sizes, warnings)
 
 
 def _refuse(name: str, faults: Mapping[str, bool]) -> None:

@@ -37,6 +37,22 @@ class NetworkShape:
         return 2 ** len(self.channels)
 
 
+PLANES = ("coronal", "sagittal", "axial")
+"""In the order in which FastSurfer adds their logits."""
+VINN = "fastsurfer-vinn"
+
+
+@dataclass(frozen=True)
+class VinnShape:
+    """What has to be known to build FastSurferVINN's networks again; its checkpoints have the default sizes."""
+
+    filters: int = 71
+    rim_filters: int = 32  # of the first block, which works on the image's own grid
+    grid: int = 256  # pixels of 1 mm along each side of the grid of the other blocks
+    n_slices: int = 7  # that are seen at once
+    architecture: str = VINN
+
+
 @dataclass(frozen=True)
 class Label:
     """One class of the network: the id written to label maps, its name, its display colour."""
@@ -128,9 +144,9 @@ class Ensemble:
     name: str
     version: str
     directory: Path
-    voxel_size: float  # mm
+    voxel_size: float  # mm; of FastSurfer, the largest
     labels: tuple[Label, ...]  # of class k
-    network: NetworkShape
+    network: NetworkShape | VinnShape
     members: tuple[Member, ...]
     training: dict
     trunk: Trunk | None = None  # None where the members' weights are whole
@@ -141,6 +157,16 @@ class Ensemble:
     def baseline(self) -> Member | None:
         """The unperturbed member, if there is one."""
         return next((member for member in self.members if member.is_baseline), None)
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the head box are multiples of this many voxels."""
+        return self.network.multiple if isinstance(self.network, NetworkShape) else 1
+
+    @property
+    def is_fastsurfer(self) -> bool:
+        """Whether the networks are FastSurferVINN's, which have rules of their own from conform to labels."""
+        return isinstance(self.network, VinnShape)
 
 
 def find_ensemble(name: str) -> Path:
@@ -171,7 +197,7 @@ def load_ensemble(name: str) -> Ensemble:
             "directory": folder,
             "voxel_size": float(values["voxel_size"]),
             "labels": tuple(Label(**label) for label in values["labels"]),
-            "network": NetworkShape(**network | {"channels": tuple(network["channels"])}),
+            "network": _network_shape(network),
             "members": tuple(Member(**member) for member in values["members"]),
             "trunk": None if trunk is None else Trunk(**trunk),
             "quality": None if quality is None else _read_quality(**quality),
@@ -189,6 +215,14 @@ def _read_quality(several: dict, alone: dict, coverage: float, heads: Iterable[s
     if not 0 < coverage < 1:
         raise ValueError(f"coverage {coverage}")
     return Quality(DiceModel(**several), DiceModel(**alone), float(coverage), tuple(heads))
+
+
+def _network_shape(values: dict) -> NetworkShape | VinnShape:
+    if (architecture := values.get("architecture")) == VINN:
+        return VinnShape(**values)
+    if architecture is not None:
+        raise ValueError(f"architecture {architecture}")
+    return NetworkShape(**values | {"channels": tuple(values["channels"])})
 
 
 def _check_members(path: Path, members: Iterable[Member]) -> None:

@@ -281,7 +281,7 @@ def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet
     """Build a member's network in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
     check_member(ensemble, member)
     paths = [ensemble.directory / file for file, _, _ in files_of(ensemble, member)]
-    network = build_network(ensemble.network)
+    network = build_network(cast(NetworkShape, ensemble.network))
     try:
         network.load_state_dict(load_weights(*paths))
     except (SafetensorError, RuntimeError, KeyError) as error:

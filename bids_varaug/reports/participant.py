@@ -47,7 +47,7 @@ WEBP_QUALITY = (85, 65)  # with few scans contours look as in the PNG files besi
 # the same report.
 _SHOWN = (
     "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference", "grids",
-    "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy",
+    "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy", "whole_voxels",
 )  # fmt: skip
 
 

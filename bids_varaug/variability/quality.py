@@ -318,6 +318,7 @@ MIN_CONTRAST = 0.5  # separation of white matter and cortex in pooled standard d
 EDGE_FRACTION = 0.002  # of the labelled voxels
 SATURATED_FRACTION = 0.03  # of the labelled voxels
 WHITE, CORTEX = (2, 41), (3, 42)
+PARCELS = 1000  # ids of the cortex from here on
 
 
 def find_warnings(zooms: Sequence[float], t1w: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -346,7 +347,7 @@ def _check_contrast(t1w: np.ndarray, labels: np.ndarray) -> Iterator[str]:
 
     White matter is eroded by a voxel where that leaves enough of it, to keep partial volume out.
     """
-    white_mask, cortex_mask = np.isin(labels, WHITE), np.isin(labels, CORTEX)
+    white_mask, cortex_mask = np.isin(labels, WHITE), np.isin(labels, CORTEX) | (labels >= PARCELS)
     core = binary_erosion(white_mask)
     white = np.asarray(t1w[core if core.sum() > 200 else white_mask], np.float64)
     cortex = np.asarray(t1w[cortex_mask], np.float64)

@@ -61,17 +61,24 @@ class Conform(_Step):
         voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
         multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
         trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
+        whole_voxels = traits.Bool(False, usedefault=True, desc="of FastSurfer: without its half-voxel shift")
+        fastsurfer = traits.Bool(False, usedefault=True, desc="FastSurfer's rules and grid, the others do not count")
 
     class output_spec(TraitedSpec):
-        head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
+        head_file = File(exists=True, desc="part of the head, .npy float32; of FastSurfer, all of it, uint8")
         geometry_file = File(exists=True, desc="grids and box, JSON")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.images.conform import prepare_head
+        from bids_varaug.images.fastsurfer import prepare_volume
 
         inputs = self.inputs
+        path = Path(inputs.in_file)
         try:
-            head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
+            if inputs.fastsurfer:
+                head, geometry = prepare_volume(path, inputs.trust, inputs.whole_voxels)
+            else:
+                head, geometry = prepare_head(path, inputs.voxel_size, inputs.multiple, inputs.trust)
         except ScanError as error:
             raise ScanError(f"{error} To leave the image out, use --bids-filter-file.") from error
         for warning in geometry.warnings:
@@ -98,16 +105,19 @@ class SegmentMember(_Step):
         head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
         offset = traits.Any(desc="of the grid to segment on, see segmentation.shifts; absent: none")
         shift_file = File(exists=True, desc="what several grids add, safetensors")
+        geometry_file = File(exists=True, desc="grids and box, JSON; for FastSurfer")
 
     output_spec = _PosteriorOutput
 
     def _step(self, folder: Path) -> dict[str, Path]:
+        from bids_varaug.images.conform import Geometry
         from bids_varaug.segmentation.predict import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
         segment_with_member(
             np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device, inputs.num_threads,
             offset=inputs.offset or (0, 0, 0), shift=Path(inputs.shift_file) if inputs.shift_file else None,
+            geometry=Geometry.load(Path(inputs.geometry_file)) if inputs.geometry_file else None,
         )  # fmt: skip
         return {"posterior_file": path}
 

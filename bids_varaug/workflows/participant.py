@@ -199,13 +199,14 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
 
     def segment_node(name: str, **iterated: list) -> MapNode:
         """Node that segments once for each item of the iterated inputs."""
-        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb)
+        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb_of(scan))
         node.inputs.trait_set(**iterated)
         return node
 
     conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
-    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.network.multiple)
-    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.multiple)
+    conform.inputs.trait_set(fastsurfer=ensemble.is_fastsurfer, whole_voxels=settings.whole_voxels)
+    if not settings.sloppy and not ensemble.is_fastsurfer:  # the head at 2 mm takes a second: nothing to be gained
         conform.inputs.trait_set(**by_locator)
     posteriors = _merge_node(2, "posteriors")  # of all members, in their order
     families = [member.family for member in plan.members]
@@ -227,6 +228,8 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         identities = [identify(ensemble, member) for member in members]
         segment = segment_node("segment", member=members, identity=identities)
         workflow.connect(conform, "head_file", segment, "head_file")
+        if ensemble.is_fastsurfer:
+            workflow.connect(conform, "geometry_file", segment, "geometry_file")
         workflow.connect(segment, "posterior_file", posteriors, "in2")
         if settings.grids > 1:
             workflow.connect(average, "shift_file", segment, "shift_file")

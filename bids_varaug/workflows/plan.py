@@ -31,6 +31,7 @@ from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
 STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "register": 1.2, "write": 1.6, "report": 1.0}
+FASTSURFER_GB = 2.5  # at 1 mm, in place of "segment"; the sum of logits grows with the number of voxels
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
@@ -63,7 +64,17 @@ class Plan(Run):
     @property
     def segment_gb(self) -> float:
         """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
+        if self.ensemble.is_fastsurfer:
+            return FASTSURFER_GB
         return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
+
+    def segment_gb_of(self, scan: Scan) -> float:
+        """Peak memory of a member on one image, GB: FastSurfer's grid is as fine as the image's."""
+        if not self.ensemble.is_fastsurfer:
+            return self.segment_gb
+        from bids_varaug.images.fastsurfer import voxel_size_of
+
+        return LIBRARIES_GB + (FASTSURFER_GB - LIBRARIES_GB) / voxel_size_of(scan.path) ** 3
 
     def request(self, scan: Scan) -> ScanRequest:
         """What is asked for of one scan."""
@@ -74,6 +85,13 @@ def make_plan(settings: Settings) -> Plan:
     """Load the ensemble, choose members, device and grids, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
+    if ensemble.is_fastsurfer and (settings.sloppy or settings.grids > 1):
+        flag = "--sloppy" if settings.sloppy else f"--grids {settings.grids}"
+        raise UsageError(
+            f"{flag}: FastSurfer's networks segment on their own grid of at most 1 mm. Leave {flag.split()[0]} out."
+        )
+    if settings.whole_voxels and not ensemble.is_fastsurfer:
+        raise UsageError("--whole-voxels is for FastSurfer's networks; others do not shift images. Leave it out.")
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -207,6 +225,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, settings.freesurfer_dir, settings.output_spaces, settings.refine, scan, status.st_size,
-        status.st_mtime_ns, request.ensemble, request.members,
+        settings.family_maps, settings.whole_voxels, settings.freesurfer_dir, settings.output_spaces, settings.refine,
+        scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

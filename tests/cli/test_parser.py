@@ -63,7 +63,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
         + ["--perturb_inference", "99", "--grids", "8"]
         + ["--device", "cuda:1", "--nprocs", "4", "--omp-nthreads", "3", "--mem", "8000M"]
         + ["--use-plugin", str(plugin), "-w", "../w", "--clean-workdir", "--random-seed", "7"]
-        + ["--sloppy", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
+        + ["--sloppy", "--whole-voxels", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
     )
     assert settings.participant_labels == ("01", "02")
     assert settings.exclude_participant_labels == ("03",)
@@ -78,7 +78,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     assert settings.plugin == {"plugin": "SLURM", "plugin_args": {"sbatch_args": "-n1"}}
     assert settings.work_dir == tmp_path / "w"
     assert (settings.random_seed, settings.verbosity) == (7, 2)
-    for name in ("skip_bids_validation", "write_members", "clean_workdir", "sloppy", "dry_run"):
+    for name in ("skip_bids_validation", "write_members", "clean_workdir", "sloppy", "whole_voxels", "dry_run"):
         assert getattr(settings, name) is True
     assert settings.reports_only and settings.stop_on_first_crash
 

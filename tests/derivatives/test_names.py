@@ -30,7 +30,7 @@ def test_name_carries_the_entities_of_the_t1w(request_, key, expected):
 
 
 def test_every_output_is_in_the_table_of_expected_names():
-    assert len(names.OUTPUTS) == 18
+    assert len(names.OUTPUTS) == 19
 
 
 def test_member_output_is_named_for_the_member(request_):

@@ -153,7 +153,7 @@ def test_each_fixed_desc_has_a_row():
 def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
     labels = [Label(0, "background", "#000000"), Label(17, "Left-Hippocampus", "#dcd814"), Label(99, "Own", "#010203")]
     settings = Settings(bids_dir, tmp_path, "participant", tmp_path)
-    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels), MEMBERS))
+    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels, is_fastsurfer=False), MEMBERS))
     lines = [
         "index\tname\tabbreviation\tcolor\tmapping", "0\tbackground\tBG\t#000000\t0",
         "17\tLeft-Hippocampus\tL-HIP\t#dcd814\t9", "99\tOwn\tn/a\t#010203\tn/a", "",
@@ -165,5 +165,3 @@ def test_every_structure_of_the_shipped_ensemble_has_abbreviation_and_tissue():
     table = sidecars.labels_table(load_ensemble("aseg31").labels)
     assert len(table) == 32 and table.notna().all(axis=None)
     assert table["abbreviation"].is_unique and set(table["mapping"]) == {0, 2, 3, 8, 9, 10, 11}
-
-

@@ -41,7 +41,7 @@ MEMBERS = [
 
 def _run(bids_dir, output_dir):
     settings = Settings(bids_dir, output_dir, "participant", output_dir)
-    return names.Run(settings, SimpleNamespace(labels=LABELS), MEMBERS)
+    return names.Run(settings, SimpleNamespace(labels=LABELS, is_fastsurfer=False), MEMBERS)
 
 
 def _write_outputs(output_dir, scan):
