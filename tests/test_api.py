@@ -108,7 +108,7 @@ def test_everything_is_saved_and_the_temporary_folder_is_removed(t1w, small_ense
 def test_figures_are_those_of_the_report(result):
     figure = result.plot("entropy")
     assert figure.axes[0].images[0].get_array().shape[2] >= 3
-    with pytest.raises(ValueError, match="no figure 'nothing'; there are consensus, entropy, unreliable"):
+    with pytest.raises(ValueError, match="no figure 'nothing'; there are consensus, total_entropy, entropy"):
         result.plot("nothing")
 
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, repeat it with the same -w.")
+        return exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, pass the same -w.")
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -16,7 +16,6 @@ from bids_varaug.derivatives.names import BRAIN_VOLUMES, ScanRequest
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.errors import UsageError
 from bids_varaug.files import replacing, write_text
-from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.freesurfer import COLUMN_HEADERS
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.tables import some
@@ -73,6 +72,8 @@ def write_freesurfer(
     FreeSurfer measures of them and of the intensities `t1w`, ``stats/aseg.varaug.tsv`` the table of `regions`.
     `brain_volumes` are the `BRAIN_VOLUMES` [mm3]. Raises as `check_subjects`.
     """
+    from bids_varaug.images.load import voxel_volume  # with torch, which the main process does without
+
     root = request.settings.freesurfer_dir
     if root is None:
         return []

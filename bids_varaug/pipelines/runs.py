@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,11 @@ def run_perturbed(
             return [job.result() for job in jobs]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            while not all(job.done() for job in jobs):  # one may be about to start
+                for process in list(running):
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                time.sleep(0.05)
             raise
 
 

@@ -78,8 +78,8 @@ def displacement_sd(displacements: np.ndarray) -> np.ndarray:
     """Standard deviation (N,) float32 over members (sample, M - 1) of displacements (M, 3, N), the root of the sum of
     the three variances: the typical distance of a member from their mean, in the unit of the displacements.
 
-    >>> float(displacement_sd(np.array([[[1.0], [0], [0]], [[-1.0], [0], [0]]]))[0]) ** 2
-    2.0000001824140524
+    >>> round(float(displacement_sd(np.array([[[1.0], [0], [0]], [[-1.0], [0], [0]]]))[0]) ** 2, 3)
+    2.0
     """
     return np.sqrt(displacements.var(axis=0, ddof=1, dtype=np.float64).sum(axis=0)).astype(np.float32)
 

@@ -28,7 +28,6 @@ import pandas as pd
 from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import binary_erosion, find_objects, gaussian_filter
 
-from bids_varaug.images.conform import bounds
 from bids_varaug.models.ensemble import BASELINE
 
 VERDICTS = {
@@ -288,10 +287,10 @@ def look_first(
     """
     if not labels.any():
         return []
-    zooms, (low, high) = voxel_sizes(affine), bounds(labels > 0)
+    zooms, (brain,) = voxel_sizes(affine), find_objects((labels > 0).view(np.uint8))
     rim = np.ceil(3 * CROWD_MM / zooms).astype(int)
-    low = np.maximum(low - rim, 0)
-    part = tuple(map(slice, low, high + rim))
+    low = np.maximum([side.start for side in brain] - rim, 0)
+    part = tuple(map(slice, low, [side.stop for side in brain] + rim))
     inside, crowd = labels[part], gaussian_filter(error_probability[part].astype(np.float32), CROWD_MM / zooms)
     boxes = find_objects(inside)
     candidates = []
