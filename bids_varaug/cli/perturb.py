@@ -81,9 +81,11 @@ def _perturb(argv: Sequence[str] | None) -> ExitCode:
     program = check_program(command[0])
     calls = libm_calls(program)
     if calls == []:
-        raise UsageError(
-            f"{program}: asks for none of the functions of libm that get noise, so all runs would be alike. (torch and "
-            "numpy use vector code of their own; for torch there is bids_varaug.numerics.MonteCarloArithmetic.)"
+        print(
+            f"WARNING: {program} asks for none of the functions of libm that get noise. Unless it starts a program "
+            "that does, the runs will fail for that. (torch and numpy use vector code of their own; for torch there is "
+            "bids_varaug.numerics.MonteCarloArithmetic.)",
+            file=sys.stderr,
         )
     if calls:
         print(f"{program} asks libm for {', '.join(calls)}.", file=sys.stderr)

@@ -15,6 +15,7 @@ from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
+from bids_varaug.registration.space import SPACE
 
 ENSEMBLE_KEY = "Ensemble"
 """Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
@@ -178,6 +179,8 @@ def _sidecars(output_dir: Path) -> dict[Path, Path]:
         ending = names.ending_of(key).removesuffix(names.OUTPUTS[key].extension) + ".json"
         for folder in ("sub-*/anat", "sub-*/ses-*/anat"):
             for path in output_dir.glob(f"{folder}/*{ending}"):
+                if f"_space-{SPACE}_" in path.name:  # of the same image
+                    continue
                 found[path.with_name(names.prefix_of(path.name))] = path
     return found
 

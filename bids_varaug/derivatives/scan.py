@@ -32,7 +32,7 @@ from bids_varaug.inputs.tables import prefixed
 from bids_varaug.segmentation.brain import brain_mask
 from bids_varaug.segmentation.fuse import Summary, load_posterior
 from bids_varaug.variability import quality
-from bids_varaug.variability.expected_dice import describe_calibration, expected_dice
+from bids_varaug.variability.expected_dice import CALIBRATED_FAMILIES, describe_calibration, expected_dice
 from bids_varaug.variability.measures import (
     ALL,
     FLOAT32_BITS,
@@ -220,6 +220,8 @@ def _tables(request: ScanRequest, counts_file: Path, geometry: Geometry) -> tupl
     table = region_table(counts, families, labels, voxel, entropy)
     coarser = max(voxel, voxel_volume(geometry.native_affine))
     pair_dice, voxels = table["dice_mean"].to_numpy(), table["volume_mean"].to_numpy() / coarser
+    if {member.family for member in request.perturbed} != CALIBRATED_FAMILIES:
+        pair_dice = np.full(len(table), np.nan)  # others agree more, or less, than those of the calibration
     expected = expected_dice(request.ensemble.quality, soft_dice, pair_dice, voxels)
     table = table.join(expected).assign(uncertainty_mean=uncertainty)
     regions = quality.judge_regions(table, Counter(member.family for member in request.perturbed), coarser, age, sex)

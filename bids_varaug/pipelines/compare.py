@@ -61,7 +61,7 @@ def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
             raise NoInputError(f"{folder}: no such folder. Give the folders of the runs, or the one that holds them.")
     if len(folders) == 1:
         inside = sorted(path for path in folders[0].iterdir() if path.is_dir() and path.name != "logs")
-        folders = [path for path in inside if path.name != BASELINE] if len(inside) > 2 else inside
+        folders = [path for path in inside if path.name != BASELINE]
     runs = {path.name: path for path in folders}
     if len(runs) < len(folders):  # out1/run, out2/run
         runs = {str(path): path for path in folders}
@@ -104,7 +104,7 @@ def _compare_file(
     elif (matrices := [read_affine(file) for file in files]) and all(m is not None for m in matrices):
         yield _compare_affines([m for m in matrices if m is not None])
     elif path.suffix in (".stats", ".tsv", ".csv"):
-        yield from _compare_tables([_read_table(file) for file in files])
+        yield from _compare_tables([_read_table(file) for file in files], path, found.notes)
 
 
 def _compare_images(
@@ -298,18 +298,29 @@ def _compare_affines(matrices: Sequence[np.ndarray]) -> dict[str, object]:
 
 
 def _read_table(path: Path) -> pd.Series:
-    """Numbers of a table by column, or row and column; of aseg.stats, volumes [mm3] by structure."""
+    """Numbers of a table by row and column; of aseg.stats, volumes [mm3] by structure.
+
+    Rows are known by their texts, where these are unique, else by their number. A table whose first line is numbers has
+    no header.
+    """
     if path.suffix == ".stats":
         return pd.Series(read_aseg_stats(path))
-    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", na_values=["n/a"])
-    numbers = table.select_dtypes("number").drop(columns="index", errors="ignore")
-    named = table["name"] if "name" in table else range(1, len(table) + 1)
-    rows = pd.Index([""] if len(table) == 1 else [f"{name} " for name in named])
-    values = {f"{row}{column}": numbers[column].iloc[i] for i, row in enumerate(rows) for column in numbers}
-    return pd.Series(values, dtype=float)
+    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", header=None, dtype=str, na_values=["n/a"])
+    if pd.to_numeric(table.iloc[0], errors="coerce").isna().all():
+        table = table.iloc[1:].set_axis(table.iloc[0].astype(str), axis=1)
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    texts = table.loc[:, numbers.isna().all()].fillna("").agg(" ".join, axis=1)
+    rows = texts if len(texts) and texts.str.strip().ne("").all() and texts.is_unique else range(1, len(table) + 1)
+    numbers = numbers.dropna(axis=1, how="all").drop(columns="index", errors="ignore")
+    return numbers.set_axis([str(row) for row in rows]).stack().dropna()
 
 
-def _compare_tables(tables: Sequence[pd.Series]) -> Iterator[dict[str, object]]:
-    joined = pd.DataFrame(list(tables)).dropna(axis=1)
-    for name, values in joined.items():
-        yield _spread_of(values.to_numpy(float)) | {"kind": "table", "name": str(name)}
+def _compare_tables(tables: Sequence[pd.Series], path: Path, notes: list[str]) -> Iterator[dict[str, object]]:
+    """Row for each number that all runs have."""
+    joined = pd.DataFrame(list(tables))
+    known = joined.dropna(axis=1)
+    if len(known.columns) < len(joined.columns):
+        notes.append(f"{path}: {len(joined.columns) - len(known.columns)} numbers that some runs lack are left out.")
+    for name, values in known.items():
+        text = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+        yield _spread_of(values.to_numpy(float)) | {"kind": "table", "name": text}

@@ -25,6 +25,7 @@ class GroupMaps:
         self.weight = 0.0
         self._sums = {name: np.zeros(shape, np.float32) for name in MAPS}
         self._labels = np.zeros((len(label_ids), int(np.prod(shape))), np.float32)
+        self._labelled = np.zeros(shape, np.float32)  # participants with a structure in a voxel: who has bits there
 
     def add(self, labels: np.ndarray, maps: Mapping[str, np.ndarray], weight: float = 1.0) -> None:
         """Add an image: labels (X, Y, Z) of ids, and `MAPS` (X, Y, Z); ValueError if a shape or an id is another."""
@@ -37,13 +38,17 @@ class GroupMaps:
         if (self.label_ids[classes] != labels.ravel()).any():
             raise ValueError(f"labels that the ensemble lacks: {np.setdiff1d(labels, self.label_ids).tolist()}")
         self._labels[classes, np.arange(labels.size)] += np.float32(weight)
+        labelled = np.float32(weight) * (labels != 0)
         for name, sums in self._sums.items():
-            sums += np.float32(weight) * maps[name]
+            sums += (labelled if name == "sigbits" else np.float32(weight)) * maps[name]
+        self._labelled += labelled
         self.weight += weight
 
     def mean(self, name: str) -> np.ndarray:
-        """Mean (X, Y, Z) float32 of one of `MAPS` over participants."""
-        return self._sums[name] / np.float32(self.weight)
+        """Mean (X, Y, Z) float32 of one of `MAPS` over participants; sigbits over those with a structure (or NaN)."""
+        if name != "sigbits":
+            return self._sums[name] / np.float32(self.weight)
+        return self._sums[name] / np.where(self._labelled > 0, self._labelled, np.float32(np.nan))
 
     def probability(self, k: int) -> np.ndarray:
         """Share (X, Y, Z) float32 of the participants that have class k in a voxel."""

@@ -257,6 +257,8 @@ def draw_volumes(members: pd.DataFrame, narrow: bool = False) -> bytes:
         axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     else:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda volume, _: f"{volume:,.0f}")
+        axes.minorticks_off()
     scale = "linear to ±1 %, then logarithmic"
     difference = f"difference from the mean of the members [%]{chr(10) if narrow else '  '}({scale})"
     # Names and axis share the width of a narrow figure.

@@ -21,6 +21,8 @@ from scipy.special import expit, logit
 from bids_varaug.models.ensemble import DiceModel, Quality
 
 COVERAGE = 0.9
+CALIBRATED_FAMILIES = {"mca", "seed"}
+"""Agreement says something only of members as those of the calibration: those of `rr`, say, hardly differ."""
 _LEAST, _MOST = 0.01, 0.995  # Dice whose logits are told apart
 _CLOSED_FORM = DiceModel(0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -37,7 +39,8 @@ def expected_dice(
     ----------
     quality : of the ensemble, if it is calibrated
     soft_dice : (R,) of consensus and calibrated mean posterior
-    pair_dice : (R,) mean over pairs of perturbed members; all NaN where there is one member
+    pair_dice : (R,) mean over pairs of perturbed members; all NaN where there is one, or other families than
+        `CALIBRATED_FAMILIES`
     voxels : (R,) of the coarser grid, the image's or the network's
 
     >>> expected_dice(None, np.array([0.8]), np.array([np.nan]), np.array([500.0])).iloc[0].tolist()

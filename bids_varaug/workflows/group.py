@@ -87,10 +87,10 @@ def run_group(settings: Settings) -> Path | None:
         )
         return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
-    if settings.output_spaces:
-        print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
     if settings.features_table is None and model is None:
         page = write_quality(settings, everybody, notes)
+        if settings.output_spaces:
+            print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
         if no_brain_age:
             return page
         print(f"For the reliability of the volumes, open {page}.", file=sys.stderr)

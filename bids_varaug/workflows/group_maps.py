@@ -82,7 +82,8 @@ def _average(
         paths = {name: folder / SPACE_OUTPUTS[key].name(str(image), space=space) for name, key in KEYS.items()}
         missing = [path.name for path in paths.values() if not path.is_file()]
         if missing:
-            left_out[str(image)] = f"{missing[0]} is missing: run the participant level with --output-spaces"
+            advice = "run the participant level with --output-spaces and two members or more"
+            left_out[str(image)] = f"{missing[0]} is missing: {advice}"
         else:
             files[str(image)] = who, paths
     counts = Counter(who for who, _ in files.values())
@@ -92,8 +93,8 @@ def _average(
             left_out[image] = f"its maps cannot be read ({reason}): run the participant level again"
     if not maps.weight:
         raise NoInputError(
-            f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
-            "--output-spaces first."
+            f"{output_dir}: no image has maps of spread in {space.name}{space.entity}. Run the participant level with "
+            "--output-spaces and two perturbed members or more first."
         )
     return maps, structures, left_out
 
@@ -116,7 +117,8 @@ def _write(folder: Path, space: OutputSpace, maps: GroupMaps, structures: Sequen
     write = partial(write_image, affine=space.grid.affine, source_header=template_header(space.grid))
     start, n = f"space-{space.name}", {"Participants": round(maps.weight)}
     for name, (text, unit) in DESCRIPTIONS.items():
-        path = write(maps.mean(name), path=folder / f"{start}{space.entity}_stat-{name}mean_statmap.nii.gz")
+        name_of_file = f"{start}{space.entity}_stat-{name}mean_statmap.nii.gz"
+        path = write(np.nan_to_num(maps.mean(name)), path=folder / name_of_file)
         about = {"Description": text, "Units": unit, **n}
         write_json(about, path.with_name(path.name.replace(".nii.gz", ".json")))
     path = folder / f"{start}_seg-varaug{space.entity}_probseg.nii.gz"

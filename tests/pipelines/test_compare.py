@@ -73,7 +73,7 @@ def test_spread_is_over_the_runs_with_noise(runs):
     assert affine["sd"] == pytest.approx(0.01) and affine["sd_max"] == pytest.approx(0.01)
     tables = rows(found, "table")
     assert tables.loc["Left-Hippocampus", "sd"] == pytest.approx(10)
-    assert tables.loc["thickness", "mean"] == pytest.approx(2.2)
+    assert tables.loc["x a thickness", "mean"] == pytest.approx(2.2)
 
 
 def test_files_that_some_runs_lack_or_that_do_not_fit_are_told(runs):
@@ -95,6 +95,23 @@ def test_one_run_has_no_spread(runs, tmp_path):
     with pytest.raises(NoInputError, match="no such folder"):
         find_runs([tmp_path / "nowhere"])
     assert list(find_runs([runs / "ieee", runs / "mca01"])) == ["ieee", "mca01"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (["s,v\nHipp,4000\nAcc,600\nThal,8000\n", "s,v\nThal,8010\nHipp,4010\n"], {"Hipp v": 4005, "Thal v": 8005}),
+        (["5,1.25\n6,3.5\n", "5,1.75\n6,3.5\n"], {"1 0": 5, "1 1": 1.5, "2 0": 6, "2 1": 3.5}),
+        (["a,b\n1,2\ntext,4\n", "a,b\n3,2\nother,4\n"], {"1 a": 2, "1 b": 2, "2 b": 4}),
+    ],
+)
+def test_rows_of_tables_are_matched_by_their_names(tmp_path, contents, expected):
+    for number, content in enumerate(contents):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}/t.csv").write_text(content)
+    found = compare_runs(find_runs([tmp_path / "run0", tmp_path / "run1"]), {})
+    assert found.table.set_index("name")["mean"].to_dict() == expected
+    assert any("some runs lack" in note for note in found.notes) == ("Acc" in contents[0])
 
 
 def test_affines_of_several_programs_are_read(tmp_path):
