@@ -45,7 +45,7 @@ class GroupMaps:
         self.weight += weight
 
     def mean(self, name: str) -> np.ndarray:
-        """Mean (X, Y, Z) float32 of one of `MAPS` over participants; sigbits over those with a structure (or NaN)."""
+        """Mean (X, Y, Z) float32 of one of `MAPS` over people; sigbits over those with a structure there (or NaN)."""
         if name != "sigbits":
             return self._sums[name] / np.float32(self.weight)
         return self._sums[name] / np.where(self._labelled > 0, self._labelled, np.float32(np.nan))
