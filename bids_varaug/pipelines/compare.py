@@ -312,7 +312,8 @@ def _read_table(path: Path) -> pd.Series:
     texts = table.loc[:, numbers.isna().all()].fillna("").agg(" ".join, axis=1)
     rows = texts if len(texts) and texts.str.strip().ne("").all() and texts.is_unique else range(1, len(table) + 1)
     numbers = numbers.dropna(axis=1, how="all").drop(columns="index", errors="ignore")
-    return numbers.set_axis([str(row) for row in rows]).stack().dropna()
+    values = {f"{row} {name}": x for name in numbers for row, x in zip(rows, numbers[name], strict=True)}
+    return pd.Series(values, dtype=float).dropna()
 
 
 def _compare_tables(tables: Sequence[pd.Series], path: Path, notes: list[str]) -> Iterator[dict[str, object]]:
@@ -322,5 +323,4 @@ def _compare_tables(tables: Sequence[pd.Series], path: Path, notes: list[str]) -
     if len(known.columns) < len(joined.columns):
         notes.append(f"{path}: {len(joined.columns) - len(known.columns)} numbers that some runs lack are left out.")
     for name, values in known.items():
-        text = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-        yield _spread_of(values.to_numpy(float)) | {"kind": "table", "name": text}
+        yield _spread_of(values.to_numpy(float)) | {"kind": "table", "name": str(name)}
