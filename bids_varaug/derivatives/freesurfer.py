@@ -52,14 +52,23 @@ _COLUMNS = (
 
 
 def check_subjects(subjects_dir: Path, scans: Iterable[Scan]) -> None:
-    """Refuse to replace the ``aseg.stats`` of another program; `UsageError` says whose."""
-    stats = [subjects_dir / scan.prefix / "stats" / "aseg.stats" for scan in scans]
-    theirs = [path for path in stats if path.exists() and _OURS not in path.read_text("utf-8", errors="replace")]
-    if others := [path.parents[1].name for path in theirs]:
+    """Refuse to write beside files of another program; `UsageError` says whose folders have such."""
+    foreign: dict[str, Path] = {}
+    for scan in scans:
+        folder = subjects_dir / scan.prefix
+        if theirs := [path.relative_to(folder) for path in sorted(folder.rglob("*")) if _is_foreign(path)]:
+            foreign[scan.prefix] = theirs[0]
+    if foreign:
         raise UsageError(
-            f"--freesurfer-dir {subjects_dir}: another program made stats/aseg.stats of {some(others)}. Choose another "
-            "folder."
+            f"--freesurfer-dir {subjects_dir}: another program made {next(iter(foreign.values()))} of "
+            f"{some(list(foreign))}. Choose another folder."
         )
+
+
+def _is_foreign(path: Path) -> bool:
+    if path.name == "aseg.stats":
+        return _OURS not in path.read_text("utf-8", errors="replace")
+    return path.is_file() and "varaug" not in path.name
 
 
 def write_freesurfer(

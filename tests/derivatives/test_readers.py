@@ -157,6 +157,11 @@ def test_files_of_another_program_are_not_replaced(request_of_aseg, files, tmp_p
     theirs.write_text("# Title Segmentation Statistics\n# generating_program mri_segstats\n")
     with pytest.raises(UsageError, match=r"--freesurfer-dir .*another program made stats/aseg.stats of sub-01\."):
         check_subjects(tmp_path / "fs", [request_of_aseg.scan])
+    unfinished = tmp_path / "unfinished" / "sub-01" / "mri" / "orig.mgz"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"another program made mri/orig.mgz of sub-01\."):
+        check_subjects(tmp_path / "unfinished", [request_of_aseg.scan])
     with pytest.raises(UsageError, match="another program"):
         write_scan(request_of_aseg, files, tmp_path)
     assert "mri_segstats" in theirs.read_text() and not (tmp_path / "fs" / "sub-01" / "mri").exists()
