@@ -94,7 +94,7 @@ def train_plane(
     recipe: PlaneRecipe, heads: Sequence[Head], member: MemberPlan, out: Path, start: Vinn | None = None,
     device: str = "cpu",
 ) -> Vinn:  # fmt: skip
-    """Train a plane's network and keep a checkpoint at `out` after each epoch; goes on where a run was stopped.
+    """Train a plane's network and keep a checkpoint at `out` after each epoch; resumes a run that was stopped.
 
     `start` is a trained network to go on from, of the same plane; else weights are drawn by the member's seed.
     `UserError` if `out` is of another recipe, or there is nothing to learn.
