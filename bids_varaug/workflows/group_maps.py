@@ -93,7 +93,7 @@ def _average(
             left_out[image] = f"its maps cannot be read ({reason}): run the participant level again"
     if not maps.weight:
         raise NoInputError(
-            f"{output_dir}: no image has maps of spread in {space.name}{space.entity}. Run the participant level with "
+            f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
             "--output-spaces and two perturbed members or more first."
         )
     return maps, structures, left_out

@@ -93,8 +93,11 @@ def test_an_interrupted_run_ends_its_programs_and_is_resumed(program, tmp_path):
     script = tmp_path / "slow.sh"
     script.write_text(f'#!/bin/sh\n[ -e {tmp_path}/go ] || sleep 60\nexec {program} "$1/out.txt"\n')
     script.chmod(0o755)
-    command = [sys.executable, "-c", "import sys; from bids_varaug.cli.perturb import perturb_main as m; sys.exit(m())",
-               str(tmp_path / "out"), "--n", "1", "--", str(script), "{run}"]  # fmt: skip
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from bids_varaug.cli.perturb import perturb_main; sys.exit(perturb_main())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), "--n", "1", "--", str(script), "{run}"]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out/ieee").exists() and time.monotonic() < deadline:
