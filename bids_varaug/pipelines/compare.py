@@ -24,6 +24,7 @@ from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.variability.measures import (
+    bits_within,
     general_bits,
     pairwise_dice,
     region_counts,
@@ -198,7 +199,7 @@ def _compare_scalars(images: Sequence[SpatialImage]) -> tuple[np.ndarray, dict[s
         raise ValueError("is 0 everywhere")
     row = _over_voxels(sd[inside]) | {"kind": "scalar", "mean": mean[inside].mean(), "unit": "as stored"}
     row["sigbits"] = float(np.median(significant_bits(mean[inside], sd[inside])))
-    row["sigbits_general"] = float(np.median(_bits_within(farthest[inside] / np.abs(mean[inside]))))
+    row["sigbits_general"] = float(np.median(bits_within(farthest[inside] / np.abs(mean[inside]))))
     return sd, row
 
 
@@ -216,14 +217,8 @@ def _compare_vectors(images: Sequence[SpatialImage]) -> tuple[np.ndarray, dict[s
     moved = length > 0
     bits = significant_bits(mean[moved], sd[moved]).mean(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        general = _bits_within(np.nan_to_num(farthest[moved] / np.abs(mean[moved]))).mean(axis=1)
+        general = bits_within(np.nan_to_num(farthest[moved] / np.abs(mean[moved]))).mean(axis=1)
     return total, row | {"sigbits": float(np.median(bits)), "sigbits_general": float(np.median(general))}
-
-
-def _bits_within(relative: np.ndarray) -> np.ndarray:
-    """Whole bits that all runs share with the mean, see `general_bits`, of the largest relative distances."""
-    with np.errstate(divide="ignore"):
-        return np.clip(np.floor(-np.log2(relative)), 0, 53)
 
 
 def _over_voxels(sd: np.ndarray) -> dict[str, object]:

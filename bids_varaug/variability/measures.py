@@ -234,8 +234,13 @@ def general_bits(values: np.ndarray) -> np.ndarray:
     mean = np.mean(values, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         farthest = np.abs(values - mean).max(axis=0)
-        bits = np.floor(-np.log2(farthest / np.abs(mean)))
-    return np.clip(np.where(farthest == 0, 53.0, bits), 0.0, 53.0)
+        return bits_within(np.where(farthest == 0, 0.0, farthest / np.abs(mean)))
+
+
+def bits_within(relative: np.ndarray) -> np.ndarray:
+    """Whole bits, 0 to 53, that values share with a reference from which they are so far at most, relative to it."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.floor(-np.log2(relative)), 0.0, 53.0)
 
 
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
