@@ -31,7 +31,6 @@ LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
-GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 
@@ -42,6 +41,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`."""
         raise UsageError(f"{message}\nSee {self.prog} --help.")
+
+
+class Ignored(argparse.Action):
+    """A flag of an earlier version: accepted with its value, with a warning and without effect."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, given: argparse.Namespace, *value: Any) -> None:
+        """Warn."""
+        print(f"WARNING: {self.option_strings[0]} has no effect any more.", file=sys.stderr)
 
 
 # fmt: off
@@ -128,10 +138,7 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--perturb-inference", type=whole_number(0, 99), metavar="N", default=Settings.perturb_inference,
         help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
         "%(default)s)")
-    add("--grids", choices=tuple(GRIDS), default="auto",
-        help="number of grids, shifted by one voxel, on which the baseline segments the image. Its posteriors are "
-        "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
-        "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
+    add("--grids", action=Ignored, help=argparse.SUPPRESS)
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--family-maps", action="store_true", help="also write the maps of spread of each family")
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
@@ -224,7 +231,6 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.bids_filters = read_bids_filters(given.bids_filters) if given.bids_filters else {}
     given.plugin = read_plugin(given.plugin) if given.plugin else None
     given.members = split_members(given.members)
-    given.grids = GRIDS[given.grids]
     for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
         labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
         setattr(given, name, tuple(dict.fromkeys(labels)))

@@ -124,8 +124,7 @@ def write_group_logs(
 
 def cite_participant(run: Run) -> Citation:
     """How to cite a run of the participant level."""
-    sloppy, n_grids = run.settings.sloppy, run.settings.grids
-    return cite("participant", ensemble=run.ensemble, members=run.members, sloppy=sloppy, n_grids=n_grids)
+    return cite("participant", ensemble=run.ensemble, members=run.members, sloppy=run.settings.sloppy)
 
 
 def toml_value(value: Any) -> str:

@@ -26,8 +26,6 @@ TOOL = "bids_varaug"
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
-GRIDS_KEY = "Grids"
-"""On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
 
 
@@ -109,8 +107,6 @@ def sidecar(
     if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
         content["MembersPerFamily"] = Counter(m.family for m in members)
     content |= extra or {}
-    if request.settings.grids > 1:
-        content[GRIDS_KEY] = request.settings.grids
     if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
     table = names.OUTPUTS["regions_tsv"] if key == "consensus_dseg" else output

@@ -35,7 +35,7 @@ MARKS = {"good": "✓ good", "caution": "! caution", "unknown": "? unknown", "un
 # the same report.
 _SHOWN = (
     "bids_dir", "level", "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members",
-    "perturb_inference", "grids", "write_members", "family_maps", "random_seed", "sloppy",
+    "perturb_inference", "write_members", "family_maps", "random_seed", "sloppy",
 )  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_thr
 from bids_varaug.models.ensemble import Member, load_ensemble
 from bids_varaug.models.unet import Features, UNet, load_member
 from bids_varaug.numerics import MonteCarloArithmetic
-from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, load_posterior, save_posterior, sparse_rows
-from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
+from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, save_posterior, sparse_rows
 
 SLABS = 8  # at once
 RIM = 4  # voxels around the brain whose posterior is kept
@@ -118,26 +117,16 @@ def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[
 
 
 def segment_with_member(
-    head: np.ndarray,
-    ensemble_name: str,
-    member: Member,
-    out: Path,
-    device: str,
-    num_threads: int,
-    offset: Offset = (0, 0, 0),
-    shift: Path | None = None,
+    head: np.ndarray, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
 ) -> None:
     """Load a member of the ensemble (or of `round_inference` of it), segment, and write its posterior to `out`.
 
-    The head (X, Y, Z) is float32, on the network grid. `offset` is that of the grid to segment on, see `move_to_grid`,
-    and `shift` a file of the change that several grids make, see `shift_posterior`; None adds nothing. `EnsembleError`
-    if the weights are damaged, `ScanError` if the device runs out of memory.
+    The head (X, Y, Z) is float32, on the network grid. `EnsembleError` if the weights are damaged, `ScanError` if the
+    device runs out of memory.
     """
     with _network(ensemble_name, member, device, num_threads, head) as network:
         with arithmetic_of(member):
-            sparse = segment_volume(network, move_to_grid(head, offset))
-        if shift is not None:
-            sparse = shift_posterior(sparse, load_posterior(shift))
+            sparse = segment_volume(network, head)
         save_posterior(out, sparse)
 
 

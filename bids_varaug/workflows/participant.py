@@ -25,11 +25,9 @@ from bids_varaug.files import hold_participants
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
 from bids_varaug.machine import caches_below
-from bids_varaug.models.ensemble import identify
-from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
-from bids_varaug.workflows.interfaces import AverageGrids, Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
+from bids_varaug.workflows.interfaces import Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
 from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
 
 # With the version: what another one left in the work directory may be of another kind.
@@ -96,7 +94,7 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
-    progress = plugins.ProgressLog(root, left, plan.n_passes, on_written)
+    progress = plugins.ProgressLog(root, left, len(plan.members), on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
@@ -170,46 +168,25 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     """Segment one T1w image with every member; ``outputnode.derivatives`` are the files written for it."""
-    settings, ensemble, locator, threads = plan.settings, plan.ensemble, plan.locator, plan.settings.omp_nthreads
-    where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
-    by_locator = {"member": locator, "identity": identify(ensemble, locator)}
-
-    def segment_node(name: str, **iterated: list) -> MapNode:
-        """Node that segments once for each item of the iterated inputs."""
-        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb)
-        node.inputs.trait_set(**iterated)
-        return node
-
+    settings, threads = plan.settings, plan.settings.omp_nthreads
+    where = {"ensemble": str(plan.ensemble.directory), "device": settings.device, "num_threads": threads}
     conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
-    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.network.multiple)
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=plan.ensemble.network.multiple)
     if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
-        conform.inputs.trait_set(**by_locator)
-    posteriors = _merge_node(2, "posteriors")  # of all members, in their order
+        conform.inputs.member = plan.locator
+    segment = MapNode(SegmentMember(**where), ["member"], "segment", n_procs=threads, mem_gb=plan.segment_gb)
+    segment.inputs.member = list(plan.members)
     families = [member.family for member in plan.members]
     fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
     write = _node(WriteScan(request=plan.request(scan), num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 
     workflow = Workflow(name)
-    if settings.grids > 1:
-        grids = segment_node("grids", offset=list(GRIDS[settings.grids]))
-        grids.inputs.trait_set(**by_locator)
-        average = _node(AverageGrids(member=locator, n_grids=settings.grids), "average")
-        workflow.connect(conform, "head_file", grids, "head_file")
-        workflow.connect(grids, "posterior_file", average, "posterior_files")
-        if locator in plan.members:
-            workflow.connect(average, "posterior_file", posteriors, "in1")
-    if members := plan.single_pass:
-        identities = [identify(ensemble, member) for member in members]
-        segment = segment_node("segment", member=members, identity=identities)
-        workflow.connect(conform, "head_file", segment, "head_file")
-        workflow.connect(segment, "posterior_file", posteriors, "in2")
-        if settings.grids > 1:
-            workflow.connect(average, "shift_file", segment, "shift_file")
     workflow.connect([
+        (conform, segment, [("head_file", "head_file")]),
         (conform, write, [("geometry_file", "geometry_file")]),
-        (posteriors, fuse, [("out", "posterior_files")]),
-        (posteriors, write, [("out", "posterior_files")]),
+        (segment, fuse, [("posterior_file", "posterior_files")]),
+        (segment, write, [("posterior_file", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"), ("counts_file", "counts_file")]),
         (write, outputnode, [("out_files", "derivatives")]),
     ])  # fmt: skip

@@ -17,7 +17,6 @@ from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import WORKER_MODULES, memory_bound, resolve_device
 from bids_varaug.models.ensemble import (
-    Ensemble,
     Member,
     check_member,
     load_ensemble,
@@ -28,7 +27,7 @@ from bids_varaug.models.ensemble import (
 from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "write": 1.6, "report": 1.0}
+STEP_GB = {"conform": 1.2, "segment": 3.0, "fuse": 1.2, "write": 1.6, "report": 1.0}
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
@@ -46,19 +45,8 @@ class Plan(Run):
 
     @property
     def locator(self) -> Member:
-        """The member that locates the brain and segments it on several grids."""
+        """The member that locates the brain."""
         return self.ensemble.baseline or self.members[0]
-
-    @property
-    def single_pass(self) -> list[Member]:
-        """Members that segment an image once: all, but for the `locator` on several grids."""
-        several = self.settings.grids > 1
-        return [member for member in self.members if not (several and member == self.locator)]
-
-    @property
-    def n_passes(self) -> int:
-        """How many times an image is segmented."""
-        return len(self.single_pass) + (self.settings.grids if self.settings.grids > 1 else 0)
 
     @property
     def segment_gb(self) -> float:
@@ -71,7 +59,7 @@ class Plan(Run):
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Load the ensemble, choose members, device and grids, check the weights; raises `UsageError`, `EnsembleError`."""
+    """Load the ensemble, choose members and device, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
     n_members = settings.n_members
@@ -81,16 +69,7 @@ def make_plan(settings: Settings) -> Plan:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
-    grids = settings.grids or suitable_grids(settings, ensemble)
-    return Plan(replace(settings, device=device, grids=grids), ensemble, members)
-
-
-def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
-    """Number of grids on which the baseline segments, with ``--grids auto``.
-
-    Of members that share no training it is not known whether they move with the baseline.
-    """
-    return 1 if settings.sloppy or ensemble.trunk is None else 4
+    return Plan(replace(settings, device=device), ensemble, members)
 
 
 def check_memory(plan: Plan) -> None:
@@ -139,10 +118,8 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     """Warn, before hours of work, if images (with these folders) will fill the disk of the work directory."""
     settings = plan.settings
     n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
-    n_files = n_images * (plan.n_passes + (2 if settings.grids > 1 else 0))  # the average and the shift
-    steps = [folder / step for folder in folders for step in ("segment", "grids", "average")]
-    there = sum(path.stat().st_size for step in steps for path in step.glob("**/*.safetensors"))
-    need = n_files * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
+    there = sum(path.stat().st_size for folder in folders for path in folder.glob("segment/**/*.safetensors"))
+    need = n_images * len(plan.members) * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
         space = f"the members of {n_images} image(s) need about {need:.0f} GB more there, and {free:.0f} GB are free"
@@ -182,6 +159,6 @@ def _text_of(request: ScanRequest) -> str:
     settings, scan = request.settings, request.scan
     status = scan.path.stat()
     return repr((
-        __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
+        __version__, settings.output_dir, settings.sloppy, settings.write_members, settings.family_maps,
+        scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

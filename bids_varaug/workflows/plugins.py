@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import networkx as nx
 from nipype import Node, Workflow, config, logging
-from nipype.interfaces.base import TraitedSpec, isdefined
+from nipype.interfaces.base import TraitedSpec
 from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.utils import filemanip
@@ -260,7 +260,7 @@ class ProgressLog:
         if status == "exception":
             self.failed.add(name)
             print(f"{name}: {step or 'step'} failed", file=sys.stderr)
-        elif step in ("grids", "segment"):
+        elif step == "segment":
             self._count_passes(name, node.inputs)
         elif step == "write":
             self.written.add(name)
@@ -270,9 +270,8 @@ class ProgressLog:
 
     def _count_passes(self, scan: str, inputs: TraitedSpec) -> None:
         """Take note of one pass, or (again, or from plugins that do not split a node) of all."""
-        members, offsets = (each if isinstance(each, list) else [each] for each in (inputs.member, inputs.offset))
-        grids = [f", grid {'-'.join(map(str, offset))}" if isdefined(offset) else "" for offset in offsets]
-        passes = [f"member {member.id}{grid}" for member in members for grid in grids]
+        members = inputs.member if isinstance(inputs.member, list) else [inputs.member]
+        passes = [f"member {member.id}" for member in members]
         new = [each for each in passes if (scan, each) not in self.passes_done]
         if not new:
             return

@@ -7,8 +7,8 @@ from bids_varaug.derivatives import citation as citations
 from bids_varaug.derivatives.citation import references
 
 
-def cite(ensemble, members, versions=None, *, sloppy=False, n_grids=1):
-    run = {"ensemble": ensemble, "members": members, "sloppy": sloppy, "n_grids": n_grids}
+def cite(ensemble, members, versions=None, *, sloppy=False):
+    run = {"ensemble": ensemble, "members": members, "sloppy": sloppy}
     return citations.cite("participant", versions=versions or {}, **run)
 
 
@@ -68,11 +68,6 @@ def test_one_perturbed_member_claims_no_spread(ensemble, members):
 def test_sloppy_runs_say_so(ensemble, members):
     text = cite(ensemble, members, sloppy=True).methods
     assert "--sloppy" in text and "1 mm" not in text
-
-
-def test_several_grids_are_told(ensemble, members):
-    assert "on 4 grids" in cite(ensemble, members, n_grids=4).methods
-    assert "grids" not in cite(ensemble, members).methods
 
 
 def test_versions_are_named(ensemble, members):

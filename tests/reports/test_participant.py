@@ -238,21 +238,6 @@ def test_absence_of_warnings_is_said(make_content):
     assert "No warnings" in make_content(warnings=()).html()
 
 
-@pytest.mark.parametrize(
-    ("shared", "families", "said"),
-    [(8850, ["ieee", "mca", "seed"], True), (8850, ["ieee", "seed"], True),
-     (8850, ["ieee", "rr"], False), (0, ["ieee", "mca", "seed"], False)],
-)  # fmt: skip
-def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared, families, said):
-    content = make_content()
-    training = {"forked_at_step": shared, "member_steps": 50}
-    members = tuple(replace(content.request.members[0], family=family) for family in families)
-    ensemble = SimpleNamespace(**{**vars(content.request.ensemble), "training": training})
-    request = replace(content.request, ensemble=ensemble, members=members)
-    text = replace(content, request=request).html()
-    assert ("lower bound" in text) == ("8850" in text) == said
-
-
 @pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "/data", "SHA-256 of the weights"])
 def test_run_and_ensemble_are_stated(page, word):
     assert word in page.text
