@@ -154,7 +154,7 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
     workflow = Workflow(WORKFLOW_NAME, base_dir=str(plan.settings.work_dir))
     for subject, group in groupby(scans, attrgetter("subject")):
         label, theirs = node_name(f"sub-{subject}"), list(group)
-        gather = _merge_node(len(theirs), f"gather_{label}")
+        gather = Node(Merge(len(theirs)), f"gather_{label}", run_without_submitting=True)  # not worth a job
         report = _node(WriteReport(requests=[plan.request(scan) for scan in theirs]), f"report_{label}")
         for number, scan in enumerate(theirs, start=1):
             if scan.prefix in finished:
@@ -195,10 +195,6 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
 
 def _node(interface: BaseInterface, name: str, n_procs: int = 1) -> Node:
     return Node(interface, name, n_procs=n_procs, mem_gb=STEP_GB[name.partition("_")[0]])
-
-
-def _merge_node(n_inputs: int, name: str) -> Node:
-    return Node(Merge(n_inputs), name, run_without_submitting=True)  # not worth a job
 
 
 def node_name(prefix: str) -> str:
