@@ -45,7 +45,6 @@ from bids_varaug.models.ensemble import (
     BASELINE,
     Ensemble,
     Member,
-    identify,
     load_ensemble,
     round_inference,
     select_members,
@@ -216,7 +215,7 @@ def segment_head(
         arrays[name] = values[known].astype(dtype)
     meta = {
         "head": asdict(head), "ensemble": ensemble.name, "groups": list(groups),
-        "passes": describe(ensemble, passes),
+        "passes": describe(passes),
         "names": [label.name for label in ensemble.labels[1:]],
         "class_ids": [label.index for label in ensemble.labels],
         "voxel_volume": float(voxel_volume(g.native_affine)),
@@ -238,10 +237,10 @@ def group_passes(passes: Sequence[Pass]) -> dict[str, list[str]]:
     return {group: ids for group, ids in groups.items() if len(ids) > 1}
 
 
-def describe(ensemble: Ensemble, passes: Sequence[Pass]) -> list[dict]:
+def describe(passes: Sequence[Pass]) -> list[dict]:
     """Return what tells passes apart, as kept in a head's file."""
     return [{"id": p.id, "family": p.family, "trained": p.is_trained,
-             "weights": identify(ensemble, p.member)} for p in passes]  # fmt: skip
+             "weights": p.member.sha256} for p in passes]  # fmt: skip
 
 
 def is_done(path: Path, wanted: list[dict]) -> bool:
@@ -261,7 +260,7 @@ def main() -> None:
     start = time.monotonic()
     ensemble = load_ensemble(options.ensemble)
     passes = plan_passes(ensemble, options)
-    wanted = describe(ensemble, passes)
+    wanted = describe(passes)
     heads = [head for folder in options.datasets for head in find_heads(folder)
              if options.only in head.t1w]  # fmt: skip
     paths = {options.cache / head.dataset / f"{head.name}.npz": head for head in heads}
