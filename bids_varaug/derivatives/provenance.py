@@ -45,7 +45,7 @@ class Origin:
 
     def facts(self) -> dict[str, Any]:
         """What is known, by the name that messages give it."""
-        said = {
+        said: dict[str, Any] = {
             "ensemble": self.ensemble,
             "version of the ensemble": self.version,
             f"version of {TOOL}": self.tool_version,
