@@ -21,7 +21,7 @@ DATA ?= ../shared/data
 ENSEMBLE ?= aseg31
 VALIDATION ?= work/validation-$(notdir $(ENSEMBLE))
 
-.PHONY: help demo test lint docs validate clean distclean
+.PHONY: help demo test lint docs quality validate clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make docs   build the documentation site into docs/_build/html"
+	@echo "make quality    calibrate the expected Dice of ENSEMBLE on synthetic heads (an hour); writes its manifest"
 	@echo "make validate   segment real heads (hours); tables for docs/experiments. Resumes where it stopped"
 	@echo "make clean  remove what these made (distclean: the virtual environment too)"
 
@@ -64,6 +65,11 @@ SYNTHETIC := $(addprefix $(VALIDATION)/synthetic/,t1 sharp any inverted t2)
 $(SYNTHETIC): $(VALIDATION)/synthetic/%: | $(VENV)/.test
 	$(BIN)/python benchmarks/synthetic_heads.py $(DATA)/synthseg_label_maps $@.part --kinds $*
 	mv $@.part $@
+T1_HEADS := $(VALIDATION)/synthetic/t1 $(VALIDATION)/synthetic/sharp
+SEGMENT_T1_HEADS = $(BIN)/python benchmarks/segment_heads.py $(T1_HEADS) --cache $(VALIDATION)/quality --ensemble $(ENSEMBLE)
+quality: $(VENV)/.test $(T1_HEADS)
+	$(SEGMENT_T1_HEADS)
+	$(BIN)/python benchmarks/expected_dice.py $(VALIDATION)/quality --write $(ENSEMBLE)
 REAL_HEADS = $(DATA)/t1w $(addprefix $(DATA)/bids/,fs-training miccai2012 nichart-old)
 validate: $(VENV)/.test $(SYNTHETIC)
 	$(BIN)/python benchmarks/segment_heads.py $(REAL_HEADS) --cache $(VALIDATION) --ensemble $(ENSEMBLE) \
@@ -71,6 +77,8 @@ validate: $(VENV)/.test $(SYNTHETIC)
 	$(BIN)/python benchmarks/validate_heads.py $(VALIDATION) \
 		--adults $(DATA)/brain_age/fcon1000_freesurfer.tsv > $(VALIDATION)/accuracy.md
 	$(BIN)/python benchmarks/spread.py $(VALIDATION) > $(VALIDATION)/spread.md
+	$(SEGMENT_T1_HEADS)
+	$(BIN)/python benchmarks/expected_dice.py $(VALIDATION)/quality $(VALIDATION) > $(VALIDATION)/expected_dice.md
 	$(BIN)/python benchmarks/minimum_dice.py $(VALIDATION) $(DATA)/paper_tables > $(VALIDATION)/minimum_dice.md
 	$(BIN)/python benchmarks/segment_heads.py $(SYNTHETIC) --cache $(VALIDATION)/synthetic/cache \
 		--ensemble $(ENSEMBLE) --n-members 5

@@ -52,6 +52,8 @@ MUSE = dict.fromkeys(range(1, 208), 0) | {
     # and the basal forebrain between several labels.
     **dict.fromkeys((71, 72, 73, 75, 76, *range(89, 96)), NOT_JUDGED),
 }  # fmt: skip
+MAPS = ("total_entropy", "mutual_information", "entropy")
+"""Of `segmentation.fuse`, which are kept of each group of passes; of one pass alone the first."""
 PROTOCOLS = {"aseg31": {}, "aseg": FREESURFER, "dlmuse": MUSE}
 
 
@@ -141,7 +143,7 @@ class SegmentedHead:
     passes : DataFrame, a row per segmentation: id, family, sha256; trained ones first
     groups : families of two passes or more, and "all": trained members, the baseline aside
     names : (K - 1,) of the structures; class_ids : (K,) label ids, background first
-    voxel_volume : mm3, of the T1w's grid
+    voxel_volume, network_voxel_volume : mm3, of the T1w's grid, and of the network's
     counts : `RegionCounts` of the members that are not of a moved or noisy image, network's grid
     """
 
@@ -152,6 +154,7 @@ class SegmentedHead:
         self.passes = pd.DataFrame(meta["passes"])
         self.groups, self.names, self.class_ids = meta["groups"], meta["names"], meta["class_ids"]
         self.voxel_volume, self.ensemble = meta["voxel_volume"], meta["ensemble"]
+        self.network_voxel_volume = meta["network_voxel_volume"]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -169,11 +172,15 @@ class SegmentedHead:
         return self._arrays["intersections"]
 
     def map(self, group: str, measure: str) -> np.ndarray:
-        """Return ``consensus`` (class), ``vote``, ``entropy``, ``mutual`` [bit] or ``doubt``: (V,).
+        """Return ``consensus`` (class), its ``error_probability``, or one of `MAPS`, calibrated: (V,).
 
-        `group` is one of `groups`, or "ieee", which has no ``vote`` and no ``mutual``.
+        `group` is one of `groups`, or "ieee".
         """
         return self._arrays[f"{group}_{measure}"]
+
+    def soft_dice(self, group: str) -> np.ndarray:
+        """Return that of each class, (K,), see `variability.expected_dice`."""
+        return self._arrays[f"{group}_soft_dice"]
 
     def of_family(self, group: str) -> np.ndarray:
         """Return which passes belong to a group: (M,) bool."""
@@ -261,7 +268,7 @@ def load_members(name: str) -> Ensemble:
         Member(file.stem, file.stem.rstrip("0123456789"), 0, None, file.name, sha256_of(file)) for file in files
     )
     folder = Path(name).absolute()
-    return replace(load_ensemble("aseg31"), name=folder.name, directory=folder, members=members, trunk=None)
+    return replace(load_ensemble("aseg31"), name=folder.name, directory=folder, members=members)
 
 
 def segmenting_parser(doc: str) -> argparse.ArgumentParser:

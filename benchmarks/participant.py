@@ -72,10 +72,10 @@ def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -
     paths = [work / f"{member.id}.safetensors" for member in members]
     for member, path in zip(members, paths, strict=True):
         with timed(f"member {member.id}"):
-            segment_with_member(head, ensemble_name, member, path, "cpu", threads)
+            segment_with_member(head, geometry, ensemble_name, member, path, "cpu", threads)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
-        summary = summarise_members(paths, families, work)
+        summary = summarise_members(paths, families, ensemble.temperature, work)
     with timed("to the native grid, derivatives"):
         request = ScanRequest(settings, ensemble, members, scan)
         write_scan(request, work / "geometry.json", paths, summary, work, threads)

@@ -14,7 +14,7 @@ z
     scans over the standard error by the members, ``paired SD / sqrt(M)``: were the numerical spread all there is, it
     would lie within 2.
 manual
-    difference of the reference labels, drawn anew on each scan.
+    difference of the reference labels, drawn afresh on each scan.
 """
 
 from __future__ import annotations

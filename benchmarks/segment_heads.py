@@ -34,11 +34,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from heads import Head, SegmentedHead, find_heads, segmenting_parser
+from heads import MAPS, Head, SegmentedHead, find_heads, segmenting_parser
 from scipy.ndimage import shift as shift_image
-from scipy.special import entr
 
-from bids_varaug.images.conform import prepare_head, resample_map
+from bids_varaug.images.conform import POSTERIOR_SCALE, prepare_head, resample_map
 from bids_varaug.images.load import voxel_volume
 from bids_varaug.machine import keep_freed_memory
 from bids_varaug.models.ensemble import (
@@ -140,23 +139,6 @@ def move_posterior(sparse: SparsePosterior, shift: Sequence[float]) -> SparsePos
     return SparsePosterior(labels, sparse_rows(rows, stored.ravel()))
 
 
-def on_box(sparse: SparsePosterior, rows: np.ndarray) -> np.ndarray:
-    """Return values of stored voxels (N,) on the head box (X, Y, Z) float32, 0 elsewhere."""
-    out = np.zeros(sparse.labels.size, np.float32)
-    out[sparse.stored] = rows
-    return out.reshape(sparse.labels.shape)
-
-
-def entropy_of(sparse: SparsePosterior) -> np.ndarray:
-    """Return a posterior's entropy on the head box, bit."""
-    return on_box(sparse, entr(sparse.posterior).sum(axis=1) / np.float32(np.log(2)))
-
-
-def doubt_of(sparse: SparsePosterior) -> np.ndarray:
-    """Return one minus the largest probability on the head box."""
-    return on_box(sparse, 1 - sparse.posterior.max(axis=1))
-
-
 def segment_head(
     head: Head, ensemble: Ensemble, passes: Sequence[Pass], path: Path, keep: Path | None = None
 ) -> None:
@@ -168,10 +150,7 @@ def segment_head(
     whole, geometry = prepare_head(Path(head.t1w), ensemble.voxel_size, finder.shape.multiple)
     image, g = crop_to_brain(finder, whole, geometry)
 
-    def native(values: np.ndarray) -> np.ndarray:
-        return resample_map(values, g)
-
-    labels, entropies, found = [], {}, {}
+    labels, found, soft_dice = [], {}, {}
     groups = group_passes(passes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as scratch:
@@ -186,21 +165,14 @@ def segment_head(
                 sparse = p.run(ensemble, image)
                 save_posterior(files[p.id], sparse)
             labels.append(sparse.to_native(g))
-            entropies[p.id] = entropy_of(sparse)
-            if p.id == BASELINE:
-                found[f"{BASELINE}_consensus"] = labels[-1]
-                found[f"{BASELINE}_entropy"] = native(entropies[p.id])
-                found[f"{BASELINE}_doubt"] = native(doubt_of(sparse))
-        for group, ids in groups.items():
-            fusion = fuse_members([files[i] for i in ids])
-            mean = fusion.mean
-            found[f"{group}_vote"] = native(fusion.maps["entropy"])
-            entropy = entropy_of(mean)
-            expected = sum(entropies[i] for i in ids) / len(ids)
-            found[f"{group}_consensus"] = mean.to_native(g)
-            found[f"{group}_entropy"] = native(entropy)
-            found[f"{group}_mutual"] = native(np.maximum(entropy - expected, 0))
-            found[f"{group}_doubt"] = native(doubt_of(mean))
+        for group, ids in {BASELINE: [BASELINE], **groups}.items():
+            fusion = fuse_members([files[i] for i in ids], temperature=ensemble.temperature)
+            dense = np.zeros((*g.native_shape, len(ensemble.labels)), np.uint8)
+            found[f"{group}_consensus"] = fusion.mean.to_native(g, dense, ensemble.temperature)
+            found[f"{group}_error_probability"] = 1 - np.float32(POSTERIOR_SCALE) * dense.max(axis=-1)
+            for name in MAPS if len(ids) > 1 else MAPS[:1]:
+                found[f"{group}_{name}"] = resample_map(fusion.maps[name], g)
+            soft_dice[f"{group}_soft_dice"] = fusion.soft_dice
         same_image = [files[p.id] for p in passes if p.family not in (SHIFT, NOISY)]
         counts = region_counts(label_slabs(same_image), len(same_image), len(ensemble.labels))
     reference = head.read_reference() if head.reference else np.zeros(labels[0].shape, np.int32)
@@ -209,7 +181,7 @@ def segment_head(
     known = np.any(labels, axis=0) | (reference != 0)
     known |= np.any([values > 0 for values in found.values()], axis=0)
     arrays = {"reference": reference[known], "labels": np.stack([x[known] for x in labels]),
-              "intersections": counts.intersections}  # fmt: skip
+              "intersections": counts.intersections, **soft_dice}  # fmt: skip
     for name, values in found.items():
         dtype = np.uint8 if name.endswith("_consensus") else np.float16
         arrays[name] = values[known].astype(dtype)
@@ -219,6 +191,7 @@ def segment_head(
         "names": [label.name for label in ensemble.labels[1:]],
         "class_ids": [label.index for label in ensemble.labels],
         "voxel_volume": float(voxel_volume(g.native_affine)),
+        "network_voxel_volume": float(voxel_volume(g.conformed_affine)),
     }  # fmt: skip
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:

@@ -1,6 +1,6 @@
 """Does the ensemble's spread know where it is wrong? Beside cheap rivals, on real heads.
 
-    python benchmarks/spread.py CACHE [--tsv rows.tsv]
+    python benchmarks/spread.py CACHE [--tsv rows.tsv] [--thresholds 0.25 0.33]
 
 CACHE is a folder of `segment_heads.py`. Groups are the families of members, ``all`` trained members
 but the baseline, and what was run as rivals: the baseline under random rounding (``rr``), on moved
@@ -10,18 +10,18 @@ Errors
     The area under the ROC curve of a map as a sign that a label is wrong (0.5 is chance), mean over
     heads, and its range. Of the errors of the consensus of ``all``, which is what the app shows,
     and of the group's own consensus. Over the brain: judged voxels to which the labels or that
-    consensus give a structure. Maps: ``vote`` (entropy of the members' votes), ``mutual``
-    (information: entropy of the mean posterior minus mean entropy of the members'), ``entropy`` of
-    the mean posterior, ``doubt`` (one minus its largest probability).
+    consensus give a structure. Maps, calibrated: ``entropy`` (of the votes), ``mutual_information``,
+    ``total_entropy`` (see `bids_varaug.segmentation.fuse`); ``error_probability``, one minus the
+    largest value of the mean posterior on the T1w's grid.
 Unreliable, calibration
-    Of voxels in which fewer than three in four members voted for the consensus: the share that is
-    wrong, and the share of all errors that they hold. Expected calibration error of the mean
-    posterior's largest probability, before the ensemble's temperature, 15 bins (Naeini et al.
-    2015), in percent; interpolation, as of ``shift``, softens posteriors.
+    Of voxels whose error probability is that of the mask of unreliable voxels or more (or that of
+    ``--thresholds``): the share that is wrong (precision), and the share of all errors that they
+    hold (recall). Expected calibration error of the mean posterior's largest probability, 15 bins
+    (Naeini et al. 2015), in percent; interpolation, as of ``shift``, softens posteriors.
 Structures
     Spearman's rank correlation of a structure's CV of volumes with its true relative error, and of
     its mean pairwise Dice with the consensus's Dice: over structures, mean over heads; and over
-    heads within a structure, mean over structures. For ``ieee`` alone, mean ``doubt`` in the
+    heads within a structure, mean over structures. For ``ieee`` alone, mean error probability in the
     structure takes the place of both. Median CV, mean significant bits of volumes. Coverage: the
     share of volumes of the labels within the members' mean +- 2 SD, and the median distance from
     that mean in SD.
@@ -30,24 +30,24 @@ Structures
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from heads import SegmentedHead, print_markdown, print_origin, read_cache, structure_scores
+from heads import MAPS, SegmentedHead, print_markdown, print_origin, read_cache, structure_scores
 from sklearn.metrics import roc_auc_score
 
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.variability.measures import (
+    UNRELIABLE_FROM,
     pairwise_dice,
     region_counts,
     significant_bits_lower,
-    unreliable,
 )
 
 N_BINS = 15
-MEASURES = ("vote", "mutual", "entropy", "doubt")
 
 
 def error_auc(score: np.ndarray, wrong: np.ndarray) -> float:
@@ -100,8 +100,8 @@ def distance_in_sd(true: np.ndarray, volumes: np.ndarray) -> np.ndarray:
     return np.where(away > 0, np.divide(away, sd, out=np.full(sd.shape, np.inf), where=sd > 0), 0)
 
 
-def voxel_rows(head: SegmentedHead) -> list[dict]:
-    """Return what each map of each group says about errors: a row per group and measure."""
+def voxel_rows(head: SegmentedHead, thresholds: Sequence[float]) -> list[dict]:
+    """Return what each map of each group says about errors: a row per group and measure, or threshold."""
     product, truth = head.map("all", "consensus"), head.truth
     rows = []
     for group in (BASELINE, *head.groups):
@@ -109,21 +109,19 @@ def voxel_rows(head: SegmentedHead) -> list[dict]:
         brain = {who: (truth >= 0) & ((truth > 0) | (labels > 0))
                  for who, labels in (("all", product), ("own", own))}  # fmt: skip
         wrong = {"all": (product != truth)[brain["all"]], "own": (own != truth)[brain["own"]]}
-        for measure in MEASURES if group != BASELINE else MEASURES[2:]:
+        for measure in ("error_probability", *(MAPS if group != BASELINE else MAPS[:1])):
             score = head.map(group, measure)
             areas = {who: error_auc(score[brain[who]], wrong[who]) for who in brain}
             rows.append({"group": group, "measure": measure, "auc": areas["all"],
                          "auc_own": areas["own"]})  # fmt: skip
-        confidence = 1 - head.map(group, "doubt")[brain["own"]].astype(np.float64)
-        more = {"group": group, "errors": 100 * wrong["own"].mean(),
-                "calibration": 100 * calibration_error(confidence, ~wrong["own"])}  # fmt: skip
-        if group != BASELINE:
-            members = head.labels[head.of_family(group)][:, brain["own"]]
-            marked = unreliable((members == own[brain["own"]]).sum(axis=0), len(members))
-            more |= {"marked": 100 * marked.mean(),
-                     "wrong_there": 100 * wrong["own"][marked].mean() if marked.any() else np.nan,
-                     "errors_there": 100 * marked[wrong["own"]].mean()}  # fmt: skip
-        rows.append(more)
+        doubt, wrong = head.map(group, "error_probability")[brain["own"]].astype(np.float64), wrong["own"]
+        rows.append({"group": group, "errors": 100 * wrong.mean(),
+                     "calibration": 100 * calibration_error(1 - doubt, ~wrong)})  # fmt: skip
+        for threshold in thresholds:
+            marked = doubt >= threshold
+            rows.append({"group": group, "threshold": threshold, "marked": 100 * marked.mean(),
+                         "precision": 100 * wrong[marked].mean() if marked.any() else np.nan,
+                         "recall": 100 * marked[wrong].mean()})  # fmt: skip
     return rows
 
 
@@ -137,7 +135,7 @@ def structure_rows(head: SegmentedHead) -> pd.DataFrame:
         table["error"] = (table["volume"] / table["reference"] - 1).abs()
         there = table.index  # of the structures that the labels have
         if group == BASELINE:
-            sums = np.bincount(own, head.map(group, "doubt").astype(float), n)[1:]
+            sums = np.bincount(own, head.map(group, "error_probability").astype(float), n)[1:]
             table["spread"] = (sums / np.maximum(np.bincount(own, minlength=n)[1:], 1))[there]
             table["overlap"] = -table["spread"]
         else:
@@ -179,12 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--tsv", type=Path, help="where a row per head, group and map goes")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[UNRELIABLE_FROM])
     options = parser.parse_args()
     heads = [head for head in read_cache(options.cache) if head.head.protocol]
     voxels, structures = [], []
     for head in heads:
         who = {"people": head.people, "head": head.head.name}
-        voxels += [who | row for row in voxel_rows(head)]
+        voxels += [who | row for row in voxel_rows(head, options.thresholds)]
         structures.append(structure_rows(head).assign(**who))
     voxels, structures = pd.DataFrame(voxels), pd.concat(structures, ignore_index=True)
     if options.tsv:
@@ -201,10 +200,15 @@ def main() -> None:
             "app's consensus": ("auc", "mean"), "least": ("auc", "min"), "most": ("auc", "max"),
             "own consensus": ("auc_own", "mean"),
         }))  # fmt: skip
-        rest = part[part["measure"].isna()].groupby("group", sort=False)
-        print("Errors and the unreliable voxels, percent of the brain, mean over heads:\n")
-        columns = ["errors", "calibration", "marked", "wrong_there", "errors_there"]
-        print_markdown(rest[columns].mean(), digits=1)
+        rest = part[part["errors"].notna()].groupby("group", sort=False)
+        print("Errors, percent of the brain, and calibration error, mean over heads:\n")
+        print_markdown(rest[["errors", "calibration"]].mean(), digits=1)
+        masks = part.dropna(subset="threshold").groupby(["group", "threshold"], sort=False)
+        print("Unreliable voxels, percent of the brain, mean over heads and the least:\n")
+        print_markdown(masks.agg(**{
+            "marked": ("marked", "mean"), "precision": ("precision", "mean"), "least precision": ("precision", "min"),
+            "recall": ("recall", "mean"), "least recall": ("recall", "min"),
+        }), digits=1)  # fmt: skip
         print("Structures:\n")
         print_markdown(summarise_structures(structures[structures["people"] == people]))
 

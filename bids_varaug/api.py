@@ -20,11 +20,13 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest
+from bids_varaug.derivatives.citation import cite_participant
+from bids_varaug.derivatives.names import DATASET_DESCRIPTION, ScanRequest, logs
 from bids_varaug.derivatives.scan import write_scan
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import OutputError, ScanError, UsageError
 from bids_varaug.images.conform import prepare_head
+from bids_varaug.images.fastsurfer import prepare_volume
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
@@ -51,6 +53,7 @@ def segment(
     trust: str | None = None,
     random_seed: int = 0,
     sloppy: bool = False,
+    whole_voxels: bool = False,
 ) -> Segmentation:
     """Segment one T1w image with an ensemble and measure how its members disagree.
 
@@ -70,7 +73,8 @@ def segment(
     n_threads : default: all processors, up to 8
     trust : "sform" or "qform", to use where the two contradict each other
     random_seed : of `perturb_inference`
-    sloppy : 2 mm and two members, for tests and demos only
+    sloppy : 2 mm grid; one member of each family unless `members` or `n_members` say more; for tests and demos only
+    whole_voxels : with FastSurfer's networks, conform without its shift by half a voxel where sizes are odd
 
     Raises
     ------
@@ -87,6 +91,15 @@ def segment(
     Traceback (most recent call last):
     bids_varaug.errors.ScanError: an array has no affine, so left and right cannot be told apart. Pass a file, ...
     """
+    allowed = {
+        "members: name at least one": bool(members),
+        f"n_members={n_members!r}: must be 1 or more, or None": n_members is None or n_members >= 1,
+        f"perturb_inference={perturb_inference!r}: must be 0 or more": perturb_inference >= 0,
+        f"trust={trust!r}: must be sform, qform or None": trust in (None, "sform", "qform"),
+    }
+    for message, is_allowed in allowed.items():
+        if not is_allowed:
+            raise UsageError(message)
     folder = Path(tempfile.mkdtemp(prefix="bids_varaug-"))
     try:
         path = _as_file(image, folder)
@@ -95,6 +108,7 @@ def segment(
             ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
             n_members=n_members, perturb_inference=perturb_inference, write_members=write_members,
             family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
+            whole_voxels=whole_voxels,
             omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
         )  # fmt: skip
         plan = make_plan(settings)
@@ -114,13 +128,14 @@ def segment(
 class Segmentation:
     """What `segment` found, on the image's own grid.
 
-    Without two perturbed members there is no spread; `entropy` and `unreliable` are then None.
+    Without two perturbed members there is no spread; `entropy` is then None.
 
     Attributes
     ----------
     labels : nibabel image, consensus, FreeSurfer ids
     entropy : nibabel image, of the members' votes [bit]
-    unreliable : nibabel image, mask of the voxels on whose label too many members disagree
+    uncertainty : nibabel image, total entropy of the members' mean posterior [bit]
+    unreliable : nibabel image, mask of the voxels whose label is wrong with a probability of 0.37 or more
     volumes : DataFrame, structure x member [mm3]
     regions : DataFrame, variability and verdict of each structure, see ``docs/reference/outputs.md``
     warnings : list of str, what speaks against the image or the segmentation
@@ -142,27 +157,35 @@ class Segmentation:
         return self.image("entropy")
 
     @property
-    def unreliable(self) -> nib.Nifti1Image | None:  # noqa: D102
-        return self.image("unreliable_mask")
+    def uncertainty(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("total_entropy"))
+
+    @property
+    def unreliable(self) -> nib.Nifti1Image:  # noqa: D102
+        return cast(nib.Nifti1Image, self.image("unreliable_mask"))
 
     def image(self, output: str) -> nib.Nifti1Image | None:
         """Return any image, None if it was not made.
 
         Parameters
         ----------
-        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "entropy", "sigbits"
-            or "std"
+        output : "consensus_dseg", "ieee_dseg", "mean_probseg", "brain_mask", "unreliable_mask", "total_entropy",
+            "mutual_information", "entropy", "sigbits" or "std"
         """
         path = self._request.path(output)
         if not path.exists():
             return None
         image = nib.Nifti1Image.from_filename(path)  # read at once: the file is removed with this object
         if image.ndim == 3:
-            return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
-        data = np.empty(image.shape, np.float32)
-        for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
-            data[..., k] = image.dataobj[..., k]
-        return nib.Nifti1Image(data, image.affine, image.header)
+            data = np.asanyarray(image.dataobj)
+            data = data.astype(np.float32) if data.dtype.kind == "f" else data
+        else:
+            data = np.empty(image.shape, np.float32)
+            for k in range(image.shape[3]):  # nibabel would scale all volumes at once in float64
+                data[..., k] = image.dataobj[..., k]
+        found = nib.Nifti1Image(data, image.affine, image.header)
+        found.set_data_dtype(data.dtype)
+        return found
 
     @property
     def volumes(self) -> pd.DataFrame:  # noqa: D102
@@ -190,7 +213,8 @@ class Segmentation:
 
         Parameters
         ----------
-        what : "consensus", "entropy", "sigbits", "std", "unreliable" or "volumes"
+        what : "consensus", "total_entropy", "mutual_information", "entropy", "sigbits", "std", "unreliable" or
+            "volumes"
         """
         from matplotlib import image, pyplot
 
@@ -203,7 +227,9 @@ class Segmentation:
         return figure
 
     def save(self, output_dir: str | os.PathLike, report: bool = False) -> list[Path]:
-        """Copy images and tables with their sidecars, and a `report`, to a new or an empty folder; return the files.
+        """Copy images and tables with their sidecars, how to cite, and a `report`, to a new or an empty folder.
+
+        Returns the files.
 
         Raises as `check_output_dir`.
         """
@@ -213,23 +239,30 @@ class Segmentation:
         shutil.copytree(made.output_dir, output_dir, dirs_exist_ok=True)
         request = replace(self._request, settings=replace(made, output_dir=output_dir))
         write_dataset_files(request)
+        cite_participant(request).write(logs(output_dir))
         if report:
             write_subject_report([request])
         return sorted(path for path in output_dir.rglob("*") if path.is_file())
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Make a folder; `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written."""
+    """Refuse a folder to save to, and make none.
+
+    `UsageError` if it is a BIDS dataset or not empty, `OutputError` if it cannot be written.
+    """
     if (output_dir / DATASET_DESCRIPTION).exists():
         raise UsageError(
             f"{output_dir}: this is a BIDS dataset. For its images, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
             "for one image, choose an empty folder."
         )
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if any(output_dir.iterdir()):
             raise UsageError(f"{output_dir}: the folder is not empty. Choose another, or empty it.")
         tempfile.TemporaryFile(dir=output_dir).close()
+        for folder in made:
+            folder.rmdir()
     except OSError as error:
         raise OutputError(f"{output_dir}: cannot be written ({error.strerror}). Choose another folder.") from error
 
@@ -238,15 +271,18 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
     """Run the steps of `workflows.participant.init_scan_wf` one after another, in this process."""
     settings, ensemble, folder = plan.settings, str(plan.ensemble.directory), plan.settings.work_dir
     where = settings.device, settings.omp_nthreads
-    head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.network.multiple, settings.trust)
-    if not settings.sloppy:
+    if plan.ensemble.is_fastsurfer:
+        head, geometry = prepare_volume(path, settings.trust, settings.whole_voxels)
+    else:
+        head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.multiple, settings.trust)
+    if not settings.sloppy and not plan.ensemble.is_fastsurfer:
         head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
     for member, file in zip(plan.members, posteriors, strict=True):
-        segment_with_member(head, ensemble, member, file, *where)
+        segment_with_member(head, geometry, ensemble, member, file, *where)
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
-    summary = summarise_members(posteriors, families, folder, settings.family_maps)
+    summary = summarise_members(posteriors, families, plan.ensemble.temperature, folder, settings.family_maps)
     return folder / "geometry.json", posteriors, summary
 
 

@@ -31,6 +31,11 @@ class Settings:
     perturb_inference: int = 0
     write_members: bool = False
     family_maps: bool = False
+    freesurfer_dir: Path | None = None
+    output_spaces: tuple[str, ...] = ()  # NAME or NAME:res-N, see `registration.space.OutputSpace`
+    refine: int = 25
+    allow_downloads: bool = False
+    template_t1w: Path | None = None  # of the output spaces'; None until it was looked for
     device: str = "cpu"
     nprocs: int = 1
     omp_nthreads: int = 1
@@ -39,6 +44,7 @@ class Settings:
     clean_workdir: bool = False
     random_seed: int = 0
     sloppy: bool = False
+    whole_voxels: bool = False
     dry_run: bool = False
     reports_only: bool = False
     stop_on_first_crash: bool = False

@@ -89,8 +89,8 @@ def show(derivatives: Path, subject: str, name: str) -> None:
     anat = derivatives / f"sub-{subject}" / "anat"
     table = pd.read_table(next(anat.glob("*desc-consensus_dseg.tsv")))
     print(table["verdict"].value_counts().to_string())
-    columns = ["name", "verdict", "volume_mean", "volume_std", "cv", "dice_min", "reason"]
-    print(table.sort_values("dice_min")[columns].head(12).to_string(index=False))
+    columns = ["name", "verdict", "volume_mean", "volume_std", "cv", "expected_dice", "reason"]
+    print(table.sort_values("expected_dice")[columns].head(12).to_string(index=False))
 
 
 if __name__ == "__main__":

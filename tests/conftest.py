@@ -51,3 +51,12 @@ def shared_data() -> Path:
     if not (path / "README.md").is_file():
         pytest.skip(f"no development data in {path} (set BIDS_VARAUG_SHARED_DATA)")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden(shared_data) -> Path:
+    """What FastSurfer's own code gave, with random weights; not part of the repository."""
+    path = shared_data.parent / "golden" / "fastsurfer"
+    if not (path / "README.md").is_file():
+        pytest.skip(f"no reference data of FastSurfer in {path}")
+    return path

@@ -48,6 +48,8 @@ def test_images_are_those_of_the_app(result, written):
     for image, ending in (
         (result.labels, "seg-varaug_desc-consensus_dseg"),
         (result.entropy, "seg-varaug_stat-entropy_statmap"),
+        (result.uncertainty, "seg-varaug_stat-totalentropy_statmap"),
+        (result.image("mutual_information"), "seg-varaug_stat-mutualinformation_statmap"),
         (result.image("sigbits"), "seg-varaug_stat-sigbits_statmap"),
         (result.image("std"), "seg-varaug_stat-std_statmap"),
         (result.unreliable, "label-unreliable_mask"),
@@ -55,7 +57,8 @@ def test_images_are_those_of_the_app(result, written):
         expected = nib.load(written / f"{PREFIX}_{ending}.nii.gz")
         assert np.array_equal(image.get_fdata(), expected.get_fdata())
         assert np.array_equal(image.affine, expected.affine)
-        assert image.get_data_dtype() == expected.get_data_dtype()
+        # Files hold steps, images their values.
+        assert image.get_data_dtype() == (np.float32 if "statmap" in ending else expected.get_data_dtype())
     posterior = nib.load(written / f"{PREFIX}_seg-varaug_desc-mean_probseg.nii.gz").get_fdata()
     np.testing.assert_allclose(result.image("mean_probseg").get_fdata(), posterior, rtol=1e-6)
     assert np.unique(result.labels.get_fdata()).size > 2 and result.entropy.get_fdata().max() > 0
@@ -82,7 +85,8 @@ def test_image_in_memory_gives_the_labels_of_its_file(result, t1w, small_ensembl
 def test_members_are_chosen_as_in_the_app(t1w, small_ensemble):
     seeds = segment(t1w, ensemble=small_ensemble, members=["seed"], n_members=1, device="cpu")
     assert list(seeds.volumes) == ["seed01"]
-    assert seeds.entropy is None and seeds.unreliable is None
+    assert seeds.entropy is None and seeds.image("mutual_information") is None
+    assert seeds.uncertainty.get_fdata().max() > 0 and seeds.unreliable.shape == seeds.labels.shape
     assert any("one member" in warning for warning in seeds.warnings)
 
 
@@ -93,7 +97,7 @@ def test_everything_is_saved_and_the_temporary_folder_is_removed(t1w, small_ense
     files = {path.name for path in result.save(tmp_path / "out", report=True)}
     assert {f"{PREFIX}_seg-varaug_desc-consensus_dseg.nii.gz", "seg-varaug_dseg.tsv",
             f"{PREFIX}_seg-varaug_stat-entropy_desc-mca_statmap.nii.gz",
-            "dataset_description.json", "sub-02.html"} <= files  # fmt: skip
+            "dataset_description.json", "sub-02.html", "CITATION.md", "CITATION.bib"} <= files  # fmt: skip
     with pytest.raises(UsageError, match="BIDS dataset"):
         result.save(tmp_path / "out")
     del result
@@ -104,7 +108,7 @@ def test_everything_is_saved_and_the_temporary_folder_is_removed(t1w, small_ense
 def test_figures_are_those_of_the_report(result):
     figure = result.plot("entropy")
     assert figure.axes[0].images[0].get_array().shape[2] >= 3
-    with pytest.raises(ValueError, match="no figure 'nothing'; there are consensus, volumes, entropy"):
+    with pytest.raises(ValueError, match="no figure 'nothing'; there are consensus, total_entropy, entropy"):
         result.plot("nothing")
 
 
@@ -118,14 +122,16 @@ def test_command_writes_what_the_app_writes(written, t1w, small_ensemble, tmp_pa
     assert f"Done. The results are in {out}." in capsys.readouterr().err
 
 
-def test_four_dimensions_are_refused_as_in_the_app(tmp_path):
+def test_four_dimensions_are_refused_as_in_the_app(tmp_path, capsys):
     image = nib.Nifti1Image(np.ones((20, 20, 20, 2), np.float32), np.eye(4) * 4)
     with pytest.raises(ScanError, match=r"4D image \(20 x 20 x 20 x 2\). A T1w must be one volume"):
         segment(image)
     nib.save(image, tmp_path / "sub-1_T1w.nii")
     with pytest.raises(ScanError, match=r"sub-1_T1w.nii: 4D image"):
         segment(tmp_path / "sub-1_T1w.nii")
-    assert main([str(tmp_path / "sub-1_T1w.nii"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "sub-1_T1w.nii"), str(tmp_path / "new" / "out")]) == 1
+    assert "--" not in capsys.readouterr().err  # no flags of the app
+    assert not (tmp_path / "new").exists()
 
 
 def test_image_without_affine_is_refused(tmp_path):
@@ -137,11 +143,12 @@ def test_image_without_affine_is_refused(tmp_path):
         segment(None)
 
 
-def test_missing_file_is_refused_as_in_the_app(tmp_path, capsys):
+def test_missing_file_has_the_code_of_a_missing_dataset_and_leaves_no_folder(tmp_path, capsys):
     with pytest.raises(ScanError, match="head.nii.gz: no such file"):
         segment(tmp_path / "head.nii.gz")
-    assert main([str(tmp_path / "head.nii.gz"), str(tmp_path / "out")]) == ExitCode.SUBJECT_FAILED
+    assert main([str(tmp_path / "head.nii.gz"), str(tmp_path / "new" / "out")]) == ExitCode.NO_INPUT
     assert "head.nii.gz: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_refuses_folders(dataset, t1w, tmp_path, capsys):
@@ -187,3 +194,11 @@ def test_import_takes_no_time_and_promises_a_few_names():
     assert all(hasattr(bids_varaug, name) for name in dir(bids_varaug))
     with pytest.raises(AttributeError, match="nothing"):
         getattr(bids_varaug, "nothing")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    "argument", [{"n_members": 0}, {"members": []}, {"trust": "header"}, {"perturb_inference": -1}]
+)
+def test_arguments_are_checked_before_the_work(argument, t1w):
+    with pytest.raises(UsageError, match=next(iter(argument))):
+        segment(t1w, **argument)

@@ -4,6 +4,7 @@ import doctest
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tests.workflows.conftest import head, small_ensemble, write_t1w  # noqa: F4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import atrophy
+import expected_dice
 import heads
 import minimum_dice
 import rescan
@@ -200,12 +202,13 @@ def test_what_is_kept_fits_together(cache):
     assert kept.of_family("all").sum() == 4
     voxels = len(kept.truth)
     assert kept.labels.shape == (11, voxels) and kept.intersections.shape == (7, 7, 4)
+    assert kept.soft_dice("all").shape == kept.soft_dice("ieee").shape == (4,)
     for group in kept.groups:
-        for measure in spread.MEASURES:
+        for measure in ("error_probability", *heads.MAPS):
             values = kept.map(group, measure)
             assert values.shape == (voxels,) and np.isfinite(values).all() and values.min() >= 0
     # Random rounding moves hardly anything; members, shifts and noise do.
-    told = {group: kept.map(group, "mutual").mean() for group in kept.groups}
+    told = {group: kept.map(group, "mutual_information").mean() for group in kept.groups}
     assert told["rr"] < min(told[group] for group in ("mca", "seed", "shift", "noise"))
 
 
@@ -222,6 +225,19 @@ def test_minimum_dice_is_printed_beside_the_published(cache, shared_data, capsys
     run(minimum_dice, cache(), shared_data / "paper_tables")
     out = capsys.readouterr().out
     assert "`mca`, 2 members" in out and "FastSurfer, verrou_sr" in out
+
+
+def test_expected_dice_is_fitted_compared_and_written_to_the_manifest(cache, small_ensemble, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(small_ensemble, tmp_path / "mine")
+    run(expected_dice, cache(), cache(), "--write", folder, "--tsv", tmp_path / "rows.tsv")
+    out = capsys.readouterr().out
+    assert "Consensus of all" in out and "closed form" in out and "`ieee` alone" in out
+    rows = pd.read_csv(tmp_path / "rows.tsv", sep="\t")
+    assert set(rows["group"]) == {"all", "ieee"} and rows["soft_dice"].between(0, 1).all()
+    assert rows.loc[rows["group"] == "all", "pair_dice"].notna().all()
+    before, after = (load_ensemble(str(path)) for path in (small_ensemble, folder))
+    assert before.quality is None and after.quality.heads == ("sub-01", "sub-02")
+    assert after == replace(before, quality=after.quality, directory=after.directory)
 
 
 def shrinking_ball(factor):
@@ -269,6 +285,5 @@ def test_weights_without_a_manifest_are_an_ensemble(tmp_path):
         (tmp_path / f"{name}.safetensors").write_bytes(b"x")
     ensemble = heads.load_members(str(tmp_path))
     assert [(member.id, member.family) for member in ensemble.members] == [("ieee", "ieee"), ("seed01", "seed")]
-    assert ensemble.trunk is None and heads.load_members("aseg31").trunk is not None
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bids_varaug"
 # trainer watches real images with segmentation, and brain age reads and writes as derivatives do.
 ORDER = (
     "errors", "files", "settings", "machine", "inputs", "images", "numerics", "models",
-    "variability", "segmentation", "training", "derivatives", "brainage", "reports",
+    "variability", "pipelines", "segmentation", "registration", "training", "derivatives", "brainage", "reports",
     "workflows", "api", "cli",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
+import yaml
 
 import bids_varaug
 
@@ -62,6 +63,23 @@ def test_version_is_the_package_s(name):
         "CHANGELOG.md": r"^## .*?(\d+\.\d+\.\d+)",
     }[name]
     assert re.search(pattern, read(name), re.MULTILINE)[1] == bids_varaug.__version__
+
+
+def test_citation_file_says_what_the_package_says():
+    from bids_varaug.derivatives.citation import references
+
+    cff = yaml.safe_load(read("CITATION.cff"))
+    assert [author["name"] for author in cff["authors"]] == [author["name"] for author in PROJECT["authors"]]
+    assert (cff["type"], cff["license"]) == ("software", PROJECT["license"])
+    assert cff.get("repository-code") == PROJECT["urls"].get("Repository")
+    works = {work.fields["title"].strip("{}"): work for work in references().values()}
+    assert cff["title"] == works[cff["title"]].fields["title"].strip("{}")
+    for paper in cff["references"]:
+        work = works[paper["title"]]
+        assert paper.get("url", f"https://doi.org/{paper.get('doi')}") == work.url
+        named = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+        assert " and ".join(named) == work.fields["author"]
+        assert str(paper["year"]) == work.fields["year"]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
@@ -149,13 +167,15 @@ def test_commands_of_the_readme_exist():
 
 @pytest.mark.parametrize("page", FRONT_PAGES)
 def test_page_names_every_output(page):
-    from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS
+    from bids_varaug.derivatives.names import OF_FAMILY, OUTPUTS, SPACE_OUTPUTS
+    from bids_varaug.registration.space import SPACE, OutputSpace
 
     names = {
         output.name("", member if output.per_member else None).removeprefix("_")
         for key, output in OUTPUTS.items()
         for member in ["mca" if key.endswith(OF_FAMILY) else "mca01"]
     }
+    names |= {output.name("", space=OutputSpace(SPACE, 2)).removeprefix("_") for output in SPACE_OUTPUTS.values()}
     assert {name for name in names if f"`{name}`" not in read(page)} == set()
 
 

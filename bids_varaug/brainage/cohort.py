@@ -195,10 +195,8 @@ def assemble(
         dropped |= found.drop_features({f: f"always {low[f]:g}" for f in np.flatnonzero(low == high).tolist()})
     if not found.names:
         reasons = {**source.get("ignored_columns", {}), **dropped}
-        raise CohortError(
-            "no feature is left: all are missing, the same for everybody, or no measures of the brain "
-            f"({some([f'{name}: {why}' for name, why in reasons.items()], '; ')})."
-        )
+        listed = some([f"{name}: {why}." for name, why in reasons.items()], " ")
+        raise CohortError(f"no feature is left: missing, the same for everybody, or not of the brain. {listed}".strip())
     perturbed = [m for m, name in enumerate(found.member_ids) if name != BASELINE]
     has_baseline = len(perturbed) < len(found.member_ids)
     baseline = found.values[:, found.member_ids.index(BASELINE)].copy() if has_baseline else found.values.mean(axis=1)

@@ -121,6 +121,16 @@ def make_splits(
     return splits
 
 
+def sizes_of(cohort: Cohort, splits: Sequence[Split]) -> dict[str, int]:
+    """Numbers of people, images, features, sites and folds, for the settings of an evaluation."""
+    kinds = [split.kind for split in splits]
+    return {
+        "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
+        "n_features": len(cohort.names), "n_sites": cohort.people["site"].nunique(), "cv_folds": kinds.count("folds"),
+        "n_sites_left_out": kinds.count("site"),
+    }  # fmt: skip
+
+
 def judge_gains(gains: pd.DataFrame) -> pd.DataFrame:
     """Decide of each gain whether it helps; files and reports only repeat it.
 
@@ -191,12 +201,9 @@ def evaluate_brain_age(
         _learning_curve(table, augmentations, rng), _site_errors(table, augmentations),
         _reliability(predictions, cohort), chosen,
         settings={
-            "model": asked, "augmentations": augmentations, "cv_folds": cv_folds, "seed": seed,
-            "log_volumes": log_volumes, "coverage": coverage, "n_participants": len(np.unique(cohort.groups)),
-            "n_observations": len(cohort), "n_features": len(cohort.names),
-            "n_sites": sum(split.kind == "site" for split in splits),
-            "n_members": 0 if cohort.members is None else cohort.members.shape[1], "n_bootstrap": n_bootstrap,
-            "gain_repeats": gain_repeats,
+            "model": asked, "augmentations": augmentations, "seed": seed, "log_volumes": log_volumes,
+            "coverage": coverage, "n_members": 0 if cohort.members is None else cohort.members.shape[1],
+            "n_bootstrap": n_bootstrap, "gain_repeats": gain_repeats, **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 

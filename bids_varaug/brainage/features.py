@@ -20,9 +20,7 @@ from bids_varaug.inputs.tables import plain_name, some
 
 INTRACRANIAL = ("estimatedtotalintracranialvol", "etiv", "icv", "tiv", "intracranialvol")
 BRAIN = ("brainsegvol", "brainsegvolnotvent", "brainvol", "totalbrainvolume")
-_NO_VOLUME = re.compile(
-    r"thick|(?<!accumbens.)area|curv|fold|std|holes|euler|avg_en|ratio|-to-|asymmetry", re.IGNORECASE
-)
+_NO_VOLUME = re.compile(r"thick|(?<!accumbens.)area|curv|fold|std|holes|euler|avg_en|ratio|-to-|asymmetry", re.I)
 _SIDES = (
     ("Left-", "Right-"), ("ctx-lh-", "ctx-rh-"), ("lh_", "rh_"), ("lh.", "rh."), ("lh", "rh"), ("left_", "right_"),
 )  # fmt: skip

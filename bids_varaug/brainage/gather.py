@@ -15,6 +15,7 @@ import pandas as pd
 from bids_varaug.brainage.cohort import Cohort, Gathered, assemble
 from bids_varaug.derivatives import names, provenance
 from bids_varaug.derivatives.io import ENDING, MorphError, MorphTable, read_morph
+from bids_varaug.derivatives.names import prefix_of
 from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin
 from bids_varaug.errors import NoInputError
 from bids_varaug.inputs.matching import look_up_people, match_people
@@ -95,7 +96,7 @@ def _read_images(files: Iterable[Path], output_dir: Path, left_out: dict[str, st
     images = []
     for path in files:
         relative = path.relative_to(output_dir)
-        folders, observation = relative.parts[:-2], path.name.removesuffix(ENDING)
+        folders, observation = relative.parts[:-2], prefix_of(path.name)
         if not f"{observation}_".startswith(f"{'_'.join(folders)}_"):
             left_out[str(relative)] = f"lies in the folder of {'_'.join(folders)}, whose name it does not have"
             continue

@@ -76,15 +76,13 @@ def evaluated_sidecar(evaluation: Evaluation, notes: Sequence[str] = ()) -> dict
     model = evaluation.chosen.get(best, {}).get("model", evaluation.settings.get("model", ""))
     evaluated = [name for name in AUGMENTATIONS if (evaluation.predictions["augmentation"] == name).any()]
     made = {"log_volumes": evaluation.settings.get("log_volumes"), "coverage": evaluation.settings.get("coverage", 0.9)}
-    text = render("brainage.json", **made, notes=notes, model=model, augmentation=best, evaluated=evaluated)
-    return json.loads(text)
+    return json.loads(render("brainage.json", **made, notes=notes, model=model, augmentation=best, evaluated=evaluated))
 
 
 def applied_sidecar(model: BrainAgeModel, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Describe every column of `phenotype_tables` of a model fitted to other people (``--apply-model``)."""
     made = {"log_volumes": model.source.get("log_volumes"), "coverage": 0.9, "model": model.chosen.get("model", "")}
-    text = render("brainage.json", **made, notes=notes, augmentation=model.augmentation, evaluated=())
-    return json.loads(text)
+    return json.loads(render("brainage.json", **made, notes=notes, augmentation=model.augmentation, evaluated=()))
 
 
 def covariance_sidecar(cohort: Cohort) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from bids_varaug.brainage.augment import USES_MEMBERS, augmented_members, centers, draw_rows
 from bids_varaug.brainage.calibration import CONFIDENCE
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
-from bids_varaug.brainage.evaluate import CONTRASTS, best_of, compare_losses, make_splits, tried_augmentations
+from bids_varaug.brainage.evaluate import CONTRASTS, best_of, compare_losses, make_splits, sizes_of, tried_augmentations
 from bids_varaug.brainage.features import find_reference
 from bids_varaug.brainage.models import INNER_FOLDS, MIN_PARTICIPANTS
 from bids_varaug.errors import UserError
@@ -287,9 +287,7 @@ def evaluate_target(
         best_of(gains, folds.groupby("augmentation")["loss"].mean()),
         settings={
             "target": data.name, "classes": list(data.classes), "covariates": list(data.covariates), "seed": seed,
-            "augmentations": augmentations, "cv_folds": cv_folds, "n_permutations": n_permutations,
-            "n_participants": len(np.unique(cohort.groups)), "n_observations": len(cohort),
-            "n_features": len(cohort.names), "n_sites": sum(split.kind == "site" for split in splits),
+            "augmentations": augmentations, "n_permutations": n_permutations, **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 

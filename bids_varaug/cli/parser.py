@@ -32,7 +32,12 @@ BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
+SPACE = "MNI152NLin2009cAsym"
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
+BOTH_LEVELS = (
+    "age_column", "sex_column", "participant_labels", "exclude_participant_labels", "session_labels", "random_seed",
+    "skip_bids_validation",
+)  # of flags in the groups of one level
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-bids-validation", action="store_true", help="do not run the BIDS validator")
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
+    add("--freesurfer-dir", type=absolute_path, metavar="DIR",
+        help="also write DIR/sub-01/mri/aseg.varaug.mgz, stats/aseg.stats and a colour table, for programs that read a "
+        "FreeSurfer subjects directory")
     _add_ensemble(parser)
+    _add_template(parser)
     _add_running(parser)
     _add_group_level(parser)
     return parser
@@ -144,7 +153,24 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
         help="seed of --perturb-inference, the only random numbers of the participant level; group level: seed of "
         "folds, noise and resampling (default: %(default)s)")
-    add("--sloppy", action="store_true", help="2 mm and two members: for tests and demos only")
+    add("--sloppy", action="store_true",
+        help="2 mm grid, and one member of each family unless --members or --n-members say otherwise: for tests and "
+        "demos only")
+    add("--whole-voxels", action="store_true",
+        help="with FastSurfer's networks: conform images with an odd number of voxels without FastSurfer's shift by "
+        "half a voxel, and without the blur")
+
+
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("template space").add_argument
+    add("--output-spaces", type=output_space, nargs="+", metavar="SPACE[:res-N]",
+        help=f"also write consensus and maps in a template's space, with the transforms: {SPACE} (1 mm) or "
+        f"{SPACE}:res-2; group level: also average the participants' maps there")
+    add("--refine", type=whole_number(0, 1000), metavar="N",
+        help="iterations that bring each member's segmentation onto the template's after the affine; 0: affine only "
+        "(default: %(default)s)")
+    add("--allow-downloads", action="store_true",
+        help="let TemplateFlow fetch the template's T1w image; without it, nothing is ever downloaded")
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
@@ -220,8 +246,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         error = UsageError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
         error.exit_code = ExitCode.UNKNOWN_LEVEL
         raise error
+    for flag in _without_effect(parser, given):
+        print(f"Note: {flag} has no effect at the {given.level} level.", file=sys.stderr)
     given.work_dir = given.work_dir or Path.cwd() / "work"
-    check_paths(given.bids_dir, given.output_dir, given.work_dir)
+    check_paths(given.bids_dir, given.output_dir, given.work_dir, given.freesurfer_dir)
     given.nprocs = given.nprocs or available_processors()
     given.omp_nthreads = given.omp_nthreads or min(given.nprocs, MAX_DEFAULT_THREADS)
     if given.omp_nthreads > given.nprocs:
@@ -231,6 +259,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.bids_filters = read_bids_filters(given.bids_filters) if given.bids_filters else {}
     given.plugin = read_plugin(given.plugin) if given.plugin else None
     given.members = split_members(given.members)
+    given.output_spaces = tuple(dict.fromkeys(re.sub("-0+", "-", space) for space in given.output_spaces))
     for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
         labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
         setattr(given, name, tuple(dict.fromkeys(labels)))
@@ -239,6 +268,18 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         raise UsageError("--covariates needs --target: age is predicted from the features alone.")
     given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
+
+
+def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """Flags given that only the other level knows."""
+    groups = ("group level",) if given.level == "participant" else ("images", "ensemble")
+    return [
+        action.option_strings[0]
+        for group in parser._action_groups
+        if group.title in groups
+        for action in group._group_actions
+        if action.dest not in BOTH_LEVELS and getattr(given, action.dest) != parser.get_default(action.dest)
+    ]
 
 
 def dash_flag(argument: str) -> str:
@@ -267,8 +308,10 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespa
         flag = dash_flag(f"--{name}")
         if flag not in actions or flag in NOT_IN_CONFIG:
             raise UsageError(f"--config-file {path}: unknown flag {name!r}.")
-        # A value of the wrong kind becomes an argument that the parser refuses.
-        if actions[flag].nargs == 0 and isinstance(value, int) and value in range(10):  # or true, false
+        # A value of another wrong kind becomes an argument that the parser refuses.
+        if actions[flag].nargs == 0:
+            if not isinstance(value, int) or value not in range(10):  # or true, false
+                raise UsageError(f"--config-file {path}: {name} = {value!r}: write true or false.")
             arguments += [flag] * value
         elif actions[flag].nargs == "+" and isinstance(value, list):
             arguments += [flag, *map(str, value)]
@@ -298,6 +341,10 @@ member_names = matching(
     "[0-9a-zA-Z,]*[0-9a-zA-Z][0-9a-zA-Z,]*", "is not a family (all, mca, seed, ieee) or a member such as mca01"
 )
 device_name = matching(r"auto|cpu|cuda(:\d+)?", "is none of auto, cpu, cuda, cuda:0, ...")
+
+output_space = matching(
+    f"{SPACE}(:res-0*[12])?", f"is not an output space that there is: use {SPACE} (1 mm) or {SPACE}:res-2 (2 mm)"
+)
 
 
 def split_members(texts: Iterable[str]) -> tuple[str, ...]:
@@ -388,10 +435,10 @@ def read_plugin(path: Path) -> Mapping[str, Any]:
     return plugin
 
 
-def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path, freesurfer_dir: Path | None = None) -> None:
     """Refuse directories that would lose or mix up data; nothing is created.
 
-    The output may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. `NoInputError` if the
+    The outputs may lie inside the input only below ``derivatives/``, as BIDS Apps customarily do. `NoInputError` if the
     input is no readable directory; `UsageError` if one directory lies in another where it must not, or the output
     belongs to another tool; `OutputError` if the output or work directory cannot be written.
     """
@@ -399,19 +446,32 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
         kind = "is not a directory" if os.path.exists(bids_dir) else "does not exist"
         raise NoInputError(f"{bids_dir}: the BIDS directory {kind}.")
     # Links are followed: two names may mean one folder.
-    source, output, work = (Path(os.path.realpath(path)) for path in (bids_dir, output_dir, work_dir))
-    if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+    source, work = (Path(os.path.realpath(path)) for path in (bids_dir, work_dir))
+    named = {"output": output_dir} | ({"FreeSurfer": freesurfer_dir} if freesurfer_dir else {})
+    outputs = {name: Path(os.path.realpath(path)) for name, path in named.items()}
+    for name, output in outputs.items():
+        if output.is_relative_to(source) and source / "derivatives" not in output.parents:
+            folder = "bids_varaug" if name == "output" else "freesurfer"
+            raise UsageError(
+                f"{named[name]}: the {name} directory must lie outside of the input dataset or below its derivatives/, "
+                f"for example {bids_dir / 'derivatives' / folder}."
+            )
+    if outputs["output"] == outputs.get("FreeSurfer"):
         raise UsageError(
-            f"{output_dir}: the output directory must lie outside of the input dataset or below its derivatives/, for "
-            f"example {bids_dir / 'derivatives' / 'bids_varaug'}."
+            f"{freesurfer_dir}: this is the output directory. Choose another --freesurfer-dir, for example "
+            f"{output_dir / 'sourcedata' / 'freesurfer'}."
         )
     # Whoever deletes the work directory by hand must not delete the others.
-    if work.is_relative_to(source) or source.is_relative_to(work) or output.is_relative_to(work):
+    if (
+        work.is_relative_to(source)
+        or source.is_relative_to(work)
+        or any(output.is_relative_to(work) for output in outputs.values())
+    ):
         raise UsageError(
             f"{work_dir}: the work directory must not be inside the input dataset, nor contain it or the output "
             "directory. Choose another -w."
         )
-    for name, path in (("output", output_dir), ("work", work_dir)):
+    for name, path in (named | {"work": work_dir}).items():
         _check_writable(name, path)
     _check_not_foreign(output_dir)
 

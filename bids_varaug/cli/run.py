@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bids_varaug.cli.parser import build_power_parser, build_segment_parser, dash_flag, parse_settings, split_members
-from bids_varaug.errors import ExitCode, OutputError, UsageError, UserError
+from bids_varaug.errors import ExitCode, NoInputError, OutputError, UsageError, UserError
 from bids_varaug.machine import WORKER_MODULES, keep_caches_below
 from bids_varaug.settings import Settings
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a container is not ended by SIGTERM (docker stop) unless it handles it.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, pass the same -w.")
+        return exit_code(lambda: run(parse_settings(argv)), "Interrupted. To resume, pass the same -w.")
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -33,7 +33,7 @@ def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
+def exit_code(work: Callable[[], ExitCode], interrupted: str) -> int:
     """Do the work; print errors that a user can fix without a traceback."""
     try:
         return int(work())
@@ -108,7 +108,7 @@ def _kill_workers() -> None:
 def segment_main(argv: Sequence[str] | None = None) -> int:
     """Segment one image, without a BIDS dataset; returns the exit code, prints errors without a traceback."""
     arguments = [dash_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    return _exit_code(lambda: segment_image(arguments), "Interrupted.")
+    return exit_code(lambda: segment_image(arguments), "Interrupted.")
 
 
 def segment_image(argv: Sequence[str]) -> ExitCode:
@@ -119,6 +119,8 @@ def segment_image(argv: Sequence[str]) -> ExitCode:
             f"{given.image}: this is a folder. For a BIDS dataset, run `bids_varaug BIDS_DIR OUTPUT_DIR participant`; "
             "here, pass one image."
         )
+    if not given.image.is_file():
+        raise NoInputError(f"{given.image}: no such file, or a link to content that is not here (`datalad get` it).")
     from bids_varaug import api  # --help must not wait for torch
 
     options = vars(given) | {"members": split_members(given.members)}

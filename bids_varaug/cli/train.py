@@ -62,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", nargs="+", metavar="[STAGE=]N", default=[],
         help="steps of each stage, or of one: coarse and medium (the body alone), fine, decay")
     add("--channels", type=int, nargs="+", help="network width at each level")
+    add = parser.add_argument_group("FastSurfer").add_argument
+    add("--architecture", choices=("unet", "fastsurfer-vinn"), default="unet",
+        help="fastsurfer-vinn trains one plane on pairs of T1w image and aparc.DKTatlas+aseg, and writes checkpoints "
+        "for bids_varaug-convert to ENSEMBLE_DIR/MEMBER (default: %(default)s)")
+    add("--plane", choices=("coronal", "axial", "sagittal"), help="of fastsurfer-vinn")
+    add("--epochs", type=int, default=70, metavar="N", help="of fastsurfer-vinn (default: %(default)s)")
+    add("--start-from", metavar="DIR", help="ensemble of fastsurfer-vinn whose baseline to train on, instead of from "
+        "random weights")
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto",
         help="auto, cpu, cuda, cuda:N, or several, comma-separated, which share the members (default: %(default)s)")
@@ -114,6 +122,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     # Also without --omp-nthreads: numba does not know OMP_NUM_THREADS.
     use_threads(arguments.omp_nthreads or torch.get_num_threads())
     ids = choose_members(arguments)
+    if arguments.architecture == "fastsurfer-vinn":
+        return train_planes(arguments, ids)
     devices = [resolve_device(name) for name in arguments.device.split(",")] * max(1, arguments.jobs)
     label_maps = find_label_maps(arguments.labels_dir)
     n_train = len(label_maps) - arguments.hold_out
@@ -144,6 +154,31 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         subjects = load_subjects(held_out, scheme, devices[0])
         ensemble = trainer.calibrate_ensemble(subjects, [path.name for path in held_out])
         print(f"Temperature {ensemble.temperature}", file=sys.stderr)
+
+
+def train_planes(arguments: argparse.Namespace, ids: Sequence[str]) -> None:
+    """Train a plane of FastSurfer's network for each member; `UsageError` without a plane, or for another start."""
+    from bids_varaug.machine import resolve_device
+    from bids_varaug.models.ensemble import load_ensemble
+    from bids_varaug.models.fastsurfer import load_trained
+    from bids_varaug.training.labels import find_label_maps
+    from bids_varaug.training.plane import PlaneRecipe, load_heads, train_plane
+    from bids_varaug.training.recipe import plan_member
+
+    if arguments.plane is None:
+        raise UsageError("--architecture fastsurfer-vinn needs --plane coronal, axial or sagittal.")
+    recipe, start = PlaneRecipe(arguments.plane, epochs=arguments.epochs), None
+    if arguments.start_from is not None:
+        ensemble = load_ensemble(arguments.start_from)
+        if not ensemble.is_fastsurfer or ensemble.baseline is None:
+            raise UsageError(f"--start-from {arguments.start_from}: no FastSurfer ensemble with a baseline.")
+        start = load_trained(ensemble, ensemble.baseline)[recipe.plane]
+    heads = load_heads(find_label_maps(arguments.labels_dir), recipe)
+    for member in ids:
+        out = arguments.ensemble_dir / member / f"{recipe.plane}.pkl"
+        if not arguments.resume:
+            out.unlink(missing_ok=True)
+        train_plane(recipe, heads, plan_member(member), out, start, resolve_device(arguments.device))
 
 
 def choose_members(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.filebasedimages import FileBasedHeader
 
-from bids_varaug.derivatives.names import OUTPUTS
+from bids_varaug.derivatives.names import ending_of, prefix_of
 from bids_varaug.errors import UserError
 from bids_varaug.files import replacing, write_text
 
@@ -29,15 +32,19 @@ def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> 
 
 
 def write_image(
-    data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader | None = None, slope: float = 1.0
-) -> Path:
+    data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader | None = None, slope: float = 1.0,
+    **fields: Any,
+) -> Path:  # fmt: skip
     """Write a NIfTI image, compressed where the name ends in ``.gz``; returns `path`.
 
     Data (X, Y, Z) or (X, Y, Z, N) keep their type; bool becomes uint8. Of a `numpy.memmap`, one volume at a time is in
-    memory. Stored values x `slope` are values: 1/255 keeps a probability in a byte. See `image_header` for the rest.
+    memory. Stored values x `slope` are values: 1/255 keeps a probability in a byte. `fields` are more of the header
+    (``cal_max``, ``intent_code``); see `image_header` for the rest.
     """
     dtype = np.dtype(np.uint8) if data.dtype == bool else data.dtype
     header = image_header(data.shape, dtype, affine, source_header, slope)
+    for name, value in fields.items():
+        header[name] = value
     volumes = [data] if data.ndim == 3 else np.moveaxis(data, 3, 0)
     with replacing(path) as raw:
         # No name and no time in gzip's header, for equal bytes.
@@ -50,6 +57,28 @@ def write_image(
                 for z in range(0, data.shape[2], SLAB):
                     stream.write(whole[..., z : z + SLAB].astype(dtype.newbyteorder("<")).tobytes(order="F"))
     return Path(path)
+
+
+def in_steps(values: np.ndarray, step: float) -> np.ndarray:
+    """Values as whole numbers of steps, int16: to the nearest, ties to the even one; ValueError where that is too many.
+
+    >>> in_steps(np.array([0.25, 1.1]), 1 / 8).tolist()
+    [2, 9]
+    """
+    steps = np.rint(values / np.float32(step))
+    if np.abs(steps).max(initial=0) > np.iinfo(np.int16).max:
+        raise ValueError(f"{np.abs(values).max():g} has too many steps of {step:g} for int16")
+    return steps.astype(np.int16)
+
+
+def fitting_step(values: np.ndarray) -> float:
+    """Power of 2 of which the largest value has 2048 to 4096: spread may be of any magnitude.
+
+    >>> fitting_step(np.array([0.0, 0.4])) == 1 / 8192
+    True
+    """
+    largest = float(np.abs(values).max(initial=0))
+    return math.ldexp(1.0, math.frexp(largest)[1] - 12) if largest else 1.0
 
 
 def image_header(
@@ -103,7 +132,7 @@ def with_bids_labels(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(participant_id=plain, source_id=ids)
 
 
-ENDING = OUTPUTS["members_tsv"].name("")
+ENDING = ending_of("members_tsv")
 COLUMNS = ["member", "family", "index", "name", "volume"]
 Structures = tuple[tuple[int, str], ...]
 
@@ -169,10 +198,10 @@ def read_regions(
     `images` are the entities of the images that count (``sub-01_ses-1``) to their participant; default all. Also
     returns, for other images, why their tables cannot be read; verdict is missing (NaN) in tables of older versions.
     """
-    ending, needed = OUTPUTS["regions_tsv"].name(""), dict.fromkeys(["name", *columns])
+    ending, needed = ending_of("regions_tsv"), dict.fromkeys(["name", *columns])
     tables, unreadable = [pd.DataFrame()], {}
     for path in sorted(Path(output_dir).glob(f"sub-*/**/*{ending}")):
-        image = path.name.removesuffix(ending)
+        image = prefix_of(path.name)
         if images is not None and image not in images:
             continue
         try:
@@ -189,6 +218,17 @@ def read_regions(
         tables.append(table.assign(image=image, participant=participant))
     table = pd.concat(tables, ignore_index=True)
     return table.reindex(columns=list(dict.fromkeys([*needed, "verdict", "image", "participant"]))), unreadable
+
+
+def read_mask_volumes(output_dir: Path) -> dict[str, float]:
+    """Volume of the brain mask [mm3] by image, of those whose sidecar tells it."""
+    ending, volumes = ending_of("regions_tsv").removesuffix(".tsv") + ".json", {}
+    for path in Path(output_dir).glob(f"sub-*/**/*{ending}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            volumes[prefix_of(path.name)] = float(
+                json.loads(path.read_text(encoding="utf-8"))["Volumes"]["brain_mask"]["Value"]
+            )
+    return volumes
 
 
 def summarise_regions(output_dir: Path, images: Mapping[str, str] | None = None) -> dict[str, dict[str, float]]:

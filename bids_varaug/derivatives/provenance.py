@@ -15,6 +15,7 @@ from bids_varaug.derivatives.sidecars import SLOPPY_NOTE, TOOL
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
+from bids_varaug.registration.space import SPACE
 
 ENSEMBLE_KEY = "Ensemble"
 """Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
@@ -171,11 +172,12 @@ def _sidecars(output_dir: Path) -> dict[Path, Path]:
     """Sidecar that tells most about each image, by the path that its outputs begin with."""
     found = {}
     for key in ("consensus_dseg", "members_tsv"):  # the first and the last that are written
-        output = names.OUTPUTS[key]
-        ending = output.name("").removesuffix(output.extension) + ".json"
+        ending = names.ending_of(key).removesuffix(names.OUTPUTS[key].extension) + ".json"
         for folder in ("sub-*/anat", "sub-*/ses-*/anat"):
             for path in output_dir.glob(f"{folder}/*{ending}"):
-                found[path.with_name(path.name.removesuffix(ending))] = path
+                if f"_space-{SPACE}_" in path.name:  # of the same image
+                    continue
+                found[path.with_name(names.prefix_of(path.name))] = path
     return found
 
 
@@ -192,7 +194,7 @@ def _difference(theirs: Origin, ours: Origin) -> str:
 
 
 def check_same_origin(origins: Iterable[Origin]) -> None:
-    """Refuse other ensembles, versions, grids, or weights of a member, with every value and the files that say so."""
+    """Refuse other ensembles, versions or weights of a member, with every value and the files that say so."""
     said: dict[str, dict[object, list[str]]] = {}
     for origin in origins:
         for what, value in origin.facts().items():

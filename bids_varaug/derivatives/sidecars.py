@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from bids_varaug.derivatives import names
 from bids_varaug.derivatives.io import write_table
 from bids_varaug.derivatives.names import Run, ScanRequest
 from bids_varaug.files import write_json, write_text
-from bids_varaug.models.ensemble import BASELINE, Member
+from bids_varaug.models.ensemble import BASELINE, Label, Member
 from bids_varaug.variability.quality import VERDICTS
 
 BIDS_VERSION = "1.10.0"
@@ -26,7 +27,8 @@ TOOL = "bids_varaug"
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
-SLOPPY_NOTE = "Made with --sloppy (2 mm, two members): for tests and demos only."
+LABEL_COLUMNS = ["index", "name", "abbreviation", "color", "mapping"]
+SLOPPY_NOTE = "Made with --sloppy (2 mm grid): for tests and demos only."
 
 
 def package_versions() -> dict[str, str]:
@@ -48,9 +50,9 @@ def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = Fals
     except (OSError, ValueError, TypeError):  # absent or damaged, which is the validator's business
         source = {}
     link = raw_link(bids_dir, output_dir)
-    container = _container()
     generated: dict[str, Any] = {"Name": TOOL, "Version": __version__}
-    generated |= ({"Description": SLOPPY_NOTE} if sloppy else {}) | ({"Container": container} if container else {})
+    known = {"Description": SLOPPY_NOTE if sloppy else None, "CodeURL": code_url(), "Container": _container()}
+    generated |= {key: value for key, value in known.items() if value}
     doi = source.get("DatasetDOI")
     bare = doi.removeprefix("doi:").removeprefix("https://doi.org/") if isinstance(doi, str) else ""
     origin = {"URL": f"https://doi.org/{bare}", "DOI": bare} if bare else {"URL": link}
@@ -66,6 +68,15 @@ def dataset_description(bids_dir: Path, output_dir: Path, *, sloppy: bool = Fals
     if isinstance(source.get("License"), str):
         description["License"] = source["License"]
     return description
+
+
+def code_url() -> str | None:
+    """Address of the source code, as ``pyproject.toml`` gives it to an installation; None where it gives none."""
+    try:
+        urls = importlib.metadata.metadata(TOOL).get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((url for name, _, url in (text.partition(", ") for text in urls) if name == "Repository"), None)
 
 
 def _container() -> dict[str, str]:
@@ -89,10 +100,10 @@ def sidecar(
 
     `member` is an id or a family, where the output is of one alone.
     """
-    output = names.OUTPUTS[key]
+    output = names.ALL_OUTPUTS[key]
     raw = f"bids:raw:{request.scan.relative}"
     content: dict[str, Any] = {"Description": output.description, "Sources": [raw]}
-    if output.extension != ".tsv":
+    if output.extension != ".tsv" and not output.in_space:
         # The grid is the T1w's own and the name has no 'space', so the reference is named here.
         content |= {"SpatialReference": raw, "Resolution": "Grid of the T1w image"}
     of_suffix: dict[str, dict[str, Any]] = {
@@ -100,11 +111,12 @@ def sidecar(
         "mask": {"Type": "Brain" if key == "brain_mask" else "ROI"},
         "probseg": {"LabelMap": [label.name for label in request.ensemble.labels]},
         "statmap": {"SkullStripped": skull_stripped, "Units": output.units},
+        "T1w": {"SkullStripped": skull_stripped},
     }
     content |= of_suffix.get(output.suffix, {})
     members = _members_behind(request, key, member)
     content["Members"] = [m.id for m in members]
-    if output.suffix in ("statmap", "mask") or key == "consensus_dseg":
+    if output.suffix in ("statmap", "mask", "xfm") or key in ("consensus_dseg", "dseg_in_space"):
         content["MembersPerFamily"] = Counter(m.family for m in members)
     content |= extra or {}
     if request.settings.sloppy:
@@ -117,6 +129,8 @@ def _members_behind(request: ScanRequest, key: str, one: str | None) -> list[Mem
     """Members that an output was computed from; `one` is its member or family."""
     if key.endswith(names.OF_FAMILY):
         return [member for member in request.perturbed if member.family == one]
+    if one == "consensus":
+        return list(request.perturbed)
     if one or key == "ieee_dseg":
         return [member for member in request.members if member.id == (one or BASELINE)]
     return list(request.members if key == "members_tsv" else request.perturbed)
@@ -167,5 +181,17 @@ def write_dataset_files(run: Run) -> None:
     text = "What each desc- entity stands for; members with their checkpoints."
     write_json({"Description": text} | describe_columns(names.table_columns("members")), path.with_suffix(".json"))
     # Without a sidecar: BIDS would let every segmentation inherit its Description.
-    table = pd.DataFrame([(label.index, label.name) for label in run.ensemble.labels], columns=["index", "name"])
-    write_table(table, output_dir / names.LOOKUP_TABLE)
+    write_table(labels_table(run.ensemble.labels), run.lookup_table)
+
+
+def labels_table(labels: Iterable[Label]) -> pd.DataFrame:
+    """Labels with the columns that BIDS gives a lookup table; ``mapping`` is to its labels of tissues.
+
+    Structures that ``data/aseg31.tsv`` does not know have neither abbreviation nor mapping.
+    """
+    with (files("bids_varaug") / "data" / "aseg31.tsv").open(encoding="utf-8") as stream:
+        known = pd.read_csv(stream, sep="\t", dtype={"mapping": "Int64"})
+    table = pd.DataFrame([vars(label) for label in labels])
+    # Manifests spell the background in small letters.
+    known = known.set_index(known["name"].str.casefold()).reindex(table["name"].str.casefold()).reset_index(drop=True)
+    return table.assign(abbreviation=known["abbreviation"], mapping=known["mapping"])[LABEL_COLUMNS]

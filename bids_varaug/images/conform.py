@@ -225,16 +225,21 @@ def prepare_head(path: Path, voxel_size: float, multiple: int, trust: str | None
     The head is (X, Y, Z) float32, of any unit, on a grid of `voxel_size` mm; its sides are multiples of `multiple`.
     """
     native = load_t1w(path, trust)
-    whole = conform(native, voxel_size)
+    whole, foreground, warnings = examine(native, voxel_size)
     box = head_box(whole.data, voxel_size, multiple)
+    grids = whole.data.shape, whole.affine, native.data.shape, native.affine
+    return extract(whole.data, box), Geometry(voxel_size, box, *grids, foreground, warnings)
+
+
+def examine(native: Volume, voxel_size: float) -> tuple[Volume, float, tuple[str, ...]]:
+    """Conform an image; return it, the volume of the foreground [mm3], and what its grid says against it."""
+    whole = conform(native, voxel_size)
     mask = uncut = head_mask(whole.data, voxel_size)
     if is_oblique(native.affine):  # the corners that straightening adds are no part of the head
         uncut = head_mask(conform(native, voxel_size, straighten=False).data, voxel_size)
     cropped = is_probably_cropped(uncut, voxel_size)
     warnings = native.warnings + ((cropped,) if cropped else ())
-    volume = float(mask.sum()) * voxel_volume(whole.affine)
-    grids = whole.data.shape, whole.affine, native.data.shape, native.affine
-    return extract(whole.data, box), Geometry(voxel_size, box, *grids, volume, warnings)
+    return whole, float(mask.sum()) * voxel_volume(whole.affine), warnings
 
 
 def conform(volume: Volume, voxel_size: float, straighten: bool = True) -> Volume:

@@ -20,6 +20,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 from scipy.linalg import polar
 
 from bids_varaug.errors import ScanError
@@ -32,7 +33,8 @@ OBLIQUE = 5.0  # degrees between an axis of the image and of the scanner, beyond
 
 _TEMPLATES = {3: "Talairach", 4: "MNI152", 5: "another template"}
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of xyzt_units; all others: mm
-_FIX = "Correct the header (fslorient, nibabel, dcm2niix), or choose with --trust sform|qform."
+_CORRECT = "Correct the header (fslorient, nibabel, dcm2niix)"
+_FIX = f"{_CORRECT}, or choose with --trust sform|qform."
 
 
 def voxel_volume(affine: np.ndarray) -> float:
@@ -81,7 +83,8 @@ def choose_affine(name: str, header: nib.Nifti1Header, trust: str | None = None)
     unit, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     forms = {form: affine for form in given if (affine := _form(header, form, mm)) is not None}
     if not forms:
-        raise ScanError(f"{name}: the affine has NaN or infinite values, or is singular ({', '.join(given)}). {_FIX}")
+        damaged = f"the affine has NaN or infinite values, or is singular ({', '.join(given)})"
+        raise ScanError(f"{name}: {damaged}. {_CORRECT}.")
     chosen, warnings = _choose_form(name, forms, codes) if len(forms) == 2 else (next(iter(forms)), [])
     if len(forms) < len(given):
         warnings.append(f"Only the {chosen} of the header can be used; the other is damaged.")
@@ -151,7 +154,6 @@ _MAX_GZIP_RATIO = 1032
 _MAX_TRAILING_BYTES = 1 << 26
 _CANNOT_READ = (HeaderDataError, ImageFileError, EOFError, zlib.error, OSError, OverflowError, ValueError, MemoryError)
 _AGAIN = "Fetch or convert it again."
-_FILTER = "filter it out with --bids-filter-file."
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,24 @@ class Volume:
     warnings: tuple[str, ...] = ()  # where the header was not taken at its word
 
 
+@dataclass(frozen=True)
+class StoredVolume:
+    """One image volume as its file has it."""
+
+    name: str
+    data: np.ndarray  # (X, Y, Z), values and type as stored
+    slope: float | None
+    intercept: float | None
+    affine: np.ndarray  # as of `Volume`
+    sizes: np.ndarray  # (3,) float32, of the voxels, mm; the header's, unless the affine contradicts them
+    warnings: tuple[str, ...]
+
+    @property
+    def values(self) -> np.ndarray:
+        """What the stored numbers stand for; of the type stored where nothing scales them."""
+        return apply_read_scaling(self.data, self.slope, self.intercept)
+
+
 def load_t1w(path: Path, trust: str | None = None) -> Volume:
     """Read a T1w image from ``.nii`` or ``.nii.gz``; intensities are as `standardise` leaves them.
 
@@ -171,6 +191,19 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
     does not say where left and right are; is too large for the memory; or its voxels or field of view cannot be those
     of a head.
     """
+    return standardise_volume(read_t1w(path, trust))
+
+
+def standardise_volume(stored: StoredVolume) -> Volume:
+    """Bring intensities to one scale; a `ScanError` where values wrapped around."""
+    # Slope and intercept would only round what `standardise` undoes.
+    data = standardise(stored.data, negative=(stored.slope or 1) < 0)
+    _check_continuity(stored.name, data, stored.data)
+    return Volume(data, stored.affine, stored.warnings)
+
+
+def read_t1w(path: Path, trust: str | None = None) -> StoredVolume:
+    """Read a T1w image as it is stored; arguments and errors, but for values that wrapped, are those of `load_t1w`."""
     path = Path(path)
     try:
         with _open(path) as stream:
@@ -178,22 +211,22 @@ def load_t1w(path: Path, trust: str | None = None) -> Volume:
             shape = _check_shape(path.name, header)
             affine, warnings = choose_affine(path.name, header, trust)
             _check_affine(path.name, affine, shape)
-            slope, _ = header.get_slope_inter()  # raises where they are not finite
+            slope, intercept = header.get_slope_inter()  # raises where they are not finite
             raw = _read_data(path, stream, header, shape)
     except _CANNOT_READ as error:
         reason = f"{type(error).__name__}: {error}"
         raise ScanError(f"{path.name}: cannot be read ({reason}). The file is damaged. {_AGAIN}") from error
     bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
     _refuse(path.name, {
-        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head), or {_FILTER}":
+        f"{bad:,} of {raw.size:,} voxels are NaN or infinite. Replace them (by 0 outside the head).":
             bad > 0,
-        f"every voxel is {raw.flat[0]:g}; the image is empty. Fetch or convert it again, or {_FILTER}":
+        f"every voxel is {raw.flat[0]:g}; the image is empty. {_AGAIN}":
             raw.min() == raw.max(),
     })  # fmt: skip
-    # Slope and intercept would only round what `standardise` undoes.
-    data = standardise(raw, negative=(slope or 1) < 0)
-    _check_continuity(path.name, data, raw)
-    return Volume(data, affine, warnings)
+    _, mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+    sizes, of_affine = (header["pixdim"][1:4] * mm).astype(np.float32), voxel_sizes(affine).astype(np.float32)
+    sizes = sizes if (sizes > 0).all() and _same_sizes(sizes, of_affine) else of_affine
+    return StoredVolume(path.name, raw, slope, intercept, affine, sizes, warnings)
 
 
 def _refuse(name: str, faults: Mapping[str, bool]) -> None:
@@ -205,7 +238,7 @@ def _refuse(name: str, faults: Mapping[str, bool]) -> None:
 
 def _open(path: Path) -> BufferedIOBase:
     _refuse(path.name, {
-        f"a link to content that is not here. Get it with `datalad get {path}`, or {_FILTER}":
+        f"a link to content that is not here. Get it with `datalad get {path}`.":
             path.is_symlink() and not path.exists(),
         f"no such file ({path}).": not path.is_file(),
         "not named .nii or .nii.gz. Convert it to NIfTI.": not path.name.lower().endswith((".nii", ".nii.gz")),
@@ -240,7 +273,7 @@ def _check_shape(name: str, header: nib.Nifti1Header) -> tuple[int, ...]:
     need, bound = BYTES_PER_VOXEL * math.prod(shape) / GIB, memory_bound()
     _refuse(name, {
         f"impossible shape ({text}). {_AGAIN}": any(n < 1 for n in shape),
-        f"{len(shape)}D image ({text}). A T1w must be one volume; split it, or {_FILTER}": math.prod(shape[3:]) > 1,
+        f"{len(shape)}D image ({text}). A T1w must be one volume; split it.": math.prod(shape[3:]) > 1,
         f"the header claims {text} voxels, more than {MAX_VOXELS:,}. If the file is not damaged, crop the image to the "
         "head or resample it to 0.5 mm or coarser.": math.prod(shape) > MAX_VOXELS,
         f"voxels of type {header.get_value_label('datatype')}. A T1w must hold one real number per voxel; convert it "
@@ -261,11 +294,12 @@ def _check_affine(name: str, affine: np.ndarray, shape: tuple[int, ...]) -> None
     _refuse(name, {
         f"the affine is strongly sheared or has absurd values. {fix} resample the image.":
             voxel_volume(affine) < MIN_SQUARENESS * sizes.prod() or np.abs(affine).max() > 1e6,
-        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the image, "
-        f"or {_FILTER} The unit of length counts too (xyzt_units).":
+        f"voxels of {in_mm(sizes, '.3g')}; {finest:g} to {coarsest:g} mm can be segmented. {fix} resample the "
+        "image. The unit of length counts too (xyzt_units).":
             sizes.min() < finest * 0.99 or sizes.max() > coarsest * 1.01,
         f"field of view of {in_mm(extent, '.0f')}; that of a whole head is {smallest:g} to {largest:g} mm along each "
-        f"axis. {fix} crop the image, or {_FILTER}": extent.min() < smallest or extent.max() > largest,
+        f"axis. {fix} {'crop the image' if extent.min() >= smallest else 'use an image of the whole brain'}.":
+            extent.min() < smallest or extent.max() > largest,
     })  # fmt: skip
 
 

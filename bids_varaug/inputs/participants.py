@@ -97,6 +97,9 @@ class People:
         }
 
 
+NOBODY = People(pd.DataFrame(columns=_COLUMNS))
+
+
 def read_people(
     bids_dir: Path, *, age_column: str = "age", sex_column: str = "sex", site_column: str = "site",
     require_age: bool = True, only: str | None = None,
@@ -111,7 +114,7 @@ def read_people(
     path = Path(bids_dir) / "participants.tsv"
     if not path.is_file():
         if not require_age:
-            return People(pd.DataFrame(columns=_COLUMNS))
+            return NOBODY
         fetch = f" To fetch it: {datalad_command(path.parent, [path.name])}" if path.is_symlink() else ""
         need = "Brain age needs it, with the columns participant_id and age (sex and site are optional)"
         raise NoInputError(f"{path}: not found. {need}.{fetch}")

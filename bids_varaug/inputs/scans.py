@@ -112,7 +112,10 @@ def find_scans(settings: Settings) -> Selection:
     filters, sessions = dict(settings.bids_filters.get("t1w", {})), set(settings.session_labels)
     participants = select_participants(settings)
     misnamed = {} if named else dict.fromkeys(_list_participants(bids_dir)[1], BAD_FOLDER)
-    layouts = _open_layouts(bids_dir, participants, settings.bids_database_dir)
+    database = settings.bids_database_dir
+    if settings.dry_run and database is not None and not database.exists():  # it would be made
+        database = None
+    layouts = _open_layouts(bids_dir, participants, database)
     found = _query(layouts, bids_dir, participants, {})
     usable, unusable = _sort_out(bids_dir, found, filters)
     if not usable:

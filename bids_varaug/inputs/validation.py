@@ -30,6 +30,8 @@ OTHERS_CODES = {"PARTICIPANT_ID_MISMATCH"}
 # What the validator says, without a location, of a file that may be a link to what was not fetched.
 FILE_OF_CODE = {"MISSING_DATASET_DESCRIPTION": "/dataset_description.json"}
 
+HINTS = {"TSV_VALUE_INCORRECT_TYPE.age": "BIDS wants a number up to 89, and 89+ of older people"}
+
 # Keys: code, location ("" where it is the whole dataset), message, where given subCode and issueMessage.
 Issue = dict[str, str]
 
@@ -119,7 +121,8 @@ def summarize_errors(errors: Iterable[Issue]) -> str:
     for code, issues in list(by_code.items())[:SHOWN_CODES]:
         files = sorted(issue["location"] or "(dataset)" for issue in issues)
         text = issues[0].get("issueMessage") or issues[0].get("message") or ""
-        reason = f" ({shorten(text, 120, placeholder=' ...')})" if text else ""
+        text = ". ".join(filter(None, (shorten(text, 120, placeholder=" ..."), HINTS.get(code))))
+        reason = f" ({text})" if text else ""
         lines.append(f"  {code}: {some(files, shown=SHOWN_FILES)}{reason}")
     if len(by_code) > SHOWN_CODES:
         lines.append(f"  and {len(by_code) - SHOWN_CODES} other kinds of error")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -39,6 +39,22 @@ class NetworkShape:
     def multiple(self) -> int:
         """Input sides must be multiples of this many voxels."""
         return 2 ** len(self.channels)
+
+
+PLANES = ("coronal", "sagittal", "axial")
+"""In the order in which FastSurfer adds their logits."""
+VINN = "fastsurfer-vinn"
+
+
+@dataclass(frozen=True)
+class VinnShape:
+    """What has to be known to build FastSurferVINN's networks again; its checkpoints have the default sizes."""
+
+    filters: int = 71
+    rim_filters: int = 32  # of the first block, which works on the image's own grid
+    grid: int = 256  # pixels of 1 mm along each side of the grid of the other blocks
+    n_slices: int = 7  # that are seen at once
+    architecture: str = VINN
 
 
 @dataclass(frozen=True)
@@ -81,27 +97,67 @@ class Member:
 
 
 @dataclass(frozen=True)
+class DiceModel:
+    """Expected Dice of a structure from what a segmentation says of itself, see `variability.expected_dice`.
+
+    All act on the logit of the Dice.
+    """
+
+    intercept: float
+    soft_dice: float  # of the logit of the soft Dice
+    pair_dice: float  # of the logit of the members' mean pairwise Dice; 0 where there is one member
+    log_voxels: float  # of the logarithm of the number of voxels
+    low: float  # lower end of the interval, from the expected value
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (all(map(math.isfinite, astuple(self))) and self.low <= self.high):
+            raise ValueError(f"expected Dice {self}")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How the expected Dice was calibrated, on heads that were in no training."""
+
+    several: DiceModel  # of the consensus of two members or more
+    alone: DiceModel  # of one member
+    coverage: float  # of the intervals
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ensemble:
     """Members of one architecture, what they segment, and how they were trained.
 
     The temperature T makes the mean posterior as sure as it is right: p becomes p^(1/T), scaled to sum to 1, on the
-    T1w's own grid. Labels and members' posteriors do not depend on it.
+    T1w's own grid. Labels, volumes and votes do not depend on it.
     """
 
     name: str
     version: str
     directory: Path
-    voxel_size: float  # mm
+    voxel_size: float  # mm; of FastSurfer, the largest
     labels: tuple[Label, ...]  # of class k
-    network: NetworkShape
+    network: NetworkShape | VinnShape
     members: tuple[Member, ...]
     training: dict
     temperature: float = 1.0
+    quality: Quality | None = None  # None where nobody calibrated it
 
     @property
     def baseline(self) -> Member | None:
         """The unperturbed member, if there is one."""
         return next((member for member in self.members if member.is_baseline), None)
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the head box are multiples of this many voxels."""
+        return self.network.multiple if isinstance(self.network, NetworkShape) else 1
+
+    @property
+    def is_fastsurfer(self) -> bool:
+        """Whether the networks are FastSurferVINN's, which have rules of their own from conform to labels."""
+        return isinstance(self.network, VinnShape)
 
 
 def find_ensemble(name: str) -> Path:
@@ -125,15 +181,16 @@ def load_ensemble(name: str) -> Ensemble:
         values = json.loads(path.read_text(encoding="utf-8"))
         if (found := values.pop("format")) != FORMAT:
             raise EnsembleError(f"{path}: made by another version (format {found}, not {FORMAT}). {_GET_ANOTHER}")
-        network, members = values["network"], values["members"]
+        members, quality = values["members"], values.get("quality")
         if any([values.pop("trunk", None), *(member.pop("base", None) for member in members)]):
             raise EnsembleError(f"{path}: made by an earlier version, whose members share a trunk. {_GET_ANOTHER}")
         values |= {
             "directory": folder,
             "voxel_size": float(values["voxel_size"]),
             "labels": tuple(Label(**label) for label in values["labels"]),
-            "network": NetworkShape(**network | {"channels": tuple(network["channels"])}),
+            "network": _network_shape(values["network"]),
             "members": tuple(Member(**member) for member in members),
+            "quality": None if quality is None else _read_quality(**quality),
         }
         ensemble = Ensemble(**values)
         if not 0 < ensemble.temperature < math.inf:
@@ -142,6 +199,20 @@ def load_ensemble(name: str) -> Ensemble:
         raise EnsembleError(f"{path}: damaged manifest ({error}). Install it again.") from error
     _check_members(path, ensemble.members)
     return ensemble
+
+
+def _read_quality(several: dict, alone: dict, coverage: float, heads: Iterable[str]) -> Quality:
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage {coverage}")
+    return Quality(DiceModel(**several), DiceModel(**alone), float(coverage), tuple(heads))
+
+
+def _network_shape(values: dict) -> NetworkShape | VinnShape:
+    if (architecture := values.get("architecture")) == VINN:
+        return VinnShape(**values)
+    if architecture is not None:
+        raise ValueError(f"architecture {architecture}")
+    return NetworkShape(**values | {"channels": tuple(values["channels"])})
 
 
 def _check_members(path: Path, members: Iterable[Member]) -> None:

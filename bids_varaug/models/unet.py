@@ -263,7 +263,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
     """Build a member's network in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
-    path, network = check_member(ensemble, member), build_network(ensemble.network)
+    path, network = check_member(ensemble, member), build_network(cast(NetworkShape, ensemble.network))
     try:
         network.load_state_dict(load_weights(path))
     except (SafetensorError, RuntimeError) as error:

@@ -205,7 +205,8 @@ def sum_variance(x: torch.Tensor, dims: tuple[int, ...], spec: RoundingSpecifica
     with torch_threads():
         run = _add_rows_serial if rows.size < _SMALL else _add_rows_parallel
         run(rows, max(1, min(spec.lanes, n_terms)), spec.rounds_exact, found)
-    variance = spec.per_energy * (spec.of_partial_sum * found[0] + spec.of_operand * found[1])
+    with np.errstate(invalid="ignore"):  # infinite terms: their sums stay as they are
+        variance = spec.per_energy * (spec.of_partial_sum * found[0] + spec.of_operand * found[1])
     return variance.reshape([x.shape[d] for d in kept])
 
 

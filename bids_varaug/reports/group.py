@@ -21,7 +21,7 @@ from bids_varaug.derivatives.names import table_columns
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.files import write_text
 from bids_varaug.reports import plots
-from bids_varaug.reports.html import data_uri, render_page, signed, tabulate
+from bids_varaug.reports.html import data_uri, render_page, run_id, signed, tabulate
 from bids_varaug.variability.longitudinal import summarise_changes
 from bids_varaug.variability.power import ALPHA as POWER_ALPHA
 from bids_varaug.variability.power import MAX_FLIPS
@@ -54,8 +54,10 @@ class Page:
 
     def html(self) -> str:
         """Return the page as one HTML text; every value is escaped."""
-        citation = Citation(self.values["run"]["methods"])
-        return render_page(self.template, citation=citation, sloppy=self.values["run"]["sloppy"], **self.values)
+        run = self.values["run"]
+        about = {"citation": Citation(run["methods"]), "sloppy": run["sloppy"]}
+        about["run_id"] = run_id(run["settings"], run["source"], run["versions"])
+        return render_page(self.template, **about, **self.values)
 
     def save(self, path: Path) -> Path:
         """Write the page as JSON; `load_page` reads it, and gives the same page without fitting."""
@@ -268,7 +270,7 @@ def quality_page(
     outlying = images["distance"] > OUTLYING
     odd = images["odd"] + images["deviation"].map(lambda z: f" {signed(z)}")
     reports = [names.report(output_dir, who.removeprefix("sub-")) for who in images["participant_id"]]
-    links = [path.name if path.exists() else "" for path in reports]
+    links = [{"href": path.name} if path.exists() else {} for path in reports]
     tables = {
         "images": tabulate(
             images.assign(odd=odd.where(outlying)), table_columns("images"), np.where(outlying, "caution", "").tolist(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,15 @@ def render_page(template: str, **values: Any) -> str:
     return render(template, FILTERS, **values)
 
 
+def run_id(*made_of: Any) -> str:
+    """Eight digits that are equal where what a run is made of is equal.
+
+    >>> run_id({"a": 1}, "b") == run_id({"a": 1}, "b") != run_id({"a": 2}, "b")
+    True
+    """
+    return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:8]
+
+
 def data_uri(content: bytes | str, kind: str) -> str:
     """Content of an image as an address that stands in the page; `kind` is "png" or "svg+xml"."""
     content = content.encode() if isinstance(content, str) else content
@@ -29,14 +40,15 @@ def tabulate(
     columns: Mapping[str, Column],
     row_classes: Iterable[str] | None = None,
     orders: Mapping[str, Sequence[str]] | None = None,
-    links: Mapping[str, Sequence[str]] | None = None,
+    links: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
 ) -> dict[str, Any]:
     """Headings and rows of a table as ``parts.table`` of the templates takes them.
 
     Columns without a `Column`, and those of numbers of which none is known, are left out. The form of a `Column` is of
     numbers a format or a name in `FORMS`, of text the class of its cells: "text", "text long" (may be broken into
     lines), "text hash". `orders` gives a column's texts in the order in which they are sorted, where that is not
-    alphabetical; `links` the address that each of its cells leads to, "" for none.
+    alphabetical; `links` where each of its cells leads: its address as "href", for the viewer a structure's "index" and
+    "at" in mm, nothing for none.
     """
     shown = {
         name: column
@@ -50,7 +62,7 @@ def tabulate(
     ]
     for name, addresses in (links or {}).items():
         for row, address in zip(rows, addresses, strict=True):
-            row["cells"][list(shown).index(name)]["href"] = address
+            row["cells"][list(shown).index(name)] |= address
     headings = [
         {"heading": c.heading, "tooltip": c.description, "class": "text" if _is_text(c) else ""} for c in shown.values()
     ]

@@ -9,33 +9,30 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
-from matplotlib.transforms import IdentityTransform
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from PIL import Image
-from scipy.ndimage import map_coordinates
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import map_coordinates, maximum_filter
 
 from bids_varaug.models.ensemble import Label
 
-DPI = 100
 ROWS = (2, 1, 0)  # RAS axes cut, top to bottom: axial, coronal, sagittal
 MARGIN_MM = 4.0
 GAP = 6  # px between tiles
-LEGEND_ROW = 20  # px
-LEGEND_COLUMNS = 9
-BAR_HEIGHT = 66  # px below a mosaic, for its colour bar
+FONT = 17  # px; the page shows mosaics at about 0.7 of their size
+LEGEND_ROW = 24  # px
+LEGEND_COLUMNS = 7
+BAR_HEIGHT = 78  # px below a mosaic, for its colour bar
+BAR_TICKS = 5
+DIMMED = 0.6  # grey below a map, so that single voxels of it are seen
+FIRST_COLOR = 0.3  # of a colour map: what is darker is not seen on grey
 INK = "#e8e8e8"
 SIDE_INK = "#ffd24d"
 PAPER = "#000000"
@@ -57,10 +54,25 @@ class MapStyle:
     negligible: float  # fully transparent
     solid: float  # opaque from here on; below `negligible` where small values matter
     colormap: str  # of matplotlib, perceptually uniform
+    is_dotted: bool = False  # of single voxels, which grow by a pixel to be seen
+
+    def color(self, values: np.ndarray) -> np.ndarray:
+        """Colours (..., 3) float64 in [0, 255] of values (...)."""
+        share = np.clip((values - self.low) / (self.high - self.low), 0, 1)
+        reverse = self.colormap.endswith("_r")
+        share = share * (1 - FIRST_COLOR) if reverse else FIRST_COLOR + share * (1 - FIRST_COLOR)
+        return np.asarray(colormaps[self.colormap](share))[..., :3] * 255
+
+    def alpha(self, values: np.ndarray) -> np.ndarray:
+        """Opacity (...) in [0, 1] of values (...)."""
+        # Holds for maps whose small values matter too: there solid < negligible.
+        return np.clip((values - self.negligible) / (self.solid - self.negligible), 0, 1)
 
 
 MAP_STYLES: dict[str, MapStyle] = {
-    "entropy": MapStyle("Vote entropy", "bit", 0.0, 2.0, 0.0, 0.3, "plasma"),
+    "total_entropy": MapStyle("Total uncertainty", "bit", 0.0, 2.0, 0.4, 1.2, "plasma"),
+    "mutual_information": MapStyle("Mutual information", "bit", 0.0, 0.4, 0.02, 0.1, "plasma"),
+    "entropy": MapStyle("Vote entropy", "bit", 0.0, 2.0, 0.0, 0.3, "plasma", is_dotted=True),
     "sigbits": MapStyle("Significant bits of the consensus label's posterior", "bit", 0.0, 8.0, 8.0, 6.0, "plasma_r"),
     "std": MapStyle("Standard deviation of the consensus label's posterior", "1", 0.0, 0.4, 0.02, 0.06, "plasma"),
 }
@@ -92,7 +104,7 @@ class Mosaic:
         extent = np.diff(self.box)[:, 0] * self.zooms
         self._scale = (max_width - (n_slices + 1) * GAP) / (n_slices * extent[:2].max())  # px per mm
         ras = self._to_ras(t1w)
-        low, high = _window(t1w, labels)
+        low, high = window(t1w, labels)
         self._gray: dict[tuple[int, int], np.ndarray] = {}
         for axis in ROWS:
             for index in self.cuts[axis]:
@@ -119,16 +131,13 @@ class Mosaic:
 
     def draw_map(self, values: np.ndarray, style: MapStyle) -> bytes:
         """Scalar map (X, Y, Z) of the native grid, NaN transparent, with a colour bar."""
-        ras, colormap = self._to_ras(values), colormaps[style.colormap]
-        norm = Normalize(style.low, style.high, clip=True)
+        ras = self._to_ras(values)
 
         def paint(rgb: np.ndarray, axis: int, index: int) -> None:
-            cut = self._slice(ras, axis, index).astype(np.float32)
-            # Holds for maps whose small values matter too: there solid < negligible.
-            alpha = (cut - style.negligible) / (style.solid - style.negligible)
-            alpha = 0.92 * np.clip(np.nan_to_num(alpha, nan=0.0), 0, 1)[..., None]
-            color = np.asarray(colormap(norm(np.nan_to_num(cut))))[..., :3] * 255
-            rgb[:] = np.rint(alpha * color + (1 - alpha) * rgb)
+            cut = np.nan_to_num(self._slice(ras, axis, index).astype(np.float32), nan=style.negligible)
+            cut = maximum_filter(cut, 3) if style.is_dotted else cut
+            alpha = style.alpha(cut)[..., None]
+            rgb[:] = np.rint(alpha * style.color(cut) + (1 - alpha) * DIMMED * rgb)
 
         return self._draw(paint, bar=style)
 
@@ -161,7 +170,6 @@ class Mosaic:
         filled = np.nan_to_num(np.asarray(cut, np.float32), posinf=0, neginf=0)
         return map_coordinates(filled, np.meshgrid(*grid, indexing="ij"), order=order, mode="nearest").T[::-1]
 
-    @matplotlib.style.context("default")
     def _draw(self, paint: Painter, legend: Mapping[str, RGB] | None = None, bar: MapStyle | None = None) -> bytes:
         """Grey slices, each painted over in place, above a legend or a colour bar."""
         legend = legend or {}
@@ -170,45 +178,39 @@ class Mosaic:
         width = len(self.cuts[0]) * (cell + GAP) + GAP
         height = sum(heights.values()) + GAP * (len(ROWS) + 1)
         footer = BAR_HEIGHT if bar else LEGEND_ROW * -(-len(legend) // LEGEND_COLUMNS) + 12 if legend else 0
-        pixels = np.zeros((height, width, 3), np.uint8)
-        figure = Figure(figsize=(width / DPI, (height + footer) / DPI), dpi=DPI, facecolor=PAPER)
-        canvas = FigureCanvasAgg(figure)
-        write = partial(figure.text, color=INK, transform=IdentityTransform())  # at a place in px, from the lower left
+        image = Image.new("RGB", (width, height + footer), PAPER)
+        draw = ImageDraw.Draw(image)
         top = GAP
         for axis in ROWS:
             for column, index in enumerate(self.cuts[axis]):
                 rgb = np.repeat(self._gray[axis, index][..., None], 3, axis=2)
                 paint(rgb, axis, index)
                 left = GAP + column * (cell + GAP)
-                inset = left + (cell - rgb.shape[1]) // 2
-                pixels[top : top + rgb.shape[0], inset : inset + rgb.shape[1]] = rgb
-                self._mark_tile(write, axis, index, left, left + cell, height + footer - top)
+                image.paste(Image.fromarray(rgb), (left + (cell - rgb.shape[1]) // 2, top))
+                self._mark_tile(draw, axis, index, (left, top, left + cell, top + heights[axis]))
             top += heights[axis] + GAP
-        figure.figimage(pixels, 0, footer, origin="upper", zorder=-1)
         if bar:
-            _add_colorbar(figure, write, bar)
+            _add_colorbar(image, draw, bar)
         for number, (name, color) in enumerate(legend.items()):
             row, column = divmod(number, LEGEND_COLUMNS)
-            x, y = 10 + column * width / LEGEND_COLUMNS, footer - 14 - LEGEND_ROW * row
-            patch = Rectangle((x, y - 6), 12, 12, color=[c / 255 for c in color], transform=None, figure=figure)
-            figure.patches.append(patch)
-            write(x + 18, y, name, fontsize=10, va="center_baseline", parse_math=False)
-        return to_png(canvas)
+            x, y = 10 + column * width // LEGEND_COLUMNS, height + 14 + LEGEND_ROW * row
+            draw.rectangle((x, y - 7, x + 14, y + 7), fill=color)
+            draw.text((x + 21, y), name, INK, _font(FONT - 1), "lm")
+        return to_png(image)
 
-    def _mark_tile(self, write: Callable[..., Text], axis: int, index: int, left: int, right: int, top: int) -> None:
-        """Write the slice's position and the sides on a tile."""
+    def _mark_tile(self, draw: ImageDraw.ImageDraw, axis: int, index: int, tile: tuple[int, int, int, int]) -> None:
+        """Write the slice's position and the sides on a tile (left, top, right, bottom), legible on any tissue."""
+        left, top, right, bottom = tile
         middle = (np.array(self._labels.shape) - 1) / 2
         middle[axis] = index
         world = float((self._affine @ [*middle, 1.0])[axis])
-        write(left + 3, top - 3, f"{'xyz'[axis]} = {world:+.0f} mm", va="top", fontsize=8.5)
-        bottom = top - self._gray[axis, index].shape[0] + 2
-        sides = ("P", "A") if axis == 0 else ("L", "R")
-        bold = {"fontweight": "bold", "va": "bottom", "fontsize": 9.5, "color": SIDE_INK}
-        write(left + 3, bottom, sides[0], **bold)
-        write(right - 3, bottom, sides[1], ha="right", **bold)
+        write = partial(draw.text, stroke_width=2, stroke_fill=PAPER)
+        write((left + 4, top + 3), f"{'xyz'[axis]} = {world:+.0f} mm".replace("-", "−"), INK, _font(FONT))
+        for x, side, anchor in zip((left + 4, right - 4), ("PA", "LR", "LR")[axis], ("ls", "rs"), strict=True):
+            write((x, bottom - 5), side, SIDE_INK, _font(FONT + 2, "-Bold"), anchor)
 
 
-def _window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def window(t1w: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Intensities drawn black and white."""
     step = tuple(slice(None, None, max(1, size // 96)) for size in t1w.shape)
     sample = np.nan_to_num(np.asarray(t1w[step], np.float32), posinf=0, neginf=0)
@@ -232,22 +234,31 @@ def draw_contours(rgb: np.ndarray, labels: np.ndarray, colors: Mapping[int, RGB]
             rgb[edge & (labels == index)] = colors[index]
 
 
-def _add_colorbar(figure: Figure, write: Callable[..., Text], style: MapStyle) -> None:
-    width, height = figure.get_size_inches() * DPI
-    axes = figure.add_axes((0.3, (BAR_HEIGHT - 40) / height, 0.4, 14 / height))
-    colors = ScalarMappable(Normalize(style.low, style.high), style.colormap)
-    bar = figure.colorbar(colors, cax=axes, orientation="horizontal", extend="max")
-    bar.outline.set_edgecolor(INK)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.set_title(f"{style.title} [{style.unit}]", color=INK, fontsize=11, pad=5)
+def _add_colorbar(image: Image.Image, draw: ImageDraw.ImageDraw, style: MapStyle) -> None:
+    left, right, top = round(0.3 * image.width), round(0.7 * image.width), image.height - 46
+    values = np.linspace(style.low, style.high, right - left)
+    strip = np.rint(style.color(np.tile(values, (16, 1)))).astype(np.uint8)
+    image.paste(Image.fromarray(strip), (left, top))
+    draw.text((image.width // 2, top - 6), f"{style.title} [{style.unit}]", INK, _font(FONT + 1), "ms")
+    for value in np.linspace(style.low, style.high, BAR_TICKS):
+        x = left + (value - style.low) / (style.high - style.low) * (right - left)
+        text = f"{value:g}" + (" or more" if value == style.high else "")
+        draw.line((x, top + 16, x, top + 20), INK)
+        draw.text((x, top + 23), text, INK, _font(FONT - 1), "ma")
     side = "below" if style.solid > style.negligible else "above"
     hidden = f"fades out {side} {style.solid:g}, transparent at {style.negligible:g}"
-    write(0.72 * width, BAR_HEIGHT - 33, hidden, fontsize=9.5, va="center")
+    draw.text((right + 70, top + 8), hidden, INK, _font(FONT - 1), "lm")
 
 
-def to_png(canvas: FigureCanvasAgg) -> bytes:
-    """Render as RGB without metadata, so that the same pixels give the same file."""
-    canvas.draw()
+@cache
+def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
+    """Font that comes with matplotlib, for equal pixels on any machine; `size` is in px."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{style}.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return a PNG without metadata, so that the same pixels give the same file."""
     stream = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()).save(stream, format="PNG")
+    image.save(stream, format="PNG")
     return stream.getvalue()

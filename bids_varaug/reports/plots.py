@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.reports.html import p_text, signed
@@ -208,25 +209,25 @@ def draw_ranges(volumes: pd.DataFrame, structures: pd.DataFrame, outlying: np.nd
 
 
 @matplotlib.style.context(["default", STYLE, {"axes.edgecolor": BLACK}])
-def draw_volumes(members: pd.DataFrame) -> bytes:
+def draw_volumes(members: pd.DataFrame, narrow: bool = False) -> bytes:
     """PNG of the volumes of every structure, one dot per member, relative to the mean of the members.
 
     The mean is over the perturbed members. The axis is linear within 1 % and logarithmic beyond, so that structures of
     0.3 % and of 30 % spread both show it. With a single member volumes are drawn in mm3 on a logarithmic axis. Columns
-    of `members`: member, family, index, name, volume [mm3].
+    of `members`: member, family, index, name, volume [mm3]. `narrow` is for screens of 400 px.
     """
     order = pair_sides(members.loc[members["index"] != 0, "name"].drop_duplicates())[:MAX_ROWS]
     relative = members["member"].nunique() > 1
-    figure = Figure(figsize=(10.5, 1.05 + 0.235 * len(order)), dpi=130)
+    figure = Figure(figsize=(4.3 if narrow else 10.5, 1.15 + 0.235 * len(order)), dpi=180 if narrow else 130)
     canvas = FigureCanvasAgg(figure)
     height = figure.get_figheight()
-    axes = figure.add_axes((0.22, 0.55 / height, 0.6, 1 - 1.0 / height))
+    axes = figure.add_axes((0.45 if narrow else 0.22, 0.62 / height, 0.37 if narrow else 0.6, 1 - 1.1 / height))
     perturbed = members[members["family"] != BASELINE]
     spread = (members if perturbed.empty else perturbed).groupby("name")["volume"].agg(["mean", "std"])
     for row, (mean, std) in enumerate(spread.loc[order].itertuples(index=False)):
-        share = f"   ± {100 * std / mean:.1f} %" if relative and mean > 0 and not np.isnan(std) else ""
-        text = f"{mean:,.0f} mm³{share}"
-        axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), fontsize=7.5, va="center")
+        share = f"± {100 * std / mean:.1f} %" if relative and mean > 0 and not np.isnan(std) else ""
+        text = share if narrow and relative else f"{mean:,.0f} mm³   {share}".rstrip()
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), fontsize=FONT - 1, va="center")
     # Absent in all perturbed members: nothing to be relative to.
     means = members["name"].map(spread["mean"].where(spread["mean"] > 0))
     x = 100 * (members["volume"] / means - 1) if relative else members["volume"]
@@ -243,11 +244,12 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
     if mine.any():
         axes.plot(x[mine], y[mine], "D", markersize=4.6, mfc="none", mec=BLACK, zorder=4)
         handles += axes.plot([], [], "D", label="ieee (unperturbed)", mfc="none", mec=BLACK)
-    _name_rows(axes, order, 8)
-    axes.tick_params(axis="x", labelsize=8)
+    _name_rows(axes, order, FONT - 0.5)
+    axes.tick_params(axis="x", labelsize=FONT - 1)
     if relative:
         reach = max(1.0, *x[y.notna()].abs().dropna()) * 1.15
-        half = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= reach]
+        shown = (1, 10, 100, 1000) if narrow else (0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000)
+        half = [t for t in shown if t <= reach]
         ticks = [*(-t for t in reversed(half)), 0, *half]
         axes.set_xscale("symlog", linthresh=1.0, linscale=1.0)
         axes.set_xlim(-reach, reach)
@@ -255,12 +257,21 @@ def draw_volumes(members: pd.DataFrame) -> bytes:
         axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     else:
         axes.set_xscale("log")
-    difference = "difference from the mean of the perturbed members [%]  (linear to ±1 %, then logarithmic)"
-    axes.set_xlabel(difference if relative else "volume [mm³]", fontsize=8.5)
-    figure.legend(handles=handles, bbox_to_anchor=(0.21, 1.0), fontsize=8.5, ncols=len(handles))
-    heading = "mean   ± SD" if relative else "volume"
-    figure.text(0.826, 1 - 0.21 / height, heading, fontsize=8.5, va="center")
-    return to_png(canvas)
+        axes.xaxis.set_major_formatter(lambda volume, _: f"{volume:,.0f}")
+        axes.minorticks_off()
+    scale = "linear to ±1 %, then logarithmic"
+    difference = f"difference from the mean of the members [%]{chr(10) if narrow else '  '}({scale})"
+    # Names and axis share the width of a narrow figure.
+    axes.set_xlabel(difference if relative else "volume [mm³]", fontsize=FONT - 1, x=0.2 if narrow else 0.5)
+    figure.legend(
+        handles=handles, bbox_to_anchor=(0.0 if narrow else 0.21, 1.0), fontsize=FONT - (1.5 if narrow else 0),
+        ncols=len(handles), columnspacing=1.0, handletextpad=0.2,
+    )  # fmt: skip
+    if not narrow:
+        heading = "mean   ± SD" if relative else "volume"
+        figure.text(0.826, 1 - 0.21 / height, heading, fontsize=FONT - 1, va="center")
+    canvas.draw()
+    return to_png(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
 
 
 def short_name(name: str) -> str:

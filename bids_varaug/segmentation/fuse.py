@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,12 +21,13 @@ from bids_varaug.errors import UserError
 from bids_varaug.variability.measures import (
     ALL,
     FLOAT32_BITS,
+    calibrate,
     group_members,
     mean_entropy,
+    posterior_entropy,
     region_counts,
     significant_bits,
     suffix_of,
-    unreliable,
     vote_entropy,
 )
 
@@ -191,40 +193,45 @@ def label_slabs(paths: Sequence[Path]) -> Iterator[np.ndarray]:
         yield np.stack(members)
 
 
-_MAPS = {"entropy": np.float32, "std": np.float32, "sigbits": np.float32, "unreliable": np.bool_}
+MAPS = ("entropy", "std", "sigbits", "total_entropy", "mutual_information")
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Consensus of an ensemble and how its members disagree about it, on the head box.
+    """Consensus of an ensemble and how unsure it is and its members are, on the head box.
 
-    Maps (X, Y, Z) of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more. With
-    one member there is no spread: entropy and std are 0 and mean nothing.
+    Maps (X, Y, Z) float32 of all perturbed members and, with ``_FAMILY`` after the name, of each family of two or more:
 
-    - entropy : float32, bit, of the votes
-    - std : float32, of the posteriors of the consensus label (sample, n - 1)
-    - sigbits : float32, bit, of the same posteriors; 24 where the members agree exactly
-    - unreliable : bool, where less than `variability.measures.UNRELIABLE_BELOW` voted for the consensus label
+    - entropy : bit, of the votes
+    - std : of the posteriors of the consensus label (sample, n - 1)
+    - sigbits : bit, of the same posteriors; 24 where the members agree exactly
+    - total_entropy : bit, of the mean posterior, calibrated
+    - mutual_information : bit, total_entropy minus the mean entropy of the members' posteriors, each calibrated alike
+
+    With one member there is no spread: entropy, std and mutual_information are 0 and mean nothing. A temperature above
+    1, and the mean, do not commute: where mutual_information would be negative by that, it is 0.
     """
 
-    mean: SparsePosterior  # mean posterior; its labels are the consensus, ties go to the lower class
+    mean: SparsePosterior  # mean posterior, not calibrated; its labels are the consensus, ties go to the lower class
     maps: dict[str, np.ndarray]
+    soft_dice: np.ndarray  # (K,) of consensus and calibrated mean posterior, see `variability.expected_dice`
 
 
-def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -> Fusion:
+def fuse_members(
+    paths: Sequence[Path], families: Sequence[str] | None = None, temperature: float = 1.0, family_maps: bool = False
+) -> Fusion:
     """Average the posteriors of the perturbed members and measure how they differ.
 
     `paths` are one posterior file or more, see `save_posterior`; `families` are those of the members, see
-    `group_members` (None takes all for perturbed). `UserError` if a file is damaged, or boxes or classes differ.
+    `group_members` (None takes all for perturbed); `temperature` is that of the ensemble. Of families all maps are made
+    if `family_maps`, else the entropy alone. `UserError` if a file is damaged, or boxes or classes differ.
     """
     groups = {ALL: list(range(len(paths)))} if families is None else group_members(families)
     groups = {group: members for group, members in groups.items() if group == ALL or len(members) > 1}
     labels = np.zeros(check_same_box(paths), np.uint8)
-    maps: dict[str, np.ndarray] = {}
-    for group in groups:
-        maps |= {name + suffix_of(group): np.zeros(labels.shape, dtype) for name, dtype in _MAPS.items()}
-        maps["sigbits" + suffix_of(group)] += FLOAT32_BITS
-    rows = []
+    names = [n + suffix_of(g) for g in groups for n in (MAPS if g == ALL or family_maps else ("entropy",))]
+    maps = {n: np.full(labels.shape, FLOAT32_BITS if n.startswith("sigbits") else 0.0, np.float32) for n in names}
+    rows, overlap = [], np.zeros(())
     for slabs in split_slabs(len(labels)):
         total: csr_array | float = 0.0
         for m in groups[ALL]:
@@ -233,53 +240,98 @@ def fuse_members(paths: Sequence[Path], families: Sequence[str] | None = None) -
         labels[slabs] = mean.labels
         rows.append(mean.rows)
         voxels = mean.stored.reshape(mean.labels.shape)
-        for name, values in _spread(paths, groups, slabs, mean).items():
+        spread, expected = _spread(paths, groups, slabs, mean, temperature, family_maps)
+        for name, values in spread.items():
             maps[name][slabs][voxels] = values
-    return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), maps)
+        overlap = overlap + expected
+    inside, size, mass = overlap
+    with np.errstate(invalid="ignore"):
+        soft_dice = 2 * inside / np.where(size + mass > 0, size + mass, np.nan)
+    return Fusion(SparsePosterior(labels, vstack(rows, format="csr")), maps, soft_dice)
 
 
 def _spread(
-    paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice, mean: SparsePosterior
-) -> dict[str, np.ndarray]:
-    """Return the values of the maps, each (N,), at the voxels that the mean stores."""
+    paths: Sequence[Path], groups: Mapping[str, Sequence[int]], slabs: slice, mean: SparsePosterior, temperature: float,
+    family_maps: bool,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the values of the maps, each (N,), at the voxels that the mean stores, and what makes up the soft Dice.
+
+    That is (3, K), of each class: posterior within the consensus structure, voxels of that, posterior everywhere.
+    """
     voxels = np.flatnonzero(mean.stored)
-    consensus = mean.labels.ravel()[voxels]
-    tallies = {group: _Tally(len(voxels), mean.rows.shape[1]) for group in groups}
+    consensus, n_classes = mean.labels.ravel()[voxels], mean.rows.shape[1]
+    sizes = len(voxels), n_classes
+    tally_of_all = _Tally(*sizes, temperature)
+    tallies: dict[str, _Votes] = {
+        group: tally_of_all if group == ALL else _Tally(*sizes, temperature) if family_maps else _Votes(*sizes)
+        for group in groups
+    }
     for m in groups[ALL]:
         member = load_posterior(paths[m], slabs)
-        posterior = add_background(member.rows[voxels].toarray())
-        values = posterior[np.arange(len(voxels)), consensus].astype(np.float64)
+        posterior, labels = add_background(member.rows[voxels].toarray()), member.labels.ravel()[voxels]
+        entropy = posterior_entropy(calibrate(posterior, temperature))
         for tally in (tallies[group] for group, members in groups.items() if m in members):
-            tally.add(values, member.labels.ravel()[voxels])
-    spreads = {group: tally.spread(consensus) for group, tally in tallies.items()}
-    return {name + suffix_of(group): values for group, spread in spreads.items() for name, values in spread.items()}
+            tally.add(labels, posterior, consensus, entropy)
+    maps = {
+        name + suffix_of(group): values
+        for group, tally in tallies.items()
+        for name, values in tally.maps(consensus).items()
+    }
+    calibrated = tally_of_all.calibrated
+    inside = np.bincount(consensus, weights=calibrated[np.arange(len(voxels)), consensus], minlength=n_classes)
+    size = np.bincount(consensus, minlength=n_classes)
+    return maps, np.stack([inside, size, calibrated.sum(axis=0, dtype=np.float64)])
 
 
-class _Tally:
-    """Votes of a group of members, and moments of their posterior of the consensus label (Welford's recurrence)."""
+class _Votes:
+    """Votes of a group of members."""
 
     def __init__(self, n_voxels: int, n_classes: int):
-        self.n_members = 0
-        self.mean, self.squares = np.zeros((2, n_voxels))
+        self.n_members, self.voxels = 0, np.arange(n_voxels)
         self.votes = np.zeros((n_voxels, n_classes), np.uint16)
 
-    def add(self, values: np.ndarray, labels: np.ndarray) -> None:
+    def add(self, labels: np.ndarray, posterior: np.ndarray, consensus: np.ndarray, entropy: np.ndarray) -> None:
+        """Count a member: its labels (N,), and for `_Tally` its posterior (N, K) and calibrated entropy (N,)."""
         self.n_members += 1
+        self.votes[self.voxels, labels] += 1
+
+    def maps(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
+        split = self.votes[self.voxels, consensus] < self.n_members
+        entropy = np.zeros(len(consensus), np.float32)
+        entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
+        return {"entropy": entropy}
+
+
+class _Tally(_Votes):
+    """Also the mean posterior, and moments of that of the consensus label (Welford's recurrence)."""
+
+    def __init__(self, n_voxels: int, n_classes: int, temperature: float):
+        super().__init__(n_voxels, n_classes)
+        self.temperature = temperature
+        self.mean, self.squares, self.entropy = np.zeros((3, n_voxels))
+        self.total = np.zeros((n_voxels, n_classes), np.float32)
+
+    def add(self, labels: np.ndarray, posterior: np.ndarray, consensus: np.ndarray, entropy: np.ndarray) -> None:
+        super().add(labels, posterior, consensus, entropy)
+        self.total += posterior
+        self.entropy += entropy
+        values = posterior[self.voxels, consensus].astype(np.float64)
         delta = values - self.mean
         self.mean += delta / self.n_members
         self.squares += delta * (values - self.mean)
-        self.votes[np.arange(len(labels)), labels] += 1
 
-    def spread(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
+    @cached_property
+    def calibrated(self) -> np.ndarray:
+        """Mean posterior (N, K) float32, when all members are added."""
+        return calibrate(self.total / np.float32(self.n_members), self.temperature)
+
+    def maps(self, consensus: np.ndarray) -> dict[str, np.ndarray]:
         std = np.sqrt(self.squares / max(1, self.n_members - 1))
-        votes_for = self.votes[np.arange(len(consensus)), consensus]
-        split = votes_for < self.n_members
-        entropy = np.zeros(len(consensus), np.float32)
-        entropy[split] = vote_entropy(self.votes[split].T, self.n_members)
-        return {
-            "entropy": entropy, "std": std, "sigbits": significant_bits(self.mean, std),
-            "unreliable": unreliable(votes_for, self.n_members),
-        }  # fmt: skip
+        total = posterior_entropy(self.calibrated)
+        information = np.maximum(total - self.entropy / self.n_members, 0)
+        bits = significant_bits(self.mean, std)
+        more = {"std": std, "sigbits": bits, "total_entropy": total, "mutual_information": information}
+        return super().maps(consensus) | more
 
 
 class Summary(NamedTuple):
@@ -287,27 +339,33 @@ class Summary(NamedTuple):
 
     mean: Path  # mean posterior of the consensus, safetensors
     maps: Path  # `Fusion.maps`, .npz
-    counts: Path  # volumes (M, K), intersections (M, M, K) int64 [voxels]; entropy_mean(_FAMILY) (K,) [bit], .npz
+    # Volumes (M, K), intersections (M, M, K) int64 [voxels]; entropy_mean(_FAMILY), uncertainty_mean (K,) [bit];
+    # soft_dice (K,), .npz
+    counts: Path
 
 
 def summarise_members(
-    paths: Sequence[Path], families: Sequence[str], folder: Path, family_maps: bool = False
+    paths: Sequence[Path], families: Sequence[str], temperature: float, folder: Path, family_maps: bool = False
 ) -> Summary:
     """Fuse the perturbed members (the baseline alone where there is none), and count all members.
 
-    `paths` and `families` are those of every member; results go to `folder`, with maps of each family if wanted.
+    `paths` and `families` are those of every member, `temperature` that of the ensemble; results go to `folder`, with
+    maps of each family if wanted.
     """
     files = Summary(folder / "mean.safetensors", folder / "maps.npz", folder / "counts.npz")
-    fusion = fuse_members(paths, families)
+    fusion = fuse_members(paths, families, temperature, family_maps)
     save_posterior(files.mean, fusion.mean)
-    n_classes = fusion.mean.rows.shape[1]
+    labels, n_classes = fusion.mean.labels, fusion.mean.rows.shape[1]
     found = region_counts(label_slabs(paths), len(paths), n_classes)
-    counts = {"volumes": found.volumes, "intersections": found.intersections}
+    uncertainty = mean_entropy(labels, fusion.maps["total_entropy"], n_classes)
+    counts = {
+        "volumes": found.volumes, "intersections": found.intersections,
+        "soft_dice": fusion.soft_dice, "uncertainty_mean": uncertainty,
+    }  # fmt: skip
     for name, values in fusion.maps.items():
         if name.startswith("entropy"):
-            mean = mean_entropy(fusion.mean.labels, values, n_classes)
-            counts[name.replace("entropy", "entropy_mean")] = mean
-    maps = fusion.maps if family_maps else {name: fusion.maps[name] for name in _MAPS}
+            counts[name.replace("entropy", "entropy_mean")] = mean_entropy(labels, values, n_classes)
+    maps = fusion.maps if family_maps else {name: fusion.maps[name] for name in MAPS}
     for file, arrays in ((files.maps, maps), (files.counts, counts)):
         np.savez(file, **arrays)  # type: ignore[arg-type]  # as if arrays were allow_pickle
     return files

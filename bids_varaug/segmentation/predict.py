@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -18,9 +19,13 @@ from bids_varaug.images.conform import Box, Geometry, bounds, enclose, extract
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.machine import keep_freed_memory, release_freed_memory, use_threads
 from bids_varaug.models.ensemble import Member, load_ensemble
+from bids_varaug.models.fastsurfer import load_planes
+from bids_varaug.models.fastsurfer_labels import IDS
 from bids_varaug.models.unet import Features, UNet, load_member
 from bids_varaug.numerics import MonteCarloArithmetic
+from bids_varaug.segmentation.fastsurfer import WHITE
 from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.slices import segment_slices
 
 SLABS = 8  # at once
 RIM = 4  # voxels around the brain whose posterior is kept
@@ -117,34 +122,49 @@ def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[
 
 
 def segment_with_member(
-    head: np.ndarray, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
+    head: np.ndarray, geometry: Geometry, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
 ) -> None:
     """Load a member of the ensemble (or of `round_inference` of it), segment, and write its posterior to `out`.
 
-    The head (X, Y, Z) is float32, on the network grid. `EnsembleError` if the weights are damaged, `ScanError` if the
-    device runs out of memory.
+    The head (X, Y, Z) is float32, on the network grid; for FastSurfer, it is the volume of
+    `images.fastsurfer.prepare_volume`. `EnsembleError` if the weights are damaged, `ScanError` if the device runs out
+    of memory.
     """
-    with _network(ensemble_name, member, device, num_threads, head) as network:
-        with arithmetic_of(member):
-            sparse = segment_volume(network, head)
+    ensemble = load_ensemble(ensemble_name)
+    with _computing(device, num_threads, head):
+        if ensemble.is_fastsurfer:
+            planes = load_planes(ensemble, member, device)
+            sparse = segment_slices(planes, head, geometry.voxel_size, geometry.box, arithmetic_of(member))
+            _warn_of_missing_white(sparse, member)
+        else:
+            network = load_member(ensemble, member, device)
+            with arithmetic_of(member):
+                sparse = segment_volume(network, head)
         save_posterior(out, sparse)
+
+
+def _warn_of_missing_white(sparse: SparsePosterior, member: Member) -> None:
+    missing = [str(white) for white in WHITE if not (sparse.labels == IDS.index(white)).any()]
+    if missing:
+        found = f"no voxel has label {' or '.join(missing)}, the white matter of a side"
+        print(f"WARNING: {member.id}: {found}: cortex that both sides share is all given to the left.", file=sys.stderr)
 
 
 def crop_with_member(
     head: np.ndarray, geometry: Geometry, ensemble_name: str, member: Member, device: str, num_threads: int
 ) -> tuple[np.ndarray, Geometry]:
     """Load a member and cut out what it takes for the brain; see `crop_to_brain`, raises as `segment_with_member`."""
-    with _network(ensemble_name, member, device, num_threads, head) as network:
-        return crop_to_brain(network, head, geometry)
+    with _computing(device, num_threads, head):
+        return crop_to_brain(load_member(load_ensemble(ensemble_name), member, device), head, geometry)
 
 
 @contextmanager
-def _network(ensemble_name: str, member: Member, device: str, num_threads: int, head: np.ndarray) -> Iterator[UNet]:
-    """Load a member; afterwards give back the memory that an idle worker would keep."""
+def _computing(device: str, num_threads: int, head: np.ndarray) -> Iterator[None]:
+    """Use threads and memory as a worker should; afterwards give back the memory that an idle one would keep."""
     keep_freed_memory()
     use_threads(num_threads)
     try:
-        yield load_member(load_ensemble(ensemble_name), member, device)
+        yield
     except torch.OutOfMemoryError as error:
         need = f"not enough memory for a head of {head.shape} voxels"
         raise ScanError(f"{device}: {need}. Use --device cpu or a GPU with more memory.") from error

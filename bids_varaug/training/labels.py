@@ -233,8 +233,8 @@ def merge_labels(labels: np.ndarray, scheme: LabelScheme) -> np.ndarray:
     return merged
 
 
-def load_t1w_of(label_map: Path) -> torch.Tensor | None:
-    """Read the T1w image of a label map, on its grid, as `TrainingSubject` holds it; None without one."""
+def image_of(label_map: Path) -> Path | None:
+    """Find the T1w image beside a label map, which must be on the same grid; None without one."""
     stem = re.split("_dseg|_desc-|_seg-", label_map.name)[0]
     found = sorted(label_map.parent.glob(f"{stem}_T1w.nii*")) or sorted(label_map.parent.glob(f"{stem}_*T1w.nii*"))
     if not found:
@@ -245,6 +245,15 @@ def load_t1w_of(label_map: Path) -> torch.Tensor | None:
             f"{found[0]}: not on the grid of its label map {label_map.name}. Resample one to the other, or leave out "
             "--real-share."
         )
+    return found[0]
+
+
+def load_t1w_of(label_map: Path) -> torch.Tensor | None:
+    """Read the T1w image of a label map, on its grid, as `TrainingSubject` holds it; None without one."""
+    path = image_of(label_map)
+    if path is None:
+        return None
+    image, labels = open_image(path), open_image(label_map)
     data = nib.as_closest_canonical(image).get_fdata(dtype=np.float32)
     inside = np.asanyarray(nib.as_closest_canonical(labels).dataobj) != 0
     (box,) = ndimage.find_objects(inside.view(np.uint8))

@@ -14,8 +14,11 @@ from bids_varaug.models.ensemble import BASELINE, Label
 
 FLOAT32_BITS = 24.0
 """No result computed in float32 has more significant bits."""
-UNRELIABLE_BELOW = 0.75
-"""A voxel is unreliable where fewer than this share of the members chose the consensus label."""
+UNRELIABLE_FROM = 0.37
+"""A voxel is unreliable where its consensus label is wrong with at least this probability.
+
+The smallest with which 45 % of the voxels that it marks were wrong on each of five heads drawn from label maps left out
+of training, docs/experiments/2026-11-30-uncertainty.md."""
 
 
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
@@ -60,12 +63,52 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     return np.clip(bits, 0.0, FLOAT32_BITS).astype(np.float32)
 
 
-def unreliable(votes_for: np.ndarray, n_members: int) -> np.ndarray:
-    """Voxels (...) bool, where a share below `UNRELIABLE_BELOW` of the members chose the consensus label.
+def calibrate(posterior: np.ndarray, temperature: float) -> np.ndarray:
+    """Return ``p^(1/T) / sum_k p_k^(1/T)`` of posteriors p, rows (N, K) float32: less sure where T is above 1.
 
-    `votes_for` (...) integer says how many members chose it.
+    >>> calibrate(np.array([[0.64, 0.36, 0]], np.float32), 2.0).round(3).tolist()  # roots 0.8 and 0.6
+    [[0.5709999799728394, 0.42899999022483826, 0.0]]
     """
-    return np.asarray(votes_for) / n_members < UNRELIABLE_BELOW
+    calibrated = np.array(posterior, np.float32)
+    if temperature != 1:
+        _temper(calibrated, np.float32(1 / temperature))
+    return calibrated
+
+
+@compiled()
+def _temper(rows: np.ndarray, power: np.float32) -> None:
+    for row in rows:
+        total = 0.0
+        for k in range(len(row)):
+            if row[k] > 0:  # few are: a row has 32 classes, and three or four in doubt
+                row[k] = row[k] ** power
+                total += row[k]
+        row /= np.float32(total)
+
+
+def posterior_entropy(posterior: np.ndarray) -> np.ndarray:
+    """Uncertainty about each voxel's label, ``H = -sum_k p_k log2(p_k)`` of rows (N, K) float32: (N,) float32, bit.
+
+    Of the members' mean posterior it is the total uncertainty. The mean H of the members is what each of them is unsure
+    of; the rest, the mutual information of label and member, is what they disagree about (Depeweg et al. 2018, ICML;
+    Kendall & Gal 2017, NeurIPS; of ensembles Lakshminarayanan et al. 2017, NeurIPS).
+
+    >>> posterior_entropy(np.array([[1, 0, 0], [0.5, 0.25, 0.25]], np.float32)).tolist()
+    [0.0, 1.5]
+    """
+    entropy = np.zeros(len(posterior), np.float32)
+    _sum_entropy(np.ascontiguousarray(posterior, np.float32), entropy)
+    return entropy
+
+
+@compiled()
+def _sum_entropy(rows: np.ndarray, entropy: np.ndarray) -> None:
+    for v in range(len(rows)):
+        total = 0.0
+        for p in rows[v]:
+            if 0 < p < 1:
+                total -= p * np.log2(p)
+        entropy[v] = total
 
 
 ALL = "all"
@@ -179,8 +222,29 @@ def significant_bits_lower(volumes: np.ndarray) -> np.ndarray:
     return np.clip(bits, 0.0, FLOAT32_BITS)
 
 
+def general_bits(values: np.ndarray) -> np.ndarray:
+    """Whole bits that every one of M results shares with their mean, (...) float64, of `values` (M, ...).
+
+    ``max k in 0 ... 53 such that |x_i / mean - 1| <= 2^-k for all i``: the ``General`` method of the significantdigits
+    package, which assumes no distribution (Sohier et al. 2021, ACM TOMS 47(2)). 0 where the mean is 0 and not all are.
+
+    >>> general_bits(np.array([[1.0, 2.0, 0.0], [1.25, 2.0, 0.0]])).tolist()
+    [3.0, 53.0, 53.0]
+    """
+    mean = np.mean(values, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        farthest = np.abs(values - mean).max(axis=0)
+        return bits_within(np.where(farthest == 0, 0.0, farthest / np.abs(mean)))
+
+
+def bits_within(relative: np.ndarray) -> np.ndarray:
+    """Whole bits, 0 to 53, that values share with a reference from which they are so far at most, relative to it."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.floor(-np.log2(relative)), 0.0, 53.0)
+
+
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:
-    """Mean vote entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
+    """Mean of an entropy over the voxels of each consensus structure, (K,) float64, bit; NaN where there is none.
 
     `labels` (X, Y, Z) uint8 are the consensus, `entropy` (X, Y, Z) float32 is in bit.
 

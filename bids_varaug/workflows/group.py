@@ -35,11 +35,12 @@ from bids_varaug.errors import FiltersError, UsageError, UserError
 from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
 from bids_varaug.inputs.matching import look_up_people, match_people
-from bids_varaug.inputs.participants import People, read_people
-from bids_varaug.inputs.tables import find_column, participants_where, read_variables, some
+from bids_varaug.inputs.participants import NOBODY, People, read_people
+from bids_varaug.inputs.tables import TableError, find_column, participants_where, read_variables, some
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, applied_page, evaluation_page, load_page, target_page
 from bids_varaug.settings import Settings
+from bids_varaug.workflows.group_maps import write_group_maps
 from bids_varaug.workflows.quality import note, run_info, write_quality
 
 MODEL = "models/brainage.skops"
@@ -77,6 +78,8 @@ def run_group(settings: Settings) -> Path | None:
         print(f"Left out: {name}: {reason}", file=sys.stderr)
     note(notes)
     if settings.dry_run:
+        if settings.target is not None and model is None:
+            _target_data(settings, cohort, volumes, people)
         n_people = cohort.people["participant_id"].nunique()
         print(
             f"{len(cohort)} image(s) of {n_people} participant(s), {len(cohort.names)} features by "
@@ -86,6 +89,8 @@ def run_group(settings: Settings) -> Path | None:
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
     if settings.features_table is None and model is None:
         page = write_quality(settings, everybody, notes)
+        if settings.output_spaces:
+            print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
         if no_brain_age:
             return page
         print(f"For the reliability of the volumes, open {page}.", file=sys.stderr)
@@ -100,7 +105,7 @@ def run_group(settings: Settings) -> Path | None:
 
 def _rewrite_pages(settings: Settings) -> Path | None:
     """Write the pages of the last run again; return the first."""
-    reports = (_report_name(settings.target), names.QUALITY_REPORT)
+    reports = (_report_name(settings.target), names.QUALITY_REPORT, names.MAPS_REPORT)
     saved = {report: (names.logs(settings.output_dir) / report).with_suffix(".json") for report in reports}
     pages = {report: load_page(path) for report, path in saved.items() if path.exists()}
     pages = pages or {reports[0]: load_page(saved[reports[0]])}  # an error that says what is missing
@@ -128,8 +133,8 @@ def _with_ages(settings: Settings, cohort: Cohort, people: People) -> tuple[str 
     return None, replace(cohort.take(known), left_out=cohort.left_out | reasons)
 
 
-def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: People | None, notes: list[str]) -> Path:
-    """Score and fit a model of --target."""
+def _target_data(settings: Settings, cohort: Cohort, volumes: Cohort, people: People | None) -> TargetData:
+    """Features, target and covariates; `UserError` for a target that cannot be predicted."""
     target, variables = str(settings.target), _variables(settings, cohort, people)
     covariates = targets.encode_covariates(volumes, settings.covariates, variables)
     column = None if variables is None else find_column(list(variables), target)
@@ -138,7 +143,13 @@ def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: P
             f"--target {target}: no such column, with one value for each participant, in participants.tsv or the table "
             f"of features. There are: {some([] if variables is None else list(variables))}."
         )
-    data = targets.prepare_target(cohort, target, variables[column], covariates, settings.cv_folds)
+    return targets.prepare_target(cohort, target, variables[column], covariates, settings.cv_folds)
+
+
+def _score_target(settings: Settings, cohort: Cohort, volumes: Cohort, people: People | None, notes: list[str]) -> Path:
+    """Score and fit a model of --target."""
+    data = _target_data(settings, cohort, volumes, people)
+    target = data.name
     dropped = data.cohort.source["told_target"].items()
     _note(notes, [f"Feature {name} is left out: it {why}." for name, why in dropped])
     evaluation = _evaluate(targets.evaluate_target, settings, data)
@@ -247,18 +258,24 @@ def _read(settings: Settings, model: BrainAgeModel | TargetModel | None) -> tupl
     asked: dict[str, Any] = {"require_age": needs_age}
     if model is not None:
         asked["features"] = model.source.get("measured", model.names)
-    people = None  # a table of features may have its own
+    people, read_notes = None, list[str]()  # a table of features may have its own
     if settings.features_table is None:
         path = settings.bids_dir / "participants.tsv"
         unfetched = path.is_symlink() and not path.exists() and model is None and not settings.no_brain_age
-        people = read_people(settings.bids_dir, **columns, require_age=unfetched)
+        try:
+            people = read_people(settings.bids_dir, **columns, require_age=unfetched)
+        except TableError as error:
+            if not settings.no_brain_age or settings.target is not None:
+                raise
+            people = NOBODY
+            read_notes.append(f"Ages, sexes and sites are unknown: {error}")
         progress = partial(tqdm, desc="Reading tables", unit="file", disable=None)
         cohort = gather_cohort(settings.output_dir, people, progress=progress, **asked)
     else:
         if (settings.bids_dir / "participants.tsv").exists():
             people = read_people(settings.bids_dir, **columns, require_age=False)
         cohort = read_features_table(settings.features_table, people, **columns, **asked)
-    return cohort, people, [*(people.notes if people else ()), *cohort.source.get("notes", ())]
+    return cohort, people, [*read_notes, *(people.notes if people else ()), *cohort.source.get("notes", ())]
 
 
 def _select(cohort: Cohort, people: People | None, settings: Settings, notes: list[str]) -> Cohort:
@@ -267,6 +284,8 @@ def _select(cohort: Cohort, people: People | None, settings: Settings, notes: li
     chosen = ~participants.isin(settings.exclude_participant_labels)
     if settings.participant_labels:
         chosen &= participants.isin(settings.participant_labels)
+        if absent := sorted(set(settings.participant_labels) - set(participants)):
+            notes.append(f"--participant-label: no outputs of {some(absent)}.")
     if settings.session_labels:
         sessions = cohort.people["session_id"].fillna("").str.removeprefix("ses-")
         chosen &= sessions.isin(settings.session_labels)

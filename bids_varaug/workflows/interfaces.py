@@ -13,7 +13,7 @@ from nipype.interfaces.base.support import Bunch
 from nipype.interfaces.base.traits_extension import File, InputMultiPath, isdefined, traits
 from safetensors import SafetensorError
 
-from bids_varaug.errors import UserError
+from bids_varaug.errors import ScanError, UserError
 from bids_varaug.workflows.plan import record_finished
 
 # Torch takes seconds to import: what needs it is imported in the worker that runs the step.
@@ -60,16 +60,26 @@ class Conform(_Step):
         voxel_size = traits.Float(mandatory=True, desc="of the network grid, mm")
         multiple = traits.Int(mandatory=True, desc="sides of the head box are multiples of this")
         trust = traits.Enum(None, "sform", "qform", usedefault=True, desc="form of the header to take")
+        whole_voxels = traits.Bool(False, usedefault=True, desc="of FastSurfer: without its half-voxel shift")
+        fastsurfer = traits.Bool(False, usedefault=True, desc="FastSurfer's rules and grid, the others do not count")
 
     class output_spec(TraitedSpec):
-        head_file = File(exists=True, desc="part of the head, .npy float32, network grid")
+        head_file = File(exists=True, desc="part of the head, .npy float32; of FastSurfer, all of it, uint8")
         geometry_file = File(exists=True, desc="grids and box, JSON")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.images.conform import prepare_head
+        from bids_varaug.images.fastsurfer import prepare_volume
 
         inputs = self.inputs
-        head, geometry = prepare_head(Path(inputs.in_file), inputs.voxel_size, inputs.multiple, inputs.trust)
+        path = Path(inputs.in_file)
+        try:
+            if inputs.fastsurfer:
+                head, geometry = prepare_volume(path, inputs.trust, inputs.whole_voxels)
+            else:
+                head, geometry = prepare_head(path, inputs.voxel_size, inputs.multiple, inputs.trust)
+        except ScanError as error:
+            raise ScanError(f"{error} To leave the image out, use --bids-filter-file.") from error
         for warning in geometry.warnings:
             print(f"WARNING: {inputs.in_file}: {warning}", file=sys.stderr)
         if isdefined(inputs.member):
@@ -88,19 +98,20 @@ class SegmentMember(_Step):
 
     class input_spec(_NetworkInput):
         head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
+        geometry_file = File(exists=True, mandatory=True, desc="grids and box, JSON")
 
     class output_spec(TraitedSpec):
         posterior_file = File(exists=True, desc="sparse posterior, safetensors")
 
     def _step(self, folder: Path) -> dict[str, Path]:
+        from bids_varaug.images.conform import Geometry
         from bids_varaug.segmentation.predict import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
+        head, geometry = np.load(inputs.head_file), Geometry.load(Path(inputs.geometry_file))
         where = inputs.device, inputs.num_threads
-        segment_with_member(np.load(inputs.head_file), inputs.ensemble, inputs.member, path, *where)
+        segment_with_member(head, geometry, inputs.ensemble, inputs.member, path, *where)
         return {"posterior_file": path}
-
-
 
 
 class FuseMembers(_Step):
@@ -109,19 +120,42 @@ class FuseMembers(_Step):
     class input_spec(BaseInterfaceInputSpec):
         posterior_files = InputMultiPath(File(exists=True), mandatory=True)
         families = traits.List(traits.Str, mandatory=True, desc="family of each posterior")
+        temperature = traits.Float(mandatory=True, desc="of the ensemble")
         family_maps = traits.Bool(False, usedefault=True, desc="whether to map each family too")
 
     class output_spec(TraitedSpec):
         mean_file = File(exists=True, desc="mean posterior of the consensus, safetensors")
-        maps_file = File(exists=True, desc="entropy, std, sigbits, unreliable on the head box, .npz")
-        counts_file = File(exists=True, desc="volumes, overlaps, mean entropy of all members, .npz")
+        maps_file = File(exists=True, desc="segmentation.fuse.MAPS on the head box, .npz")
+        counts_file = File(exists=True, desc="volumes, overlaps, entropies, soft Dice, .npz")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.segmentation.fuse import summarise_members
 
-        paths = [Path(file) for file in self.inputs.posterior_files]
-        files = summarise_members(paths, self.inputs.families, folder, self.inputs.family_maps)
+        inputs, paths = self.inputs, [Path(file) for file in self.inputs.posterior_files]
+        files = summarise_members(paths, inputs.families, inputs.temperature, folder, inputs.family_maps)
         return {f"{name}_file": path for name, path in files._asdict().items()}
+
+
+class Register(_Step):
+    """Register one posterior to the template."""
+
+    class input_spec(BaseInterfaceInputSpec):
+        posterior_file = File(exists=True, mandatory=True, desc="sparse posterior, safetensors")
+        geometry_file = File(exists=True, mandatory=True)
+        label_ids = traits.List(traits.Int, mandatory=True, desc="of the ensemble's classes, background first")
+        n_iterations = traits.Int(mandatory=True, desc="of the deformation; 0: affine only")
+        name = traits.Str(mandatory=True, nohash=True, desc="of the image, for messages")
+
+    class output_spec(TraitedSpec):
+        registration_file = File(exists=True, desc="registration.transforms.Registration, .npz")
+
+    def _step(self, folder: Path) -> dict[str, Path]:
+        from bids_varaug.registration.register import register_file
+
+        inputs, path = self.inputs, folder / "registration.npz"
+        posterior, geometry = Path(inputs.posterior_file), Path(inputs.geometry_file)
+        register_file(posterior, geometry, inputs.label_ids, inputs.n_iterations, inputs.name, path)
+        return {"registration_file": path}
 
 
 class WriteScan(_Step):
@@ -134,6 +168,7 @@ class WriteScan(_Step):
         maps_file = File(exists=True, mandatory=True)
         counts_file = File(exists=True, mandatory=True)
         posterior_files = InputMultiPath(File(exists=True), mandatory=True)
+        registration_files = InputMultiPath(File(exists=True), desc="of the consensus, then of the perturbed members")
         num_threads = traits.Int(1, usedefault=True, nohash=True)
 
     class output_spec(TraitedSpec):
@@ -151,6 +186,10 @@ class WriteScan(_Step):
         written, warnings = write_scan(
             request, Path(inputs.geometry_file), posteriors, summary, folder, inputs.num_threads
         )
+        if isdefined(inputs.registration_files):
+            from bids_varaug.derivatives.in_space import write_in_spaces
+
+            written += write_in_spaces(request, Path(inputs.geometry_file), inputs.registration_files)
         if warnings:
             warning = f"WARNING: {request.scan.path}: {' '.join(warnings)}"
             print(warning, f"See sub-{request.scan.subject}.html.", file=sys.stderr)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from nipype import MapNode, Node, Workflow
 from nipype.interfaces.base import BaseInterface
-from nipype.interfaces.utility import IdentityInterface, Merge
+from nipype.interfaces.utility import IdentityInterface, Merge, Select
 
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import write_logs
+from bids_varaug.derivatives.freesurfer import check_subjects
 from bids_varaug.derivatives.provenance import check_rerun, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
@@ -27,8 +28,24 @@ from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_partici
 from bids_varaug.machine import caches_below
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
-from bids_varaug.workflows.interfaces import Conform, FuseMembers, SegmentMember, WriteReport, WriteScan
-from bids_varaug.workflows.plan import STEP_GB, Plan, check_memory, is_finished, make_plan, remove_steps, warn_of_disk
+from bids_varaug.workflows.interfaces import (
+    Conform,
+    FuseMembers,
+    Register,
+    SegmentMember,
+    WriteReport,
+    WriteScan,
+)
+from bids_varaug.workflows.plan import (
+    STEP_GB,
+    Plan,
+    check_memory,
+    describe_cost,
+    is_finished,
+    make_plan,
+    remove_steps,
+    warn_of_disk,
+)
 
 # With the version: what another one left in the work directory may be of another kind.
 WORKFLOW_NAME = "bids_varaug_" + re.sub(r"\W", "_", __version__)
@@ -46,11 +63,15 @@ def run_participants(settings: Settings) -> ExitCode:
     check_memory(plan)
     selection = _select(settings)
     check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
+    if settings.freesurfer_dir is not None:
+        check_subjects(settings.freesurfer_dir, selection.scans)
     if settings.dry_run:
         members = ", ".join(member.id for member in plan.members)
         print(f"{len(selection.scans)} T1w image(s), members {members}:")
         for scan in selection.scans:
             print(f"  {scan.relative}")
+        if selection.scans:
+            print(f"This takes {describe_cost(plan, len(selection.scans))}")
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
     write_dataset_files(plan)
     write_logs(plan)
@@ -94,7 +115,8 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     left = {folder.name: prefix for prefix, folder in folders.items() if prefix not in finished}
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
-    progress = plugins.ProgressLog(root, left, len(plan.members), on_written)
+    reports = {f"report_{node_name(who)}": f"report of {who}" for who in (f"sub-{scan.subject}" for scan in scans)}
+    progress = plugins.ProgressLog(root, left, len(plan.members), reports, on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
@@ -168,28 +190,67 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     """Segment one T1w image with every member; ``outputnode.derivatives`` are the files written for it."""
-    settings, threads = plan.settings, plan.settings.omp_nthreads
-    where = {"ensemble": str(plan.ensemble.directory), "device": settings.device, "num_threads": threads}
+    settings, ensemble, threads = plan.settings, plan.ensemble, plan.settings.omp_nthreads
+    where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
     conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
-    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=plan.ensemble.network.multiple)
-    if not settings.sloppy:  # the whole head at 2 mm takes a second: nothing to be gained
+    conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.multiple)
+    conform.inputs.trait_set(fastsurfer=ensemble.is_fastsurfer, whole_voxels=settings.whole_voxels)
+    if not settings.sloppy and not ensemble.is_fastsurfer:  # the head at 2 mm takes a second: nothing to be gained
         conform.inputs.member = plan.locator
-    segment = MapNode(SegmentMember(**where), ["member"], "segment", n_procs=threads, mem_gb=plan.segment_gb)
+    mem_gb = plan.segment_gb_of(scan)
+    segment = MapNode(SegmentMember(**where), ["member"], "segment", n_procs=threads, mem_gb=mem_gb)
     segment.inputs.member = list(plan.members)
     families = [member.family for member in plan.members]
-    fuse = _node(FuseMembers(families=families, family_maps=settings.family_maps), "fuse")
+    fuse = _node(FuseMembers(families=families, temperature=ensemble.temperature), "fuse")
+    fuse.inputs.family_maps = settings.family_maps
     write = _node(WriteScan(request=plan.request(scan), num_threads=threads), "write", threads)
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 
     workflow = Workflow(name)
     workflow.connect([
-        (conform, segment, [("head_file", "head_file")]),
+        (conform, segment, [("head_file", "head_file"), ("geometry_file", "geometry_file")]),
         (conform, write, [("geometry_file", "geometry_file")]),
         (segment, fuse, [("posterior_file", "posterior_files")]),
         (segment, write, [("posterior_file", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"), ("counts_file", "counts_file")]),
         (write, outputnode, [("out_files", "derivatives")]),
     ])  # fmt: skip
+    if settings.output_spaces:
+        register_wf = init_register_wf(plan, scan)
+        workflow.connect([
+            (conform, register_wf, [("geometry_file", "inputnode.geometry_file")]),
+            (fuse, register_wf, [("mean_file", "inputnode.mean_file")]),
+            (segment, register_wf, [("posterior_file", "inputnode.posterior_files")]),
+            (register_wf, write, [("outputnode.registration_files", "registration_files")]),
+        ])  # fmt: skip
+    return workflow
+
+
+def init_register_wf(plan: Plan, scan: Scan) -> Workflow:
+    """Register the consensus, and each perturbed member where there are several, to the template.
+
+    ``outputnode.registration_files`` are in this order; posteriors are those of all members.
+    """
+    inputnode = Node(IdentityInterface(["geometry_file", "mean_file", "posterior_files"]), "inputnode")
+    perturbed = [n for n, member in enumerate(plan.members) if member in plan.perturbed]
+    select = Node(Select(index=perturbed), "perturbed", run_without_submitting=True)
+    posteriors = Node(Merge(2 if len(perturbed) > 1 else 1), "registered", run_without_submitting=True)
+    ids = [int(label.index) for label in plan.ensemble.labels]
+    interface = Register(label_ids=ids, n_iterations=plan.settings.refine, name=scan.path.name)
+    register = MapNode(interface, ["posterior_file"], "register", mem_gb=STEP_GB["register"])
+    outputnode = Node(IdentityInterface(["registration_files"]), "outputnode")
+    workflow = Workflow("template")
+    workflow.connect([
+        (inputnode, posteriors, [("mean_file", "in1")]),
+        (inputnode, register, [("geometry_file", "geometry_file")]),
+        (posteriors, register, [("out", "posterior_file")]),
+        (register, outputnode, [("registration_file", "registration_files")]),
+    ])  # fmt: skip
+    if len(perturbed) > 1:
+        workflow.connect([
+            (inputnode, select, [("posterior_files", "inlist")]),
+            (select, posteriors, [("out", "in2")]),
+        ])  # fmt: skip
     return workflow
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,24 +25,24 @@ from bids_varaug.models.ensemble import (
     select_members,
     sha256_of,
 )
+from bids_varaug.registration.template import find_template_t1w, load_template
 from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-STEP_GB = {"conform": 1.2, "segment": 3.0, "fuse": 1.2, "write": 1.6, "report": 1.0}
+STEP_GB = {"conform": 1.2, "segment": 3.0, "fuse": 1.2, "register": 1.2, "write": 1.6, "report": 1.0}
+FASTSURFER_GB = 2.5  # at 1 mm, in place of "segment"; the sum of logits grows with the number of voxels
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
 POSTERIOR_GB = 0.07
+OUTPUT_GB = 0.04  # derivatives and report of a 256^3 head
+# Processor time on a 256^3 head, s (benchmarks/participant.py on two processors): a pass at 1 mm, and all other steps.
+PASS_S, OTHER_STEPS_S = 9.0, 32.0
 RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
 @dataclass(frozen=True)
 class Plan(Run):
     """A run, and what it takes."""
-
-    @property
-    def voxel_size(self) -> float:
-        """Of the network grid, mm."""
-        return self.ensemble.voxel_size * (2 if self.settings.sloppy else 1)
 
     @property
     def locator(self) -> Member:
@@ -51,7 +52,17 @@ class Plan(Run):
     @property
     def segment_gb(self) -> float:
         """Peak memory of a member on a head of 256 x 256 x 256 mm, GB."""
+        if self.ensemble.is_fastsurfer:
+            return FASTSURFER_GB
         return LIBRARIES_GB + (STEP_GB["segment"] - LIBRARIES_GB) / self.voxel_size**3
+
+    def segment_gb_of(self, scan: Scan) -> float:
+        """Peak memory of a member on one image, GB: FastSurfer's grid is as fine as the image's."""
+        if not self.ensemble.is_fastsurfer:
+            return self.segment_gb
+        from bids_varaug.images.fastsurfer import voxel_size_of
+
+        return LIBRARIES_GB + (FASTSURFER_GB - LIBRARIES_GB) / voxel_size_of(scan.path) ** 3
 
     def request(self, scan: Scan) -> ScanRequest:
         """What is asked for of one scan."""
@@ -62,14 +73,25 @@ def make_plan(settings: Settings) -> Plan:
     """Load the ensemble, choose members and device, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
+    if ensemble.is_fastsurfer and settings.sloppy:
+        raise UsageError("--sloppy: FastSurfer's networks segment on their own grid of at most 1 mm. Leave it out.")
+    if settings.whole_voxels and not ensemble.is_fastsurfer:
+        raise UsageError("--whole-voxels is for FastSurfer's networks; others do not shift images. Leave it out.")
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
     members = select_members(ensemble, settings.members, n_members)
+    counts = Counter(member.family for member in members if not member.is_baseline)
+    if few := [f"{n} of {family}" for family, n in counts.items() if n < (n_members or 0)]:
+        print(f"Note: --n-members {n_members}: ensemble {ensemble.name} has {', '.join(few)}.", file=sys.stderr)
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
-    return Plan(replace(settings, device=device), ensemble, members)
+    template_t1w = None
+    if settings.output_spaces:
+        load_template([int(label.index) for label in ensemble.labels])  # before hours of work
+        template_t1w = find_template_t1w(settings.allow_downloads)
+    return Plan(replace(settings, device=device, template_t1w=template_t1w), ensemble, members)
 
 
 def check_memory(plan: Plan) -> None:
@@ -119,13 +141,30 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     settings = plan.settings
     n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
     there = sum(path.stat().st_size for folder in folders for path in folder.glob("segment/**/*.safetensors"))
-    need = n_images * len(plan.members) * POSTERIOR_GB / plan.voxel_size**3 - there / 1e9
+    need = n_images * _work_gb(plan) - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
         space = f"the members of {n_images} image(s) need about {need:.0f} GB more there, and {free:.0f} GB are free"
         other = "--clean-workdir, which removes those of an image once it is written"
         use = "a smaller --nprocs" if settings.clean_workdir else other
         print(f"WARNING: {settings.work_dir}: {space}. Choose another -w, or use {use}.", file=sys.stderr)
+
+
+def _work_gb(plan: Plan) -> float:
+    """What an image leaves in the work directory, GB."""
+    return len(plan.members) * POSTERIOR_GB / plan.voxel_size**3
+
+
+def describe_cost(plan: Plan, n_images: int) -> str:
+    """Say what so many images take, for heads of 256 mm and processors as those that were measured."""
+    settings = plan.settings
+    at_once = min(settings.nprocs, n_images) if settings.clean_workdir else n_images
+    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {n_images * OUTPUT_GB:.1f} GB of results"
+    if settings.device != "cpu":
+        return f"{disk}. The time on {settings.device} is not known."
+    seconds = n_images * (len(plan.members) * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S) / settings.nprocs
+    time = f"{seconds / 3600:.1f} h" if seconds > 7200 else f"{max(1, round(seconds / 60))} min"
+    return f"about {time} on {settings.nprocs} processor(s), {disk}, for heads of 256 mm."
 
 
 def record_finished(request: ScanRequest, outputs: Sequence[Path], scan_folder: Path) -> None:
@@ -160,5 +199,6 @@ def _text_of(request: ScanRequest) -> str:
     status = scan.path.stat()
     return repr((
         __version__, settings.output_dir, settings.sloppy, settings.write_members, settings.family_maps,
+        settings.whole_voxels, settings.freesurfer_dir, settings.output_spaces, settings.refine,
         scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

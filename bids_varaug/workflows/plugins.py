@@ -35,6 +35,8 @@ SUBMIT_ONLY = ("SLURMGraph", "SGEGraph", "CondorDAGMan")  # end when the jobs ar
 LOG_LEVELS = ("CRITICAL", "INFO", "DEBUG")  # of nipype, without -v, with -v and with -vv
 UNFINISHED = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED,COMPLETING"
 
+WRITING = 3.0  # passes (15 s against 3.5 to 5.4 s a pass, benchmarks/participant.py)
+
 KILLED = (
     "ERROR: a worker process was killed, most likely because memory ran out. Use a smaller --nprocs or --mem (fewer "
     "steps at once), and resume with the same -w."
@@ -236,11 +238,12 @@ class SlurmPlugin(plugins.SLURMPlugin):
 
 @dataclass
 class ProgressLog:
-    """Prints a line when a step ends: what is done, what is left, how long it may take."""
+    """Prints a line when a step ends: the time, what is done, what is left, how long it may take."""
 
     root: Path  # folder of the workflow
     scans: Mapping[str, str]  # folder below it -> what the scan is called
-    n_passes: int  # how many times each scan is segmented
+    n_members: int  # that segment each scan
+    reports: Mapping[str, str] = field(default_factory=dict)  # folder below it -> whose report a step draws
     on_written: Callable[[Path], None] | None = None  # called with the folder of a scan whose derivatives are written
     started: float = field(default_factory=time.monotonic)
     passes_done: set[tuple[str, str]] = field(default_factory=set)
@@ -254,17 +257,17 @@ class ProgressLog:
         # <root>/<scan>/<step>, and below it the members' own; nipype follows links, as the work directory may be.
         folder = Path(node.output_dir()).resolve()
         where, step = (*folder.relative_to(self.root.resolve()).parts, "")[:2]
-        name = self.scans.get(where, where)
+        name = self.scans.get(where, self.reports.get(where, where))
         if name in self.failed:
             return  # some plugins report what they skip as ended
         if status == "exception":
             self.failed.add(name)
-            print(f"{name}: {step or 'step'} failed", file=sys.stderr)
+            _say(f"{name}: {step or 'step'} failed")
         elif step == "segment":
             self._count_passes(name, node.inputs)
         elif step == "write":
             self.written.add(name)
-            print(f"{name}: written ({len(self.written)} of {len(self.scans)} scans)", file=sys.stderr)
+            _say(f"{name}: written ({len(self.written)} of {len(self.scans)} scans)")
             if self.on_written is not None:
                 self.on_written(self.root / where)
 
@@ -276,8 +279,13 @@ class ProgressLog:
         if not new:
             return
         self.passes_done.update((scan, each) for each in new)
-        done, total = len(self.passes_done), len(self.scans) * self.n_passes
-        left = round((time.monotonic() - self.started) / done * (total - done))
+        done, total = len(self.passes_done), len(self.scans) * self.n_members
+        # Consensus, derivatives and report take about as long as so many passes.
+        finished, all_work = done + WRITING * len(self.written), total + WRITING * len(self.scans)
+        left = round((time.monotonic() - self.started) / finished * (all_work - finished))
         duration = f"{left // 60} min {left % 60:02d} s" if left >= 60 else f"{left} s"
-        text = f"{scan}: {', '.join(new)} done ({done} of {total} segmentations, about {duration} left)"
-        print(text, file=sys.stderr)
+        _say(f"{scan}: {', '.join(new)} done ({done} of {total} segmentations, about {duration} left)")
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)

@@ -14,7 +14,7 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.brainage.variability import numerical_variability
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import Citation, cite, write_group_logs
-from bids_varaug.derivatives.io import read_regions, write_table
+from bids_varaug.derivatives.io import read_mask_volumes, read_regions, write_table
 from bids_varaug.derivatives.sidecars import describe_columns, package_versions
 from bids_varaug.files import write_json
 from bids_varaug.inputs.participants import order_sessions
@@ -47,12 +47,14 @@ def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> P
     means = pd.DataFrame(sums.mean(axis=1), columns=measured)
     spread = pd.DataFrame(sums.std(axis=1, ddof=1) if cohort.members is not None else None, columns=measured + "_sd")
     ids = images[["participant_id", "session_id", "image", "n_unreliable", "distance"]]
-    wide = pd.concat([ids, means, spread], axis=1).dropna(axis=1, how="all")
+    wide = pd.concat([ids, means, spread], axis=1)
+    wide.insert(ids.shape[1] + 1, "brain_mask", images["image"].map(read_mask_volumes(settings.output_dir)))
+    wide = wide.dropna(axis=1, how="all")
     for path, table in {"phenotype/volumes": wide, "phenotype/changes": changes, "models/power": power}.items():
         if len(table):
             _write(settings.output_dir / f"{path}.tsv", table)
     citation = cite("quality", has_members=cohort.members is not None, has_changes=len(changes) > 0)
-    run = run_info(settings, cohort, [*notes, *added], citation, {}, "CITATION_quality.md")
+    run = run_info(settings, cohort, [*notes, *added], citation, {}, "CITATION_quality")
     page = quality_page(run, settings.output_dir, images, means, structures, power, changes)
     return page.write(settings.output_dir, names.QUALITY_REPORT)
 
@@ -65,7 +67,7 @@ def note(news: Sequence[str]) -> None:
 
 def run_info(
     settings: Settings, cohort: Cohort, notes: Sequence[str], citation: Citation, shown: Mapping[str, Any],
-    log: str = "CITATION_group.md",
+    log: str = "CITATION_group",
 ) -> RunInfo:  # fmt: skip
     """Write the logs; return what a page says of the run, `shown` among its settings."""
     write_group_logs(settings, citation, log)

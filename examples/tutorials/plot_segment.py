@@ -41,11 +41,11 @@ result.volumes.head(10)
 # How far can they be trusted?
 # ----------------------------
 # ``regions`` has one row for each structure: mean and standard deviation over the members, their
-# coefficient of variation, the smallest Dice overlap between two members, and a verdict with its
-# reason. Five members are the fewest that allow the verdict ``good``.
+# coefficient of variation, the Dice overlap to be expected with labels that an expert draws, and a
+# verdict with its reason. Five members are the fewest that allow the verdict ``good``.
 
-columns = ["volume_mean", "volume_std", "cv", "dice_min", "verdict", "reason"]
-result.regions[columns].sort_values("dice_min").head(8)
+columns = ["volume_mean", "volume_std", "cv", "expected_dice", "verdict", "reason"]
+result.regions[columns].sort_values("expected_dice").head(8)
 
 # %%
 # The structures at the top are the ones to look at first. ``result.warnings`` says the same in
@@ -55,17 +55,18 @@ for warning in result.warnings:
     print("-", warning)
 
 # %%
-# Where do the members disagree?
+# Where may the labels be wrong?
 # ------------------------------
-# ``entropy`` is the entropy of the members' votes in bit: 0 where all agree, 1 where two halves
-# vote for two labels. ``unreliable`` marks the voxels in which more than a quarter of the members
-# voted against the consensus. Both are nibabel images, so nilearn can plot them. A good map shows
-# thin lines along borders; filled patches mean that the members disagree about a whole region.
+# ``uncertainty`` is the entropy of the members' mean posterior in bit: 0 where the label is sure, 1
+# where two labels are equally probable. ``unreliable`` marks the voxels whose label is wrong with a
+# probability of 0.37 or more. Both are nibabel images, so nilearn can plot them. A good map shows
+# lines along borders; filled patches mean that a whole region is in doubt. ``entropy`` shows what
+# members vote differently on.
 
 from nilearn.plotting import plot_stat_map
 
 axial = {"display_mode": "z", "cut_coords": (-30, -12, 6, 24)}
-display = plot_stat_map(result.entropy, bg_img=t1w, cmap="inferno", vmin=0, vmax=2, **axial)
+display = plot_stat_map(result.uncertainty, bg_img=t1w, cmap="inferno", vmin=0, vmax=2, **axial)
 
 # %%
 # What share of the brain is unreliable?

@@ -35,6 +35,13 @@ def test_every_augmentation_and_both_baselines_are_scored(study):
     assert study.scores["mae"].between(study.scores["mae_low"], study.scores["mae_high"]).all()
 
 
+def test_sites_too_few_to_leave_one_out_are_counted(study):
+    assert (study.settings["n_sites"], study.settings["n_sites_left_out"]) == (4, 4)
+    cohort = simulated_cohort(n=30, n_sites=2)
+    few = evaluate_brain_age(cohort, model="ridge", augmentations=("mean",), curve_sizes=(), **QUICK)
+    assert (few.settings["n_sites"], few.settings["n_sites_left_out"]) == (2, 0)
+
+
 def test_each_observation_is_predicted_once_per_augmentation(study):
     counts = study.predictions.groupby("augmentation")["observation"].agg(["size", "nunique"])
     assert (counts == 160).all(axis=None)

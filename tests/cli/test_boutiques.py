@@ -162,6 +162,7 @@ def _example(entry: dict, folder: Path) -> object:
     """A value that is not the default."""
     texts = {
         "mem": "6G", "device": "cpu", "members": "seed01", "compare": f"fs={folder}",
+        "output_spaces": "MNI152NLin2009cAsym:res-2",
     }  # fmt: skip
     value = {
         "Flag": True,

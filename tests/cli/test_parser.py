@@ -63,7 +63,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
         + ["--perturb_inference", "99"]
         + ["--device", "cuda:1", "--nprocs", "4", "--omp-nthreads", "3", "--mem", "8000M"]
         + ["--use-plugin", str(plugin), "-w", "../w", "--clean-workdir", "--random-seed", "7"]
-        + ["--sloppy", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
+        + ["--sloppy", "--whole-voxels", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
     )
     assert settings.participant_labels == ("01", "02")
     assert settings.exclude_participant_labels == ("03",)
@@ -78,7 +78,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     assert settings.plugin == {"plugin": "SLURM", "plugin_args": {"sbatch_args": "-n1"}}
     assert settings.work_dir == tmp_path / "w"
     assert (settings.random_seed, settings.verbosity) == (7, 2)
-    for name in ("skip_bids_validation", "write_members", "clean_workdir", "sloppy", "dry_run"):
+    for name in ("skip_bids_validation", "write_members", "clean_workdir", "sloppy", "whole_voxels", "dry_run"):
         assert getattr(settings, name) is True
     assert settings.reports_only and settings.stop_on_first_crash
 
@@ -195,6 +195,24 @@ def test_output_that_is_the_input_by_a_link_is_refused(places, tmp_path):
     (tmp_path / "link").symlink_to(places[0])
     with pytest.raises(UsageError, match="outside of the input dataset"):
         parser.parse_settings([places[0], str(tmp_path / "link"), "participant"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("../ds/fs", "the FreeSurfer directory must lie outside .*derivatives/freesurfer"),
+        ("../out", "this is the output directory"),
+        ("../work/fs", "work directory must not"),
+    ],
+)
+def test_freesurfer_directory_where_it_would_mix_data_is_refused(places, folder, message):
+    with pytest.raises(UsageError, match=message):
+        parser.parse_settings([*places, "-w", "../work", "--freesurfer-dir", folder])
+
+
+def test_freesurfer_directory_may_lie_in_the_output(places, tmp_path):
+    given = parser.parse_settings([*places, "--freesurfer-dir", "../out/sourcedata/freesurfer"])
+    assert given.freesurfer_dir == tmp_path / "out" / "sourcedata" / "freesurfer"
 
 
 def test_output_below_derivatives_is_allowed(places):
@@ -319,6 +337,13 @@ def test_config_file_gives_defaults(places, config):
     assert (settings.members, settings.perturb_inference) == (("mca",), 10)
 
 
+def test_flags_of_the_other_level_are_told(places, capsys):
+    parser.parse_settings([*places, "--cv-folds", "7", "--age-column", "years"])
+    assert capsys.readouterr().err == "Note: --cv-folds has no effect at the participant level.\n"
+    parser.parse_settings([*places[:2], "group", "--members", "mca", "--cv-folds", "7"])
+    assert capsys.readouterr().err == "Note: --members has no effect at the group level.\n"
+
+
 def test_command_line_wins_over_config_file(places, config):
     given = config('participant-label = ["01"]\nnprocs = 3\n')
     settings = parser.parse_settings([*places, *given, "--participant-label", "09", "--nprocs=2"])
@@ -330,6 +355,7 @@ def test_command_line_wins_over_config_file(places, config):
     [
         ("colour = 'red'", "unknown flag 'colour'"),
         ("config-file = 'x'", "unknown flag"),
+        ("sloppy = 'yes'", "sloppy = 'yes': write true or false"),
         ("help = true", "unknown flag"),
         ("[section]\nmem = 8", "unknown flag 'section'"),
         ("verbose = 1000", "verbose"),

@@ -1,14 +1,20 @@
 """What the methods paragraph says, and that each citation has its reference."""
 
 import re
+from dataclasses import replace
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import pytest
+
 from bids_varaug.derivatives import citation as citations
-from bids_varaug.derivatives.citation import references
+from bids_varaug.derivatives.citation import Citation, references
 
 
-def cite(ensemble, members, versions=None, *, sloppy=False):
+def cite(ensemble, members, versions=None, *, sloppy=False, space=None, refine=25):
     run = {"ensemble": ensemble, "members": members, "sloppy": sloppy}
+    run["voxel_size"] = 2.0 if sloppy else 1.0
+    run |= {"space": space, "refine": refine}
     return citations.cite("participant", versions=versions or {}, **run)
 
 
@@ -29,10 +35,20 @@ def test_every_cited_key_is_listed(ensemble, members):
 
 def test_a_full_ensemble_and_a_full_group_cite_every_reference(ensemble, members):
     participant = {r.key for r in cite(ensemble, members).references}
+    registered = {r.key for r in cite(ensemble, members, space="MNI152NLin2009cAsym").references}
     group = {r.key for r in cite_full_group().references}
     quality = citations.cite("quality", has_members=True, has_changes=True).references
-    assert participant | group | {r.key for r in quality} == set(references())
-    assert len(participant) == 13
+    kinds = ["affine", "displacement", "labels", "scalar"]
+    compared = {r.key for r in citations.cite("comparison", n=10, kinds=kinds).references}
+    assert registered | group | {r.key for r in quality} | compared == set(references())
+    assert len(participant) == 14
+    assert registered - participant == {"arsigny2006", "ciric2022", "fonov2011", "hoffmann2024", "power2012"}
+
+
+def test_registration_without_a_deformation_cites_none(ensemble, members):
+    text = cite(ensemble, members, space="MNI152NLin2009cAsym", refine=0).methods
+    assert "barycentres" in text and "velocity" not in text
+    assert "MNI152" not in cite(ensemble, members).methods
 
 
 def test_members_are_counted_by_family(ensemble, members):
@@ -48,7 +64,7 @@ def test_random_rounding_at_inference_is_told_with_its_source(ensemble, members)
         "10 made by running the unperturbed network under random rounding at 24 bits of precision "
         "[@gonzalezpepe2023; @parker1997]. The consensus" in citation.methods
     )
-    assert "2308.01939" in citation.markdown()
+    assert "2308.01939" in citation.bibtex
 
 
 def test_families_are_listed_with_commas(ensemble, members):
@@ -74,29 +90,83 @@ def test_versions_are_named(ensemble, members):
     assert "PyTorch 2.9" in cite(ensemble, members, {"torch": "2.9"}).methods
 
 
-def test_bibtex_braces_balance(ensemble, members):
+def test_training_of_members_is_what_the_manifest_says(ensemble, members):
+    words = "trained apart, from the first of its 8000 steps"
+    trained = SimpleNamespace(**vars(ensemble) | {"training": {"steps": 8000}})
+    assert words in cite(trained, members).methods
+    rounded = [replace(members[0], family="rr", id="rr01")] * 2
+    assert words not in cite(trained, [members[0], *rounded]).methods
+
+
+def test_bibtex_is_read_by_another_program_with_what_its_styles_need():
+    database = pytest.importorskip("pybtex.database", reason="pybtex is not installed")
+    works = references()
+    read = database.parse_string("\n\n".join(work.bibtex for work in works.values()), "bibtex")
+    assert list(read.entries) == list(works)
+    needed = {
+        "article": {"journal"}, "inproceedings": {"booktitle"}, "techreport": {"institution"}, "misc": {"howpublished"},
+    }  # fmt: skip
+    for key, entry in read.entries.items():
+        assert needed[entry.type] | {"title", "year"} <= set(entry.fields), key
+        assert entry.persons["author"], key
+        assert re.fullmatch(r"\d{4}", entry.fields["year"]), key
+        assert not re.search(r"\d", entry.fields.get("journal", "")), f"{key}: volume and pages have fields"
+
+
+def test_report_of_an_institution_names_it():
+    assert "institution = {University of California" in references()["parker1997"].bibtex
+    assert references()["parker1997"].text.endswith("University of California, Los Angeles (CSD-970002).")
+
+
+def test_works_link_to_doi_or_arxiv():
+    known = references()
+    assert known["billot2023"].url == "https://doi.org/10.1016/j.media.2023.102789"
+    assert known["gonzalezpepe2025"].url == "https://arxiv.org/abs/2509.05238"
+    assert known["parker1997"].url == "" and "href" not in known["parker1997"].html
+
+
+class Links(HTMLParser):
+    """Text and links of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.text, self.links = "", []
+        self.feed(str(page))
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name == "href"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_has_authors_and_links_in_place_of_keys():
+    page = Links(Citation("Of 1 < 2 [@billot2023; @parker1997]; as @nadeau2003 and a@home say.").html)
+    text = "Of 1 < 2 (Billot et al., 2023; Parker, 1997); as Nadeau and Bengio (2003) and a@home say."
+    assert page.text == text
+    assert page.links == [references()[key].url for key in ("billot2023", "nadeau2003")]
+
+
+def test_latex_cites_by_natbib_and_escapes_the_rest():
+    methods = "bids_varaug at 95 % with --sloppy [@billot2023; @parker1997] as @nadeau2003"
+    expected = r"bids\_varaug at 95 \% with {-}{-}sloppy \citep{billot2023,parker1997} as \citet{nadeau2003}"
+    assert Citation(methods).latex == expected
+
+
+def test_files_hold_paragraph_references_and_bibtex(ensemble, members, tmp_path):
     citation = cite(ensemble, members)
-    text = citation.bibtex
-    assert text.count("{") == text.count("}") and text.count("@") == len(citation.references)
-
-
-def test_report_of_an_institution_names_it_in_bibtex():
-    assert "institution = {Technical report CSD-970002" in references()["parker1997"].bibtex
-
-
-def test_markdown_holds_paragraph_references_and_bibtex(ensemble, members):
-    text = cite(ensemble, members).markdown()
-    assert re.findall(r"^#+ .*", text, re.M) == [
-        "# How to cite",
-        "## Methods",
-        "## References",
-        "## BibTeX",
-    ]
+    citation.write(tmp_path, "CITATION_x")
+    md, html, tex, bib = ((tmp_path / f"CITATION_x.{end}").read_text("utf-8") for end in ("md", "html", "tex", "bib"))
+    assert re.findall(r"^#+ .*", md, re.M) == ["# How to cite", "## Methods", "## References", "## BibTeX"]
+    assert citation.methods in md and "<https://doi.org/" in md
+    assert {work.url for work in citation.references} - {""} == set(Links(html).links)
+    assert citation.latex in tex and r"\bibliography{CITATION_x}" in tex
+    assert set(re.findall(r"^@\w+\{(\w+),", bib, re.M)) == {work.key for work in citation.references}
 
 
 def test_works_behind_the_method_are_among_the_references():
-    lines = " ".join(r.text for r in references().values())
-    assert all(n in lines for n in ("2509.05238", "2308.01939", "2605.25991", "2507.13458"))
+    entries = " ".join(work.bibtex for work in references().values())
+    assert all(n in entries for n in ("2509.05238", "2308.01939", "2605.25991", "2507.13458"))
 
 
 def test_methods_of_the_group_level_cite_what_they_name():

@@ -15,6 +15,8 @@ OUT = Path("/out")
         ("mean_probseg", "seg-varaug_desc-mean_probseg.nii.gz"),
         ("brain_mask", "desc-brain_mask.nii.gz"),
         ("unreliable_mask", "label-unreliable_mask.nii.gz"),
+        ("total_entropy", "seg-varaug_stat-totalentropy_statmap.nii.gz"),
+        ("mutual_information", "seg-varaug_stat-mutualinformation_statmap.nii.gz"),
         ("entropy", "seg-varaug_stat-entropy_statmap.nii.gz"),
         ("sigbits", "seg-varaug_stat-sigbits_statmap.nii.gz"),
         ("std", "seg-varaug_stat-std_statmap.nii.gz"),
@@ -28,7 +30,7 @@ def test_name_carries_the_entities_of_the_t1w(request_, key, expected):
 
 
 def test_every_output_is_in_the_table_of_expected_names():
-    assert len(names.OUTPUTS) == 15
+    assert len(names.OUTPUTS) == 19
 
 
 def test_member_output_is_named_for_the_member(request_):
@@ -52,7 +54,8 @@ def test_image_and_table_of_one_name_share_the_sidecar(request_):
 
 def test_bidsignore_lists_figures_without_slash():
     by_image = ["phenotype/changes.*", "phenotype/volumes.*"]
-    assert names.BIDSIGNORE.split() == ["*.html", "figures", "models", *by_image, "*_morph.*", "*_statmap.*"]
+    images = ["*_morph.*", "*_statmap.*", "*_xfm.*"]
+    assert names.BIDSIGNORE.split() == ["*.html", "figures", "group_maps", "models", *by_image, *images]
 
 
 def test_report_lies_where_browsers_find_it():

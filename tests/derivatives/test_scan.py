@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 
 from bids_varaug.derivatives import scan as scans
-from bids_varaug.derivatives.names import OUTPUTS, ScanRequest
-from bids_varaug.images.conform import Box, Geometry
+from bids_varaug.derivatives.names import LOOKUP_TABLE, OUTPUTS, ScanRequest
+from bids_varaug.images.conform import POSTERIOR_SCALE, Box, Geometry
 from bids_varaug.inputs.scans import Scan
-from bids_varaug.models.ensemble import Ensemble, Label, Member, NetworkShape
+from bids_varaug.models.ensemble import DiceModel, Ensemble, Label, Member, NetworkShape, Quality
 from bids_varaug.segmentation.fuse import SparsePosterior, Summary, save_posterior, sparse_rows
 from bids_varaug.settings import Settings
 
 SHAPE = (6, 6, 6)
-SPREAD = ("entropy", "sigbits", "std", "unreliable_mask")
+SPREAD = ("entropy", "mutual_information", "sigbits", "std")
 LABELS = (Label(0, "Background", "#000000"), Label(17, "Left-Hippocampus", "#dcd814"))
 MEMBERS = tuple(
     Member(name, name.rstrip("0123456789"), 0, None, "", "a" * 64)
@@ -65,9 +65,9 @@ def files(tmp_path) -> Intermediate:
     rows = sparse_rows(np.array([[0.2, 0.8]], np.float32), labels.ravel() > 0)
     sparse = SparsePosterior(labels, rows)
     save_posterior(tmp_path / "mean.safetensors", sparse)
-    maps = {"entropy": 0.5, "std": 0.1, "sigbits": 3.0}
+    maps = {"entropy": 0.5, "std": 0.1, "sigbits": 3.0, "total_entropy": 0.75, "mutual_information": 0.25}
     maps = {name: np.full(SHAPE, value, np.float32) for name, value in maps.items()}
-    np.savez(tmp_path / "maps.npz", unreliable=labels > 0, **maps)
+    np.savez(tmp_path / "maps.npz", **maps)
     counts = np.tile(np.array([215, 1], np.int64), (3, 1))
     np.savez(
         tmp_path / "counts.npz",
@@ -75,6 +75,8 @@ def files(tmp_path) -> Intermediate:
         intersections=np.tile(counts[0], (3, 3, 1)),
         entropy_mean=np.array([0.0, 0.5]),
         entropy_mean_mca=np.array([0.0, 0.25]),
+        uncertainty_mean=np.array([0.0, 0.75]),
+        soft_dice=np.array([np.nan, 0.8]),
     )
     mean = tmp_path / "mean.safetensors"
     return Intermediate(
@@ -106,7 +108,7 @@ def test_spread_of_an_earlier_run_is_not_left_beside_a_consensus_without_one(
     write_scan(alone, replace(files, posteriors=files.posteriors[:1]), tmp_path)
     assert outputs(alone) == {k for k, o in OUTPUTS.items() if not o.per_member} - set(SPREAD)
     folder = request_.settings.output_dir / "sub-01" / "anat"
-    assert not list(folder.glob("*_statmap.json")) + list(folder.glob("*unreliable*"))
+    assert [path.name for path in folder.glob("*_statmap.json")] == [request_.sidecar("total_entropy").name]
 
 
 def test_maps_of_a_family_are_written_beside_those_of_all(request_, files, tmp_path):
@@ -121,8 +123,7 @@ def test_maps_of_a_family_are_written_beside_those_of_all(request_, files, tmp_p
     sidecar = json.loads(request_.sidecar("entropy_of_family", "mca").read_text())
     assert sidecar["Members"] == ["mca01", "mca02"]
     assert sidecar["MembersPerFamily"] == {"mca": 2}
-    mask = json.loads(request_.sidecar("unreliable_mask_of_family", "mca").read_text())
-    assert mask["Threshold"] == 0.75
+    assert json.loads(request_.sidecar("total_entropy_of_family", "mca").read_text())["Temperature"] == 1
 
 
 def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
@@ -145,11 +146,98 @@ def test_table_and_sidecar_tell_families_apart(request_, files, tmp_path):
 
 def test_posterior_is_stored_in_steps_of_a_255th(request_, files, tmp_path):
     write_scan(request_, files, tmp_path)
+    assert 1 / OUTPUTS["mean_probseg"].per_unit == POSTERIOR_SCALE
     path = request_.path("mean_probseg")
     image = nib.load(path)
     assert image.get_data_dtype() == np.uint8
     assert image.get_fdata()[2, 3, 4] == pytest.approx([0.2, 0.8], abs=1 / 510)
     assert image.get_fdata()[0, 0, 0].tolist() == pytest.approx([1, 0])
+
+
+def test_maps_are_stored_in_the_steps_of_their_output(request_, files, tmp_path):
+    maps = dict(np.load(files.maps))
+    values = {"entropy": 0.7, "std": 0.123, "sigbits": 5.3}
+    np.savez(files.maps, **maps | {name: maps[name] * 0 + np.float32(value) for name, value in values.items()})
+    write_scan(request_, files, tmp_path)
+    for key, value in values.items():
+        image, output = nib.load(request_.path(key)), OUTPUTS[key]
+        found = image.get_fdata()[2, 3, 4]
+        step = 1 / output.per_unit if output.per_unit else 2.0**-15  # the power of 2 above 0.123 is 2**-3
+        assert (image.get_data_dtype(), image.dataobj.slope) == (np.int16, step)
+        assert found == np.rint(value / step) * step and abs(found - value) <= step / 2
+        assert f"steps of {step:.4g}" in json.loads(request_.sidecar(key).read_text())["Precision"]
+
+
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-3])
+def test_small_spread_is_not_rounded_away(request_, files, tmp_path, magnitude):
+    """As that of random rounding at inference."""
+    maps = dict(np.load(files.maps))
+    maps["std"] = np.linspace(0, magnitude, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    np.savez(files.maps, **maps)
+    write_scan(request_, files, tmp_path)
+    found = nib.load(request_.path("std")).get_fdata()
+    assert np.abs(found - maps["std"]).max() <= magnitude / 4096
+
+
+def test_headers_tell_viewers_what_the_images_are(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    shown = {
+        "consensus_dseg": ("label", 17), "ieee_dseg": ("label", 17), "entropy": ("estimate", 2),
+        "sigbits": ("estimate", 24), "brain_mask": ("none", 1), "mean_probseg": ("none", 1),
+    }  # fmt: skip
+    for key, (intent, cal_max) in shown.items():
+        header = nib.load(request_.path(key)).header
+        assert (header.get_intent()[0], header["cal_min"], header["cal_max"]) == (intent, 0, cal_max), key
+    aux = nib.load(request_.path("consensus_dseg")).header["aux_file"].item().decode()
+    assert (request_.settings.output_dir / aux).name == LOOKUP_TABLE
+
+
+def test_significant_bits_are_those_of_the_brain(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    bits, brain = (nib.load(request_.path(key)).get_fdata() for key in ("sigbits", "brain_mask"))
+    assert brain.sum() == 7 and bits[2, 3, 4] == 3  # the voxel and those that share a face
+    assert (bits[brain == 0] == 0).all()
+
+
+def test_sidecar_tells_volumes_of_the_brain_as_what_they_are(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    volumes = told(request_)[1]["Volumes"]
+    assert {name: of["Value"] for name, of in volumes.items()} == {"brain": 1.0, "brain_mask": 7.0}
+    assert all(of["Units"] == "mm^3" and "o intracranial volume" in of["Description"] for of in volumes.values())
+
+
+@pytest.mark.parametrize(("temperature", "marked"), [(1.0, 0), (4.0, 1)])
+def test_voxel_is_unreliable_where_the_calibrated_posterior_says_so(request_, files, tmp_path, temperature, marked):
+    """0.8 is 0.59 at a temperature of 4: 1 / (1 + 0.25 ** (1 / 4))."""
+    request = replace(request_, ensemble=replace(request_.ensemble, temperature=temperature))
+    write_scan(request, files, tmp_path)
+    assert np.count_nonzero(nib.load(request.path("unreliable_mask")).get_fdata()) == marked
+    posterior = nib.load(request.path("mean_probseg")).get_fdata().max(axis=-1)
+    sidecar = json.loads(request.sidecar("unreliable_mask").read_text())
+    assert np.count_nonzero(1 - posterior >= sidecar["Threshold"]) == marked
+    assert sidecar["Temperature"] == temperature and "wrong" in sidecar["ThresholdDescription"]
+
+
+def test_expected_dice_and_uncertainty_stand_in_the_table(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    row, sidecar = told(request_)
+    assert (row["expected_dice"], row["uncertainty_mean"]) == (0.8, 0.75)
+    assert np.isnan(row["expected_dice_low"]) and "Nobody calibrated" in sidecar["ExpectedDiceDescription"]
+    model = DiceModel(0.0, 0.0, 0.0, 0.0, -1.0, 1.0)
+    ensemble = replace(request_.ensemble, quality=Quality(model, model, 0.9, ("head",)))
+    write_scan(replace(request_, ensemble=ensemble), files, tmp_path)
+    row, sidecar = told(request_)
+    measures = ("expected_dice_low", "expected_dice", "expected_dice_high")
+    assert row[[*measures]].tolist() == pytest.approx([0.269, 0.5, 0.731], abs=1e-3)
+    assert "expected Dice 0.50" in row["reason"] and "1 heads" in sidecar["ExpectedDiceDescription"]
+
+
+def test_sidecar_says_where_to_look_first(request_, files, tmp_path):
+    write_scan(request_, files, tmp_path)
+    (place,) = told(request_)[1]["LookFirst"]
+    assert place["Voxel"] == [2, 3, 4] and place["World"] == [2, 3, 4]
+    assert (place["Structure"], place["Index"]) == ("Left-Hippocampus", 17)
+    assert "expected to be wrong" in place["Reason"]
 
 
 def test_labels_are_freesurfer_ids(request_, files, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from bids_varaug import __version__
 from bids_varaug.derivatives import names, sidecars
 from bids_varaug.derivatives.names import Run
+from bids_varaug.models.ensemble import Label, load_ensemble
 from bids_varaug.settings import Settings
 from tests.derivatives.conftest import request_of
 
@@ -108,6 +109,16 @@ def test_container_is_recorded(bids_dir, tmp_path, monkeypatch, environ, expecte
     assert content["GeneratedBy"][0].get("Container") == expected
 
 
+def test_source_code_is_that_of_the_installation(bids_dir, tmp_path, monkeypatch):
+    metadata = tmp_path / "site" / "bids_varaug-0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    urls = "Project-URL: Homepage, https://example.org\nProject-URL: Repository, https://example.org/code\n"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: bids_varaug\nVersion: 0\n{urls}")
+    monkeypatch.syspath_prepend(metadata.parents[1])
+    content = sidecars.dataset_description(bids_dir, tmp_path / "out")
+    assert content["GeneratedBy"][0]["CodeURL"] == "https://example.org/code"
+
+
 def test_output_inside_the_dataset_is_linked_by_relative_path():
     assert sidecars.raw_link(Path("/d/ds"), Path("/d/ds/derivatives/bids_varaug")) == "../.."
 
@@ -140,7 +151,17 @@ def test_each_fixed_desc_has_a_row():
 
 
 def test_lookup_table_has_the_columns_of_bids(bids_dir, tmp_path):
-    labels = [SimpleNamespace(index=0, name="Background"), SimpleNamespace(index=17, name="L")]
+    labels = [Label(0, "background", "#000000"), Label(17, "Left-Hippocampus", "#dcd814"), Label(99, "Own", "#010203")]
     settings = Settings(bids_dir, tmp_path, "participant", tmp_path)
-    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels), MEMBERS))
-    assert (tmp_path / names.LOOKUP_TABLE).read_text() == "index\tname\n0\tBackground\n17\tL\n"
+    sidecars.write_dataset_files(Run(settings, SimpleNamespace(labels=labels, is_fastsurfer=False), MEMBERS))
+    lines = [
+        "index\tname\tabbreviation\tcolor\tmapping", "0\tbackground\tBG\t#000000\t0",
+        "17\tLeft-Hippocampus\tL-HIP\t#dcd814\t9", "99\tOwn\tn/a\t#010203\tn/a", "",
+    ]  # fmt: skip
+    assert (tmp_path / names.LOOKUP_TABLE).read_text().split("\n") == lines
+
+
+def test_every_structure_of_the_shipped_ensemble_has_abbreviation_and_tissue():
+    table = sidecars.labels_table(load_ensemble("aseg31").labels)
+    assert len(table) == 32 and table.notna().all(axis=None)
+    assert table["abbreviation"].is_unique and set(table["mapping"]) == {0, 2, 3, 8, 9, 10, 11}

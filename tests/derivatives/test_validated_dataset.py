@@ -9,15 +9,18 @@ import pandas as pd
 import pytest
 
 from bids_varaug.derivatives import io, names, sidecars
+from bids_varaug.derivatives.citation import Citation
 from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.inputs.validation import find_validator, run_validator
+from bids_varaug.registration.space import SPACE, OutputSpace
 from bids_varaug.reports.participant import figure_name
 from bids_varaug.settings import Settings
 from tests.derivatives.conftest import LABELS, request_of
 
 pytestmark = pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
 
+COARSE = OutputSpace(SPACE, 2)
 PREFIXES = {
     "sub-01/anat": ["sub-01", "sub-01_run-2"],
     "sub-02/ses-a/anat": [
@@ -38,15 +41,15 @@ MEMBERS = [
 
 def _run(bids_dir, output_dir):
     settings = Settings(bids_dir, output_dir, "participant", output_dir)
-    return names.Run(settings, SimpleNamespace(labels=LABELS), MEMBERS)
+    return names.Run(settings, SimpleNamespace(labels=LABELS, is_fastsurfer=False), MEMBERS)
 
 
 def _write_outputs(output_dir, scan):
     affine, request = np.diag([2.0, 2, 2, 1]), request_of(scan)
     request = replace(request, settings=replace(request.settings, output_dir=output_dir))
-    for key, output in names.OUTPUTS.items():
-        member = "mca01" if output.per_member else None
-        path = request.path(key, member)
+    for key, output in names.ALL_OUTPUTS.items():
+        member, space = "mca01" if output.per_member else None, COARSE if output.in_space else None
+        path = request.path(key, member, space)
         if output.extension == ".tsv":
             row = dict.fromkeys(output.columns, 1) | {"name": "L-Hip", "index": 17}
             if "verdict" in row:
@@ -54,14 +57,16 @@ def _write_outputs(output_dir, scan):
             if "member" in row:
                 row |= {"member": "mca01", "family": "mca"}
             io.write_table(pd.DataFrame([row]), path)
+        elif output.extension == ".h5":
+            write_text("HDF", path)
         else:
             shape = (8, 8, 8, 2) if key == "mean_probseg" else (8, 8, 8)
             dtype = "uint8" if output.suffix in ("mask", "dseg") else "float32"
             io.write_image(np.ones(shape, dtype), affine, path)
         # The table shares the sidecar of the consensus labels, which describes both.
         if key != "regions_tsv":
-            content = sidecars.sidecar(request, key, member, extra={"Threshold": 0.5})
-            write_json(content, request.sidecar(key, member))
+            content = sidecars.sidecar(request, key, member, extra={"Threshold": 0.5, "Resolution": "2 mm"})
+            write_json(content, request.sidecar(key, member, space))
     figures = output_dir / f"sub-{scan.subject}" / "figures"
     write_text("png", figures / figure_name(scan.prefix, "entropy"))
     write_text("<html></html>", names.report(output_dir, scan.subject))
@@ -86,7 +91,9 @@ def errors(tmp_path_factory, request):
             _write_outputs(out, Scan(raw / relative, {"subject": subject}, relative))
     sidecars.write_dataset_files(_run(raw, out))
     write_text("a = 1\n", names.logs(out) / "run.toml")
-    write_text("# How to cite\n", names.logs(out) / "CITATION.md")
+    Citation("x").write(names.logs(out))
+    write_text("x\n", out / "sourcedata" / "freesurfer" / "sub-01" / "stats" / "aseg.stats")
+    write_text("a\tb\n1\t2\n", out / names.GROUP_MAPS / f"space-{COARSE.name}_res-2_regions.tsv")
     write_text("crash\n", names.logs(out) / "crash-1.txt")
     return run_validator(out)
 

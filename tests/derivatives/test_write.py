@@ -51,6 +51,11 @@ def test_an_error_leaves_no_file(tmp_path, image):
     assert os.listdir(tmp_path) == []
 
 
+def test_more_steps_than_an_integer_holds_are_refused():
+    with pytest.raises(ValueError, match="33 has too many steps of 0.000976562"):
+        io.in_steps(np.array([33.0], np.float32), 1 / 1024)
+
+
 def test_slope_keeps_probabilities_in_a_byte(tmp_path):
     steps = np.arange(0, 256, 4, dtype="uint8").reshape(4, 4, 4)
     path = io.write_image(steps, AFFINE, tmp_path / "p.nii.gz", slope=1 / 255)

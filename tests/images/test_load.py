@@ -174,9 +174,10 @@ CASES = {
     "complex": (lambda save, i: save(i.astype(np.complex64)), "type complex"),
     "constant": (lambda save, i: save(np.full(SHAPE, 7, np.int16)), "every voxel is 7"),
     "2D": (lambda save, i: save(i[:, :, 0]), "field of view"),
-    "too small": (lambda save, i: save(i[:, :, :69]), r"view of 80 x 72 x 69 mm; that of a whole head is 70 to 600 mm"),
+    "too small": (lambda save, i: save(i[:, :, :69]),
+                  "view of 80 x 72 x 69 mm; that of a whole head is 70 to 600 mm.*use an image of the whole brain"),
     "too large": (lambda save, i: save(np.resize(i, (130, 72, 75)),
-                  np.diag([5.0, 1, 1, 1])), "view of 650 x 72 x 75 mm"),
+                  np.diag([5.0, 1, 1, 1])), "view of 650 x 72 x 75 mm.*crop the image"),
     "fine voxels": (lambda save, i: save(i, np.diag([0.2, 1, 1, 1])), "voxels of 0.2 x 1 x 1"),
     "coarse voxels": (lambda save, i: save(i, np.diag([1, 1, 6.0, 1])), "voxels of 1 x 1 x 6"),
     "no orientation": (lambda save, i: edited_header(save(i), qform_code=0, sform_code=0),
@@ -211,6 +212,7 @@ def test_bad_image_is_refused_with_its_name_and_reason(save, image, case):
         warnings.simplefilter("error")
         load_t1w(path)
     assert str(caught.value).startswith(path.name)
+    assert "--bids" not in str(caught.value)  # what holds for datasets is said where there is one
 
 
 @settings(

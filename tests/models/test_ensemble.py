@@ -8,10 +8,12 @@ import torch
 
 from bids_varaug.errors import EnsembleError, UsageError
 from bids_varaug.models.ensemble import (
+    DiceModel,
     Ensemble,
     Label,
     Member,
     NetworkShape,
+    Quality,
     find_ensemble,
     load_ensemble,
     round_inference,
@@ -179,6 +181,30 @@ def test_manifest_of_members_trained_apart_by_an_earlier_trainer_is_read(ensembl
     members = [member | {"base": None} for member in values["members"]]
     manifest.write_text(json.dumps(values | {"trunk": None, "members": members}))
     assert load_ensemble(str(ensemble.directory)) == ensemble
+
+
+MODEL = DiceModel(0.1, 0.9, 0.2, 0.01, -0.5, 0.5)
+
+
+def test_calibration_of_the_expected_dice_is_read_as_written(ensemble):
+    calibrated = replace(ensemble, quality=Quality(MODEL, replace(MODEL, pair_dice=0.0), 0.9, ("head",)))
+    write_manifest(calibrated)
+    assert load_ensemble(str(ensemble.directory)) == calibrated
+
+
+@pytest.mark.parametrize(
+    "damage", [{"coverage": 90}, {"alone": None}, {"several": {"intercept": 1}}, {"heads": None}, {"other": 1},
+               {"several": vars(MODEL) | {"low": float("nan")}}, {"several": vars(MODEL) | {"low": 0.6}},
+               {"several": vars(MODEL) | {"intercept": "1"}}],
+)  # fmt: skip
+def test_damaged_calibration_of_the_expected_dice_is_refused(ensemble, damage):
+    write_manifest(replace(ensemble, quality=Quality(MODEL, MODEL, 0.9, ("head",))))
+    path = ensemble.directory / "manifest.json"
+    values = json.loads(path.read_text())
+    values["quality"] |= damage
+    path.write_text(json.dumps(values))
+    with pytest.raises(EnsembleError, match=r"manifest\.json: damaged manifest"):
+        load_ensemble(str(ensemble.directory))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 99}'])

@@ -77,7 +77,8 @@ def test_filter_file_leaves_the_session_that_was_fetched(app, sparse, tmp_path, 
     wanted = ("--participant-label", "01", "--bids-filter-file", str(filters))
     assert app(sparse, *wanted, "--dry-run") == 0
     told = capsys.readouterr()
-    assert told.out.splitlines()[1:] == ["  sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
+    listed = [line for line in told.out.splitlines() if line.startswith("  ")]
+    assert listed == ["  sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
     assert "skipped" not in told.err
 
 
@@ -101,7 +102,7 @@ def test_output_dataset_can_be_written_again(app, datalad, sparse, tmp_path):
     assert all(name.startswith("logs/") for name in saved)
     assert app(sparse, "--members", "ieee", work="third") == 1
     changed = _results(out)
-    assert not [name for name in changed if "_stat-" in name]
+    assert {name.partition("_stat-")[2].partition("_")[0] for name in changed if "_stat-" in name} == {"totalentropy"}
     assert [name for name in changed if changed[name] != first[name]]
     assert objects.items() <= _sums(out / ".git/annex/objects").items()
     datalad("git", "annex", "fsck", "--all", "--quiet", cwd=out)

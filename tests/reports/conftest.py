@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.inputs.scans import Scan
+from bids_varaug.reports.mosaics import to_png
 from bids_varaug.reports.participant import ScanReport, render_participant_report
 from bids_varaug.settings import Settings
 from tests.derivatives.conftest import ENSEMBLE, MEMBERS
@@ -69,6 +71,9 @@ def regions_table():
     )
 
 
+RED, GREEN = (to_png(Image.new("RGB", (8, 8), color)) for color in ("#ff0000", "#00ff00"))
+
+
 @dataclass(frozen=True)
 class Content:
     """What a report is made of."""
@@ -92,7 +97,8 @@ def make_content(regions_table, members_table, tmp_path):
         settings = Settings(Path("/data"), tmp_path, "participant", tmp_path, sloppy=sloppy)
         scan = ScanReport(
             prefix=prefix,
-            figures=figures or {"consensus": b"\x89PNG one", "entropy": b"\x89PNG two"},
+            figures=figures or {"consensus": RED, "entropy": GREEN},
+            narrow=RED,
             regions=regions_table,
             members=members_table,
             warnings=list(warnings),

@@ -5,10 +5,12 @@ import tracemalloc
 import numba
 import numpy as np
 import pytest
+import scipy.stats
 from safetensors.numpy import load_file, save_file
 
 from bids_varaug.errors import UserError
 from bids_varaug.segmentation.fuse import (
+    MAPS,
     SparsePosterior,
     fuse_members,
     label_slabs,
@@ -17,14 +19,10 @@ from bids_varaug.segmentation.fuse import (
     sparse_rows,
     summarise_members,
 )
-from bids_varaug.variability.measures import (
-    significant_bits,
-    unreliable,
-    vote_entropy,
-)
+from bids_varaug.variability.measures import significant_bits, vote_entropy
 
 SHAPE, K, MEMBERS = (6, 7, 8), 5, 4
-MAPS = ("entropy", "std", "sigbits", "unreliable")
+TEMPERATURE = 1.5
 
 
 def sparse_of(dense):
@@ -61,7 +59,18 @@ def paths(members, tmp_path):
 
 @pytest.fixture
 def fusion(paths):
-    return fuse_members(paths)
+    return fuse_members(paths, temperature=TEMPERATURE)
+
+
+def calibrated(posterior):
+    """Roots of (..., K), scaled to sum to 1."""
+    roots = posterior.astype(float) ** (1 / TEMPERATURE)
+    return roots / roots.sum(-1, keepdims=True)
+
+
+def entropy_of(posterior):
+    """Of (..., K), bit."""
+    return scipy.stats.entropy(calibrated(posterior), axis=-1, base=2)
 
 
 @pytest.fixture
@@ -106,25 +115,50 @@ def test_sigbits_are_those_of_the_pure_function(fusion, maps, members, mean):
     np.testing.assert_allclose(maps["sigbits"], expected, atol=1e-5)
 
 
-def test_unreliable_voxels_have_too_few_votes_for_the_consensus(fusion, maps, members):
-    votes = (members.argmax(-1) == fusion.mean.labels).sum(0)
-    assert 0 < maps["unreliable"].mean() < 1
-    assert np.array_equal(maps["unreliable"], unreliable(votes, MEMBERS))
+def test_total_entropy_is_that_of_the_calibrated_mean(maps, mean):
+    np.testing.assert_allclose(maps["total_entropy"], entropy_of(mean), atol=2e-3)  # rows below 1e-4 are not stored
+
+
+def test_mutual_information_is_what_the_members_are_not_unsure_of_each(maps, members, mean):
+    expected = entropy_of(mean) - entropy_of(members).mean(0)
+    np.testing.assert_allclose(maps["mutual_information"], np.maximum(expected, 0), atol=4e-3)
+    assert expected.max() > 0.5
+
+
+def test_members_that_are_sure_of_two_labels_disagree_by_one_bit(tmp_path):
+    paths = [tmp_path / "mca01.safetensors", tmp_path / "mca02.safetensors"]
+    for path, label in zip(paths, (1, 2), strict=True):
+        save_posterior(path, sparse_of(np.broadcast_to(np.eye(K, dtype=np.float32)[label], (1, 1, 2, K))))
+    maps = fuse_members(paths, temperature=TEMPERATURE).maps
+    for name, value in {"total_entropy": 1, "mutual_information": 1, "entropy": 1}.items():
+        assert maps[name].ravel().tolist() == pytest.approx([value] * 2), name
+    alike = fuse_members(paths[:1] * 2, temperature=TEMPERATURE).maps
+    assert alike["mutual_information"].max() == 0
+
+
+def test_soft_dice_is_that_of_consensus_and_calibrated_mean(fusion, mean):
+    posterior, labels = calibrated(mean), fusion.mean.labels
+    for k in range(1, K):
+        inside = labels == k
+        expected = 2 * posterior[inside, k].sum() / (inside.sum() + posterior[..., k].sum())
+        assert fusion.soft_dice[k] == pytest.approx(expected, abs=1e-3)
 
 
 def test_voxels_that_nobody_stores_are_surely_background(fusion, maps):
     assert not fusion.mean.labels[0].any()
     slab = {name: set(values[0].ravel().tolist()) for name, values in maps.items()}
-    assert slab == {"entropy": {0.0}, "std": {0.0}, "sigbits": {24.0}, "unreliable": {False}}
+    assert slab == {name: {24.0 if name == "sigbits" else 0.0} for name in MAPS}
 
 
 def test_equal_members_have_no_spread_and_all_bits(paths):
     maps = fuse_members([paths[0]] * 3).maps
     assert maps["std"].max() == 0 and maps["sigbits"].min() == 24 and maps["entropy"].max() == 0
+    assert maps["mutual_information"].max() < 1e-6
 
 
 def test_a_family_has_the_spread_of_its_members_about_the_common_consensus(paths, members):
-    fusion = fuse_members(paths, ["mca", "seed", "mca", "rr"])
+    assert set(fuse_members(paths, ["mca", "seed", "mca", "rr"]).maps) == {*MAPS, "entropy_mca"}
+    fusion = fuse_members(paths, ["mca", "seed", "mca", "rr"], TEMPERATURE, family_maps=True)
     assert set(fusion.maps) == {*MAPS, *(f"{name}_mca" for name in MAPS)}  # one member has no spread
     label = fusion.mean.labels[None, ..., None].astype(int)
     values = np.take_along_axis(members[[0, 2]].astype(float), label, -1)[..., 0]
@@ -132,10 +166,10 @@ def test_a_family_has_the_spread_of_its_members_about_the_common_consensus(paths
     votes = members[[0, 2]].argmax(-1)
     split = votes[0] != votes[1]
     assert np.array_equal(fusion.maps["entropy_mca"], split.astype(np.float32))
-    expected = (votes == fusion.mean.labels).mean(0) < 0.75
-    assert np.array_equal(fusion.maps["unreliable_mca"], expected)
-    # Where the family agrees on another label than the consensus, that is unreliable too.
-    assert (expected & ~split).any()
+    theirs = members[[0, 2]].astype(float)
+    np.testing.assert_allclose(fusion.maps["total_entropy_mca"], entropy_of(theirs.mean(0)), atol=2e-3)
+    information = entropy_of(theirs.mean(0)) - entropy_of(theirs).mean(0)
+    np.testing.assert_allclose(fusion.maps["mutual_information_mca"], np.maximum(information, 0), atol=4e-3)
 
 
 def test_families_together_are_not_the_sum_of_their_spreads(paths):
@@ -163,9 +197,11 @@ def test_members_that_see_only_background_are_fused(tmp_path):
 
 
 def test_one_member_is_its_own_consensus(paths, members):
-    alone = fuse_members(paths[:1])
+    alone = fuse_members(paths[:1], ["ieee"], TEMPERATURE)
     assert np.array_equal(alone.mean.labels, members[0].argmax(-1))
-    assert not alone.maps["std"].any()
+    assert set(alone.maps) == set(MAPS)
+    assert not alone.maps["std"].any() and not alone.maps["mutual_information"].any()
+    np.testing.assert_allclose(alone.maps["total_entropy"], entropy_of(members[0]), atol=2e-3)
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
@@ -210,14 +246,16 @@ def test_damaged_file_is_named(paths, tmp_path, damage):
 
 def test_summary_writes_the_mean_and_counts_all_members(paths, members, tmp_path):
     families = ["ieee", "mca", "mca", "seed"]
-    assert set(np.load(summarise_members(paths, families, tmp_path).maps)) == set(MAPS)
-    files = summarise_members(paths, families, tmp_path, family_maps=True)
+    assert set(np.load(summarise_members(paths, families, TEMPERATURE, tmp_path).maps)) == set(MAPS)
+    files = summarise_members(paths, families, TEMPERATURE, tmp_path, family_maps=True)
     mean, maps, counts = load_posterior(files.mean), np.load(files.maps), np.load(files.counts)
     assert np.array_equal(mean.labels, members[1:].astype(float).mean(0).argmax(-1))
     assert counts["volumes"].shape == (MEMBERS, K)
     assert set(maps) == {*MAPS, *(f"{name}_mca" for name in MAPS)}
     expected = maps["entropy_mca"][mean.labels == 1].mean()
     assert counts["entropy_mean_mca"][1] == pytest.approx(expected)
+    assert counts["uncertainty_mean"][1] == pytest.approx(maps["total_entropy"][mean.labels == 1].mean())
+    assert counts["soft_dice"].shape == (K,)
 
 
 def test_memory_does_not_grow_with_the_number_of_members(paths, tmp_path):

@@ -6,11 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bids_varaug.variability.measures import (
-    significant_bits,
-    unreliable,
-    vote_entropy,
-)
+from bids_varaug.variability.measures import calibrate, posterior_entropy, significant_bits, vote_entropy
 
 
 def count(labels, n_classes):
@@ -64,5 +60,30 @@ def test_zero_that_does_not_vary_has_all_bits():
     assert significant_bits(np.zeros(1), np.zeros(1)).tolist() == [24]
 
 
-def test_a_quarter_of_dissent_is_still_reliable():
-    assert unreliable(np.array([6, 5]), 8).tolist() == [False, True]
+posteriors = st.lists(st.floats(0.01, 1), min_size=2, max_size=6).map(lambda p: np.array([p], np.float32) / sum(p))
+
+
+@settings(deadline=None)
+@given(posteriors)
+def test_entropy_of_a_posterior_is_scipys(posterior):
+    np.testing.assert_allclose(posterior_entropy(posterior), scipy.stats.entropy(posterior, axis=1, base=2), atol=2e-6)
+
+
+def test_entropy_of_what_is_sure_is_zero_without_a_warning():
+    assert posterior_entropy(np.array([[0, 1, 0], [0.25, 0.5, 0.25]], np.float32)).tolist() == [0, 1.5]
+
+
+@settings(deadline=None)
+@given(posteriors, st.floats(0.3, 5))
+def test_calibration_keeps_sum_and_order_and_softens_above_one(posterior, temperature):
+    calibrated = calibrate(posterior, temperature)
+    assert calibrated.sum() == pytest.approx(1, abs=1e-5)
+    assert (np.argsort(calibrated, kind="stable") == np.argsort(posterior, kind="stable")).all()
+    change = posterior_entropy(calibrated) - posterior_entropy(posterior)
+    assert change * (temperature - 1) >= -2e-5
+
+
+def test_calibration_is_a_root_scaled_to_sum_to_one_and_leaves_its_input():
+    posterior = np.array([[0.64, 0.36, 0.0]], np.float32)
+    np.testing.assert_allclose(calibrate(posterior, 2.0), [[0.8 / 1.4, 0.6 / 1.4, 0]], rtol=1e-6)
+    assert calibrate(posterior, 1.0).tolist() == posterior.tolist() == [[np.float32(0.64), np.float32(0.36), 0]]

@@ -1,5 +1,7 @@
 """Which structures a reader may trust, and why not."""
 
+import json
+import re
 from importlib.resources import files
 
 import numpy as np
@@ -12,6 +14,7 @@ from bids_varaug.variability.quality import (
     describe_limits,
     describe_verdicts,
     judge_regions,
+    look_first,
     volume_limits,
 )
 
@@ -21,7 +24,7 @@ MANY = {"mca": 10, "seed": 10}
 def region(index=17, name="Left-Hippocampus", **values):
     """A table of one good structure, but for the values."""
     row = {"index": index, "name": name, "volume_mean": 4000.0, "volume_std": 40.0, "cv": 0.01,
-           "dice_min": 0.95, "cv_seed": 0.012, "dice_min_seed": 0.95}  # fmt: skip
+           "cv_seed": 0.012, "expected_dice": 0.9}  # fmt: skip
     return pd.DataFrame([row | values])
 
 
@@ -48,10 +51,10 @@ def test_small_ventricle_of_large_spread_is_unreliable():
         ({"cv": 0.051}, "caution", "CV 5.1 % (above 5 %)"),
         ({"cv": 0.11}, "unreliable", "CV 11.0 % (above 10 %)"),
         ({"cv_seed": 0.11}, "unreliable", "CV 11.0 % (above 10 %)"),
-        ({"dice_min": 0.79}, "caution", "smallest Dice 0.79 (below 0.80)"),
-        ({"dice_min": 0.0}, "unreliable", "smallest Dice 0.00 (below 0.70)"),
-        ({"dice_min_seed": 0.5}, "unreliable", "smallest Dice 0.50 (below 0.70)"),
-        ({"volume_mean": 0.0, "cv": np.nan, "dice_min": np.nan}, "unreliable", "not found"),
+        ({"expected_dice": 0.74}, "caution", "expected Dice 0.74 (below 0.75)"),
+        ({"expected_dice": 0.59}, "unreliable", "expected Dice 0.59 (below 0.60)"),
+        ({"expected_dice": 0.59, "cv": 0.3}, "unreliable", "CV 30.0 % (above 10 %); expected Dice 0.59 (below 0.60)"),
+        ({"volume_mean": 0.0, "cv": np.nan, "expected_dice": np.nan}, "unreliable", "not found"),
         ({"volume_mean": np.nan}, "unreliable", "not found"),
     ],
 )
@@ -65,7 +68,7 @@ def test_partial_volume_of_large_voxels(voxel, verdict):
 
 
 def test_few_voxels_are_unreliable_whatever_members_say():
-    verdict, reason = judge(voxel=64.0, cv=0.0, cv_seed=0.0, dice_min=1.0, dice_min_seed=1.0)
+    verdict, reason = judge(voxel=64.0, cv=0.0, cv_seed=0.0, expected_dice=1.0)
     assert (verdict, reason) == ("unreliable", "62 voxels (fewer than 100)")
 
 
@@ -85,8 +88,10 @@ def test_few_members_are_a_warning_of_their_own(members, verdict, reason):
 
 
 def test_without_spread_nothing_is_good():
-    nothing = dict.fromkeys(("cv", "dice_min", "cv_seed", "dice_min_seed"), np.nan)
+    nothing = dict.fromkeys(("cv", "cv_seed"), np.nan)
     assert judge({"ieee": 1}, **nothing)[0] == "unknown"
+    # One member knows how unsure it is.
+    assert judge({"ieee": 1}, **nothing, expected_dice=0.3)[0] == "unreliable"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_sides_that_differ_call_for_caution_on_both(right, count):
 
 
 def test_a_table_without_families_or_rows_is_judged():
-    plain = region().drop(columns=["cv_seed", "dice_min_seed"])
+    plain = region().drop(columns=["cv_seed"])
     assert judge_regions(plain, {"seed": 9}, 1.0)["verdict"].tolist() == ["good"]
     assert judge_regions(plain.iloc[:0], {"seed": 9}, 1.0).empty
 
@@ -164,10 +169,61 @@ def test_the_worst_structures_are_named_first():
     assert describe_verdicts(judge_regions(region(), MANY, 1.0)) == []
 
 
+def test_without_spread_the_structures_of_least_expected_dice_are_named_first():
+    dice = {"S0": 0.5, "S1": 0.49, "S2": 0.48}
+    rows = [region(name=name, index=900, cv=np.nan, cv_seed=np.nan, expected_dice=d) for name, d in dice.items()]
+    told, *_ = describe_verdicts(judge_regions(pd.concat(rows), {"ieee": 1}, 1.0), n_named=1)
+    assert told == "3 of 3 structures unreliable: S2, expected Dice 0.48 (below 0.60) and 2 more."
+
+
 def test_a_reason_that_all_share_is_told_once():
     rows = [region(name=f"S{n}", index=900 + n) for n in range(5)]
     (told,) = describe_verdicts(judge_regions(pd.concat(rows), {"mca": 1, "seed": 1}, 1.0))
     assert told == "5 of 5 structures not judged: spread unknown with 2 members."
+
+
+@pytest.fixture
+def doubtful():
+    """Two structures of 2 mm voxels, beside each other; errors crowd at three places."""
+    labels, wrong = np.zeros((50, 20, 20), np.int16), np.zeros((50, 20, 20), np.float32)
+    labels[5:25, 2:18, 2:18], labels[25:45, 2:18, 2:18] = 17, 53
+    for x, y, z, share in ((8, 10, 10, 0.9), (22, 5, 5, 0.8), (27, 5, 5, 1.0), (40, 12, 9, 0.3)):
+        wrong[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = share
+    wrong[30, 15, 15] = 1.0  # alone
+    return labels, wrong, np.array([[-2.0, 0, 0, 90], [0, 2, 0, -20], [0, 0, 2, 5], [0, 0, 0, 1]])
+
+
+def judged(**verdicts):
+    """Verdict and reason of each side; a third structure was not found."""
+    absent = (90, "Absent", "unreliable", "not found")
+    rows = [(17, "Left", *verdicts["Left"]), (53, "Right", *verdicts["Right"]), absent]
+    return pd.DataFrame(rows, columns=["index", "name", "verdict", "reason"])
+
+
+def test_places_are_those_of_most_expected_errors_in_the_worst_structures(doubtful):
+    labels, wrong, affine = doubtful
+    good, caution = ("good", None), ("caution", "CV 7.0 % (above 5 %); 50 voxels (fewer than 300)")
+    places = look_first(judged(Left=good, Right=good), labels, wrong, affine)
+    assert [(place["Structure"], place["Voxel"]) for place in places] == [("Right", [27, 5, 5]), ("Left", [8, 10, 10])]
+    assert places[0]["World"] == [90 - 2 * 27, -20 + 2 * 5, 5 + 2 * 5] and places[0]["Index"] == 53
+    assert re.fullmatch(r"around here \d+ % of the labels are expected to be wrong", places[0]["Reason"])
+    places = look_first(judged(Left=caution, Right=good), labels, wrong, affine)
+    assert places[0]["Structure"] == "Left" and places[0]["Reason"].startswith("CV 7.0 % (above 5 %); around here")
+    assert json.loads(json.dumps(places)) == places
+
+
+def test_places_do_not_lie_next_to_each_other(doubtful):
+    labels, wrong, affine = doubtful
+    wrong[8, 10, 10] = wrong[7:10, 9:12, 9:12] = 0
+    good = ("good", None)
+    # What is left on the left lies 10 mm from the place on the right.
+    (place,) = look_first(judged(Left=good, Right=good), labels, wrong, affine)
+    assert place["Structure"] == "Right"
+
+
+def test_without_labels_there_is_no_place_to_look_at(doubtful):
+    labels, wrong, affine = doubtful
+    assert look_first(judged(Left=("good", None), Right=("good", None)), labels * 0, wrong, affine) == []
 
 
 def test_verdicts_run_from_best_to_worst():

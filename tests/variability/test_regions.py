@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import scipy.stats
-from significantdigits import significant_digits
+from significantdigits import Error, Method, significant_digits
 
 from bids_varaug.variability.measures import (
     RegionCounts,
+    general_bits,
     mean_entropy,
     members_table,
     pairwise_dice,
@@ -198,3 +199,11 @@ def test_label_beyond_the_classes_is_refused():
 def test_slab_with_another_number_of_members_is_refused():
     with pytest.raises(ValueError, match="3 members"):
         region_counts([np.zeros((3, 4), np.uint8)], 2, 3)
+
+
+def test_general_bits_are_those_of_the_package():
+    values = np.random.default_rng(0).normal(1, 0.01, (5, 200)) * np.array([1, -3] * 100)
+    published = significant_digits(
+        values, reference=values.mean(axis=0), axis=0, error=Error.Relative, method=Method.General
+    )
+    np.testing.assert_array_equal(general_bits(values), published)

@@ -250,6 +250,24 @@ def test_requests_that_cannot_be_met(bids, output, flags, code, message, capsys)
     assert not (output / "group_brainage.html").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(bids, output, capsys):
+    assert run(bids, output, "--target", "sex", "--covariates", "sex", "--dry-run") == 65
+    assert "sex" in capsys.readouterr().err
+
+
+def test_volumes_are_checked_beside_an_empty_table_of_participants(bids, output, capsys):
+    (bids / "participants.tsv").write_text("")
+    assert run(bids, output, "--no-brain-age", "--participant-label", "01", "02", "zz") == 0
+    said = capsys.readouterr().err
+    assert "Ages, sexes and sites are unknown" in said and "no outputs of zz" in said
+    assert len(pd.read_csv(output / "phenotype/volumes.tsv", sep="\t")) == 2
+
+
+def test_more_folds_than_people_are_leave_one_out_and_said_so(bids, output):
+    assert run(bids, output, "--cv-folds", "500", "--augmentation", "none") == 0
+    assert f"{N}-fold" in (output / "logs/CITATION_group.md").read_text()
+
+
 def test_few_people_with_age_get_no_brain_age(bids, output, capsys):
     assert run(bids, output, "--participant-label", "01", "02", "03") == 0
     assert "fewer than 10 participants have an age" in capsys.readouterr().err

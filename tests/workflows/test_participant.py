@@ -19,10 +19,10 @@ import pytest
 from bids_varaug.cli import run as cli_run
 from bids_varaug.cli.run import main
 from bids_varaug.inputs import validation
+from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.inputs.validation import run_validator
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
-MAPS = ("entropy", "sigbits", "std")
 ROUNDED = ("--members", "ieee", "--perturb-inference", "2", "--random-seed", "7",
            "--participant-label", "02", "--nprocs", "2", "--omp-nthreads", "1")  # fmt: skip
 
@@ -40,7 +40,7 @@ def digests(folder: Path) -> dict[str, str]:
 def finished(app, linear, tmp_path_factory):
     """Output of a complete run; a test that changes it leaves it as it was."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert app(out, *linear, "--write-members") == 0
+    assert app(out, *linear, "--write-members", "--freesurfer-dir", str(out.with_name("fs"))) == 0
     return out
 
 
@@ -51,8 +51,8 @@ def test_everything_is_written_valid_and_on_the_grid_of_the_t1w(finished, datase
         folder = finished / t1w.relative_to(dataset).parent
         source = nib.load(t1w)
         images = sorted(folder.glob(f"{stem}_*.nii.gz"))
-        # consensus, ieee, 4 members, posterior, 2 masks, 3 maps
-        assert len(images) == 12
+        # consensus, ieee, 4 members, posterior, 2 masks, 5 maps
+        assert len(images) == 14
         for path in images:
             image = nib.load(path)
             assert image.shape[:3] == source.shape
@@ -61,6 +61,30 @@ def test_everything_is_written_valid_and_on_the_grid_of_the_t1w(finished, datase
         total = np.asarray(posterior.dataobj).sum(-1)
         assert np.abs(total - 1).max() < 0.02
     assert (finished / "sub-01.html").exists() and (finished / "sub-02.html").exists()
+
+
+def test_each_image_has_a_folder_in_the_subjects_directory(finished, dataset):
+    subjects = finished.with_name("fs")
+    images = {path.name.split("_T1w")[0]: path for path in dataset.rglob("*_T1w.nii*")}
+    assert {path.name for path in subjects.iterdir() if path.is_dir()} == set(images)
+    for prefix, t1w in images.items():
+        volume = nib.load(subjects / prefix / "mri" / "aseg.varaug.mgz")
+        stem = finished / t1w.relative_to(dataset).with_name(prefix)
+        labels = nib.load(f"{stem}_seg-varaug_desc-consensus_dseg.nii.gz")
+        assert np.array_equal(volume.dataobj, labels.dataobj)
+        np.testing.assert_allclose(volume.affine, labels.affine, atol=1e-4)
+        regions = pd.read_csv(f"{stem}_seg-varaug_desc-consensus_dseg.tsv", sep="\t", na_values="n/a")
+        volumes = read_aseg_stats(subjects / prefix / "stats" / "aseg.stats")
+        assert volumes == pytest.approx(regions.set_index("name")["volume_mean"].to_dict(), abs=0.06)
+
+
+def test_subjects_directory_of_freesurfer_stops_before_anything_is_written(app, tmp_path, capsys):
+    stats = tmp_path / "fs" / "sub-01_ses-a" / "stats" / "aseg.stats"
+    stats.parent.mkdir(parents=True)
+    stats.write_text("# generating_program mri_segstats\n")
+    assert app(tmp_path / "out", "--freesurfer-dir", str(tmp_path / "fs")) == 64
+    assert "another program made stats/aseg.stats of sub-01_ses-a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_agree_with_each_other(finished):
@@ -168,6 +192,7 @@ def test_bad_subjects_are_named_and_the_others_finish(tmp_path, small_ensemble, 
     bad = ("truncated", "empty", "text", "4d", "nan", "constant", "tiny", "singular", "huge",
            "dangling")  # fmt: skip
     lines = errors.splitlines()
+    assert "split it. To leave the image out, use --bids-filter-file." in errors
     for name in bad:
         named = [line for line in lines if f"sub-{name}_T1w.nii" in line]
         assert any(line.startswith("ERROR: ") for line in named), f"{name} missing:\n{errors}"
@@ -236,14 +261,18 @@ def test_baseline_alone_is_the_consensus_without_spread(app, tmp_path, linear, c
         nib.load(next(folder.glob(f"*_desc-{name}_dseg.nii.gz"))) for name in ("consensus", "ieee")
     )
     assert np.array_equal(np.asarray(consensus.dataobj), np.asarray(baseline.dataobj))
-    assert not list(folder.glob("*_statmap.nii.gz"))
+    (entropy,) = folder.glob("*_statmap.nii.gz")
+    assert "totalentropy" in entropy.name and nib.load(entropy).get_fdata().max() > 0
+    posterior = nib.load(next(folder.glob("*_probseg.nii.gz"))).get_fdata().max(axis=-1)
+    unreliable = nib.load(next(folder.glob("*_label-unreliable_mask.nii.gz"))).get_fdata() > 0
+    assert np.array_equal(unreliable, np.round(255 * posterior) <= 0.63 * 255) and unreliable.any()
     regions = pd.read_csv(next(folder.glob("*_desc-consensus_dseg.tsv")), sep="\t")
     assert regions["volume_std"].isna().all()
     assert set(regions["verdict"]) <= {"unknown", "unreliable"}
     assert regions["reason"].str.contains("spread unknown with one member").all()
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "structures" in line]
     assert told.startswith("WARNING: /") and "sub-02_acq-las_run-1_T1w.nii.gz: " in told
-    assert 'class="fine"' not in (out / "sub-02.html").read_text()
+    assert 'class="answer good"' not in (out / "sub-02.html").read_text()
     assert run_validator(out) == []
 
 
@@ -301,11 +330,12 @@ def test_another_random_seed_computes_the_rounded_members_alone_again(rounded, a
     assert digests(rounded) == written
 
 
-def test_another_temperature_changes_the_mean_posterior_alone(app, finished, linear, small_ensemble):
+def test_another_temperature_changes_probabilities_and_no_label(app, finished, linear, small_ensemble):
     """Calibrated again, in the same work directory: nothing is segmented again."""
     run = (finished, *linear, "--write-members", "--participant-label", "02")
     before = digests(finished)
-    times = {path: path.stat().st_mtime_ns for path in finished.with_name("out-work").rglob("*.safetensors")}
+    members = [path for path in finished.with_name("out-work").rglob("*.safetensors") if path.stem in IDS]
+    times = {path: path.stat().st_mtime_ns for path in members}
     manifest = small_ensemble / "manifest.json"
     text = manifest.read_text()
     try:
@@ -315,8 +345,11 @@ def test_another_temperature_changes_the_mean_posterior_alone(app, finished, lin
         manifest.write_text(text)
     after = digests(finished)
     changed = {name for name in before if after[name] != before[name]}
-    assert any("desc-mean_probseg.nii" in name for name in changed)
-    assert not [name for name in changed if name.endswith((".nii.gz", ".tsv")) and "probseg" not in name]
+    kinds = {name.rpartition("run-1_")[2] for name in changed if name.endswith((".nii.gz", ".tsv"))}
+    assert "seg-varaug_desc-mean_probseg.nii.gz" in kinds and kinds <= {
+        "seg-varaug_desc-mean_probseg.nii.gz", "label-unreliable_mask.nii.gz", "seg-varaug_desc-consensus_dseg.tsv",
+        "seg-varaug_stat-totalentropy_statmap.nii.gz", "seg-varaug_stat-mutualinformation_statmap.nii.gz",
+    }  # fmt: skip
     sidecar = next((finished / "sub-02").rglob("*_desc-mean_probseg.json"))
     assert json.loads(sidecar.read_text())["Temperature"] == 3
     assert times and {path: path.stat().st_mtime_ns for path in times} == times
@@ -347,15 +380,19 @@ def test_sloppy_says_so_everywhere_and_runs_two_members(app, tmp_path, linear):
     members = pd.read_csv(next(out.rglob("*_morph.tsv")), sep="\t")
     assert sorted(members["member"].unique()) == ["ieee", "mca01", "seed01"]
     for path in out.rglob("*_dseg.json"):
-        assert "sloppy" in json.loads(path.read_text())["Warning"]
+        warning = json.loads(path.read_text())["Warning"]
+        assert "--sloppy (2 mm grid)" in warning and "members" not in warning  # `Members` lists them
     assert "sloppy" in (out / "dataset_description.json").read_text()
     assert "sloppy" in (out / "sub-02.html").read_text()
 
 
 def test_dry_run_writes_nothing(app, tmp_path, capsys):
-    assert app(tmp_path / "out", "--dry-run") == 0
-    assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in capsys.readouterr().out
-    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+    before = set(tmp_path.rglob("*"))
+    assert app(tmp_path / "out", "--dry-run", "--bids-database-dir", str(tmp_path / "database")) == 0
+    told = capsys.readouterr().out
+    assert "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz" in told
+    assert re.search(r"about \d+ min on \d+ processor.*, \d+\.\d GB in the work directory, \d+\.\d GB of results", told)
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_dry_run_ends_as_the_run_would(dataset, small_ensemble, linear, tmp_path, capsys):

@@ -3,17 +3,20 @@
 import errno
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from nipype import Node, Workflow
+from nipype.interfaces.base import Undefined
 from nipype.interfaces.utility import Function
 
 from bids_varaug.errors import UsageError
@@ -80,6 +83,28 @@ def test_killed_worker_fails_its_step_and_the_others_go_on(request_for, patience
     assert not complete and progress.failed == {"bad"}
     assert "a worker process was killed" in capfd.readouterr().err
     assert (root / "good" / "result_good.pklz").exists()
+
+
+def step_of(root: Path, *parts: str, **inputs) -> SimpleNamespace:
+    """What nipype tells of a step."""
+    folder = root.joinpath(*parts)
+    given = SimpleNamespace(**{"member": [], "offset": Undefined} | inputs)
+    return SimpleNamespace(output_dir=lambda: str(folder), inputs=given)
+
+
+def test_time_left_counts_writing_and_lines_have_a_time(tmp_path, capsys):
+    progress = ProgressLog(tmp_path, {"sub_01": "sub-01"}, 2, started=time.monotonic() - 10)
+    for name in ("ieee", "mca01"):
+        progress(step_of(tmp_path, "sub_01", "segment", member=SimpleNamespace(id=name)), "end")
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d sub-01: member mca01 done \(2 of 2 segmentations, about 15 s left\)", last)
+    assert "about 40 s left" in first
+
+
+def test_report_that_fails_is_called_by_its_participant(tmp_path, capsys):
+    progress = ProgressLog(tmp_path, {}, 1, {"report_sub_001": "report of sub-001"})
+    progress(step_of(tmp_path, "report_sub_001"), "exception")
+    assert "report of sub-001: step failed" in capsys.readouterr().err
 
 
 def test_first_idle_worker_gets_the_next_task():

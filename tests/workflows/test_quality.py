@@ -34,7 +34,9 @@ def write_image(root, name, truth, levels, rng):
     table = pd.DataFrame({"index": STRUCTURES.keys(), "name": STRUCTURES.values(), "volume_mean": mean})
     table = table.assign(cv=0.02, verdict="good", reason=None, volume_low=low, volume_high=[7500, 7500, 80000, 7000])
     table.loc[mean < low, ["verdict", "reason"]] = ["unreliable", "too small; few voxels"]
-    table.to_csv(folder / f"{name}{REGIONS}", sep="\t", index=False, na_rep="n/a")
+    path = folder / f"{name}{REGIONS}"
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    path.with_suffix(".json").write_text(json.dumps({"Volumes": {"brain_mask": {"Value": 1.2 * mean.sum()}}}))
 
 
 def write_cohort(root):
@@ -94,6 +96,7 @@ def test_people_without_ages_get_volumes_outliers_power_and_changes(bids, output
     cv = volumes["Left-Hippocampus_sd"] / volumes["Left-Hippocampus"]
     assert cv.median() == pytest.approx(0.02, rel=0.5)
     np.testing.assert_allclose(volumes["brain"], volumes[list(STRUCTURES.values())].sum(axis=1), rtol=1e-5)
+    assert volumes["brain_mask"].to_numpy() == pytest.approx(1.2 * volumes["brain"].to_numpy(), rel=1e-4)
     sidecar = json.loads((output / "phenotype/volumes.json").read_text())
     assert set(volumes) - {"participant_id", "session_id"} <= set(sidecar)
     assert sidecar["Left-Hippocampus_sd"]["Units"] == "mm^3"
