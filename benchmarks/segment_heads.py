@@ -157,7 +157,7 @@ def segment_head(
         folder = keep / head.dataset / head.name if keep else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         files = {one["id"]: folder / f"{one['id']}-{one['weights'][-12:]}.safetensors"
-                 for one in describe(ensemble, passes)}  # fmt: skip
+                 for one in describe(passes)}  # fmt: skip
         for p in passes:
             if files[p.id].exists():
                 sparse = load_posterior(files[p.id])
