@@ -48,17 +48,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
-class Ignored(argparse.Action):
-    """A flag of an earlier version: accepted with its value, with a warning and without effect."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
-        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, given: argparse.Namespace, *value: Any) -> None:
-        """Warn."""
-        print(f"WARNING: {self.option_strings[0]} has no effect any more.", file=sys.stderr)
-
-
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all flags.
@@ -147,7 +136,6 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--perturb-inference", type=whole_number(0, 99), metavar="N", default=Settings.perturb_inference,
         help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
         "%(default)s)")
-    add("--grids", action=Ignored, help=argparse.SUPPRESS)
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--family-maps", action="store_true", help="also write the maps of spread of each family")
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,

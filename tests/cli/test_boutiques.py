@@ -18,7 +18,7 @@ from tests.workflows.conftest import describe, small_ensemble, write_t1w
 __all__ = ["small_ensemble"]  # fixture
 
 DESCRIPTOR = Path(__file__).parents[2] / "boutiques.json"
-NOT_DESCRIBED = {"-h", "--help", "--version", "--grids"}  # the last has no effect
+NOT_DESCRIBED = {"-h", "--help", "--version"}
 
 
 @pytest.fixture(scope="module")

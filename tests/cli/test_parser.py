@@ -388,9 +388,3 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_flag_of_an_earlier_version_is_accepted_with_a_warning(places, capsys):
-    assert parser.parse_settings([*places, "--grids", "4"]) == parser.parse_settings(places)
-    assert capsys.readouterr().err == "WARNING: --grids has no effect any more.\n"
-    assert "--grids" not in parser.build_parser().format_help()
