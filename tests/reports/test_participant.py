@@ -319,10 +319,6 @@ def test_warnings_are_listed(make_content):
     assert "Look here." in Page(make_content().html()).text
 
 
-def test_absence_of_warnings_is_said(make_content):
-    assert "No warnings" in make_content(warnings=()).html()
-
-
-@pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "/data", "SHA-256 of the weights"])
+@pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "Run id", "SHA-256 of the weights"])
 def test_run_and_ensemble_are_stated(page, word):
     assert word in page.text
