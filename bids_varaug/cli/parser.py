@@ -266,7 +266,7 @@ def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) 
         for group in parser._action_groups
         if group.title in groups
         for action in group._group_actions
-        if action.dest not in BOTH_LEVELS and getattr(given, action.dest, action.default) != action.default
+        if action.dest not in BOTH_LEVELS and getattr(given, action.dest) != parser.get_default(action.dest)
     ]
 
 

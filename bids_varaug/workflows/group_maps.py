@@ -123,8 +123,6 @@ def _write(folder: Path, space: OutputSpace, maps: GroupMaps, structures: Sequen
         mean, about = np.nan_to_num(maps.mean(name)), {"Description": text, "Units": unit}
         write(f"{space.entity}_stat-{name}mean_statmap", mean, SPACE_OUTPUTS[KEYS[name]], about)
     stacked = np.stack([np.rint(255 * maps.probability(k)).astype(np.uint8) for k in range(len(structures))], axis=-1)
-    about = {
-        "Description": "Share of the participants that have a label.",
-        "LabelMap": [label.name for label in structures],
-    }
-    write(f"_seg-varaug{space.entity}_probseg", stacked, OUTPUTS["mean_probseg"], about)
+    text = "Share of the participants that have a label."
+    labels = {"Description": text, "LabelMap": [label.name for label in structures]}
+    write(f"_seg-varaug{space.entity}_probseg", stacked, OUTPUTS["mean_probseg"], labels)
