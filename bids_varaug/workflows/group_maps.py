@@ -72,6 +72,12 @@ def _average(
     output_dir: Path, cohort: Cohort, space: OutputSpace
 ) -> tuple[GroupMaps, list[Label], dict[str, str]]:  # fmt: skip
     """Maps, their classes, background first, and why images are left out."""
+    no_maps = NoInputError(
+        f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
+        "--output-spaces and two perturbed members or more first; FastSurfer's networks have none."
+    )
+    if not (output_dir / names.LOOKUP_TABLE).is_file():
+        raise no_maps
     table = pd.read_csv(output_dir / names.LOOKUP_TABLE, sep="\t", usecols=["index", "name", "color"])
     structures = [Label(**row) for row in table.to_dict("records")]
     files, left_out = {}, {}
@@ -92,10 +98,7 @@ def _average(
         if reason := _add(maps, paths, 1 / counts[who]):
             left_out[image] = f"its maps cannot be read ({reason}): run the participant level again"
     if not maps.weight:
-        raise NoInputError(
-            f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
-            "--output-spaces and two perturbed members or more first."
-        )
+        raise no_maps
     return maps, structures, left_out
 
 

@@ -47,6 +47,9 @@ def test_images_without_maps_or_with_damaged_ones_are_left_out_with_reasons(outp
     assert (maps.probability(1) == 1).all() and (maps.mean("entropy") == 1).all()
 
 
-def test_a_group_without_any_maps_is_told_so(output_dir):
+@pytest.mark.parametrize("table", ["there", "of FastSurfer"])
+def test_a_group_without_any_maps_is_told_so(output_dir, table):
+    if table == "of FastSurfer":
+        (output_dir / LOOKUP_TABLE).rename(output_dir / "seg-fastsurfer_dseg.tsv")
     with pytest.raises(NoInputError, match="no image has maps in MNI152NLin2009cAsym_res-2"):
         _average(output_dir, cohort("sub-02"), SPACE_2MM)
