@@ -25,6 +25,7 @@ from bids_varaug.models.ensemble import (
     select_members,
     sha256_of,
 )
+from bids_varaug.registration.space import OutputSpace
 from bids_varaug.registration.template import find_template_t1w, load_template
 from bids_varaug.settings import Settings
 
@@ -37,6 +38,10 @@ POSTERIOR_GB = 0.07
 OUTPUT_GB = 0.04  # derivatives and report of a 256^3 head
 # Processor time on a 256^3 head, s (benchmarks/participant.py on two processors): a pass at 1 mm, and all other steps.
 PASS_S, OTHER_STEPS_S = 9.0, 32.0
+# Of a registration (benchmarks/registration.py): its affine, an iteration of --refine. Of an output space: time, and GB
+# of results by resolution, of which the transforms are 0.02.
+AFFINE_S, ITERATION_S, SPACE_S = 0.4, 0.5, 8.0
+SPACE_GB = {1: 0.05, 2: 0.025}
 RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
@@ -77,6 +82,12 @@ def make_plan(settings: Settings) -> Plan:
         raise UsageError("--sloppy: FastSurfer's networks segment on their own grid of at most 1 mm. Leave it out.")
     if settings.whole_voxels and not ensemble.is_fastsurfer:
         raise UsageError("--whole-voxels is for FastSurfer's networks; others do not shift images. Leave it out.")
+    if settings.output_spaces and ensemble.is_fastsurfer:
+        raise UsageError(
+            "--output-spaces: the registration follows the template's labels, which have the cortex whole, and "
+            "FastSurfer's networks have it in parcels. Leave it out, or run the shipped ensemble with it, into another "
+            "output folder."
+        )
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -159,10 +170,15 @@ def describe_cost(plan: Plan, n_images: int) -> str:
     """Say what so many images take, for heads of 256 mm and processors as those that were measured."""
     settings = plan.settings
     at_once = min(settings.nprocs, n_images) if settings.clean_workdir else n_images
-    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {n_images * OUTPUT_GB:.1f} GB of results"
+    spaces, n_perturbed = [OutputSpace.parse(space) for space in settings.output_spaces], len(plan.perturbed)
+    results = n_images * (OUTPUT_GB + sum(SPACE_GB[space.resolution or 1] for space in spaces))
+    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {results:.1f} GB of results"
     if settings.device != "cpu":
         return f"{disk}. The time on {settings.device} is not known."
-    seconds = n_images * (len(plan.members) * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S) / settings.nprocs
+    seconds = len(plan.members) * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S + SPACE_S * len(spaces)
+    if spaces:  # the consensus is registered, and each member where there are several
+        seconds += (n_perturbed + (n_perturbed > 1)) * (AFFINE_S + ITERATION_S * settings.refine)
+    seconds *= n_images / settings.nprocs
     time = f"{seconds / 3600:.1f} h" if seconds > 7200 else f"{max(1, round(seconds / 60))} min"
     return f"about {time} on {settings.nprocs} processor(s), {disk}, for heads of 256 mm."
 

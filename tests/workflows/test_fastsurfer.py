@@ -17,6 +17,7 @@ from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import Ensemble, Member, VinnShape, load_ensemble, write_manifest
 from bids_varaug.models.fastsurfer import build_planes, load_planes, save_planes
 from bids_varaug.models.fastsurfer_labels import IDS, read_labels
+from bids_varaug.registration.space import SPACE
 from bids_varaug.segmentation.slices import segment_slices
 
 SHAPE = VinnShape(filters=4, rim_filters=4, grid=32)
@@ -104,6 +105,14 @@ def test_labels_of_a_member_are_those_of_the_networks(derivatives, dataset, ense
     # The T1w's grid is that one but for flips; of two classes that are equal to the last bit, the other may be chosen.
     back = np.asanyarray(resample_from_to(conformed, native, order=0).dataobj)
     assert (back == np.asanyarray(native.dataobj)).mean() > 0.9999
+
+
+def test_template_space_is_refused_before_anything_is_written(dataset, ensemble_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    where = [str(dataset), str(out), "participant", "-w", str(tmp_path / "work"), "--ensemble", str(ensemble_dir)]
+    assert main([*where, "--output-spaces", f"{SPACE}:res-2"]) == 64
+    assert "FastSurfer's networks have it in parcels. Leave it out, or run the shipped" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_what_fastsurfer_cannot_do_is_refused(dataset, ensemble_dir):
