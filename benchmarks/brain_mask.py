@@ -40,7 +40,7 @@ def segment(t1w: Path, cache: Path) -> nib.Nifti1Image:
     path = cache / t1w.name.replace("_T1w", "_dseg")
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        nib.save(bids_varaug.segment(t1w, members="ieee", grids=1).labels, path)
+        nib.save(bids_varaug.segment(t1w, members="ieee").labels, path)
     return nib.load(path)
 
 

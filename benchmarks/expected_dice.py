@@ -56,6 +56,11 @@ def head_rows(head: SegmentedHead, group: str) -> pd.DataFrame:
     )
 
 
+def distinct(heads: list[SegmentedHead]) -> list[SegmentedHead]:
+    """Leave out heads that are another one again: ``t1`` is ``sharp`` where no lower resolution was drawn."""
+    return list({head.soft_dice("all").tobytes(): head for head in reversed(heads)}.values())[::-1]
+
+
 def predict(fitted: pd.DataFrame, rows: pd.DataFrame, group: str) -> pd.DataFrame:
     """Return the expected Dice of `rows`, of a model fitted on others, by their label maps or data sets."""
     columns = ["soft_dice", "pair_dice", "voxels"]
@@ -113,7 +118,7 @@ def main() -> None:
     parser.add_argument("--write", metavar="ENSEMBLE", help="name or folder")
     parser.add_argument("--tsv", type=Path, help="where a row per head, group and structure goes")
     options = parser.parse_args()
-    drawn = read_cache(options.synthetic)
+    drawn = distinct(read_cache(options.synthetic))
     real = [head for head in read_cache(options.real) if head.head.protocol] if options.real else []
     print_origin("Expected Dice", drawn[0].ensemble, [head.head for head in (*drawn, *real)])
     models, tables = {}, []

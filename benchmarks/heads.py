@@ -268,7 +268,7 @@ def load_members(name: str) -> Ensemble:
         Member(file.stem, file.stem.rstrip("0123456789"), 0, None, file.name, sha256_of(file)) for file in files
     )
     folder = Path(name).absolute()
-    return replace(load_ensemble("aseg31"), name=folder.name, directory=folder, members=members, trunk=None)
+    return replace(load_ensemble("aseg31"), name=folder.name, directory=folder, members=members)
 
 
 def segmenting_parser(doc: str) -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Time and memory of the participant level on one head.
 
-    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--grids 4]
-        [--yardstick]
+    python benchmarks/participant.py path/to/sub-01_T1w.nii.gz [--threads 2] [--yardstick]
 
 Prints the time of each step, run one after another in this process, then wall time and peak memory
 (proportional set size of the whole process tree) of the command itself. ``--yardstick`` adds one
@@ -32,7 +31,6 @@ from bids_varaug.models.ensemble import load_ensemble, select_members
 from bids_varaug.reports.participant import write_subject_report
 from bids_varaug.segmentation.fuse import summarise_members
 from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
-from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 
 
@@ -55,11 +53,9 @@ def make_dataset(t1w: Path, folder: Path) -> Path:
     return folder / "bids"
 
 
-def time_steps(
-    bids_dir: Path, folder: Path, threads: int, ensemble_name: str, n_grids: int
-) -> None:
+def time_steps(bids_dir: Path, folder: Path, threads: int, ensemble_name: str) -> None:
     """Run each step in this process."""
-    settings = Settings(bids_dir, folder / "steps", "participant", folder / "work", grids=n_grids)
+    settings = Settings(bids_dir, folder / "steps", "participant", folder / "work")
     (scan,) = find_scans(settings).scans
     ensemble = load_ensemble(ensemble_name)
     members = select_members(ensemble, ["all"])
@@ -74,21 +70,9 @@ def time_steps(
     geometry.save(work / "geometry.json")
     print(f"head box {head.shape}, native {geometry.native_shape}")
     paths = [work / f"{member.id}.safetensors" for member in members]
-    shift = None
-    if n_grids > 1:
-        shift, grids = work / "shift.safetensors", {}
-        for offset in GRIDS[n_grids]:
-            grids[offset] = work / f"grid{len(grids)}.safetensors"
-            with timed(f"{ensemble.baseline.id}, grid {offset}"):
-                segment_with_member(
-                    head, ensemble_name, ensemble.baseline, grids[offset], "cpu", threads, offset
-                )
-        with timed("mean over the grids"):
-            average_grids(list(grids.values()), list(grids), paths[0], shift)
     for member, path in zip(members, paths, strict=True):
-        if not path.exists():
-            with timed(f"member {member.id}"):
-                segment_with_member(head, ensemble_name, member, path, "cpu", threads, shift=shift)
+        with timed(f"member {member.id}"):
+            segment_with_member(head, geometry, ensemble_name, member, path, "cpu", threads)
     with timed(f"fuse, maps and counts of {len(members)} members"):
         families = [member.family for member in members]
         summary = summarise_members(paths, families, ensemble.temperature, work)
@@ -114,12 +98,12 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def time_command(bids_dir: Path, folder: Path, threads: int, ensemble: str, n_grids: int) -> None:
+def time_command(bids_dir: Path, folder: Path, threads: int, ensemble: str) -> None:
     """Run the command as a user would, and watch its memory."""
     program = Path(sys.executable).with_name("bids_varaug")
     command = [str(program), str(bids_dir), str(folder / "out"), "participant", "--ensemble",
                ensemble, "-w", str(folder / "command-work"), "--nprocs", str(threads),
-               "--grids", str(n_grids), "--skip-bids-validation"]  # fmt: skip
+               "--skip-bids-validation"]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0
@@ -190,15 +174,14 @@ def main() -> None:
     parser.add_argument("t1w", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ensemble", default="aseg31")
-    parser.add_argument("--grids", type=int, choices=tuple(GRIDS), default=4)
     parser.add_argument("--yardstick", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bids_dir = make_dataset(arguments.t1w, folder)
         use_threads(arguments.threads)
-        time_command(bids_dir, folder, arguments.threads, arguments.ensemble, arguments.grids)
-        time_steps(bids_dir, folder, arguments.threads, arguments.ensemble, arguments.grids)
+        time_command(bids_dir, folder, arguments.threads, arguments.ensemble)
+        time_steps(bids_dir, folder, arguments.threads, arguments.ensemble)
     if arguments.yardstick:
         yardstick()
 

@@ -44,7 +44,6 @@ from bids_varaug.models.ensemble import (
     BASELINE,
     Ensemble,
     Member,
-    identify,
     load_ensemble,
     round_inference,
     select_members,
@@ -158,7 +157,7 @@ def segment_head(
         folder = keep / head.dataset / head.name if keep else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         files = {one["id"]: folder / f"{one['id']}-{one['weights'][-12:]}.safetensors"
-                 for one in describe(ensemble, passes)}  # fmt: skip
+                 for one in describe(passes)}  # fmt: skip
         for p in passes:
             if files[p.id].exists():
                 sparse = load_posterior(files[p.id])
@@ -188,7 +187,7 @@ def segment_head(
         arrays[name] = values[known].astype(dtype)
     meta = {
         "head": asdict(head), "ensemble": ensemble.name, "groups": list(groups),
-        "passes": describe(ensemble, passes),
+        "passes": describe(passes),
         "names": [label.name for label in ensemble.labels[1:]],
         "class_ids": [label.index for label in ensemble.labels],
         "voxel_volume": float(voxel_volume(g.native_affine)),
@@ -211,10 +210,10 @@ def group_passes(passes: Sequence[Pass]) -> dict[str, list[str]]:
     return {group: ids for group, ids in groups.items() if len(ids) > 1}
 
 
-def describe(ensemble: Ensemble, passes: Sequence[Pass]) -> list[dict]:
+def describe(passes: Sequence[Pass]) -> list[dict]:
     """Return what tells passes apart, as kept in a head's file."""
     return [{"id": p.id, "family": p.family, "trained": p.is_trained,
-             "weights": identify(ensemble, p.member)} for p in passes]  # fmt: skip
+             "weights": p.member.sha256} for p in passes]  # fmt: skip
 
 
 def is_done(path: Path, wanted: list[dict]) -> bool:
@@ -234,7 +233,7 @@ def main() -> None:
     start = time.monotonic()
     ensemble = load_ensemble(options.ensemble)
     passes = plan_passes(ensemble, options)
-    wanted = describe(ensemble, passes)
+    wanted = describe(passes)
     heads = [head for folder in options.datasets for head in find_heads(folder)
              if options.only in head.t1w]  # fmt: skip
     paths = {options.cache / head.dataset / f"{head.name}.npz": head for head in heads}

@@ -32,7 +32,6 @@ from bids_varaug.machine import MAX_DEFAULT_THREADS, available_processors
 from bids_varaug.reports.participant import scan_report, write_subject_report
 from bids_varaug.segmentation.fuse import Summary, summarise_members
 from bids_varaug.segmentation.predict import crop_with_member, segment_with_member
-from bids_varaug.segmentation.shifts import GRIDS, average_grids
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.plan import Plan, make_plan
 
@@ -47,7 +46,6 @@ def segment(
     members: str | Sequence[str] = "all",
     n_members: int | None = None,
     perturb_inference: int = 0,
-    grids: int = 0,
     write_members: bool = False,
     family_maps: bool = False,
     device: str = "auto",
@@ -69,7 +67,6 @@ def segment(
     members : "all", families ("mca", "seed", "ieee") or single members ("mca01")
     n_members : use the first n of each family; all if None
     perturb_inference : how often to run the baseline with random rounding too
-    grids : on how many shifted grids (1, 2, 4 or 8) the baseline segments; 0: as suits the ensemble
     write_members, family_maps : whether `Segmentation.save` also writes the labels of each member, the maps of each
         family
     device : "auto", "cpu", "cuda" or "cuda:N"
@@ -98,7 +95,6 @@ def segment(
         "members: name at least one": bool(members),
         f"n_members={n_members!r}: must be 1 or more, or None": n_members is None or n_members >= 1,
         f"perturb_inference={perturb_inference!r}: must be 0 or more": perturb_inference >= 0,
-        f"grids={grids!r}: must be one of {(0, *GRIDS)}": grids in (0, *GRIDS),
         f"trust={trust!r}: must be sform, qform or None": trust in (None, "sform", "qform"),
     }
     for message, is_allowed in allowed.items():
@@ -110,7 +106,7 @@ def segment(
         settings = Settings(
             path.parent, folder / "derivatives", "participant", folder / "work",
             ensemble=os.fspath(ensemble), members=(members,) if isinstance(members, str) else tuple(members),
-            n_members=n_members, perturb_inference=perturb_inference, grids=grids, write_members=write_members,
+            n_members=n_members, perturb_inference=perturb_inference, write_members=write_members,
             family_maps=family_maps, device=device, trust=trust, random_seed=random_seed, sloppy=sloppy,
             whole_voxels=whole_voxels,
             omp_nthreads=n_threads or min(available_processors(), MAX_DEFAULT_THREADS),
@@ -281,17 +277,9 @@ def _run_steps(plan: Plan, path: Path) -> tuple[Path, list[Path], Summary]:
         head, geometry = prepare_head(path, plan.voxel_size, plan.ensemble.multiple, settings.trust)
     if not settings.sloppy and not plan.ensemble.is_fastsurfer:
         head, geometry = crop_with_member(head, geometry, ensemble, plan.locator, *where)
-    shift = None
-    if settings.grids > 1:
-        offsets, shift = GRIDS[settings.grids], folder / "shift.safetensors"
-        on_grids = [folder / f"grid{number}.safetensors" for number in range(len(offsets))]
-        for offset, file in zip(offsets, on_grids, strict=True):
-            segment_with_member(head, ensemble, plan.locator, file, *where, offset)
-        average_grids(on_grids, offsets, folder / f"{plan.locator.id}.safetensors", shift)
-    for member in plan.single_pass:
-        out = folder / f"{member.id}.safetensors"
-        segment_with_member(head, ensemble, member, out, *where, shift=shift, geometry=geometry)
     posteriors = [folder / f"{member.id}.safetensors" for member in plan.members]
+    for member, file in zip(plan.members, posteriors, strict=True):
+        segment_with_member(head, geometry, ensemble, member, file, *where)
     geometry.save(folder / "geometry.json")
     families = [member.family for member in plan.members]
     summary = summarise_members(posteriors, families, plan.ensemble.temperature, folder, settings.family_maps)

@@ -29,7 +29,6 @@ class Settings:
     members: tuple[str, ...] = ("all",)
     n_members: int | None = None
     perturb_inference: int = 0
-    grids: int = 1  # 0: as suits the ensemble, until that is known
     write_members: bool = False
     family_maps: bool = False
     freesurfer_dir: Path | None = None

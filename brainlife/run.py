@@ -31,7 +31,7 @@ from bids_varaug.models.ensemble import load_ensemble
 PICTURES = {"consensus": "Consensus", "entropy": "Vote entropy, bit", "volumes": "Volumes"}
 PICTURE_WIDTH = 600  # pixels; Brainlife keeps product.json in its database, so it must stay small
 PICTURE_COLORS = 64
-OPTIONS = ("ensemble", "members", "n_members", "perturb_inference", "grids", "random_seed")
+OPTIONS = ("ensemble", "members", "n_members", "perturb_inference", "random_seed")
 SWITCHES = ("sloppy", "write_members")
 
 

@@ -26,7 +26,7 @@ extensions = [
 exclude_patterns = ["_build"]
 highlight_language = "none"  # of blocks that name no language: shell commands and formulas
 
-# Headings of three levels can be linked to: outputs.md#several-grids
+# Headings of three levels can be linked to: outputs.md#images
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 

@@ -122,15 +122,6 @@ def test_command_writes_what_the_app_writes(written, t1w, small_ensemble, tmp_pa
     assert f"Done. The results are in {out}." in capsys.readouterr().err
 
 
-def test_several_grids_are_those_of_the_app(app, linear, t1w, small_ensemble, tmp_path):
-    flags = ("--grids", "2", "--members", "ieee,mca01,seed01")
-    assert app(tmp_path / "app", *linear, *flags, "--participant-label", "02") == 0
-    assert main([str(t1w), str(tmp_path / "out"), "--ensemble", str(small_ensemble), *flags]) == 0
-    name = f"{PREFIX}_seg-varaug_desc-mean_probseg.nii.gz"
-    expected = nib.load(tmp_path / "app" / "sub-02" / "anat" / name)
-    assert np.array_equal(nib.load(tmp_path / "out" / name).get_fdata(), expected.get_fdata())
-
-
 def test_four_dimensions_are_refused_as_in_the_app(tmp_path, capsys):
     image = nib.Nifti1Image(np.ones((20, 20, 20, 2), np.float32), np.eye(4) * 4)
     with pytest.raises(ScanError, match=r"4D image \(20 x 20 x 20 x 2\). A T1w must be one volume"):
@@ -206,7 +197,7 @@ def test_import_takes_no_time_and_promises_a_few_names():
 
 
 @pytest.mark.parametrize(
-    "argument", [{"n_members": 0}, {"members": []}, {"grids": 3}, {"trust": "header"}, {"perturb_inference": -1}]
+    "argument", [{"n_members": 0}, {"members": []}, {"trust": "header"}, {"perturb_inference": -1}]
 )
 def test_arguments_are_checked_before_the_work(argument, t1w):
     with pytest.raises(UsageError, match=next(iter(argument))):

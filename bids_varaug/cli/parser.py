@@ -31,7 +31,6 @@ LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
-GRIDS = {"auto": 0, "1": 1, "2": 2, "4": 4, "8": 8}  # as `Settings.grids`
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 SPACE = "MNI152NLin2009cAsym"
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
@@ -137,10 +136,6 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     add("--perturb-inference", type=whole_number(0, 99), metavar="N", default=Settings.perturb_inference,
         help="also run the baseline N times (0 to 99) with random rounding, as members rr01, rr02, ... (default: "
         "%(default)s)")
-    add("--grids", choices=tuple(GRIDS), default="auto",
-        help="number of grids, shifted by one voxel, on which the baseline segments the image. Its posteriors are "
-        "averaged and those of the other members corrected likewise: volumes then depend less on the position of the "
-        "head. auto: 4 if the members share a trunk; 1 otherwise and with --sloppy (default: %(default)s)")
     add("--write-members", action="store_true", help="also write the labels of each member")
     add("--family-maps", action="store_true", help="also write the maps of spread of each family")
     add("--random-seed", type=whole_number(0), metavar="N", default=Settings.random_seed,
@@ -253,7 +248,6 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.plugin = read_plugin(given.plugin) if given.plugin else None
     given.members = split_members(given.members)
     given.output_spaces = tuple(dict.fromkeys(re.sub("-0+", "-", space) for space in given.output_spaces))
-    given.grids = GRIDS[given.grids]
     for name in ("participant_labels", "exclude_participant_labels", "session_labels"):
         labels = (label.rpartition("-")[2] for label in getattr(given, name))  # without sub- or ses-
         setattr(given, name, tuple(dict.fromkeys(labels)))

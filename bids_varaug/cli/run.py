@@ -13,14 +13,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from bids_varaug.cli.parser import (
-    GRIDS,
-    build_power_parser,
-    build_segment_parser,
-    dash_flag,
-    parse_settings,
-    split_members,
-)
+from bids_varaug.cli.parser import build_power_parser, build_segment_parser, dash_flag, parse_settings, split_members
 from bids_varaug.errors import ExitCode, NoInputError, OutputError, UsageError, UserError
 from bids_varaug.machine import WORKER_MODULES, keep_caches_below
 from bids_varaug.settings import Settings
@@ -130,7 +123,7 @@ def segment_image(argv: Sequence[str]) -> ExitCode:
         raise NoInputError(f"{given.image}: no such file, or a link to content that is not here (`datalad get` it).")
     from bids_varaug import api  # --help must not wait for torch
 
-    options = vars(given) | {"members": split_members(given.members), "grids": GRIDS[given.grids]}
+    options = vars(given) | {"members": split_members(given.members)}
     output_dir, report = options.pop("output_dir"), options.pop("report")
     api.check_output_dir(output_dir)  # before the work
     result = api.segment(**options)

@@ -161,8 +161,9 @@ def train_planes(arguments: argparse.Namespace, ids: Sequence[str]) -> None:
     from bids_varaug.machine import resolve_device
     from bids_varaug.models.ensemble import load_ensemble
     from bids_varaug.models.fastsurfer import load_trained
-    from bids_varaug.training.labels import find_label_maps
-    from bids_varaug.training.plane import PlaneRecipe, load_heads, train_plane
+    from bids_varaug.training.fastsurfer import parcel_scheme
+    from bids_varaug.training.labels import find_label_maps, image_of, load_scheme
+    from bids_varaug.training.plane import Head, PlaneRecipe, SyntheticHeads, load_heads, train_plane
     from bids_varaug.training.recipe import plan_member
 
     if arguments.plane is None:
@@ -173,7 +174,13 @@ def train_planes(arguments: argparse.Namespace, ids: Sequence[str]) -> None:
         if not ensemble.is_fastsurfer or ensemble.baseline is None:
             raise UsageError(f"--start-from {arguments.start_from}: no FastSurfer ensemble with a baseline.")
         start = load_trained(ensemble, ensemble.baseline)[recipe.plane]
-    heads = load_heads(find_label_maps(arguments.labels_dir), recipe)
+    label_maps, table = find_label_maps(arguments.labels_dir), arguments.label_table
+    heads: list[Head] | SyntheticHeads
+    if any(map(image_of, label_maps)):
+        heads = load_heads(label_maps, recipe)
+    else:
+        print("No T1w images beside the label maps: training on images drawn from them", file=sys.stderr)
+        heads = SyntheticHeads(label_maps, load_scheme(table) if table else parcel_scheme(), recipe)
     for member in ids:
         out = arguments.ensemble_dir / member / f"{recipe.plane}.pkl"
         if not arguments.resume:

@@ -206,7 +206,7 @@ def cite_participant(run: Run) -> Citation:
     spaces = [space.partition(":")[0] for space in settings.output_spaces]
     return cite(
         "participant", ensemble=run.ensemble, members=run.members, voxel_size=run.voxel_size, sloppy=settings.sloppy,
-        n_grids=settings.grids, space=spaces[0] if spaces else None, refine=settings.refine,
+        space=spaces[0] if spaces else None, refine=settings.refine,
     )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.io import write_image
+from bids_varaug.derivatives.io import write_output
 from bids_varaug.derivatives.names import ALL_OUTPUTS, ScanRequest
-from bids_varaug.derivatives.scan import is_skull_stripped
+from bids_varaug.derivatives.scan import header_fields, is_skull_stripped
 from bids_varaug.derivatives.sidecars import sidecar
 from bids_varaug.files import write_json
 from bids_varaug.images.conform import Geometry
@@ -83,9 +83,10 @@ def write_in_spaces(request: ScanRequest, geometry_file: Path, registration_file
                 path.unlink(missing_ok=True)
                 request.sidecar(key, space=space).unlink(missing_ok=True)
                 continue
-            header, cal_max = template_header(space.grid), ALL_OUTPUTS[key].cal_max
-            written.append(write_image(images[key], space.grid.affine, path, header, cal_max=cal_max))
-            content = sidecar(request, key, skull_stripped=stripped, extra=_about(request, space))
+            output, header, fields = ALL_OUTPUTS[key], template_header(space.grid), header_fields(request, key)
+            precision = write_output(output, images[key], space.grid.affine, path, header, **fields)
+            written.append(path)
+            content = sidecar(request, key, skull_stripped=stripped, extra=_about(request, space) | precision)
             write_json(content, request.sidecar(key, space=space))
     return written
 

@@ -16,13 +16,15 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.filebasedimages import FileBasedHeader
+from nibabel.nifti1 import intent_codes
 
-from bids_varaug.derivatives.names import ending_of, prefix_of
+from bids_varaug.derivatives.names import Output, ending_of, prefix_of
 from bids_varaug.errors import UserError
 from bids_varaug.files import replacing, write_text
 
 COMPRESSION = 2  # level 9 takes ten times as long for a tenth less
 SLAB = 16  # slices
+_INTENTS = {suffix: intent_codes.code[name] for suffix, name in (("dseg", "label"), ("statmap", "estimate"))}
 
 
 def write_table(table: pd.DataFrame, path: Path, float_format: str = "%.6g") -> Path:
@@ -57,6 +59,24 @@ def write_image(
                 for z in range(0, data.shape[2], SLAB):
                     stream.write(whole[..., z : z + SLAB].astype(dtype.newbyteorder("<")).tobytes(order="F"))
     return Path(path)
+
+
+def write_output(
+    output: Output, data: np.ndarray, affine: np.ndarray, path: Path, source_header: FileBasedHeader, **fields: Any
+) -> dict[str, str]:
+    """Write values of an output as any image of its kind, maps of real numbers as integers of a step.
+
+    `path` ends with the suffix of its kind (``_statmap.nii.gz``). Returns what its sidecar says of the precision. The
+    rest as `write_image`.
+    """
+    suffix, step = path.name.rpartition("_")[2].partition(".")[0], 1 / output.per_unit if output.per_unit else 1.0
+    if suffix == "statmap":
+        step = step if output.per_unit else fitting_step(data)
+        data = in_steps(data, step)
+    fields = {"cal_max": output.cal_max, "intent_code": _INTENTS.get(suffix, 0)} | fields
+    write_image(data, affine, path, source_header, step, **fields)
+    text = f"Stored in steps of {step:.4g} (scl_slope): wrong by at most half a step"
+    return {} if step == 1 else {"Precision": text}
 
 
 def in_steps(values: np.ndarray, step: float) -> np.ndarray:

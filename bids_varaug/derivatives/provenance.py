@@ -11,7 +11,7 @@ from typing import Any
 from bids_varaug import __version__
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.names import Run
-from bids_varaug.derivatives.sidecars import GRIDS_KEY, SLOPPY_NOTE, TOOL
+from bids_varaug.derivatives.sidecars import SLOPPY_NOTE, TOOL
 from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
@@ -33,8 +33,7 @@ class MixedDerivativesError(UserError):
 class Origin:
     """What one file says about how derivatives were made; None or empty where it does not say.
 
-    `file` is its name in messages; `grids` the number of sub-voxel shifts of the baseline; `sha256` digests of the
-    weights and `seeds` of the random rounding, by member.
+    `file` is its name in messages; `sha256` digests of the weights and `seeds` of the random rounding, by member.
     """
 
     file: str
@@ -42,18 +41,16 @@ class Origin:
     version: str | None = None
     tool_version: str | None = None
     sloppy: bool | None = None
-    grids: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """What is known, by the name that messages give it."""
-        said = {
+        said: dict[str, Any] = {
             "ensemble": self.ensemble,
             "version of the ensemble": self.version,
             f"version of {TOOL}": self.tool_version,
             "--sloppy": self.sloppy,
-            "--grids": self.grids,
         }
         said |= {f"weights of {member}": sha for member, sha in self.sha256.items()}
         said |= {f"seed of {member}": seed for member, seed in self.seeds.items()}
@@ -104,7 +101,7 @@ def read_root(output_dir: Path) -> Origin:
 
 
 def sidecar_origin(content: object, file: str) -> Origin:
-    """What a table's own sidecar says; without `ENSEMBLE_KEY`, little more than the grid."""
+    """What a table's own sidecar says; without `ENSEMBLE_KEY`, little."""
     content = _mapping(content)
     ensemble = _mapping(content.get(ENSEMBLE_KEY))
     made = content.get("GeneratedBy")
@@ -115,7 +112,6 @@ def sidecar_origin(content: object, file: str) -> Origin:
         version=ensemble.get("Version"),
         tool_version=next((by.get("Version") for by in tools if by.get("Name") == TOOL), None),
         sloppy=content.get("Warning") == SLOPPY_NOTE,
-        grids=content.get(GRIDS_KEY, 1),
         sha256=_mapping(ensemble.get("SHA256")),
         seeds=_mapping(ensemble.get("Seed")),
     )
@@ -128,7 +124,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 def run_origin(run: Run) -> Origin:
     """How a run of the participant level makes derivatives."""
     return Origin(
-        "this run", run.ensemble.name, run.ensemble.version, __version__, run.settings.sloppy, run.settings.grids,
+        "this run", run.ensemble.name, run.ensemble.version, __version__, run.settings.sloppy,
         sha256={member.id: member.sha256 for member in run.members},
         seeds={member.id: member.seed for member in run.members if member.is_rounded},
     )  # fmt: skip
@@ -155,7 +151,7 @@ def check_rerun(output_dir: Path, run: Origin, scans: Iterable[Scan]) -> None:
             content = {}
         theirs = sidecar_origin(content, run.file) if content else root
         if content and not theirs.sha256:  # interrupted, or of an older version: as the root says
-            theirs = replace(root, sloppy=theirs.sloppy, grids=theirs.grids)
+            theirs = replace(root, sloppy=theirs.sloppy)
         if difference := _difference(theirs, run):
             differing.setdefault(difference, []).append(stem)
     if not differing:
@@ -198,7 +194,7 @@ def _difference(theirs: Origin, ours: Origin) -> str:
 
 
 def check_same_origin(origins: Iterable[Origin]) -> None:
-    """Refuse other ensembles, versions, grids, or weights of a member, with every value and the files that say so."""
+    """Refuse other ensembles, versions or weights of a member, with every value and the files that say so."""
     said: dict[str, dict[object, list[str]]] = {}
     for origin in origins:
         for what, value in origin.facts().items():

@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import FileBasedHeader
-from nibabel.nifti1 import intent_codes
 from nibabel.spatialimages import SpatialImage
 
 from bids_varaug.derivatives.freesurfer import write_freesurfer
-from bids_varaug.derivatives.io import fitting_step, in_steps, write_image, write_table
-from bids_varaug.derivatives.names import BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
+from bids_varaug.derivatives.io import write_output, write_table
+from bids_varaug.derivatives.names import ALL_OUTPUTS, BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
 from bids_varaug.derivatives.sidecars import describe_columns, sidecar
 from bids_varaug.errors import UserError
@@ -47,7 +46,6 @@ from bids_varaug.variability.quality import find_warnings
 
 # A brain-extracted image holds little beside the structures; a head holds two to three times more.
 _SKULL_STRIPPED_BELOW = 1.7
-_INTENTS = {suffix: intent_codes.code[name] for suffix, name in (("dseg", "label"), ("statmap", "estimate"))}
 # What a map of the spread is outside the head box, where every member says background with certainty.
 _OF_SPREAD = {"mutual_information": 0.0, "entropy": 0.0, "std": 0.0, "sigbits": FLOAT32_BITS}
 _CALIBRATED = ("total_entropy", "mutual_information")
@@ -85,25 +83,23 @@ class ScanWriter:
         output = OUTPUTS[key]
         if key.removesuffix(OF_FAMILY) == "sigbits":  # the 24 bits of the background would hide the brain
             data = data * self.brain
-        step = 1 / output.per_unit if output.per_unit else 1.0
-        if data.dtype.kind == "f":
-            step = step if output.per_unit else fitting_step(data)
-            data = in_steps(data, step)
-        if step != 1:
-            precision = f"Stored in steps of {step:.4g} (scl_slope): wrong by at most half a step"
-            extra = {"Precision": precision, **(extra or {})}
-        fields: dict[str, Any] = {"cal_max": output.cal_max, "intent_code": _INTENTS.get(output.suffix, 0)}
-        if output.suffix == "dseg":
-            largest = max(label.index for label in self.request.ensemble.labels)
-            fields |= {"cal_max": largest, "aux_file": self.request.lookup_table.name}
         path, affine = self.request.path(key, member), self.affine if affine is None else affine
-        self.written.append(write_image(data, affine, path, self.header, step, **fields))
-        self.sidecar(key, member, extra)
+        precision = write_output(output, data, affine, path, self.header, **header_fields(self.request, key))
+        self.written.append(path)
+        self.sidecar(key, member, {**precision, **(extra or {})})
 
     def sidecar(self, key: str, member: str | None = None, extra: JsonObject | None = None) -> None:
         """Write the sidecar of an output."""
         content = sidecar(self.request, key, member, skull_stripped=self.skull_stripped, extra=extra)
         write_json(content, self.request.sidecar(key, member))
+
+
+def header_fields(request: ScanRequest, key: str) -> dict[str, Any]:
+    """Fields of the header of an output, beside those of its kind: of label maps, the largest label and the table."""
+    if ALL_OUTPUTS[key].suffix != "dseg":
+        return {}
+    largest = max(label.index for label in request.ensemble.labels)
+    return {"cal_max": largest, "aux_file": request.lookup_table.name}
 
 
 def write_scan(

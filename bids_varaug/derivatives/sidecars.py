@@ -28,8 +28,6 @@ PACKAGES = (
     "torch", "numpy", "scipy", "numba", "nibabel", "nipype", "pybids", "significantdigits", "scikit-learn",
 )  # fmt: skip
 LABEL_COLUMNS = ["index", "name", "abbreviation", "color", "mapping"]
-GRIDS_KEY = "Grids"
-"""On how many grids the baseline segmented, see `segmentation.shifts`; absent: one."""
 SLOPPY_NOTE = "Made with --sloppy (2 mm grid): for tests and demos only."
 
 
@@ -121,8 +119,6 @@ def sidecar(
     if output.suffix in ("statmap", "mask", "xfm") or key in ("consensus_dseg", "dseg_in_space"):
         content["MembersPerFamily"] = Counter(m.family for m in members)
     content |= extra or {}
-    if request.settings.grids > 1:
-        content[GRIDS_KEY] = request.settings.grids
     if request.settings.sloppy:
         content["Warning"] = SLOPPY_NOTE
     table = names.OUTPUTS["regions_tsv"] if key == "consensus_dseg" else output

@@ -21,6 +21,10 @@ ROUNDED = "rr"
 """Family of the members that are the baseline under random rounding, which no file holds."""
 MANIFEST = "manifest.json"
 FORMAT = 2
+_GET_ANOTHER = (
+    "Leave out --ensemble to use the one that comes with this version, train one with bids_varaug-train, or use the "
+    "version of bids_varaug that made this one."
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,7 @@ class Member:
     precision: int | None
     file: str
     sha256: str  # of that file
-    base: str | None = None  # member whose weights the file adds to; None where it adds to the trunk, or is whole
-    steps: int | None = None  # of the training; None in earlier ensembles, as the next
+    steps: int | None = None  # of the training
     format: str | None = None  # of the weights
 
     @property
@@ -91,17 +94,6 @@ class Member:
     def is_rounded(self) -> bool:
         """Whether inference, not training, is what is perturbed."""
         return self.family == ROUNDED
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """Weights that the members' files add to: those at the step where the members fork.
-
-    Only the shipped ensemble `aseg31` has one; its members are stored as 8-bit differences.
-    """
-
-    file: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,6 @@ class Ensemble:
     network: NetworkShape | VinnShape
     members: tuple[Member, ...]
     training: dict
-    trunk: Trunk | None = None  # None where the members' weights are whole
     temperature: float = 1.0
     quality: Quality | None = None  # None where nobody calibrated it
 
@@ -189,17 +180,16 @@ def load_ensemble(name: str) -> Ensemble:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if (found := values.pop("format")) != FORMAT:
-            raise EnsembleError(
-                f"{path}: format {found}; this version reads {FORMAT}. Use the version of bids_varaug that trained it."
-            )
-        trunk, network, quality = values.get("trunk"), values["network"], values.get("quality")
+            raise EnsembleError(f"{path}: made by another version (format {found}, not {FORMAT}). {_GET_ANOTHER}")
+        members, quality = values["members"], values.get("quality")
+        if any([values.pop("trunk", None), *(member.pop("base", None) for member in members)]):
+            raise EnsembleError(f"{path}: made by an earlier version, whose members share a trunk. {_GET_ANOTHER}")
         values |= {
             "directory": folder,
             "voxel_size": float(values["voxel_size"]),
             "labels": tuple(Label(**label) for label in values["labels"]),
-            "network": _network_shape(network),
-            "members": tuple(Member(**member) for member in values["members"]),
-            "trunk": None if trunk is None else Trunk(**trunk),
+            "network": _network_shape(values["network"]),
+            "members": tuple(Member(**member) for member in members),
             "quality": None if quality is None else _read_quality(**quality),
         }
         ensemble = Ensemble(**values)
@@ -289,34 +279,17 @@ def round_inference(ensemble: Ensemble, n_members: int, random_seed: int) -> tup
     )
 
 
-def files_of(ensemble: Ensemble, member: Member) -> list[tuple[str, str, str]]:
-    """Return name, SHA-256 and meaning of the files whose sum a member's weights are, in order."""
-    files = [] if ensemble.trunk is None else [(ensemble.trunk.file, ensemble.trunk.sha256, "weights of the trunk")]
-    bases = [m for m in ensemble.members if (m.id, m.base) == (member.base, None)]
-    if member.base is not None and not bases:
+def check_member(ensemble: Ensemble, member: Member) -> Path:
+    """Compare the SHA-256 of a member's weights with the manifest; return their file."""
+    path = ensemble.directory / member.file
+    if path.name != member.file or not path.is_file():
+        raise EnsembleError(f"{path}: weights of {member.id} are missing. Install the ensemble again.")
+    if sha256_of(path) != member.sha256:
         raise EnsembleError(
-            f"{ensemble.directory}: {member.id} adds to the weights of {member.base}, which are missing. Install the "
-            "ensemble again."
+            f"{path}: checksum differs from the manifest: the file is damaged or was replaced. Install the ensemble "
+            "again."
         )
-    return files + [(m.file, m.sha256, f"weights of {m.id}") for m in (*bases, member)]
-
-
-def identify(ensemble: Ensemble, member: Member) -> str:
-    """Name the weights that a member's result depends on."""
-    return "-".join(sha256 for _, sha256, _ in files_of(ensemble, member))
-
-
-def check_member(ensemble: Ensemble, member: Member) -> None:
-    """Compare the SHA-256 of a member's weights, and of those that they add to, with the manifest."""
-    for file, sha256, what in files_of(ensemble, member):
-        path = ensemble.directory / file
-        if path.name != file or not path.is_file():
-            raise EnsembleError(f"{path}: {what} are missing. Install the ensemble again.")
-        if sha256_of(path) != sha256:
-            raise EnsembleError(
-                f"{path}: checksum differs from the manifest: the file is damaged or was replaced. Install the "
-                "ensemble again."
-            )
+    return path
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from bids_varaug.errors import EnsembleError
 from bids_varaug.files import replacing
-from bids_varaug.models.ensemble import Ensemble, Member, NetworkShape, check_member, files_of, sha256_of
+from bids_varaug.models.ensemble import Ensemble, Member, NetworkShape, check_member, sha256_of
 
 
 class Features(NamedTuple):
@@ -241,8 +241,6 @@ def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
 
 FORMAT = "float16"
 """What weights are written in; it changes one by 2e-4 of its size."""
-STEP = ".step"
-"""Ends the name of the tensor that holds the size of one integer step, for each row of an 8-bit difference."""
 
 
 def save_weights(network: UNet, path: Path) -> str:
@@ -258,32 +256,16 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         stream.write(content)
 
 
-def load_weights(*paths: Path) -> dict[str, torch.Tensor]:
-    """Return a state dictionary in float32: whole weights, and files that add to them (see `add_differences`)."""
-    weights = {name: p.float() for name, p in load_file(paths[0]).items()}
-    for path in paths[1:]:
-        weights = add_differences(weights, load_file(path))
-    return weights
-
-
-def add_differences(weights: dict[str, torch.Tensor], coded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add a file's tensors to weights of the same names; integers are multiples of their steps."""
-    total = {}
-    for name in (name for name in coded if not name.endswith(STEP)):
-        difference, steps = coded[name].float(), coded.get(name + STEP)
-        if steps is not None:
-            difference = difference * steps.view(-1, *[1] * (difference.ndim - 1))
-        total[name] = weights[name] + difference
-    return total
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return a state dictionary in float32."""
+    return {name: p.float() for name, p in load_file(path).items()}
 
 
 def load_member(ensemble: Ensemble, member: Member, device: str = "cpu") -> UNet:
     """Build a member's network in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
-    check_member(ensemble, member)
-    paths = [ensemble.directory / file for file, _, _ in files_of(ensemble, member)]
-    network = build_network(cast(NetworkShape, ensemble.network))
+    path, network = check_member(ensemble, member), build_network(cast(NetworkShape, ensemble.network))
     try:
-        network.load_state_dict(load_weights(*paths))
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise EnsembleError(f"{paths[-1]}: weights do not fit the manifest's network: {error}") from None
+        network.load_state_dict(load_weights(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise EnsembleError(f"{path}: weights do not fit the manifest's network: {error}") from None
     return network.to(device).eval().requires_grad_(False)

@@ -55,7 +55,7 @@ class GroupMaps:
         return (self._labels[k] / np.float32(self.weight)).reshape(self._sums[MAPS[0]].shape)
 
     def most_probable(self) -> np.ndarray:
-        """Class (X, Y, Z) int64 of most participants, ties to the lower class."""
+        """Most frequent class (X, Y, Z) int64 over participants, ties to the lower class."""
         return self._labels.argmax(axis=0).reshape(self._sums[MAPS[0]].shape)
 
     def region_table(self, names: Sequence[str]) -> pd.DataFrame:

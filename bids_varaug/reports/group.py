@@ -22,6 +22,7 @@ from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.files import write_text
 from bids_varaug.reports import plots
 from bids_varaug.reports.html import data_uri, render_page, run_id, signed, tabulate
+from bids_varaug.reports.viewer import viewer_program
 from bids_varaug.variability.longitudinal import summarise_changes
 from bids_varaug.variability.power import ALPHA as POWER_ALPHA
 from bids_varaug.variability.power import MAX_FLIPS
@@ -57,6 +58,8 @@ class Page:
         run = self.values["run"]
         about = {"citation": Citation(run["methods"]), "sloppy": run["sloppy"]}
         about["run_id"] = run_id(run["settings"], run["source"], run["versions"])
+        if "view" in self.values:
+            about["program"] = viewer_program()
         return render_page(self.template, **about, **self.values)
 
     def save(self, path: Path) -> Path:

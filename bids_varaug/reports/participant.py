@@ -31,7 +31,14 @@ from bids_varaug.reports.html import data_uri, render_page, run_id, tabulate
 from bids_varaug.reports.mosaics import MAP_STYLES, Mosaic
 from bids_varaug.reports.plots import draw_volumes, pair_sides, short_name
 from bids_varaug.reports.registration import TemplateReport, template_report
-from bids_varaug.reports.viewer import ViewerGrid, ViewerScan, view_scan, viewer_program, voxel_size_for
+from bids_varaug.reports.viewer import (
+    ViewerGrid,
+    ViewerScan,
+    link_to_place,
+    view_scan,
+    viewer_program,
+    voxel_size_for,
+)
 from bids_varaug.settings import Settings
 from bids_varaug.variability.measures import UNRELIABLE_FROM
 from bids_varaug.variability.quality import MEMBERS, VERDICTS, describe_families, describe_verdicts
@@ -46,7 +53,7 @@ WEBP_QUALITY = (85, 65)  # with few scans contours look as in the PNG files besi
 # Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
 # the same report.
 _SHOWN = (
-    "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference", "grids",
+    "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference",
     "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy", "whole_voxels",
 )  # fmt: skip
 
@@ -98,7 +105,7 @@ def scan_report(request: ScanRequest, n_scans: int = 1) -> ScanReport:
                 values = np.where(_read_image(request.path("brain_mask")) > 0, values, np.nan)
             figures[key] = mosaic.draw_map(values, style)
             if key in UNCERTAINTIES:
-                shown.setdefault("uncertainty", (grid.values(values), style))
+                shown.setdefault("maps", {"uncertainty": (grid.values(values), style)})
     if request.path("unreliable_mask").exists():
         mask = _read_image(request.path("unreliable_mask"))
         figures["unreliable"], shown["unreliable"] = mosaic.draw_mask(mask), grid.labels(mask)
@@ -197,7 +204,7 @@ def shown_command(request: ScanRequest) -> str:
     for name, value in shown_settings(request.settings).items():
         if name == "bids_filters":
             words += ["--bids-filter-file", "FILE"] if value else []
-        elif value != standard[name] or name == "grids":
+        elif value != standard[name]:
             flag = "--session-label" if name == "session_labels" else f"--{name.replace('_', '-')}"
             words += [flag, *map(str, () if value is True else value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
@@ -220,7 +227,7 @@ def _scan_values(scan: ScanReport, number: int, n_scans: int) -> dict[str, Any]:
     others = {name: Column(name, "{:.4g}", "", name) for name in scan.regions if name not in columns | within}
     anchor = f"scan-{number}"
     classes = scan.regions["verdict"].replace("good", "").tolist()
-    places = [_place(anchor, index, scan.view.places.get(index)) for index in scan.regions["index"]]
+    places = [link_to_place(anchor, index, scan.view.places.get(index)) for index in scan.regions["index"]]
     quality = WEBP_QUALITY[n_scans > FEW_SCANS]
     few, known = describe_families(n_members), describe_verdicts(scan.regions)
     chief = [name for name in CHIEF if name != "entropy" or "total_entropy" not in scan.figures]
@@ -234,7 +241,8 @@ def _scan_values(scan: ScanReport, number: int, n_scans: int) -> dict[str, Any]:
         "prefix": scan.prefix,
         **_answer(scan.regions, places),
         "look_first": [
-            {"name": short_name(at["Structure"]), "reason": at["Reason"], **_place(anchor, at["Index"], at["World"])}
+            {"name": short_name(at["Structure"]), "reason": at["Reason"]}
+            | link_to_place(anchor, at["Index"], at["World"])
             for at in scan.look_first
         ],
         "coarse": scan.coarse,
@@ -300,14 +308,6 @@ def to_webp(png: bytes, quality: int) -> bytes:
     stream = io.BytesIO()
     Image.open(io.BytesIO(png)).save(stream, format="WEBP", quality=quality, method=2)
     return stream.getvalue()
-
-
-def _place(anchor: str, index: int, world: Sequence[float] | None) -> dict[str, str]:
-    """Link to a structure at world coordinates [mm] in the viewer; empty where it has none."""
-    if not world:
-        return {}
-    at = " ".join(f"{value:.1f}" for value in world)
-    return {"href": f"#{anchor}-viewer", "at": at, "index": str(index)}
 
 
 def _summarise_families(regions: pd.DataFrame, n_members: Mapping[str, int]) -> pd.DataFrame:

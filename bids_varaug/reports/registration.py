@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,8 @@ from bids_varaug.registration.transforms import grid_points, sample
 from bids_varaug.reports.group import Page, RunInfo, make_page
 from bids_varaug.reports.html import data_uri, tabulate
 from bids_varaug.reports.mosaics import MapStyle, Mosaic
+from bids_varaug.reports.viewer import ViewerGrid, link_to_place, view_scan, voxel_size_for
+from bids_varaug.variability.measures import FLOAT32_BITS
 
 SD_STYLE = MapStyle("Standard deviation of the displacement", "mm", 0.0, 2.0, 0.0, 0.5, "plasma")
 # Levels of the template's intensity whose borders are drawn: quantiles of its brain.
@@ -82,25 +84,37 @@ def _read(path: Path) -> np.ndarray:
 
 GROUP_STYLES = {
     "entropy": MapStyle("Mean vote entropy", "bit", 0.0, 1.0, 0.0, 0.15, "plasma"),
-    "unreliable": MapStyle("Share of the participants with an unreliable voxel", "1", 0.0, 0.5, 0.0, 0.1, "plasma"),
+    "unreliable": MapStyle("Share with an unreliable voxel", "1", 0.0, 0.5, 0.0, 0.1, "plasma"),
     "sigbits": MapStyle("Mean significant bits", "bit", 0.0, 8.0, 8.0, 6.0, "plasma_r"),
 }
 
 
 def group_maps_page(
-    run: RunInfo, maps: GroupMaps, regions: pd.DataFrame, space: OutputSpace, template_t1w: Path,
-    left_out: Mapping[str, str],
+    run: RunInfo, maps: GroupMaps, regions: pd.DataFrame, structures: Sequence[Label], space: OutputSpace,
+    template_t1w: Path, left_out: Mapping[str, str],
 ) -> Page:  # fmt: skip
-    """Page of a group's maps over the template's T1w image; `left_out` are images without maps, and why."""
-    brain = (maps.most_probable() > 0).astype(np.uint8)
-    mosaic = Mosaic(template_image(template_t1w, space), brain, space.grid.affine)
-    figures = {name: mosaic.draw_map(maps.mean(name), style) for name, style in GROUP_STYLES.items()}
+    """Page of a group's maps over the template's T1w image; `left_out` are images without maps, and why.
+
+    `structures` are those of the maps' classes, background first.
+    """
+    t1w, means = template_image(template_t1w, space), {name: maps.mean(name) for name in GROUP_STYLES}
+    labels = maps.label_ids[maps.most_probable()]
+    mosaic = Mosaic(t1w, (labels > 0).astype(np.uint8), space.grid.affine)
+    figures = {name: mosaic.draw_map(means[name], style) for name, style in GROUP_STYLES.items()}
+    grid = ViewerGrid.around(labels, space.grid.affine, voxel_size_for(1))
+    shown = {  # where nobody has a structure, all are sure of the background
+        f"mean_{name}": (grid.values(np.nan_to_num(means[name], nan=FLOAT32_BITS)), style)
+        for name, style in GROUP_STYLES.items()
+    }
+    view = view_scan(grid, structures[1:], grid.values(t1w), grid.labels(labels), maps=shown)
+    places = [link_to_place("scan-1", index, view.places.get(index)) for index in regions["index"]]
     return make_page(
         "group_maps.html",
         replace(run, left_out={**run.left_out, **left_out}),
         space=f"{space.name}{space.entity.replace('_', ', ')}",
         n_people=round(maps.weight),
         figures={name: data_uri(png, "png") for name, png in figures.items()},
-        regions=tabulate(regions, table_columns("group_regions")),
-        worst=regions["name"].head(3).tolist(),
+        regions=tabulate(regions, table_columns("group_regions"), links={"name": places}),
+        worst=[{"name": name, **place} for name, place in zip(regions["name"].head(3), places, strict=False)],
+        view=asdict(view),
     )

@@ -1,12 +1,14 @@
-"""Volumes of the viewer in the participant's page: cropped to the brain and what is near it, uint8, compressed.
+"""Volumes of the viewer of a page: cropped to the brain and what is near it, uint8, compressed.
 
-All volumes of a scan share one grid: the T1w's own, cut out, and coarsened along axes finer than asked for.
+All volumes of a scan share one grid: the T1w's own, cut out, and coarsened along axes finer than asked for. A group's
+maps over the template are a scan too.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,7 +27,7 @@ FINEST_MM = 1.0
 ALMOST = 1.05  # times coarser is as good as equal
 BUDGET_SCANS = 2  # of 1 mm, that a page has room for
 GREYS = 128  # cannot be told from 256 by eye, and compress better
-BITS_PER_STEP = 0.01  # of the uncertainty
+STEP = 0.01  # of a map; a multiple of it where the largest value needs more than a byte
 COMPRESSION = 6  # level 9 takes three times as long for 2 % less
 
 
@@ -92,12 +94,12 @@ class ViewerScan:
 def view_scan(
     grid: ViewerGrid, structures: Sequence[Label], t1w: np.ndarray, consensus: np.ndarray,
     baseline: np.ndarray | None = None, unreliable: np.ndarray | None = None,
-    uncertainty: tuple[np.ndarray, MapStyle] | None = None,
+    maps: Mapping[str, tuple[np.ndarray, MapStyle]] | None = None,
 ) -> ViewerScan:  # fmt: skip
     """Prepare a scan for the viewer.
 
-    All arrays (X, Y, Z) are on the `grid`, `uncertainty` in bit. Labels become their place among `structures`, from 1
-    on, which fits into a byte whatever their indices.
+    All arrays (X, Y, Z) are on the `grid`. `maps`, of values from 0 on, are shown one at a time, the first of them at
+    first. Labels become their place among `structures`, from 1 on, which fits into a byte whatever their indices.
     """
     low, high = window(t1w, consensus)
     grey = np.rint(np.clip((t1w - low) / (high - low), 0, 1) * (GREYS - 1)) * (256 // GREYS)
@@ -112,17 +114,17 @@ def view_scan(
         "names": [label.name for label in structures],
         "colors": [list(bytes.fromhex(label.color.removeprefix("#"))) for label in structures],
         "unreliable": [[*UNRELIABLE_RGB, 0], [*UNRELIABLE_RGB, 255]],
+        "maps": [],
     }
     if baseline is not None:
         arrays["baseline"] = table[baseline], 1.0
-    if uncertainty is not None:
-        values, style = uncertainty
-        steps = np.rint(np.clip(values / BITS_PER_STEP, 0, 255)).astype(np.uint8)
-        arrays["uncertainty"] = steps, BITS_PER_STEP
+    for name, (values, style) in (maps or {}).items():
+        step = STEP * max(1, math.ceil(round(float(values.max()) / STEP) / 255))
+        arrays[name] = np.rint(np.clip(values / step, 0, 255)).astype(np.uint8), step
         nodes = np.linspace(style.low, style.high, 16)
         colors = np.rint(np.column_stack([style.color(nodes), 255 * style.alpha(nodes)])).astype(int).tolist()
-        about = {"title": style.title, "unit": style.unit, "low": style.low, "high": style.high, "colors": colors}
-        settings["uncertainty"] = about
+        about = {"name": name, "title": style.title, "low": style.low, "high": style.high, "colors": colors}
+        settings["maps"].append(about | {"unit": "" if style.unit == "1" else style.unit, "digits": 2 - (step >= 0.1)})
     if unreliable is not None:
         arrays["unreliable"] = (unreliable > 0).astype(np.uint8), 1.0
     indices = list(ranks)
@@ -146,6 +148,14 @@ def find_places(labels: np.ndarray, affine: np.ndarray) -> dict[int, list[float]
             voxel = inside[((inside - inside.mean(axis=0)) ** 2).sum(axis=1).argmin()]
             places[label] = apply_affine(affine, voxel + [side.start for side in box]).round(1).tolist()
     return places
+
+
+def link_to_place(anchor: str, index: int, world: Sequence[float] | None) -> dict[str, str]:
+    """Link to a structure at world coordinates [mm] in the viewer of a scan; empty where it has none."""
+    if not world:
+        return {}
+    at = " ".join(f"{value:.1f}" for value in world)
+    return {"href": f"#{anchor}-viewer", "at": at, "index": str(index)}
 
 
 def _encode(array: np.ndarray, affine: np.ndarray, slope: float) -> str:

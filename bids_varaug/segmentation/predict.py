@@ -24,8 +24,7 @@ from bids_varaug.models.fastsurfer_labels import IDS
 from bids_varaug.models.unet import Features, UNet, load_member
 from bids_varaug.numerics import MonteCarloArithmetic
 from bids_varaug.segmentation.fastsurfer import WHITE
-from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, load_posterior, save_posterior, sparse_rows
-from bids_varaug.segmentation.shifts import Offset, move_to_grid, shift_posterior
+from bids_varaug.segmentation.fuse import BACKGROUND_CUT, SparsePosterior, save_posterior, sparse_rows
 from bids_varaug.segmentation.slices import segment_slices
 
 SLABS = 8  # at once
@@ -123,37 +122,24 @@ def crop_to_brain(network: UNet, head: np.ndarray, geometry: Geometry) -> tuple[
 
 
 def segment_with_member(
-    head: np.ndarray,
-    ensemble_name: str,
-    member: Member,
-    out: Path,
-    device: str,
-    num_threads: int,
-    offset: Offset = (0, 0, 0),
-    shift: Path | None = None,
-    geometry: Geometry | None = None,
+    head: np.ndarray, geometry: Geometry, ensemble_name: str, member: Member, out: Path, device: str, num_threads: int
 ) -> None:
     """Load a member of the ensemble (or of `round_inference` of it), segment, and write its posterior to `out`.
 
-    The head (X, Y, Z) is float32, on the network grid. `offset` is that of the grid to segment on, see `move_to_grid`,
-    and `shift` a file of the change that several grids make, see `shift_posterior`; None adds nothing. For FastSurfer,
-    the head is the volume of `images.fastsurfer.prepare_volume`, and its `geometry` is needed. `EnsembleError` if the
-    weights are damaged, `ScanError` if the device runs out of memory.
+    The head (X, Y, Z) is float32, on the network grid; for FastSurfer, it is the volume of
+    `images.fastsurfer.prepare_volume`. `EnsembleError` if the weights are damaged, `ScanError` if the device runs out
+    of memory.
     """
     ensemble = load_ensemble(ensemble_name)
     with _computing(device, num_threads, head):
-        if geometry is not None and ensemble.is_fastsurfer:
+        if ensemble.is_fastsurfer:
             planes = load_planes(ensemble, member, device)
-            place = geometry.voxel_size, geometry.box
-            sparse = segment_slices(planes, head, *place, arithmetic_of(member))
+            sparse = segment_slices(planes, head, geometry.voxel_size, geometry.box, arithmetic_of(member))
             _warn_of_missing_white(sparse, member)
-            save_posterior(out, sparse)
-            return
-        network = load_member(ensemble, member, device)
-        with arithmetic_of(member):
-            sparse = segment_volume(network, move_to_grid(head, offset))
-        if shift is not None:
-            sparse = shift_posterior(sparse, load_posterior(shift))
+        else:
+            network = load_member(ensemble, member, device)
+            with arithmetic_of(member):
+                sparse = segment_volume(network, head)
         save_posterior(out, sparse)
 
 

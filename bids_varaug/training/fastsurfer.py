@@ -6,23 +6,50 @@ is absent. Label maps are (X, Y, Z), of ids or of class numbers, on FastSurfer's
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
 from bids_varaug.errors import ScanError
-from bids_varaug.models.fastsurfer_labels import LEFT_TO_RIGHT, NETWORK_IDS, RIGHT, RIGHT_PARCELS, SAGITTAL_IDS
+from bids_varaug.models.fastsurfer_labels import (
+    LEFT_TO_RIGHT,
+    NETWORK_IDS,
+    RIGHT,
+    RIGHT_PARCELS,
+    SAGITTAL_IDS,
+    read_labels,
+)
 from bids_varaug.segmentation.slices import AXES
+from bids_varaug.training.labels import LabelScheme, make_scheme
 
-_REPLACED = {80: 77, 85: 0, 29: 0, 61: 0, 62: 41, 30: 2, 72: 24, 3: 0, 42: 0}
+_REPLACED = {
+    80: 77, 85: 0, 29: 0, 61: 0, 62: 41, 30: 2, 72: 24, 3: 0, 42: 0,
+    25: 77, 57: 77, 136: 31, 137: 31, 163: 63, 164: 63,  # of the table of synthetic images
+}  # fmt: skip
 """Ids without a class, and what stands for them; cortex without a parcel is left out."""
 _CALLOSUM = (251, 255)
 _FILL_SIGMA = 5.0
 LEAST_SUM = 50  # of the class numbers of a slice that is learnt from
 _CUBE = np.ones((3, 3, 3), bool)
+
+
+def parcel_scheme() -> LabelScheme:
+    """Return the scheme of synthetic images whose cortex has the parcels; its targets are for `network_ids`."""
+    path = files("bids_varaug") / "data" / "training_labels.tsv"
+    with path.open() as stream:
+        table = pd.read_csv(stream, sep="\t", dtype={"also": str})
+    cortex = table[table["index"].isin((3, 42))].assign(side=(RIGHT, 2 * RIGHT))
+    parcels = pd.DataFrame([(label.index, label.name) for label in read_labels()], columns=["index", "name"])
+    parcels["side"] = parcels["index"] // RIGHT * RIGHT
+    parcels = parcels.merge(cortex[["side", "tissue", "t1_mean", "t1_sd"]])
+    parcels["mirror"] = 3 * RIGHT + 2 * (parcels["index"] % RIGHT) - parcels["index"]
+    table = pd.concat([table, parcels.drop(columns="side")])
+    return make_scheme(table.assign(target=table["index"].where(table["tissue"] != "head", 0)), str(path))
 
 
 def network_ids(parcels: np.ndarray, without_callosum: np.ndarray | None = None) -> np.ndarray:

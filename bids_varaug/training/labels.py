@@ -56,7 +56,11 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     """
     source = path or files("bids_varaug") / "data" / "training_labels.tsv"
     with source.open() as stream:
-        table = pd.read_csv(stream, sep="\t", dtype={"also": str})
+        return make_scheme(pd.read_csv(stream, sep="\t", dtype={"also": str}), str(source))
+
+
+def make_scheme(table: pd.DataFrame, source: str) -> LabelScheme:
+    """Complete and check a label table, see `load_scheme`; `UserError` names the `source`."""
     if missing := {"index", "name"} - set(table):
         raise UserError(f"{source}: the label table lacks the column(s) {sorted(missing)}.")
     if not (table["index"] == 0).any():
@@ -68,7 +72,7 @@ def load_scheme(path: Path | None = None) -> LabelScheme:
     is_air = table["index"] == 0
     defaults = {
         "target": table["index"],
-        "mirror": table["index"] if "mirror" in table else mirror_ids(table, str(source)),
+        "mirror": table["index"] if "mirror" in table else mirror_ids(table, source),
         "tissue": is_air.map({True: "air", False: "brain"}),
         "t1_mean": is_air.map({True: 0.02, False: 0.6}),
         "t1_sd": is_air.map({True: 0.02, False: 0.25}),

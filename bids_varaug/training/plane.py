@@ -1,5 +1,6 @@
-"""FastSurfer's network of one plane is trained on pairs of images and label maps; perturbed, by seed, or neither.
+"""FastSurfer's network of one plane is trained; perturbed, by seed, or neither.
 
+It learns from pairs of images and label maps, or from images drawn from label maps, other ones in each epoch.
 Loss, weights, optimiser, schedule and the jitter of the scale are those of FastSurfer 2.4.0-dev (commit 7c45785e). The
 checkpoint has FastSurfer's form, so that `models.checkpoint` makes an ensemble of it. A training that was stopped goes
 on from the last epoch, and ends with the same bits.
@@ -21,13 +22,14 @@ import torch.nn.functional as F
 
 from bids_varaug.errors import UserError
 from bids_varaug.files import replacing
-from bids_varaug.images.fastsurfer import conform, conform_labels
+from bids_varaug.images.fastsurfer import MIN_SIDE, Sizes, conform, conform_labels
 from bids_varaug.models.ensemble import VinnShape
 from bids_varaug.models.fastsurfer import Vinn, build_planes
 from bids_varaug.segmentation.slices import AXES, thick_slice
 from bids_varaug.training.fastsurfer import combined_loss, network_ids, slices_to_learn, to_classes, voxel_weights
-from bids_varaug.training.labels import image_of, open_image
+from bids_varaug.training.labels import LabelScheme, TrainingSubject, image_of, load_subjects, open_image
 from bids_varaug.training.recipe import MemberPlan
+from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,27 @@ class Head:
     scale: float  # 1 mm / voxel size
 
 
+class SyntheticHeads:
+    """Heads drawn from label maps with any contrast; other ones for each seed and epoch."""
+
+    def __init__(self, label_maps: Sequence[Path], scheme: LabelScheme, recipe: PlaneRecipe):
+        self.ids, self.recipe = np.array(scheme.target_ids, np.int32), recipe
+        self.subjects = load_subjects(label_maps, scheme, "cpu")
+        self.generator = SyntheticImageGenerator(scheme, SynthesisSettings())
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def draw(self, seed: int, epoch: int) -> list[Head]:
+        """Draw a head of 256^3 mm from each label map."""
+        first = (1_000_003 * seed + epoch) * len(self)
+        return [self._draw(subject, first + n) for n, subject in enumerate(self.subjects)]
+
+    def _draw(self, subject: TrainingSubject, seed: int) -> Head:
+        image, targets = self.generator.draw(subject, (MIN_SIDE,) * 3, 1.0, seed)
+        return make_head(image.numpy(), self.ids[targets.numpy()], np.eye(4), (1.0, 1.0, 1.0), self.recipe)
+
+
 def load_heads(label_maps: Sequence[Path], recipe: PlaneRecipe) -> list[Head]:
     """Read label maps of ``aparc.DKTatlas+aseg`` and the T1w image beside each; `UserError` where there is none."""
     heads = []
@@ -80,19 +103,23 @@ def load_heads(label_maps: Sequence[Path], recipe: PlaneRecipe) -> list[Head]:
         if image_path is None:
             raise UserError(f"{path}: no *_T1w.nii.gz beside it. FastSurfer's networks learn from pairs of both.")
         image = open_image(image_path)
+        ids = np.asanyarray(labels.dataobj).astype(np.int32)
         sizes = image.header.get_zooms()[:3]
-        data, affine = conform(np.asanyarray(image.dataobj), image.affine, sizes)
-        voxel_size = float(nib.affines.voxel_sizes(affine)[0])
-        ids = conform_labels(np.asanyarray(labels.dataobj).astype(np.int32), image.affine, affine, len(data))
-        classes = to_classes(network_ids(ids), recipe.plane)
-        weights = voxel_weights(classes, recipe.plane, recipe.most, recipe.edge, recipe.sulci)
-        heads.append(Head(data, classes, weights, float(np.float32(1) / np.float32(voxel_size))))
+        heads.append(make_head(np.asanyarray(image.dataobj), ids, image.affine, sizes, recipe))
     return heads
 
 
+def make_head(image: np.ndarray, ids: np.ndarray, affine: np.ndarray, sizes: Sizes, recipe: PlaneRecipe) -> Head:
+    """Conform an image (X, Y, Z) and the ids of ``aparc.DKTatlas+aseg`` at its voxels, of these sizes [mm]."""
+    data, conformed = conform(image, affine, sizes)
+    classes = to_classes(network_ids(conform_labels(ids, affine, conformed, len(data))), recipe.plane)
+    weights = voxel_weights(classes, recipe.plane, recipe.most, recipe.edge, recipe.sulci)
+    return Head(data, classes, weights, float(np.float32(1) / np.float32(nib.affines.voxel_sizes(conformed)[0])))
+
+
 def train_plane(
-    recipe: PlaneRecipe, heads: Sequence[Head], member: MemberPlan, out: Path, start: Vinn | None = None,
-    device: str = "cpu",
+    recipe: PlaneRecipe, heads: Sequence[Head] | SyntheticHeads, member: MemberPlan, out: Path,
+    start: Vinn | None = None, device: str = "cpu",
 ) -> Vinn:  # fmt: skip
     """Train a plane's network and keep a checkpoint at `out` after each epoch; resumes a run that was stopped.
 
@@ -104,15 +131,19 @@ def train_plane(
         network.load_state_dict(start.state_dict())
     network.to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    samples = [(n, int(k)) for n, head in enumerate(heads) for k in slices_to_learn(head.classes, recipe.plane)]
-    if not samples:
-        raise UserError(f"{out}: no slice of the label maps holds enough labels to learn from.")
-    config = json.dumps(asdict(recipe) | {"member": member.id, "heads": len(heads), "started": start is not None})
+    drawn = isinstance(heads, SyntheticHeads)
+    config = json.dumps(
+        asdict(recipe) | {"member": member.id, "heads": len(heads), "drawn": drawn, "started": start is not None}
+    )
     for epoch in range(_resume(out, config, network, optimiser), recipe.epochs):
+        here = heads.draw(member.seed, epoch) if isinstance(heads, SyntheticHeads) else heads
+        samples = [(n, int(k)) for n, head in enumerate(here) for k in slices_to_learn(head.classes, recipe.plane)]
+        if not samples:
+            raise UserError(f"{out}: no slice of the label maps holds enough labels to learn from.")
         total = 0.0
         batches = list(_batches(samples, recipe, member.seed, epoch))
         for number, (chosen, jitter) in enumerate(batches):
-            images, classes, weights, scale = _stack([heads[n] for n, _ in chosen], chosen, recipe, device)
+            images, classes, weights, scale = _stack([here[n] for n, _ in chosen], chosen, recipe, device)
             with member.arithmetic(epoch * len(batches) + number):
                 loss = combined_loss(network(images, scale + jitter.to(device)), classes, weights).total
                 loss.backward()

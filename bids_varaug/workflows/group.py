@@ -66,7 +66,7 @@ def run_group(settings: Settings) -> Path | None:
     no_brain_age = None
     if settings.target is None and people is not None and model is None and settings.features_table is None:
         no_brain_age, volumes = _with_ages(settings, everybody, people)
-        notes += [f"Brain age is not predicted: {no_brain_age}"] if no_brain_age else []
+    without_ages = [f"Brain age is not predicted: {no_brain_age}"] if no_brain_age else []
     how = _how_made(settings, model)
     cohort = _derive(volumes, how)
     notes += [
@@ -76,7 +76,7 @@ def run_group(settings: Settings) -> Path | None:
     ]
     for name, reason in cohort.left_out.items():
         print(f"Left out: {name}: {reason}", file=sys.stderr)
-    note(notes)
+    note([*notes, *without_ages])
     if settings.dry_run:
         if settings.target is not None and model is None:
             _target_data(settings, cohort, volumes, people)
@@ -88,7 +88,7 @@ def run_group(settings: Settings) -> Path | None:
         return None
     write_group_dataset_files(settings.bids_dir, settings.output_dir)
     if settings.features_table is None and model is None:
-        page = write_quality(settings, everybody, notes)
+        page = write_quality(settings, everybody, [*notes, *without_ages])
         if settings.output_spaces:
             print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
         if no_brain_age:

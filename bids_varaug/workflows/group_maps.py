@@ -5,9 +5,8 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -19,12 +18,13 @@ from bids_varaug.brainage.cohort import Cohort
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import cite
 from bids_varaug.derivatives.in_space import template_header
-from bids_varaug.derivatives.io import write_image, write_table
-from bids_varaug.derivatives.names import SPACE_OUTPUTS, table_columns
+from bids_varaug.derivatives.io import write_output, write_table
+from bids_varaug.derivatives.names import OUTPUTS, SPACE_OUTPUTS, Output, table_columns
 from bids_varaug.derivatives.sidecars import describe_columns
 from bids_varaug.errors import NoInputError
 from bids_varaug.files import write_json
 from bids_varaug.inputs.tables import some
+from bids_varaug.models.ensemble import Label
 from bids_varaug.registration.group_maps import MAPS, GroupMaps
 from bids_varaug.registration.space import OutputSpace
 from bids_varaug.registration.template import find_template_t1w
@@ -55,14 +55,14 @@ def write_group_maps(settings: Settings, cohort: Cohort, notes: Sequence[str]) -
                 [f"Group maps of {space.name}{space.entity}: {len(left_out)} image(s) left out: {some(list(left_out))}"]
             )
         folder = settings.output_dir / names.GROUP_MAPS
-        regions = maps.region_table([name for _, name in structures])
+        regions = maps.region_table([label.name for label in structures])
         _write(folder, space, maps, structures)
         path = folder / f"space-{space.name}{space.entity}_regions.tsv"
         write_table(regions, path)
         write_json(describe_columns(table_columns("group_regions")), path.with_suffix(".json"))
         citation = cite("maps", space=space.name, n=round(maps.weight))
         run = run_info(settings, cohort, notes, citation, {"output_spaces": settings.output_spaces}, "CITATION_maps")
-        page = group_maps_page(run, maps, regions, space, template_t1w, left_out)
+        page = group_maps_page(run, maps, regions, structures, space, template_t1w, left_out)
         ending = f"{space.entity.replace('_', '-')}.html" if pages else ".html"
         pages.append(page.write(settings.output_dir, names.MAPS_REPORT.replace(".html", ending)))
     return pages[0]
@@ -70,10 +70,16 @@ def write_group_maps(settings: Settings, cohort: Cohort, notes: Sequence[str]) -
 
 def _average(
     output_dir: Path, cohort: Cohort, space: OutputSpace
-) -> tuple[GroupMaps, list[tuple[int, str]], dict[str, str]]:
-    """Maps, structures as (index, name), background first, and why images are left out."""
-    table = pd.read_csv(output_dir / names.LOOKUP_TABLE, sep="\t")
-    structures = list(zip(table["index"].tolist(), table["name"].tolist(), strict=True))
+) -> tuple[GroupMaps, list[Label], dict[str, str]]:  # fmt: skip
+    """Maps, their classes, background first, and why images are left out."""
+    no_maps = NoInputError(
+        f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
+        "--output-spaces and two perturbed members or more first; FastSurfer's networks have none."
+    )
+    if not (output_dir / names.LOOKUP_TABLE).is_file():
+        raise no_maps
+    table = pd.read_csv(output_dir / names.LOOKUP_TABLE, sep="\t", usecols=["index", "name", "color"])
+    structures = [Label(**row) for row in table.to_dict("records")]
     files, left_out = {}, {}
     people = cohort.people.set_index("observation")
     for image, who in people["participant_id"].items():
@@ -87,15 +93,12 @@ def _average(
         else:
             files[str(image)] = who, paths
     counts = Counter(who for who, _ in files.values())
-    maps = GroupMaps(space.grid.shape, [index for index, _ in structures])
+    maps = GroupMaps(space.grid.shape, [label.index for label in structures])
     for image, (who, paths) in tqdm(files.items(), desc="Averaging maps", unit="image", disable=None):
         if reason := _add(maps, paths, 1 / counts[who]):
             left_out[image] = f"its maps cannot be read ({reason}): run the participant level again"
     if not maps.weight:
-        raise NoInputError(
-            f"{output_dir}: no image has maps in {space.name}{space.entity}. Run the participant level with "
-            "--output-spaces and two perturbed members or more first."
-        )
+        raise no_maps
     return maps, structures, left_out
 
 
@@ -113,19 +116,16 @@ def _read(path: Path) -> np.ndarray:
     return np.asarray(cast(SpatialImage, nib.load(path)).dataobj)
 
 
-def _write(folder: Path, space: OutputSpace, maps: GroupMaps, structures: Sequence[tuple[int, str]]) -> None:
-    write = partial(write_image, affine=space.grid.affine, source_header=template_header(space.grid))
-    start, n = f"space-{space.name}", {"Participants": round(maps.weight)}
+def _write(folder: Path, space: OutputSpace, maps: GroupMaps, structures: Sequence[Label]) -> None:
+    def write(name: str, data: np.ndarray, like: Output, about: Mapping[str, Any]) -> None:
+        path, header = folder / f"space-{space.name}{name}", template_header(space.grid)
+        precision = write_output(like, data, space.grid.affine, path.with_suffix(".nii.gz"), header)
+        write_json({**about, "Participants": round(maps.weight), **precision}, path.with_suffix(".json"))
+
     for name, (text, unit) in DESCRIPTIONS.items():
-        name_of_file = f"{start}{space.entity}_stat-{name}mean_statmap.nii.gz"
-        path = write(np.nan_to_num(maps.mean(name)), path=folder / name_of_file)
-        about = {"Description": text, "Units": unit, **n}
-        write_json(about, path.with_name(path.name.replace(".nii.gz", ".json")))
-    path = folder / f"{start}_seg-varaug{space.entity}_probseg.nii.gz"
+        mean, about = np.nan_to_num(maps.mean(name)), {"Description": text, "Units": unit}
+        write(f"{space.entity}_stat-{name}mean_statmap", mean, SPACE_OUTPUTS[KEYS[name]], about)
     stacked = np.stack([np.rint(255 * maps.probability(k)).astype(np.uint8) for k in range(len(structures))], axis=-1)
-    write(stacked, path=path, slope=1 / 255)
-    about = {
-        "Description": "Share of the participants that have a label.",
-        "LabelMap": [name for _, name in structures],
-    }
-    write_json(about | n, path.with_name(path.name.replace(".nii.gz", ".json")))
+    text = "Share of the participants that have a label."
+    labels = {"Description": text, "LabelMap": [label.name for label in structures]}
+    write(f"_seg-varaug{space.entity}_probseg", stacked, OUTPUTS["mean_probseg"], labels)

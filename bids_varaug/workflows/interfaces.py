@@ -46,7 +46,6 @@ class _Step(SimpleInterface):
 class _NetworkInput(BaseInterfaceInputSpec):
     # Its text, by which nipype knows it, holds the checksum of the weights and the seed.
     member = traits.Any(desc="models.ensemble.Member")
-    identity = traits.Str(desc="models.ensemble.identify of it; not read")
     # Where and how it runs does not change what comes out.
     ensemble = traits.Str(mandatory=True, nohash=True, desc="name or folder")
     device = traits.Str("cpu", usedefault=True, nohash=True)
@@ -94,52 +93,25 @@ class Conform(_Step):
         return {"head_file": head_file, "geometry_file": geometry_file}
 
 
-class _PosteriorOutput(TraitedSpec):
-    posterior_file = File(exists=True, desc="sparse posterior, safetensors")
-
-
 class SegmentMember(_Step):
     """Segment a head with one member."""
 
     class input_spec(_NetworkInput):
         head_file = File(exists=True, mandatory=True, desc="part of the head, .npy")
-        offset = traits.Any(desc="of the grid to segment on, see segmentation.shifts; absent: none")
-        shift_file = File(exists=True, desc="what several grids add, safetensors")
-        geometry_file = File(exists=True, desc="grids and box, JSON; for FastSurfer")
+        geometry_file = File(exists=True, mandatory=True, desc="grids and box, JSON")
 
-    output_spec = _PosteriorOutput
+    class output_spec(TraitedSpec):
+        posterior_file = File(exists=True, desc="sparse posterior, safetensors")
 
     def _step(self, folder: Path) -> dict[str, Path]:
         from bids_varaug.images.conform import Geometry
         from bids_varaug.segmentation.predict import segment_with_member
 
         inputs, path = self.inputs, folder / f"{self.inputs.member.id}.safetensors"
-        segment_with_member(
-            np.load(inputs.head_file), inputs.ensemble, inputs.member, path, inputs.device, inputs.num_threads,
-            offset=inputs.offset or (0, 0, 0), shift=Path(inputs.shift_file) if inputs.shift_file else None,
-            geometry=Geometry.load(Path(inputs.geometry_file)) if inputs.geometry_file else None,
-        )  # fmt: skip
+        head, geometry = np.load(inputs.head_file), Geometry.load(Path(inputs.geometry_file))
+        where = inputs.device, inputs.num_threads
+        segment_with_member(head, geometry, inputs.ensemble, inputs.member, path, *where)
         return {"posterior_file": path}
-
-
-class AverageGrids(_Step):
-    """Average the posteriors of one member on several grids; the mean is on the first grid."""
-
-    class input_spec(BaseInterfaceInputSpec):
-        posterior_files = InputMultiPath(File(exists=True), mandatory=True, desc="one for each grid")
-        member = traits.Any(mandatory=True, desc="models.ensemble.Member whose they are")
-        n_grids = traits.Int(mandatory=True, desc="which grids, see segmentation.shifts.GRIDS")
-
-    class output_spec(_PosteriorOutput):
-        shift_file = File(exists=True, desc="mean minus the posterior on the first grid, safetensors")
-
-    def _step(self, folder: Path) -> dict[str, Path]:
-        from bids_varaug.segmentation.shifts import GRIDS, average_grids
-
-        paths = [Path(file) for file in self.inputs.posterior_files]
-        mean, shift = folder / f"{self.inputs.member.id}.safetensors", folder / "shift.safetensors"
-        average_grids(paths, GRIDS[self.inputs.n_grids], mean, shift)
-        return {"posterior_file": mean, "shift_file": shift}
 
 
 class FuseMembers(_Step):

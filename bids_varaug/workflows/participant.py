@@ -26,12 +26,9 @@ from bids_varaug.files import hold_participants
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.scans import Scan, Selection, find_scans, select_participants
 from bids_varaug.machine import caches_below
-from bids_varaug.models.ensemble import identify
-from bids_varaug.segmentation.shifts import GRIDS
 from bids_varaug.settings import Settings
 from bids_varaug.workflows import plugins
 from bids_varaug.workflows.interfaces import (
-    AverageGrids,
     Conform,
     FuseMembers,
     Register,
@@ -119,7 +116,7 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
     warn_of_disk(plan, [root / name for name in left])
     on_written = remove_steps if settings.clean_workdir else None
     reports = {f"report_{node_name(who)}": f"report of {who}" for who in (f"sub-{scan.subject}" for scan in scans)}
-    progress = plugins.ProgressLog(root, left, plan.n_passes, reports, on_written)
+    progress = plugins.ProgressLog(root, left, len(plan.members), reports, on_written)
     workflow = init_participants_wf(plan, scans, finished)
     no_error = plugins.run_workflow(workflow, settings, progress)
     if no_error and settings.plugin_name in plugins.SUBMIT_ONLY:
@@ -179,7 +176,7 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
     workflow = Workflow(WORKFLOW_NAME, base_dir=str(plan.settings.work_dir))
     for subject, group in groupby(scans, attrgetter("subject")):
         label, theirs = node_name(f"sub-{subject}"), list(group)
-        gather = _merge_node(len(theirs), f"gather_{label}")
+        gather = Node(Merge(len(theirs)), f"gather_{label}", run_without_submitting=True)  # not worth a job
         report = _node(WriteReport(requests=[plan.request(scan) for scan in theirs]), f"report_{label}")
         for number, scan in enumerate(theirs, start=1):
             if scan.prefix in finished:
@@ -193,22 +190,16 @@ def init_participants_wf(plan: Plan, scans: Iterable[Scan], finished: Collection
 
 def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     """Segment one T1w image with every member; ``outputnode.derivatives`` are the files written for it."""
-    settings, ensemble, locator, threads = plan.settings, plan.ensemble, plan.locator, plan.settings.omp_nthreads
+    settings, ensemble, threads = plan.settings, plan.ensemble, plan.settings.omp_nthreads
     where = {"ensemble": str(ensemble.directory), "device": settings.device, "num_threads": threads}
-    by_locator = {"member": locator, "identity": identify(ensemble, locator)}
-
-    def segment_node(name: str, **iterated: list) -> MapNode:
-        """Node that segments once for each item of the iterated inputs."""
-        node = MapNode(SegmentMember(**where), list(iterated), name, n_procs=threads, mem_gb=plan.segment_gb_of(scan))
-        node.inputs.trait_set(**iterated)
-        return node
-
     conform = _node(Conform(in_file=str(scan.path), trust=settings.trust, **where), "conform", threads)
     conform.inputs.trait_set(voxel_size=plan.voxel_size, multiple=ensemble.multiple)
     conform.inputs.trait_set(fastsurfer=ensemble.is_fastsurfer, whole_voxels=settings.whole_voxels)
     if not settings.sloppy and not ensemble.is_fastsurfer:  # the head at 2 mm takes a second: nothing to be gained
-        conform.inputs.trait_set(**by_locator)
-    posteriors = _merge_node(2, "posteriors")  # of all members, in their order
+        conform.inputs.member = plan.locator
+    mem_gb = plan.segment_gb_of(scan)
+    segment = MapNode(SegmentMember(**where), ["member"], "segment", n_procs=threads, mem_gb=mem_gb)
+    segment.inputs.member = list(plan.members)
     families = [member.family for member in plan.members]
     fuse = _node(FuseMembers(families=families, temperature=ensemble.temperature), "fuse")
     fuse.inputs.family_maps = settings.family_maps
@@ -216,27 +207,11 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
     outputnode = Node(IdentityInterface(["derivatives"]), "outputnode")
 
     workflow = Workflow(name)
-    if settings.grids > 1:
-        grids = segment_node("grids", offset=list(GRIDS[settings.grids]))
-        grids.inputs.trait_set(**by_locator)
-        average = _node(AverageGrids(member=locator, n_grids=settings.grids), "average")
-        workflow.connect(conform, "head_file", grids, "head_file")
-        workflow.connect(grids, "posterior_file", average, "posterior_files")
-        if locator in plan.members:
-            workflow.connect(average, "posterior_file", posteriors, "in1")
-    if members := plan.single_pass:
-        identities = [identify(ensemble, member) for member in members]
-        segment = segment_node("segment", member=members, identity=identities)
-        workflow.connect(conform, "head_file", segment, "head_file")
-        if ensemble.is_fastsurfer:
-            workflow.connect(conform, "geometry_file", segment, "geometry_file")
-        workflow.connect(segment, "posterior_file", posteriors, "in2")
-        if settings.grids > 1:
-            workflow.connect(average, "shift_file", segment, "shift_file")
     workflow.connect([
+        (conform, segment, [("head_file", "head_file"), ("geometry_file", "geometry_file")]),
         (conform, write, [("geometry_file", "geometry_file")]),
-        (posteriors, fuse, [("out", "posterior_files")]),
-        (posteriors, write, [("out", "posterior_files")]),
+        (segment, fuse, [("posterior_file", "posterior_files")]),
+        (segment, write, [("posterior_file", "posterior_files")]),
         (fuse, write, [("mean_file", "mean_file"), ("maps_file", "maps_file"), ("counts_file", "counts_file")]),
         (write, outputnode, [("out_files", "derivatives")]),
     ])  # fmt: skip
@@ -245,7 +220,7 @@ def init_scan_wf(plan: Plan, scan: Scan, name: str) -> Workflow:
         workflow.connect([
             (conform, register_wf, [("geometry_file", "inputnode.geometry_file")]),
             (fuse, register_wf, [("mean_file", "inputnode.mean_file")]),
-            (posteriors, register_wf, [("out", "inputnode.posterior_files")]),
+            (segment, register_wf, [("posterior_file", "inputnode.posterior_files")]),
             (register_wf, write, [("outputnode.registration_files", "registration_files")]),
         ])  # fmt: skip
     return workflow
@@ -259,7 +234,7 @@ def init_register_wf(plan: Plan, scan: Scan) -> Workflow:
     inputnode = Node(IdentityInterface(["geometry_file", "mean_file", "posterior_files"]), "inputnode")
     perturbed = [n for n, member in enumerate(plan.members) if member in plan.perturbed]
     select = Node(Select(index=perturbed), "perturbed", run_without_submitting=True)
-    posteriors = _merge_node(2 if len(perturbed) > 1 else 1, "registered")
+    posteriors = Node(Merge(2 if len(perturbed) > 1 else 1), "registered", run_without_submitting=True)
     ids = [int(label.index) for label in plan.ensemble.labels]
     interface = Register(label_ids=ids, n_iterations=plan.settings.refine, name=scan.path.name)
     register = MapNode(interface, ["posterior_file"], "register", mem_gb=STEP_GB["register"])
@@ -281,10 +256,6 @@ def init_register_wf(plan: Plan, scan: Scan) -> Workflow:
 
 def _node(interface: BaseInterface, name: str, n_procs: int = 1) -> Node:
     return Node(interface, name, n_procs=n_procs, mem_gb=STEP_GB[name.partition("_")[0]])
-
-
-def _merge_node(n_inputs: int, name: str) -> Node:
-    return Node(Merge(n_inputs), name, run_without_submitting=True)  # not worth a job
 
 
 def node_name(prefix: str) -> str:

@@ -18,7 +18,6 @@ from bids_varaug.files import write_json
 from bids_varaug.inputs.scans import Scan
 from bids_varaug.machine import WORKER_MODULES, memory_bound, resolve_device
 from bids_varaug.models.ensemble import (
-    Ensemble,
     Member,
     check_member,
     load_ensemble,
@@ -26,11 +25,12 @@ from bids_varaug.models.ensemble import (
     select_members,
     sha256_of,
 )
+from bids_varaug.registration.space import OutputSpace
 from bids_varaug.registration.template import find_template_t1w, load_template
 from bids_varaug.settings import Settings
 
 # Peak memory of each step on a 256^3 whole head, GB (benchmarks/participant.py), rounded up.
-STEP_GB = {"conform": 1.2, "segment": 3.0, "average": 0.8, "fuse": 1.2, "register": 1.2, "write": 1.6, "report": 1.0}
+STEP_GB = {"conform": 1.2, "segment": 3.0, "fuse": 1.2, "register": 1.2, "write": 1.6, "report": 1.0}
 FASTSURFER_GB = 2.5  # at 1 mm, in place of "segment"; the sum of logits grows with the number of voxels
 LIBRARIES_GB = 0.6  # of a member's; the rest is proportional to the number of voxels
 # What a pass leaves in the work directory at 1 mm, GB (a brain of 1.5 l, 32 classes).
@@ -38,6 +38,10 @@ POSTERIOR_GB = 0.07
 OUTPUT_GB = 0.04  # derivatives and report of a 256^3 head
 # Processor time on a 256^3 head, s (benchmarks/participant.py on two processors): a pass at 1 mm, and all other steps.
 PASS_S, OTHER_STEPS_S = 9.0, 32.0
+# Of a registration (benchmarks/registration.py): its affine, an iteration of --refine. Of an output space: time, and GB
+# of results by resolution, of which the transforms are 0.02.
+AFFINE_S, ITERATION_S, SPACE_S = 0.4, 0.5, 8.0
+SPACE_GB = {1: 0.05, 2: 0.025}
 RECORD = "write/finished.json"  # with --clean-workdir, the one file of a scan that stays in the work directory
 
 
@@ -47,19 +51,8 @@ class Plan(Run):
 
     @property
     def locator(self) -> Member:
-        """The member that locates the brain and segments it on several grids."""
+        """The member that locates the brain."""
         return self.ensemble.baseline or self.members[0]
-
-    @property
-    def single_pass(self) -> list[Member]:
-        """Members that segment an image once: all, but for the `locator` on several grids."""
-        several = self.settings.grids > 1
-        return [member for member in self.members if not (several and member == self.locator)]
-
-    @property
-    def n_passes(self) -> int:
-        """How many times an image is segmented."""
-        return len(self.single_pass) + (self.settings.grids if self.settings.grids > 1 else 0)
 
     @property
     def segment_gb(self) -> float:
@@ -82,16 +75,19 @@ class Plan(Run):
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Load the ensemble, choose members, device and grids, check the weights; raises `UsageError`, `EnsembleError`."""
+    """Load the ensemble, choose members and device, check the weights; raises `UsageError`, `EnsembleError`."""
     device = resolve_device(settings.device)
     ensemble = load_ensemble(settings.ensemble)
-    if ensemble.is_fastsurfer and (settings.sloppy or settings.grids > 1):
-        flag = "--sloppy" if settings.sloppy else f"--grids {settings.grids}"
-        raise UsageError(
-            f"{flag}: FastSurfer's networks segment on their own grid of at most 1 mm. Leave {flag.split()[0]} out."
-        )
+    if ensemble.is_fastsurfer and settings.sloppy:
+        raise UsageError("--sloppy: FastSurfer's networks segment on their own grid of at most 1 mm. Leave it out.")
     if settings.whole_voxels and not ensemble.is_fastsurfer:
         raise UsageError("--whole-voxels is for FastSurfer's networks; others do not shift images. Leave it out.")
+    if settings.output_spaces and ensemble.is_fastsurfer:
+        raise UsageError(
+            "--output-spaces: the registration follows the template's labels, which have the cortex whole, and "
+            "FastSurfer's networks have it in parcels. Leave it out, or run the shipped ensemble with it, into another "
+            "output folder."
+        )
     n_members = settings.n_members
     if settings.sloppy and n_members is None and settings.members == ("all",):
         n_members = 1  # of each perturbed family, beside the baseline
@@ -102,20 +98,11 @@ def make_plan(settings: Settings) -> Plan:
     members += round_inference(ensemble, settings.perturb_inference, settings.random_seed)
     for member in members:
         check_member(ensemble, member)
-    grids = settings.grids or suitable_grids(settings, ensemble)
     template_t1w = None
     if settings.output_spaces:
         load_template([int(label.index) for label in ensemble.labels])  # before hours of work
         template_t1w = find_template_t1w(settings.allow_downloads)
-    return Plan(replace(settings, device=device, grids=grids, template_t1w=template_t1w), ensemble, members)
-
-
-def suitable_grids(settings: Settings, ensemble: Ensemble) -> int:
-    """Number of grids on which the baseline segments, with ``--grids auto``.
-
-    Of members that share no training it is not known whether they move with the baseline.
-    """
-    return 1 if settings.sloppy or ensemble.trunk is None else 4
+    return Plan(replace(settings, device=device, template_t1w=template_t1w), ensemble, members)
 
 
 def check_memory(plan: Plan) -> None:
@@ -164,8 +151,7 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
     """Warn, before hours of work, if images (with these folders) will fill the disk of the work directory."""
     settings = plan.settings
     n_images = min(settings.nprocs, len(folders)) if settings.clean_workdir else len(folders)
-    steps = [folder / step for folder in folders for step in ("segment", "grids", "average")]
-    there = sum(path.stat().st_size for step in steps for path in step.glob("**/*.safetensors"))
+    there = sum(path.stat().st_size for folder in folders for path in folder.glob("segment/**/*.safetensors"))
     need = n_images * _work_gb(plan) - there / 1e9
     free = shutil.disk_usage(settings.work_dir).free / 1e9
     if need > free:
@@ -177,18 +163,22 @@ def warn_of_disk(plan: Plan, folders: Sequence[Path]) -> None:
 
 def _work_gb(plan: Plan) -> float:
     """What an image leaves in the work directory, GB."""
-    n_files = plan.n_passes + (2 if plan.settings.grids > 1 else 0)  # the average and the shift
-    return n_files * POSTERIOR_GB / plan.voxel_size**3
+    return len(plan.members) * POSTERIOR_GB / plan.voxel_size**3
 
 
 def describe_cost(plan: Plan, n_images: int) -> str:
     """Say what so many images take, for heads of 256 mm and processors as those that were measured."""
     settings = plan.settings
     at_once = min(settings.nprocs, n_images) if settings.clean_workdir else n_images
-    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {n_images * OUTPUT_GB:.1f} GB of results"
+    spaces, n_perturbed = [OutputSpace.parse(space) for space in settings.output_spaces], len(plan.perturbed)
+    results = n_images * (OUTPUT_GB + sum(SPACE_GB[space.resolution or 1] for space in spaces))
+    disk = f"{at_once * _work_gb(plan):.1f} GB in the work directory, {results:.1f} GB of results"
     if settings.device != "cpu":
         return f"{disk}. The time on {settings.device} is not known."
-    seconds = n_images * (plan.n_passes * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S) / settings.nprocs
+    seconds = len(plan.members) * PASS_S / plan.voxel_size**3 + OTHER_STEPS_S + SPACE_S * len(spaces)
+    if spaces:  # the consensus is registered, and each member where there are several
+        seconds += (n_perturbed + (n_perturbed > 1)) * (AFFINE_S + ITERATION_S * settings.refine)
+    seconds *= n_images / settings.nprocs
     time = f"{seconds / 3600:.1f} h" if seconds > 7200 else f"{max(1, round(seconds / 60))} min"
     return f"about {time} on {settings.nprocs} processor(s), {disk}, for heads of 256 mm."
 
@@ -224,7 +214,7 @@ def _text_of(request: ScanRequest) -> str:
     settings, scan = request.settings, request.scan
     status = scan.path.stat()
     return repr((
-        __version__, settings.output_dir, settings.sloppy, settings.grids, settings.write_members,
-        settings.family_maps, settings.whole_voxels, settings.freesurfer_dir, settings.output_spaces, settings.refine,
+        __version__, settings.output_dir, settings.sloppy, settings.write_members, settings.family_maps,
+        settings.whole_voxels, settings.freesurfer_dir, settings.output_spaces, settings.refine,
         scan, status.st_size, status.st_mtime_ns, request.ensemble, request.members,
     ))  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import networkx as nx
 from nipype import Node, Workflow, config, logging
-from nipype.interfaces.base import TraitedSpec, isdefined
+from nipype.interfaces.base import TraitedSpec
 from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.utils import filemanip
@@ -242,7 +242,7 @@ class ProgressLog:
 
     root: Path  # folder of the workflow
     scans: Mapping[str, str]  # folder below it -> what the scan is called
-    n_passes: int  # how many times each scan is segmented
+    n_members: int  # that segment each scan
     reports: Mapping[str, str] = field(default_factory=dict)  # folder below it -> whose report a step draws
     on_written: Callable[[Path], None] | None = None  # called with the folder of a scan whose derivatives are written
     started: float = field(default_factory=time.monotonic)
@@ -263,7 +263,7 @@ class ProgressLog:
         if status == "exception":
             self.failed.add(name)
             _say(f"{name}: {step or 'step'} failed")
-        elif step in ("grids", "segment"):
+        elif step == "segment":
             self._count_passes(name, node.inputs)
         elif step == "write":
             self.written.add(name)
@@ -273,14 +273,13 @@ class ProgressLog:
 
     def _count_passes(self, scan: str, inputs: TraitedSpec) -> None:
         """Take note of one pass, or (again, or from plugins that do not split a node) of all."""
-        members, offsets = (each if isinstance(each, list) else [each] for each in (inputs.member, inputs.offset))
-        grids = [f", grid {'-'.join(map(str, offset))}" if isdefined(offset) else "" for offset in offsets]
-        passes = [f"member {member.id}{grid}" for member in members for grid in grids]
+        members = inputs.member if isinstance(inputs.member, list) else [inputs.member]
+        passes = [f"member {member.id}" for member in members]
         new = [each for each in passes if (scan, each) not in self.passes_done]
         if not new:
             return
         self.passes_done.update((scan, each) for each in new)
-        done, total = len(self.passes_done), len(self.scans) * self.n_passes
+        done, total = len(self.passes_done), len(self.scans) * self.n_members
         # Consensus, derivatives and report take about as long as so many passes.
         finished, all_work = done + WRITING * len(self.written), total + WRITING * len(self.scans)
         left = round((time.monotonic() - self.started) / finished * (all_work - finished))

@@ -283,12 +283,6 @@ def test_sloppy_and_full_derivatives_are_not_mixed(derivatives):
         derivatives.gather()
 
 
-def test_derivatives_of_one_grid_and_of_several_are_not_mixed(derivatives):
-    derivatives.add(2, Grids=2)
-    with pytest.raises(MixedDerivativesError, match="--grids 2: sub-2"):
-        derivatives.gather()
-
-
 def test_several_versions_of_the_tool_are_refused(derivatives):
     derivatives.describe(versions=("0.1.0", "0.2.0"))
     with pytest.raises(MixedDerivativesError, match="several versions.*0.1.0, 0.2.0"):

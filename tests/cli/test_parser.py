@@ -60,7 +60,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
         + ["--bids-database-dir", "db", "--skip-bids-validation", "--trust", "qform"]
         + ["--ensemble", "./mine"]
         + ["--members", "mca", "seed01", "--n-members", "2", "--write-members"]
-        + ["--perturb_inference", "99", "--grids", "8"]
+        + ["--perturb_inference", "99"]
         + ["--device", "cuda:1", "--nprocs", "4", "--omp-nthreads", "3", "--mem", "8000M"]
         + ["--use-plugin", str(plugin), "-w", "../w", "--clean-workdir", "--random-seed", "7"]
         + ["--sloppy", "--whole-voxels", "--dry-run", "--reports-only", "--stop-on-first-crash", "--notrack", "-vv"]
@@ -73,7 +73,7 @@ def test_all_participant_flags_reach_the_settings(places, tmp_path):
     assert (settings.ensemble, settings.trust) == (str(tmp_path / "cwd" / "mine"), "qform")
     assert settings.members == ("mca", "seed01")
     assert (settings.n_members, settings.device) == (2, "cuda:1")
-    assert (settings.perturb_inference, settings.grids) == (99, 8)
+    assert settings.perturb_inference == 99
     assert (settings.nprocs, settings.omp_nthreads, settings.mem_gb) == (4, 3, 7.8125)
     assert settings.plugin == {"plugin": "SLURM", "plugin_args": {"sbatch_args": "-n1"}}
     assert settings.work_dir == tmp_path / "w"
@@ -146,7 +146,6 @@ def test_repeated_labels_count_once(places):
         (["--perturb-inference", "-1"], "from 0 to 99"),
         (["--perturb-inference", "100"], "from 0 to 99"),
         (["--perturb-inference", "1.5"], "from 0 to 99"),
-        (["--grids", "3"], "invalid choice: '3'"),
         (["--random-seed", "-1"], "from 0 to 4294967295"),
         (["--random-seed", "4294967296"], "from 0 to 4294967295"),
         (["--cv-folds", "1"], "whole number from 2"),

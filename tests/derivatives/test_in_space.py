@@ -104,6 +104,20 @@ def test_images_are_those_of_the_transform_in_the_file(request_, written):
     assert np.array_equal(np.asarray(image(request_, "t1w_in_space").dataobj), expected)
 
 
+def test_maps_are_stored_as_those_in_the_grid_of_the_t1w(request_, written):
+    stored = {key: image(request_, key) for key in names.SPACE_OUTPUTS if not key.endswith("_space") or "_in_" in key}
+    kinds = {key: (one.get_data_dtype().name, int(one.header["intent_code"])) for key, one in stored.items()}
+    assert kinds == {
+        "t1w_in_space": ("float32", 0), "dseg_in_space": ("int16", 1002), "unreliable_in_space": ("uint8", 0),
+        "entropy_in_space": ("int16", 1001), "sigbits_in_space": ("int16", 1001), "displacement_sd": ("int16", 1001),
+    }  # fmt: skip
+    for key, step in (("entropy_in_space", 1 / 1024), ("sigbits_in_space", 1 / 16)):
+        assert stored[key].dataobj.slope == step
+        assert f"steps of {step:.4g}" in json.loads(request_.sidecar(key, space=COARSE).read_bytes())["Precision"]
+    header = stored["dseg_in_space"].header
+    assert (header["aux_file"].item(), header["cal_max"]) == (b"seg-varaug_dseg.tsv", 60)
+
+
 def test_spread_is_that_of_the_members_affines(request_, written):
     sd = np.asarray(image(request_, "displacement_sd").dataobj)
     brain = np.asarray(image(request_, "dseg_in_space").dataobj) > 0

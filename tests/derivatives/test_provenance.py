@@ -17,7 +17,6 @@ RUN = Origin(
     version="1",
     tool_version="0.1.0",
     sloppy=False,
-    grids=4,
     sha256={member: f"sha-{member}" for member in MEMBERS},
     seeds={"rr01": 1},
 )
@@ -26,7 +25,6 @@ OTHERS = {
     "version of the ensemble": replace(RUN, version="2"),
     "version of bids_varaug": replace(RUN, tool_version="0.2.0"),
     "--sloppy": replace(RUN, sloppy=True),
-    "--grids": replace(RUN, grids=1),
     "weights of mca01": replace(RUN, sha256=RUN.sha256 | {"mca01": "other"}),
     "members": replace(RUN, sha256={"ieee": "sha-ieee"}, seeds={}),
     "seed of rr01": replace(RUN, seeds={"rr01": 101}),
@@ -36,7 +34,6 @@ DIFFERENCES = {
     "version of the ensemble": "version of the ensemble 1 (now 2)",
     "version of bids_varaug": "version of bids_varaug 0.1.0 (now 0.2.0)",
     "--sloppy": "--sloppy False (now True)",
-    "--grids": "--grids 4 (now 1)",
     "weights of mca01": "other weights of mca01",
     "members": "members ieee, mca01, rr01 (now ieee)",
     "seed of rr01": "seed of rr01 1 (now 101)",
@@ -56,7 +53,7 @@ class Output:
         self.root = root
 
     def add(self, prefix: str, origin: Origin = RUN, kind: str = "members_morph") -> Path:
-        content = {"Grids": origin.grids} | ({"Warning": SLOPPY_NOTE} if origin.sloppy else {})
+        content = {"Warning": SLOPPY_NOTE} if origin.sloppy else {}
         if kind == "members_morph" and origin.ensemble:
             content["Ensemble"] = {
                 "Name": origin.ensemble,
@@ -104,12 +101,12 @@ def test_what_would_relabel_others_is_refused(output, what):
 
 
 def test_all_that_differs_is_said(output):
-    new = replace(RUN, sloppy=True, grids=1, sha256=RUN.sha256 | {"mca02": "x"})
+    new = replace(RUN, sloppy=True, sha256=RUN.sha256 | {"mca02": "x"})
     output.add("sub-02", replace(RUN, sloppy=True, seeds={"rr01": 101}))
     with pytest.raises(MixedDerivativesError) as caught:
         check_rerun(output.root, new, map(scan, ["sub-01_ses-a", "sub-01_ses-b"]))
     members = "members ieee, mca01, rr01 (now ieee, mca01, mca02, rr01)"
-    assert f"\n  sub-02: --grids 4 (now 1); seed of rr01 101 (now 1); {members}\n" in str(
+    assert f"\n  sub-02: seed of rr01 101 (now 1); {members}\n" in str(
         caught.value
     )
 
@@ -123,7 +120,7 @@ def test_what_makes_everything_again_is_allowed(output, what):
 
 def test_sessions_that_stay_are_refused(output):
     with pytest.raises(MixedDerivativesError, match="  sub-01_ses-b: "):
-        check_rerun(output.root, OTHERS["--grids"], map(scan, ["sub-01_ses-a", "sub-02"]))
+        check_rerun(output.root, OTHERS["--sloppy"], map(scan, ["sub-01_ses-a", "sub-02"]))
 
 
 def test_a_root_that_was_replaced_does_not_hide_what_stays(output):

@@ -165,6 +165,24 @@ def test_impossible_temperature_is_refused(ensemble, temperature):
         load_ensemble(str(ensemble.directory))
 
 
+@pytest.mark.parametrize("change", [{"trunk": {"file": "trunk.safetensors", "sha256": ""}}, {"base": "ieee"}])
+def test_ensemble_with_a_trunk_is_refused_with_a_way_out(ensemble, change):
+    manifest = ensemble.directory / "manifest.json"
+    values = json.loads(manifest.read_text())
+    (values if "trunk" in change else values["members"][1]).update(change)
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(EnsembleError, match="earlier version, whose members share a trunk.*bids_varaug-train"):
+        load_ensemble(str(ensemble.directory))
+
+
+def test_manifest_of_members_trained_apart_by_an_earlier_trainer_is_read(ensemble):
+    manifest = ensemble.directory / "manifest.json"
+    values = json.loads(manifest.read_text())
+    members = [member | {"base": None} for member in values["members"]]
+    manifest.write_text(json.dumps(values | {"trunk": None, "members": members}))
+    assert load_ensemble(str(ensemble.directory)) == ensemble
+
+
 MODEL = DiceModel(0.1, 0.9, 0.2, 0.01, -0.5, 0.5)
 
 

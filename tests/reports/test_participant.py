@@ -224,8 +224,8 @@ def test_no_path_of_the_machine_is_shown(make_content):
 
 def test_command_makes_the_results_again(make_content):
     request = make_content().request
-    settings = replace(request.settings, members=("mca", "ieee"), n_members=3, grids=4, participant_labels=("01", "02"))
-    arguments = "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --members mca ieee --n-members 3 --grids 4"
+    settings = replace(request.settings, members=("mca", "ieee"), n_members=3, participant_labels=("01", "02"))
+    arguments = "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --members mca ieee --n-members 3"
     assert shown_command(replace(request, settings=settings)) == f"bids_varaug {arguments}"
 
 
@@ -317,21 +317,6 @@ def test_full_runs_have_no_banner(make_content):
 
 def test_warnings_are_listed(make_content):
     assert "Look here." in Page(make_content().html()).text
-
-
-@pytest.mark.parametrize(
-    ("shared", "families", "said"),
-    [(8850, ["ieee", "mca", "seed"], True), (8850, ["ieee", "seed"], True),
-     (8850, ["ieee", "rr"], False), (0, ["ieee", "mca", "seed"], False)],
-)  # fmt: skip
-def test_a_common_trunk_is_said_to_narrow_the_spread(make_content, shared, families, said):
-    content = make_content()
-    training = {"forked_at_step": shared, "member_steps": 50}
-    members = tuple(replace(content.request.members[0], family=family) for family in families)
-    ensemble = SimpleNamespace(**{**vars(content.request.ensemble), "training": training})
-    request = replace(content.request, ensemble=ensemble, members=members)
-    text = replace(content, request=request).html()
-    assert ("lower bound" in text) == ("8850" in text) == said
 
 
 @pytest.mark.parametrize("word", ["ab" * 32, "mca02", "torch", "Run id", "SHA-256 of the weights"])

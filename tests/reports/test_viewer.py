@@ -15,14 +15,20 @@ import pytest
 from nibabel.affines import apply_affine, voxel_sizes
 from PIL import Image
 
-from bids_varaug.models.ensemble import Label
+from bids_varaug.models.ensemble import Label, load_ensemble
+from bids_varaug.registration.group_maps import GroupMaps
+from bids_varaug.registration.space import GRIDS, SPACE, OutputSpace
+from bids_varaug.registration.template import load_template
+from bids_varaug.reports.group import RunInfo, load_page
 from bids_varaug.reports.mosaics import MAP_STYLES
+from bids_varaug.reports.registration import group_maps_page
 from bids_varaug.reports.viewer import ViewerGrid, find_places, view_scan
 from tests.reports import chromium
 from tests.reports.chromium import Chromium
 
 STRUCTURES = [Label(2, "Left-White", "#f5f5f5"), Label(3, "Left-Cortex", "#cd3e4e"),
               Label(41, "Right-White", "#00ff00"), Label(1042, "Right-Cortex", "#0ac81e")]  # fmt: skip
+AVERAGED = load_ensemble("aseg31").labels
 AXE = next(filter(Path.is_file, (
     Path(folder) / "axe-core" / "axe.min.js" for folder in os.environ.get("NODE_PATH", "").split(os.pathsep)
 )), None)  # fmt: skip
@@ -42,7 +48,7 @@ def view_of(head, labels):
     grid = ViewerGrid.around(labels, head.affine, 1.0)
     return view_scan(
         grid, STRUCTURES, grid.values(head.t1w), grid.labels(labels), grid.labels(np.roll(labels, 1, axis=0)),
-        grid.labels(head.spread > 0.9), (grid.values(head.spread), MAP_STYLES["entropy"]),
+        grid.labels(head.spread > 0.9), {"uncertainty": (grid.values(head.spread), MAP_STYLES["entropy"])},
     )  # fmt: skip
 
 
@@ -108,6 +114,38 @@ def test_same_scan_gives_the_same_text(head, labels, view):
     assert view_of(head, labels) == view
 
 
+def test_map_of_large_values_has_larger_steps(head, labels):
+    grid = ViewerGrid.around(labels, head.affine, 1.0)
+    values = 24 * grid.values(head.spread)
+    shown = view_scan(
+        grid, STRUCTURES, grid.values(head.t1w), grid.labels(labels), maps={"bits": (values, MAP_STYLES["sigbits"])}
+    )
+    assert decoded(shown.volumes["bits"]).get_fdata() == pytest.approx(values, abs=0.0501)
+    assert shown.settings["maps"][0]["digits"] == 1
+
+
+@pytest.fixture(scope="module")
+def group_maps() -> GroupMaps:
+    """Two participants with the labels of the template; in the second, members differ about the left hippocampus."""
+    labels = np.array([label.index for label in AVERAGED])[load_template([x.index for x in AVERAGED]).labels]
+    maps, hippocampus = GroupMaps(labels.shape, [label.index for label in AVERAGED]), labels == 17
+    for entropy in (0.0, 1.0):
+        bits = np.where(hippocampus, 3.0, 20.0) * (labels > 0)
+        maps.add(labels, {"entropy": entropy * hippocampus, "sigbits": bits, "unreliable": entropy * hippocampus})
+    return maps
+
+
+@pytest.fixture(scope="module")
+def group_page(group_maps, tmp_path_factory) -> Path:
+    folder, names = tmp_path_factory.mktemp("group"), [label.name for label in AVERAGED]
+    template = nib.Nifti1Image(group_maps.most_probable().astype(np.float32), GRIDS[2].affine)
+    nib.save(template, folder / "template.nii.gz")
+    regions, space = group_maps.region_table(names), OutputSpace(SPACE, 2)
+    page = group_maps_page(RunInfo("Maps."), group_maps, regions, AVERAGED, space, folder / "template.nii.gz", {})
+    assert page.write(folder, "group_maps.html").read_text() == load_page(folder / "logs" / "group_maps.json").html()
+    return folder / "group_maps.html"
+
+
 # In a browser
 
 
@@ -164,6 +202,29 @@ def test_click_on_a_row_moves_the_cross_to_the_structure_and_marks_it(browser, p
     assert "Right-Cortex" in browser.evaluate("document.querySelector('#viewer-place').textContent")
     assert browser.evaluate("viewer.state.nv.opts.atlasActiveIndex") == 4
     assert browser.evaluate("document.activeElement.id") == "viewer-canvas"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_row_of_a_group_leads_to_the_structure_in_the_maps(browser, group_page, group_maps, width):
+    open_viewer(browser, group_page, width=width)
+    browser.evaluate("document.querySelector('#regions tbody tr').cells[3].click()")
+    browser.wait("!document.querySelector('#viewer-back').hidden")
+    at = np.rint(apply_affine(np.linalg.inv(GRIDS[2].affine), crosshair(browser))).astype(int)
+    assert AVERAGED[group_maps.most_probable()[tuple(at)]].index == 17
+    shown = browser.evaluate("document.querySelector('#viewer-place').textContent")
+    assert shown.endswith("Left-Hippocampus · mean vote entropy 0.50 bit · share with an unreliable voxel 0.50 · "
+                          "mean significant bits 3.0 bit")  # fmt: skip
+    assert browser.errors == [] and browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_one_map_of_a_group_is_shown_at_a_time(browser, group_page):
+    open_viewer(browser, group_page)
+    opacities = "['entropy', 'unreliable', 'sigbits'].map((name) => viewer.state.volumes['mean_' + name].opacity > 0)"
+    assert browser.evaluate(opacities) == [True, False, False]
+    choose = "(map) => { map.value = 2; map.dispatchEvent(new Event('input')); }"
+    browser.evaluate(f"({choose})(document.querySelector('#map'))")
+    assert browser.evaluate(opacities) == [False, False, True]
+    assert browser.evaluate("document.querySelector('#viewer-bar').textContent") == "0 bit8 bit or more"
 
 
 def test_place_to_look_at_first_leads_into_the_viewer(browser, page_of, view):

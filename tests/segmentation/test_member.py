@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from bids_varaug.images.conform import Box, Geometry
 from bids_varaug.models.ensemble import (
     Ensemble,
     Label,
@@ -44,7 +45,9 @@ def segment(ensemble, head, tmp_path):
 
     def run(member: Member) -> tuple[np.ndarray, np.ndarray]:
         path = tmp_path / "posterior.safetensors"
-        segment_with_member(head, str(ensemble.directory), member, path, "cpu", 1)
+        box, affine = Box((0, 0, 0), head.shape), np.eye(4)
+        geometry = Geometry(1.0, box, head.shape, affine, head.shape, affine, 0.0, ())
+        segment_with_member(head, geometry, str(ensemble.directory), member, path, "cpu", 1)
         sparse = load_posterior(path)
         return sparse.stored, sparse.posterior
 

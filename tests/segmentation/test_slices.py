@@ -153,7 +153,5 @@ def test_missing_white_matter_is_said(tmp_path, capsys):
     box, affine = Box((0, 0, 0), (2, 2, 2)), np.eye(4)
     geometry = Geometry(1.0, box, (24, 24, 24), affine, (24, 24, 24), affine, 0.0, ())
     empty = np.zeros((24, 24, 24), np.uint8)
-    segment_with_member(
-        empty, str(tmp_path / "small"), member, tmp_path / "out.safetensors", "cpu", 1, geometry=geometry
-    )
+    segment_with_member(empty, geometry, str(tmp_path / "small"), member, tmp_path / "out.safetensors", "cpu", 1)
     assert "ieee: no voxel has label" in capsys.readouterr().err

@@ -9,8 +9,9 @@ from bids_varaug.cli.train import main
 from bids_varaug.errors import UserError
 from bids_varaug.models.ensemble import VinnShape
 from bids_varaug.models.fastsurfer import Vinn, n_classes_of
-from bids_varaug.training.fastsurfer import voxel_weights
-from bids_varaug.training.plane import Head, PlaneRecipe, load_heads, train_plane
+from bids_varaug.models.fastsurfer_labels import NETWORK_IDS
+from bids_varaug.training.fastsurfer import network_ids, parcel_scheme, voxel_weights
+from bids_varaug.training.plane import Head, PlaneRecipe, SyntheticHeads, load_heads, train_plane
 from bids_varaug.training.recipe import plan_member
 
 TINY = VinnShape(filters=4, rim_filters=4, grid=16)
@@ -108,10 +109,41 @@ def test_pairs_are_read_on_fastsurfers_grid(tmp_path):
     assert head.scale == 1.0
 
 
-def test_the_command_needs_a_plane_and_pairs(tmp_path, capsys):
+def test_synthetic_heads_have_the_parcels_of_their_label_map(tmp_path):
+    labels = np.zeros((60, 64, 62), np.int16)
+    labels[10:50, 10:50, 10:50] = 516  # bone
+    labels[15:30, 15:45, 15:45], labels[30:45, 15:45, 15:45] = 1003, 2003
+    labels[20:30, 20:40, 20:40], labels[30:40, 20:40, 20:40] = 2, 41
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / "sub-01_dseg.nii.gz")
+    heads = SyntheticHeads([tmp_path / "sub-01_dseg.nii.gz"], parcel_scheme(), recipe_of(1))
+    (head,), (again,), (other,) = heads.draw(0, 0), heads.draw(0, 0), heads.draw(0, 1)
+    assert head.image.dtype == np.uint8 and head.image.shape == head.classes.shape == (256, 256, 256)
+    found = [NETWORK_IDS[k] for k in np.flatnonzero(np.bincount(head.classes.ravel()) > 1000)]
+    assert found == [0, 2, 41, 1003]  # the sides share this parcel, and bone has no class
+    white = np.argwhere(head.classes == found.index(2)), np.argwhere(head.classes == NETWORK_IDS.index(41))
+    assert white[0].mean(0)[0] > white[1].mean(0)[0] + 5  # left is high in LIA
+    assert np.array_equal(head.image, again.image) and not np.array_equal(head.classes, other.classes)
+
+
+def test_scheme_of_parcels_has_every_class_and_mirrors():
+    scheme = parcel_scheme()
+    ids = network_ids(np.array(scheme.target_ids)[None, None])
+    assert set(NETWORK_IDS) <= set(ids.ravel().tolist())
+    mirror = dict(zip(scheme.ids.tolist(), scheme.ids[scheme.mirror].tolist(), strict=True))
+    assert mirror[1035] == 2035 and mirror[2002] == 1002 and mirror[2] == 41
+    assert all(mirror[mirror[i]] == i for i in mirror)
+
+
+def test_the_command_needs_a_plane_and_what_it_can_learn(tmp_path, capsys):
     nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.int16), np.eye(4)), tmp_path / "sub-01_dseg.nii.gz")
     command = [str(tmp_path), str(tmp_path / "out"), "--architecture", "fastsurfer-vinn", "--members", "ieee"]
     assert main(command) == 64
     assert "needs --plane" in capsys.readouterr().err
     assert main([*command, "--plane", "axial"]) == 65
-    assert "no *_T1w.nii.gz beside it" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "training on images drawn from them" in err and "label(s) [1] are not in the label table" in err
+    other = nib.Nifti1Image(np.full((8, 8, 8), 2, np.int16), np.eye(4))
+    for name in ("sub-02_dseg", "sub-02_T1w"):
+        nib.save(other, tmp_path / f"{name}.nii.gz")
+    assert main([*command, "--plane", "axial"]) == 65
+    assert "sub-01_dseg.nii.gz: no *_T1w.nii.gz beside it" in capsys.readouterr().err

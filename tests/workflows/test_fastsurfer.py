@@ -17,6 +17,7 @@ from bids_varaug.inputs.validation import run_validator
 from bids_varaug.models.ensemble import Ensemble, Member, VinnShape, load_ensemble, write_manifest
 from bids_varaug.models.fastsurfer import build_planes, load_planes, save_planes
 from bids_varaug.models.fastsurfer_labels import IDS, read_labels
+from bids_varaug.registration.space import SPACE
 from bids_varaug.segmentation.slices import segment_slices
 
 SHAPE = VinnShape(filters=4, rim_filters=4, grid=32)
@@ -106,10 +107,17 @@ def test_labels_of_a_member_are_those_of_the_networks(derivatives, dataset, ense
     assert (back == np.asanyarray(native.dataobj)).mean() > 0.9999
 
 
+def test_template_space_is_refused_before_anything_is_written(dataset, ensemble_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    where = [str(dataset), str(out), "participant", "-w", str(tmp_path / "work"), "--ensemble", str(ensemble_dir)]
+    assert main([*where, "--output-spaces", f"{SPACE}:res-2"]) == 64
+    assert "FastSurfer's networks have it in parcels. Leave it out, or run the shipped" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_what_fastsurfer_cannot_do_is_refused(dataset, ensemble_dir):
     path = dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
-    for flags in ({"sloppy": True}, {"grids": 4}):
-        with pytest.raises(UsageError, match="FastSurfer's networks segment on their own grid"):
-            segment(path, ensemble=ensemble_dir, **flags)
+    with pytest.raises(UsageError, match="FastSurfer's networks segment on their own grid"):
+        segment(path, ensemble=ensemble_dir, sloppy=True)
     with pytest.raises(UsageError, match="--whole-voxels is for FastSurfer's networks"):
         segment(path, whole_voxels=True)

@@ -81,7 +81,6 @@ def test_record_holds_for_the_same_request_alone(written):
         replace(request, ensemble=replace(request.ensemble, temperature=2.0)),
         replace(request, settings=replace(request.settings, write_members=True)),
         replace(request, settings=replace(request.settings, sloppy=True)),
-        replace(request, settings=replace(request.settings, grids=2)),
         replace(request, settings=replace(request.settings, output_dir=folder)),
     ):
         assert not is_finished(other, folder)

@@ -1,7 +1,6 @@
 """The participant level from the command line to the files."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -23,9 +21,6 @@ from bids_varaug.cli.run import main
 from bids_varaug.inputs import validation
 from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.inputs.validation import run_validator
-from bids_varaug.models.ensemble import Trunk, load_ensemble
-from bids_varaug.settings import Settings
-from bids_varaug.workflows.plan import suitable_grids
 from tests.workflows.conftest import IDS, Run, describe, head, write_t1w
 
 ROUNDED = ("--members", "ieee", "--perturb-inference", "2", "--random-seed", "7",
@@ -360,63 +355,6 @@ def test_another_temperature_changes_probabilities_and_no_label(app, finished, l
     assert times and {path: path.stat().st_mtime_ns for path in times} == times
     assert app(*run) == 0
     assert digests(finished) == before
-
-
-def test_four_grids_are_computed_anew_in_the_same_work_directory_and_told(
-    app, linear, tmp_path, capfd
-):
-    few = (*linear, "--n-members", "1", "--participant-label", "02")
-    assert app(tmp_path / "out", *few) == 0
-    anat = tmp_path / "out" / "sub-02" / "anat"
-    (table,) = anat.glob("*_morph.tsv")
-    one, sidecar = table.read_text(), table.with_suffix(".json")
-    assert "Grids" not in json.loads(sidecar.read_text())
-
-    capfd.readouterr()
-    assert app(tmp_path / "out", *few, "--grids", "4") == 0
-    progress = capfd.readouterr().err
-    assert "member ieee, grid 0-0-0, member ieee, grid 0-1-1" in progress
-    assert "member mca01, member seed01 done (6 of 6 segmentations" in progress
-    volumes = pd.read_csv(table, sep="\t", index_col=["member", "index"])["volume"]
-    differ = (
-        volumes != pd.read_csv(io.StringIO(one), sep="\t", index_col=volumes.index.names).volume
-    )
-    assert differ.groupby("member").any().all()
-    assert json.loads(sidecar.read_text())["Grids"] == 4
-    assert run_validator(tmp_path / "out") == []
-    assert "4 grids" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
-    # The other members are moved by the baseline, also where it is not among them.
-    assert app(tmp_path / "without", *few, "--grids", "4", "--members", "mca", "seed") == 0
-    with_it, without = (
-        pd.read_csv(next((tmp_path / out).rglob("*_morph.tsv")), sep="\t", index_col="member")
-        for out in ("out", "without")
-    )
-    assert list(without.index.unique()) == ["mca01", "seed01"]
-    pd.testing.assert_frame_equal(with_it.drop("ieee"), without)
-    images = [
-        {path: digest for path, digest in digests(tmp_path / out).items() if path.endswith(".nii.gz")}
-        for out in ("out", "without")
-    ]
-    assert images[1].items() <= images[0].items()
-
-
-def test_baseline_alone_on_two_grids(app, linear, tmp_path):
-    out = tmp_path / "out"
-    few = (*linear, "--participant-label", "02", "--grids", "2", "--members", "ieee")
-    assert app(out, *few) == 0
-    assert run_validator(out) == []
-    names = ("consensus", "ieee")
-    one, other = (nib.load(next(out.rglob(f"*desc-{n}_dseg.nii.gz"))) for n in names)
-    assert np.array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
-
-
-def test_number_of_grids_suits_the_ensemble(small_ensemble, tmp_path):
-    settings = Settings(tmp_path, tmp_path, "participant", tmp_path)
-    alone = load_ensemble(str(small_ensemble))
-    forked = replace(alone, trunk=Trunk("trunk.safetensors", ""))
-    assert suitable_grids(settings, forked) == 4
-    assert suitable_grids(settings, alone) == 1
-    assert suitable_grids(replace(settings, sloppy=True), forked) == 1
 
 
 def test_dry_run_shows_rounded_members(app, tmp_path, capsys):

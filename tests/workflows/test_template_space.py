@@ -1,6 +1,10 @@
 """The app with --output-spaces, on the MNI152 template as a head: from the command line to group maps."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -82,6 +86,10 @@ def test_group_maps_are_those_of_the_only_participant(finished):
     assert table["entropy"].is_monotonic_decreasing and len(table) > 25
     page = (finished / "group_maps.html").read_text()
     assert "Maps of 1 participant<" in page and table["name"][0] in page
+    assert "Brain age is not predicted" not in page
+    assert "Brain age is not predicted" in (finished / "group_quality.html").read_text()
+    about = json.loads((finished / f"group_maps/space-{SPACE}_res-2_stat-entropymean_statmap.json").read_bytes())
+    assert about["Precision"].startswith("Stored in steps of 0.0009766") and int(mean.header["intent_code"]) == 1001
 
 
 def test_the_same_command_gives_the_same_bits(finished, bids_dir, home, linear, monkeypatch):
@@ -93,6 +101,36 @@ def test_the_same_command_gives_the_same_bits(finished, bids_dir, home, linear, 
     arguments = [str(bids_dir), str(finished), "participant", "-w", str(bids_dir.parent / "again"), *OPTIONS, *linear]
     assert main(arguments) == 0
     assert digests(finished) == before
+
+
+def test_killed_in_the_registration_and_resumed_gives_the_same_bits(finished, bids_dir, home, linear, monkeypatch):
+    """Killed when the first of three registrations is there."""
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
+    out, work = bids_dir.parent / "killed", bids_dir.parent / "killed-work"
+    arguments = [str(bids_dir), str(out), "participant", "-w", str(work), *OPTIONS, *linear]
+    code = "import sys; from bids_varaug.cli.run import main; sys.exit(main())"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL) as process:
+        while not any(work.rglob("registration.npz")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert not any(out.rglob("*_xfm.h5"))
+    assert main(arguments) == 0
+    whole = {name: digest for name, digest in digests(finished).items() if name.startswith("sub-01")}
+    assert whole.keys() > {"sub-01.html"}
+    assert {name: digest for name, digest in digests(out).items() if name.startswith("sub-01")} == whole
+
+
+def test_dry_run_counts_registrations_and_files_of_the_space(bids_dir, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
+    costs = []
+    for options in (OPTIONS, ("--sloppy", *OPTIONS[5:])):
+        where = [str(bids_dir), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "work")]
+        assert main([*where, *options, "--refine", "1000", "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        costs.append([float(re.search(p, text)[1]) for p in (r"about (\d+) min", r"([\d.]+) GB of results")])
+    # Three registrations of 1,000 iterations on two processors.
+    assert costs == [[pytest.approx(12.5, abs=2), 0.1], [1, 0.0]]
 
 
 def test_without_the_template_nothing_begins(bids_dir, tmp_path, monkeypatch, capsys):

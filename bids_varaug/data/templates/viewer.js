@@ -28,8 +28,8 @@ const viewer = (() => {
     const place = Object.entries(at).map(([axis, value]) => `${axis} ${value.toFixed(0).replace("-", "−")}`).join(", ");
     const labels = state.volumes.labels, parts = [`${place} mm`], value = (volume) => volume.getValue(...volume.mm2vox(mm));
     if (labels) parts.push(state.names[value(labels) - 1] || "no structure");
-    const about = scans[state.scan - 1].uncertainty;
-    if (about) parts.push(`${about.title.toLowerCase()} ${value(state.volumes.uncertainty).toFixed(2)} ${about.unit}`);
+    for (const map of scans[state.scan - 1].maps)
+      parts.push(`${map.title.toLowerCase()} ${value(state.volumes[map.name]).toFixed(map.digits)} ${map.unit}`.trim());
     if (state.volumes.unreliable && value(state.volumes.unreliable) > 0) parts.push("unreliable");
     byId("viewer-place").textContent = parts.join(" · ");
   };
@@ -40,18 +40,18 @@ const viewer = (() => {
   });
 
   const show = async (scan) => {
-    const { nv } = state, about = scans[scan - 1];
+    const { nv } = state, about = scans[scan - 1], { maps } = about;
     const load = async (name, map = "gray", low = NaN, high = NaN) => {
       if (!byId(`scan-${scan}-${name}`)) return null;
       return niivue.NVImage.new(await unpack(`scan-${scan}-${name}`), `${name}.nii`, map, 1, null, low, high);
     };
     nv.addColormap("unreliable", colormap(about.unreliable));
-    if (about.uncertainty) nv.addColormap("uncertainty", colormap(about.uncertainty.colors));
-    const { low = 0, high = 1 } = about.uncertainty || {};
-    const volumes = {
-      t1w: await load("t1w", "gray", 0, 255), labels: await load("labels"),
-      uncertainty: await load("uncertainty", "uncertainty", low, high), unreliable: await load("unreliable", "unreliable", 0, 1),
-    };
+    const volumes = { t1w: await load("t1w", "gray", 0, 255), labels: await load("labels") };
+    for (const { name, colors, low, high } of maps) {
+      nv.addColormap(name, colormap(colors));
+      volumes[name] = await load(name, name, low, high);
+    }
+    volumes.unreliable = await load("unreliable", "unreliable", 0, 1);
     const baseline = await load("baseline");
     const [R, G, B] = [0, 1, 2].map((channel) => [0, ...about.colors.map((color) => color[channel])]);
     volumes.labels.setColormapLabel({ R, G, B, labels: ["", ...about.names] });
@@ -64,15 +64,11 @@ const viewer = (() => {
     nv.refreshLayers(nv.back, 0);
     state.chosen = 0;
     byId("which").hidden = !baseline;
-    byId("uncertainty-title").textContent = about.uncertainty ? about.uncertainty.title : "";
-    for (const name of ["uncertainty", "unreliable"]) byId(`layer-${name}`).closest("span").hidden = !volumes[name];
-    const bar = byId("viewer-bar");
-    if (about.uncertainty) {
-      bar.firstElementChild.textContent = `${low} ${about.uncertainty.unit}`;
-      bar.lastElementChild.textContent = `${high} ${about.uncertainty.unit} or more`;
-      const colors = about.uncertainty.colors.map((color) => `rgb(${color.slice(0, 3)})`);
-      bar.children[1].style.background = `linear-gradient(to right, ${colors})`;
-    }
+    byId("map").replaceChildren(...maps.map((map, n) => new Option(map.title, n)));
+    byId("map").hidden = maps.length < 2;
+    byId("map-title").textContent = maps.length === 1 ? maps[0].title : "Map";
+    byId("layer-map").closest("span").hidden = !maps.length;
+    byId("layer-unreliable").closest("span").hidden = !volumes.unreliable;
     layers();
     reset();
   };
@@ -87,8 +83,16 @@ const viewer = (() => {
     nv.opts.atlasOutline = filled ? 0 : strength("labels");
     nv.opts.atlasActiveIndex = strength("labels") && state.chosen;
     volumes.labels.img = state.images[document.querySelector("[name=which]:checked").value] || state.images.labels;
-    for (const name of ["uncertainty", "unreliable"]) if (volumes[name]) volumes[name].opacity = strength(name);
-    byId("viewer-bar").hidden = !volumes.uncertainty || !byId("layer-uncertainty").checked;
+    if (volumes.unreliable) volumes.unreliable.opacity = strength("unreliable");
+    const { maps } = scans[state.scan - 1], map = maps[byId("map").value], bar = byId("viewer-bar");
+    for (const each of maps) volumes[each.name].opacity = each === map ? strength("map") : 0;
+    bar.hidden = !map || !byId("layer-map").checked;
+    if (map) {
+      bar.firstElementChild.textContent = `${map.low} ${map.unit}`;
+      bar.lastElementChild.textContent = `${map.high} ${map.unit} or more`;
+      const colors = map.colors.map((color) => `rgb(${color.slice(0, 3)})`);
+      bar.children[1].style.background = `linear-gradient(to right, ${colors})`;
+    }
     nv.overlays.forEach((volume, n) => nv.refreshLayers(volume, n + 1));
     nv.drawScene();
     nv.createOnLocationChange();
@@ -162,7 +166,7 @@ const viewer = (() => {
   const press = (id) => byId(id).click();
   const keys = {
     ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0], PageUp: [0, 0, 1], PageDown: [0, 0, -1],
-    1: () => press("layer-labels"), 2: () => press("layer-uncertainty"), 3: () => press("layer-unreliable"),
+    1: () => press("layer-labels"), 2: () => press("layer-map"), 3: () => press("layer-unreliable"),
     f: () => state.images.baseline && press("flicker"), Escape: () => go(state.nv.frac2mm(state.nv.scene.crosshairPos, 0, true), 0),
   };
   canvas.addEventListener("keydown", (event) => {
@@ -172,7 +176,7 @@ const viewer = (() => {
     event.stopImmediatePropagation();
     if (Array.isArray(act)) state.nv.moveCrosshairInVox(...act); else act();
   }, true);
-  root.querySelectorAll("input").forEach((input) => input.addEventListener("input", layers));
+  root.querySelectorAll("input, #map").forEach((input) => input.addEventListener("input", layers));
   byId("planes").addEventListener("change", (event) => {
     const all = event.target.value === "3";
     state.nv.setSliceType(all ? niivue.SLICE_TYPE.MULTIPLANAR : Number(event.target.value));
