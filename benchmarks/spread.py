@@ -41,11 +41,11 @@ from sklearn.metrics import roc_auc_score
 
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.variability.measures import (
-    UNRELIABLE_FROM,
     pairwise_dice,
     region_counts,
     significant_bits_lower,
 )
+from bids_varaug.variability.quality import UNRELIABLE_FROM
 
 N_BINS = 15
 

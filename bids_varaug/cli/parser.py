@@ -234,8 +234,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         error = UsageError(f"{given.level!r} is not a level of analysis: use {' or '.join(LEVELS)}.")
         error.exit_code = ExitCode.UNKNOWN_LEVEL
         raise error
-    for flag in _without_effect(parser, given):
-        print(f"Note: {flag} has no effect at the {given.level} level.", file=sys.stderr)
+    for flag, where in _without_effect(parser, given):
+        print(f"Note: {flag} has no effect {where}.", file=sys.stderr)
     given.work_dir = given.work_dir or Path.cwd() / "work"
     check_paths(given.bids_dir, given.output_dir, given.work_dir, given.freesurfer_dir)
     given.nprocs = given.nprocs or available_processors()
@@ -258,13 +258,15 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
 
 
-def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
-    """Flags given that only the other level knows."""
+def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[tuple[str, str]]:
+    """Flags given that only the other level knows, or that need another, and where they have no effect."""
     groups = ("group level",) if given.level == "participant" else ("images", "ensemble")
+    where = dict.fromkeys(groups, f"at the {given.level} level")
+    where |= {} if given.output_spaces else {"template space": "without --output-spaces"}
     return [
-        action.option_strings[0]
+        (action.option_strings[0], where[group.title])
         for group in parser._action_groups
-        if group.title in groups
+        if group.title in where
         for action in group._group_actions
         if action.dest not in BOTH_LEVELS and getattr(given, action.dest) != parser.get_default(action.dest)
     ]

@@ -21,6 +21,7 @@ from bids_varaug.derivatives.names import Run
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.files import write_text
 from bids_varaug.settings import Settings
+from bids_varaug.variability.quality import UNRELIABLE_FROM
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Reference:
         number = f"({known['number']})" if "number" in known else ""
         pages = f", {known['pages'].replace('--', '-')}" if "pages" in known else ""
         where = f"{venue} {known.get('volume', '')}{number}".strip() + pages
-        return f"{authors} ({known['year']}). {known['title'].strip('{}')}. {where}."
+        return f"{authors} ({known['year']}). {known['title'].strip('{}')}. {where}.".replace("?.", "?")
 
     @property
     def url(self) -> str:
@@ -152,7 +153,7 @@ def cite(what: str, **values: Any) -> Citation:
     return Citation(" ".join(render(f"methods_{what}.md", **{"versions": package_versions(), **values}).split()))
 
 
-def render(template: str, /, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+def render(template: str, /, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """Fill a template of ``data/templates``: values in HTML are escaped, none may be missing."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bids_varaug", "data/templates"),
@@ -206,7 +207,7 @@ def cite_participant(run: Run) -> Citation:
     spaces = [space.partition(":")[0] for space in settings.output_spaces]
     return cite(
         "participant", ensemble=run.ensemble, members=run.members, voxel_size=run.voxel_size, sloppy=settings.sloppy,
-        space=spaces[0] if spaces else None, refine=settings.refine,
+        space=spaces[0] if spaces else None, refine=settings.refine, unreliable_from=UNRELIABLE_FROM,
     )  # fmt: skip
 
 

@@ -16,12 +16,15 @@ from bids_varaug.errors import NoInputError, UserError
 from bids_varaug.inputs.scans import Scan, natural_key
 from bids_varaug.inputs.tables import TableError, read_text_table, some
 from bids_varaug.registration.space import SPACE
+from bids_varaug.settings import Settings
 
 ENSEMBLE_KEY = "Ensemble"
 """Optional key of a table's sidecar: ``{"Name": ..., "Version": ..., "SHA256": {member: ...}}``, and ``"Seed": {member:
 ...}`` of members under random rounding, who share the baseline's weights."""
 
 LISTED = 100  # participants that a message names before it says how many more there are
+SETTINGS_KEY = "Settings"
+"""Key of the sidecar of a members' table: `shown_settings` of the run."""
 REDO = "Run the participant level again with --reports-only, which rewrites it."
 
 
@@ -119,6 +122,45 @@ def sidecar_origin(content: object, file: str) -> Origin:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+# Settings that change a participant's result, or were needed to get it. Not those of place, speed and other
+# participants: a job array must write the same report.
+_SHOWN = (
+    "session_labels", "bids_filters", "skip_bids_validation", "trust", "freesurfer_dir", "ensemble", "members",
+    "n_members", "perturb_inference", "write_members", "family_maps", "output_spaces", "refine", "random_seed",
+    "sloppy", "whole_voxels",
+)  # fmt: skip
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """Settings that decide what the participant level writes, without paths of this machine."""
+    shown = {name: getattr(settings, name) for name in _SHOWN}
+    return shown | {"ensemble": Path(settings.ensemble).name, "freesurfer_dir": settings.freesurfer_dir and "DIR"}
+
+
+def recorded_settings(settings: Settings, scans: Iterable[Scan]) -> dict[str, Settings]:
+    """By prefix of the images that have outputs, the settings behind these, as sidecars tell; the rest as given.
+
+    A folder given as the ensemble stays, since sidecars have its name alone.
+    """
+    sidecars, found = _sidecars(settings.output_dir), {}
+    for scan in scans:
+        path = sidecars.get((settings.output_dir / scan.relative).with_name(scan.prefix))
+        if path is None:
+            continue
+        try:
+            said = _mapping(_mapping(json.loads(path.read_bytes())).get(SETTINGS_KEY))
+        except (OSError, ValueError):  # damaged: what reads it says so
+            said = {}
+        values = {name: said[name] for name in _SHOWN if name in said}
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        if values.get("freesurfer_dir"):
+            values["freesurfer_dir"] = Path(values["freesurfer_dir"])
+        if "/" in settings.ensemble:
+            values["ensemble"] = settings.ensemble
+        found[scan.prefix] = replace(settings, **values)
+    return found
 
 
 def run_origin(run: Run) -> Origin:

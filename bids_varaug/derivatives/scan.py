@@ -20,7 +20,7 @@ from nibabel.spatialimages import SpatialImage
 from bids_varaug.derivatives.freesurfer import write_freesurfer
 from bids_varaug.derivatives.io import write_output, write_table
 from bids_varaug.derivatives.names import ALL_OUTPUTS, BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
-from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
+from bids_varaug.derivatives.provenance import SETTINGS_KEY, run_origin, shown_settings, sidecar_origin
 from bids_varaug.derivatives.sidecars import describe_columns, sidecar
 from bids_varaug.errors import UserError
 from bids_varaug.files import write_json
@@ -35,7 +35,6 @@ from bids_varaug.variability.expected_dice import CALIBRATED_FAMILIES, describe_
 from bids_varaug.variability.measures import (
     ALL,
     FLOAT32_BITS,
-    UNRELIABLE_FROM,
     RegionCounts,
     group_members,
     members_table,
@@ -142,8 +141,8 @@ def write_scan(
     writer.image("brain_mask", brain)
     calibration = {"Temperature": ensemble.temperature, "TemperatureDescription": _TEMPERATURE_TEXT}
     writer.image("mean_probseg", dense, extra=calibration)
-    threshold = {"Threshold": UNRELIABLE_FROM, "ThresholdDescription": _THRESHOLD_TEXT} | calibration
-    writer.image("unreliable_mask", error_probability >= UNRELIABLE_FROM, extra=threshold)
+    threshold = {"Threshold": quality.UNRELIABLE_FROM, "ThresholdDescription": _THRESHOLD_TEXT} | calibration
+    writer.image("unreliable_mask", error_probability >= quality.UNRELIABLE_FROM, extra=threshold)
     if request.settings.freesurfer_dir is not None:
         writer.written += write_freesurfer(request, labels, affine, t1w, regions, volumes)
     del dense, mean, consensus, labels, t1w, image, error_probability
@@ -168,7 +167,9 @@ def write_scan(
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):
         writer.written.append(write_table(table, request.path(key)))
     _remove_outdated(request, writer.written)
-    writer.sidecar("members_tsv", extra=run_origin(request).to_json())  # group level must not mix ensembles or versions
+    # The group level must not mix ensembles or versions, and --reports-only asks for no flags.
+    made = run_origin(request).to_json() | {SETTINGS_KEY: shown_settings(request.settings)}
+    writer.sidecar("members_tsv", extra=made)
     return writer.written, [*warnings, *quality.describe_verdicts(regions, n_named=3)]
 
 

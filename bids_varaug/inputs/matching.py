@@ -51,7 +51,7 @@ def look_up_people(
             continue
         if person is None:
             at = f" at {session or 'no session'}" if who_there in listed else ""
-            reasons[observation] = f"{who} is not in {people.source}{at}"
+            reasons[observation] = f"not in {people.source}{at}"
         elif math.isnan(person.age):
             reasons[observation] = person.reason or f"no age in {people.source}"
     found = pd.DataFrame(known, columns=["age", "sex", "site"], dtype=object, index=ids.index)

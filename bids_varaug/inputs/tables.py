@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -120,6 +120,18 @@ def some(names: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str
     names = list(names)
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return separator.join(names[:shown]) + rest
+
+
+def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by why they were left out.
+
+    >>> by_reason({"sub-1": "no age", "sub-2": "damaged", "sub-3": "no age"})
+    {'no age': ['sub-1', 'sub-3'], 'damaged': ['sub-2']}
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _data_lines(path: Path, columns: Sequence[str]) -> Iterator[str]:

@@ -169,7 +169,7 @@ def find_ensemble(name: str) -> Path:
     known = ", ".join(sorted(p.parent.name for p in shipped.glob(f"*/{MANIFEST}"))) or "none"
     raise EnsembleError(
         f"--ensemble {name}: neither a shipped ensemble ({known}) nor a folder with a {MANIFEST}. Train one with "
-        "bids_varaug-train, or give another path."
+        "bids_varaug-train, or give the path of its folder."
     )
 
 

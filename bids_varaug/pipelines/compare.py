@@ -24,6 +24,8 @@ from bids_varaug.images.load import voxel_volume
 from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.models.ensemble import BASELINE
 from bids_varaug.variability.measures import (
+    FLOAT32_BITS,
+    FLOAT64_BITS,
     bits_within,
     general_bits,
     pairwise_dice,
@@ -157,19 +159,25 @@ def _compare_labels(
     rows = []
     for k in (k for k in range(len(ids)) if k != background):
         name = names.get(int(ids[k]), str(ids[k])) if ids.max() > TISSUES else str(ids[k])
-        row = _spread_of(volumes[:, k]) | {"kind": "labels", "name": name, "unit": "mm3"}
+        row = _spread_of(volumes[:, k], FLOAT32_BITS) | {"kind": "labels", "name": name, "unit": "mm3"}
         rows.append(row | {"dice_min": np.nanmin(dice[:, k]), "dice_mean": np.nanmean(dice[:, k])})
         found.volumes[name] = volumes[:, k]
     return entropy, rows
 
 
-def _spread_of(values: np.ndarray) -> dict[str, object]:
-    """Mean, SD and significant bits of (M,) values."""
-    mean, sd = values.mean(), values.std(ddof=1)
+def _spread_of(values: np.ndarray, most: float) -> dict[str, object]:
+    """Mean, SD and significant bits of (M,) values, of which these have so many at most."""
+    shift = values - values[0]  # exactly 0 where all are equal
+    mean, sd = values[0] + shift.mean(), shift.std(ddof=1)
     return {
         "mean": mean, "sd": sd, "cv": sd / abs(mean) if mean else np.nan,
-        "sigbits": float(significant_bits(mean, sd)), "sigbits_general": float(general_bits(values)),
+        "sigbits": float(significant_bits(mean, sd, most)), "sigbits_general": float(general_bits(values)),
     }  # fmt: skip
+
+
+def _bits_of(image: SpatialImage) -> float:
+    """Significant bits that voxels have at most."""
+    return FLOAT64_BITS if image.get_data_dtype() == np.float64 else FLOAT32_BITS
 
 
 def _moments(images: Sequence[SpatialImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -179,10 +187,11 @@ def _moments(images: Sequence[SpatialImage]) -> tuple[np.ndarray, np.ndarray, np
         image.uncache()
         return np.nan_to_num(data, posinf=0.0, neginf=0.0)
 
-    mean = load(images[0])
+    first = load(images[0])
+    shift = np.zeros_like(first)  # stays exactly 0 where all are equal
     for image in images[1:]:
-        mean += load(image)
-    mean /= len(images)
+        shift += load(image) - first
+    mean = first + shift / len(images)
     squares, farthest = np.zeros_like(mean), np.zeros_like(mean)
     for image in images:
         distance = load(image) - mean
@@ -198,7 +207,7 @@ def _compare_scalars(images: Sequence[SpatialImage]) -> tuple[np.ndarray, dict[s
     if not inside.any():
         raise ValueError("is 0 everywhere")
     row = _over_voxels(sd[inside]) | {"kind": "scalar", "mean": mean[inside].mean(), "unit": "as stored"}
-    row["sigbits"] = float(np.median(significant_bits(mean[inside], sd[inside])))
+    row["sigbits"] = float(np.median(significant_bits(mean[inside], sd[inside], _bits_of(images[0]))))
     row["sigbits_general"] = float(np.median(bits_within(farthest[inside] / np.abs(mean[inside]))))
     return sd, row
 
@@ -215,7 +224,7 @@ def _compare_vectors(images: Sequence[SpatialImage]) -> tuple[np.ndarray, dict[s
     length = np.sqrt((mean**2).sum(axis=3))
     row = _over_voxels(total) | {"kind": "displacement", "mean": length.mean(), "unit": "mm"}
     moved = length > 0
-    bits = significant_bits(mean[moved], sd[moved]).mean(axis=1)
+    bits = significant_bits(mean[moved], sd[moved], _bits_of(images[0])).mean(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         general = bits_within(np.nan_to_num(farthest[moved] / np.abs(mean[moved]))).mean(axis=1)
     return total, row | {"sigbits": float(np.median(bits)), "sigbits_general": float(np.median(general))}
@@ -318,4 +327,4 @@ def _compare_tables(tables: Sequence[pd.Series], path: Path, notes: list[str]) -
     if len(known.columns) < len(joined.columns):
         notes.append(f"{path}: {len(joined.columns) - len(known.columns)} numbers that some runs lack are left out.")
     for name, values in known.items():
-        yield _spread_of(values.to_numpy(float)) | {"kind": "table", "name": str(name)}
+        yield _spread_of(values.to_numpy(float), FLOAT64_BITS) | {"kind": "table", "name": str(name)}

@@ -150,7 +150,8 @@ def _run(
     problem += f"; see {logs / f'{name}.txt'}" if problem else ""
     outcome = Outcome(name, problem, round(time.monotonic() - start, 2), calls, moved)
     write_json(asdict(outcome), record)
-    print(f"{name}: {outcome.problem or f'done in {outcome.seconds:.1f} s, {calls:,} calls of libm'}", file=sys.stderr)
+    told = f"{name}: {outcome.problem or f'done in {outcome.seconds:.1f} s, {calls:,} calls of libm'}\n"
+    sys.stderr.write(told)  # at once with the line's end, since runs end side by side
     return outcome
 
 

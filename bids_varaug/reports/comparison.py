@@ -16,7 +16,7 @@ from bids_varaug.derivatives.io import write_image, write_table
 from bids_varaug.derivatives.names import table_columns
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import UserError
-from bids_varaug.files import write_text
+from bids_varaug.files import write_json, write_text
 from bids_varaug.pipelines.compare import Comparison
 from bids_varaug.reports.html import data_uri, render_page, tabulate
 from bids_varaug.reports.mosaics import MapStyle, Mosaic
@@ -26,8 +26,9 @@ TITLES = {
     "labels": "Label images", "displacement": "Displacements", "scalar": "Images", "affine": "Affine matrices",
     "table": "Tables",
 }  # fmt: skip
-_MAPS = {
-    "labels": ("Vote entropy", "bit"), "displacement": ("SD of the displacement", "mm"), "scalar": ("SD", "as stored")
+_MAPS = {  # title, unit, end of the name
+    "labels": ("Vote entropy", "bit", "entropy"), "displacement": ("SD of the displacement", "mm", "sd"),
+    "scalar": ("SD", "as stored", "sd"),
 }  # fmt: skip
 
 
@@ -47,8 +48,11 @@ def write_comparison(
         write_table(volumes, output_dir / "volumes.tsv")
     figures = []
     for file, (kind, values, affine) in found.maps.items():
-        flat = file.replace("/", "_")
-        write_image(values, affine, output_dir / f"{flat.partition('.')[0]}_desc-{kind}_sd.nii.gz")
+        title, unit, ending = _MAPS[kind]
+        path = output_dir / f"{file.replace('/', '_').partition('.')[0]}_desc-{kind}_{ending}.nii.gz"
+        write_image(values, affine, path)
+        about = {"Description": f"{title} over runs, voxel by voxel.", "Units": unit, "File": file, "Runs": found.runs}
+        write_json(about, path.with_name(path.name.replace(".nii.gz", ".json")))
         figures.append((file, kind, data_uri(_draw(kind, values, affine, background), "png")))
     tables = {}
     for kind, title in TITLES.items():
@@ -65,8 +69,8 @@ def write_comparison(
 
 
 def _worst(table: pd.DataFrame) -> dict[str, Any]:
-    """What varies most: the label with the smallest Dice, and the largest SD of each kind in mm."""
-    worst: dict[str, Any] = dict.fromkeys(("dice", "displacement", "affine"))
+    """What varies most: the label of the smallest Dice, the largest SD of what is in mm, of others the fewest bits."""
+    worst: dict[str, Any] = dict.fromkeys(("dice", "displacement", "affine", "scalar", "table"))
     labels = table[table["kind"] == "labels"].dropna(subset="dice_min")
     if len(labels):
         row = labels.loc[labels["dice_min"].idxmin()]
@@ -75,6 +79,10 @@ def _worst(table: pd.DataFrame) -> dict[str, Any]:
         if len(rows := table[table["kind"] == kind]):
             row = rows.loc[rows["sd_max"].idxmax()]
             worst[kind] = {"file": row["file"], "median": row["sd"], "max": row["sd_max"]}
+    for kind in ("scalar", "table"):
+        if len(rows := table[table["kind"] == kind]):
+            row = rows.loc[rows["sigbits"].idxmin()]
+            worst[kind] = dict(row[["file", "name", "sigbits"]]) | {"n": len(rows), "median": rows["sigbits"].median()}
     return worst
 
 
@@ -86,7 +94,7 @@ def _draw(kind: str, values: np.ndarray, affine: np.ndarray, background: Path | 
         if image.shape[:3] != values.shape or not np.allclose(image.affine, affine, atol=1e-3):
             raise UserError(f"{background}: has another grid than the images. Leave --background out, or resample it.")
         under = np.asarray(image.dataobj, np.float32).reshape(values.shape)
-    title, unit = _MAPS[kind]
+    title, unit, _ = _MAPS[kind]
     high = float(np.percentile(values[values > 0], 99)) if (values > 0).any() else 1.0
     inside = (values > 0) if background is None else under > np.percentile(under, 50)
     style = MapStyle(title, unit, 0.0, high, 0.02 * high, 0.3 * high, "plasma")

@@ -28,7 +28,7 @@ from bids_varaug.variability.power import ALPHA as POWER_ALPHA
 from bids_varaug.variability.power import MAX_FLIPS
 from bids_varaug.variability.quality import MIN_IMAGES, OUTLYING
 
-FORMAT = 3
+FORMAT = 4
 ADVICE = "Run the group level again without --reports-only."
 
 
@@ -256,18 +256,20 @@ def _site_table(sites: pd.DataFrame) -> dict[str, Any]:
 
 def quality_page(
     run: RunInfo, output_dir: Path, images: pd.DataFrame, volumes: pd.DataFrame, structures: pd.DataFrame,
-    power: pd.DataFrame, changes: pd.DataFrame,
+    power: pd.DataFrame, changes: pd.DataFrame, shared: Sequence[str] = (),
 ) -> Page:  # fmt: skip
     """Page of the reliability of volumes.
 
     Parameters
     ----------
     output_dir : whose reports of participants are linked, where there are any
-    images : participant_id, session_id, image (entities), n_unreliable, n_caution (structures), worst (text), distance
-        of `robust_distances`, odd (the structure that deviates most) and its deviation; NaN where unknown
+    images : participant_id, session_id, image (entities), n_unreliable, n_caution, n_unknown (structures), worst
+        (text), distance of `robust_distances`, odd (the structure that deviates most) and its deviation; NaN where
+        unknown
     volumes : mm3, a row per row of `images`, a column per structure
     structures : name, mean, low, high [mm3], n_outside, unreliable (share of the images), cv, npv
     power, changes : of `power_table` and `paired_changes`; may be empty
+    shared : reasons of verdicts that all structures of all images have
     """
     images = images.sort_values(["distance", "n_unreliable"], ascending=False, kind="stable")
     outlying = images["distance"] > OUTLYING
@@ -298,6 +300,8 @@ def quality_page(
         n_images=len(images),
         n_people=images["participant_id"].nunique(),
         n_unreliable=(images["n_unreliable"] > 0).sum() if images["n_unreliable"].notna().any() else None,
+        n_unjudged=(images["n_unknown"] > 0).sum(),
+        shared="; ".join(shared),
         n_outlying=outlying.sum() if images["distance"].notna().any() else None,
         limits={"min_images": MIN_IMAGES, "outlying": OUTLYING, "alpha": POWER_ALPHA, "max_flips": MAX_FLIPS},
         worst=known.assign(name=known["name"].map(plots.short_name)).to_dict("records"),

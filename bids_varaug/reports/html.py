@@ -13,6 +13,7 @@ import pandas as pd
 
 from bids_varaug.derivatives.citation import render
 from bids_varaug.derivatives.names import Column
+from bids_varaug.inputs.tables import by_reason, some
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -126,7 +127,8 @@ def p_text(p_value: float | None) -> str:
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
 
 
-FILTERS: dict[str, Callable[..., str]] = {
+FILTERS: dict[str, Callable[..., Any]] = {
+    "by_reason": by_reason, "some": some,
     "fixed": lambda value, digits=2: f"{value:,.{digits}f}", "p": p_text, "plain": plain, "signed": signed,
 }  # fmt: skip
 FORMS: dict[str, Callable[[float], str]] = {

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from scipy.special import chdtri
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import cite_participant, percent
 from bids_varaug.derivatives.names import Column, ScanRequest, table_columns
+from bids_varaug.derivatives.provenance import shown_settings
 from bids_varaug.derivatives.sidecars import package_versions
 from bids_varaug.errors import ScanError
 from bids_varaug.files import replacing, write_text
@@ -40,8 +42,14 @@ from bids_varaug.reports.viewer import (
     voxel_size_for,
 )
 from bids_varaug.settings import Settings
-from bids_varaug.variability.measures import UNRELIABLE_FROM
-from bids_varaug.variability.quality import MEMBERS, VERDICTS, describe_families, describe_verdicts
+from bids_varaug.variability.quality import (
+    MEMBERS,
+    UNRELIABLE_FROM,
+    VERDICTS,
+    describe_families,
+    describe_verdicts,
+    split_reasons,
+)
 
 MARKS = {"good": "✓ use", "caution": "! use with caution", "unknown": "? not judged", "unreliable": "✗ do not use"}
 WORDS = {"good": "to use", "caution": "with caution", "unknown": "not judged", "unreliable": "not to use"}
@@ -50,12 +58,6 @@ FEW_SCANS = 3  # with more of them, a page has the chief figures of each only
 COARSE = 1.5  # times the network's voxel size, from which on the page says what that means
 CHIEF = ("consensus", *UNCERTAINTIES, "unreliable", "volumes")
 WEBP_QUALITY = (85, 65)  # with few scans contours look as in the PNG files beside the page, in a third of the bytes
-# Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
-# the same report.
-_SHOWN = (
-    "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference",
-    "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy", "whole_voxels",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,6 @@ def _read_image(path: Path) -> np.ndarray:
     return np.asanyarray(cast(SpatialImage, nib.load(path)).dataobj)
 
 
-def shown_settings(settings: Settings) -> dict[str, Any]:
-    """Settings that decide what the participant level writes, without paths of this machine."""
-    return {name: getattr(settings, name) for name in _SHOWN} | {"ensemble": Path(settings.ensemble).name}
-
-
 def write_subject_report(requests: Sequence[ScanRequest]) -> Path:
     """Write a report from scans' derivatives and, beside it, figures as ``sub-XX/figures/*.png``; return its path.
 
@@ -178,7 +175,7 @@ def render_participant_report(request: ScanRequest, scans: Sequence[ScanReport])
         views=[scan.view.settings for scan in scans] if has_viewer else [],
         program=viewer_program() if has_viewer else None,
         few_scans=FEW_SCANS,
-        fewest=f"{MEMBERS.caution:.0f}",
+        more_members=_more_members(request),
         voxel_size=request.voxel_size,
         # Whoever else was in the run.
         run_id=run_id(shown_settings(settings), {member.id: member.sha256 for member in members}, package_versions()),
@@ -231,7 +228,8 @@ def _scan_values(scan: ScanReport, number: int, n_scans: int) -> dict[str, Any]:
     quality = WEBP_QUALITY[n_scans > FEW_SCANS]
     few, known = describe_families(n_members), describe_verdicts(scan.regions)
     chief = [name for name in CHIEF if name != "entropy" or "total_entropy" not in scan.figures]
-    regions = scan.regions.replace({"verdict": MARKS})
+    _, own = split_reasons(scan.regions)  # the answer gives the others, once
+    regions = scan.regions.replace({"verdict": MARKS}).assign(reason=["; ".join(reasons) for reasons in own])
     volumes = scan.members.pivot_table(index=["index", "name"], columns="member", values="volume", sort=False)
     volume = table_columns("volumes")["volume"]
     shown = {name: replace(volume, heading=str(name), description="") for name in volumes}
@@ -275,12 +273,13 @@ def _scan_values(scan: ScanReport, number: int, n_scans: int) -> dict[str, Any]:
 
 
 def _answer(regions: pd.DataFrame, places: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """What to do with each structure: links by verdict, all verdicts in a sentence, and the worst."""
+    """What to do with each structure: links by verdict, what all share, all verdicts in a sentence, and the worst."""
     links: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in VERDICTS}
     rank = {name: n for n, name in enumerate(pair_sides(regions["name"]))}
-    columns = (regions["verdict"], regions["name"], regions["reason"].fillna(""), places)
-    for verdict, name, reason, place in sorted(zip(*columns, strict=True), key=lambda row: rank[row[1]]):
-        worst = reason.partition("; ")[0] if verdict == "unreliable" else ""
+    shared, own = split_reasons(regions)
+    columns = (regions["verdict"], regions["name"], own, places)
+    for verdict, name, reasons, place in sorted(zip(*columns, strict=True), key=lambda row: rank[row[1]]):
+        worst = reasons[0] if reasons and (shared or verdict == "unreliable") else ""
         link = {"name": short_name(name), "reason": worst, **place}
         if not worst and links[verdict] and links[verdict][-1]["name"] == short_name(name.replace("Right-", "Left-")):
             link |= {"name": "R", "label": link["name"]}  # after "Hippocampus  L"
@@ -289,9 +288,17 @@ def _answer(regions: pd.DataFrame, places: Sequence[Mapping[str, str]]) -> dict[
     first, _, rest = ", ".join(counts).partition(" ")
     return {
         "answer": [(verdict, mark, links[verdict]) for verdict, mark in MARKS.items() if links[verdict]],
+        "shared": "; ".join(shared),
         "sentence": f"{first} {'structure' if first == '1' else 'structures'} {rest}.",
         "worst": max(regions["verdict"], key=list(VERDICTS).index, default="good"),
     }
+
+
+def _more_members(request: ScanRequest) -> list[str]:
+    """Families of which the ensemble has more members than the few that ran."""
+    of_ensemble = [member for member in request.ensemble.members if not member.is_baseline]
+    there, ran = (Counter(m.family for m in members) for members in (of_ensemble, request.members))
+    return [f"{n} of {family}" for family, n in there.items() if ran[family] < min(n, MEMBERS.caution)]
 
 
 def spread_limit(n_members: int) -> float:

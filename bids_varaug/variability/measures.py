@@ -14,11 +14,7 @@ from bids_varaug.models.ensemble import BASELINE, Label
 
 FLOAT32_BITS = 24.0
 """No result computed in float32 has more significant bits."""
-UNRELIABLE_FROM = 0.37
-"""A voxel is unreliable where its consensus label is wrong with at least this probability.
-
-The smallest with which 45 % of the voxels that it marks were wrong on each of five heads drawn from label maps left out
-of training, docs/experiments/2026-11-30-uncertainty.md."""
+FLOAT64_BITS = 53.0
 
 
 def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
@@ -43,10 +39,10 @@ def vote_entropy(votes: np.ndarray, n_members: int) -> np.ndarray:
     return entropy.astype(np.float32)
 
 
-def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+def significant_bits(mean: np.ndarray, sd: np.ndarray, most: float = FLOAT32_BITS) -> np.ndarray:
     """How many leading bits of a value the perturbations leave alone, (...) float32, bit.
 
-    ``s = -log2(|sd / mean|)``, limited to 0 (noise) ... 24 (float32 has no more; also where all members agree exactly).
+    ``s = -log2(|sd / mean|)``, limited to 0 (noise) ... `most` (float32 has 24; also where all members agree exactly).
     This is the estimate of Parker (1997, Monte Carlo arithmetic, UCLA CSD-970002) without a confidence level; the
     ``significantdigits`` package (Sohier et al. 2021, Confidence intervals for stochastic arithmetic, ACM TOMS 47(2))
     subtracts from it a constant that depends on the number of members, see `significant_bits_lower`. Without it,
@@ -59,8 +55,8 @@ def significant_bits(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     sd = np.asarray(sd, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = -np.log2(sd / mean)
-    bits = np.where(sd == 0, FLOAT32_BITS, bits)
-    return np.clip(bits, 0.0, FLOAT32_BITS).astype(np.float32)
+    bits = np.where(sd == 0, most, bits)
+    return np.clip(bits, 0.0, most).astype(np.float32)
 
 
 def calibrate(posterior: np.ndarray, temperature: float) -> np.ndarray:
@@ -231,7 +227,7 @@ def general_bits(values: np.ndarray) -> np.ndarray:
     >>> general_bits(np.array([[1.0, 2.0, 0.0], [1.25, 2.0, 0.0]])).tolist()
     [3.0, 53.0, 53.0]
     """
-    mean = np.mean(values, axis=0)
+    mean = values[0] + np.mean(values - values[0], axis=0)  # exact where all are equal
     with np.errstate(divide="ignore", invalid="ignore"):
         farthest = np.abs(values - mean).max(axis=0)
         return bits_within(np.where(farthest == 0, 0.0, farthest / np.abs(mean)))
@@ -240,7 +236,7 @@ def general_bits(values: np.ndarray) -> np.ndarray:
 def bits_within(relative: np.ndarray) -> np.ndarray:
     """Whole bits, 0 to 53, that values share with a reference from which they are so far at most, relative to it."""
     with np.errstate(divide="ignore"):
-        return np.clip(np.floor(-np.log2(relative)), 0.0, 53.0)
+        return np.clip(np.floor(-np.log2(relative)), 0.0, FLOAT64_BITS)
 
 
 def mean_entropy(labels: np.ndarray, entropy: np.ndarray, n_classes: int) -> np.ndarray:

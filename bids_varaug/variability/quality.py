@@ -67,6 +67,11 @@ THRESHOLDS = {
 # The 95 % confidence interval of a standard deviation reaches from 0.6 to 2.9 times what five members show, 6.3 times
 # what three show, 32 times what two show (chi-square).
 MEMBERS = Threshold(5, 3, -1, "{:.0f} (fewer than {:.0f})")
+UNRELIABLE_FROM = 0.37
+"""A voxel is unreliable where its consensus label is wrong with at least this probability.
+
+The smallest with which 45 % of the voxels that it marks were wrong on each of five heads drawn from label maps left out
+of training, docs/experiments/2026-11-30-uncertainty.md."""
 
 
 with (files("bids_varaug") / "data" / "plausible_volumes.tsv").open(encoding="utf-8") as _stream:
@@ -231,13 +236,28 @@ def describe_families(members: Mapping[str, int]) -> list[str]:
     ]
 
 
+def split_reasons(judged: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Reasons that all structures of a table of `judge_regions` share, which tell none from another; each one's own.
+
+    In a table of one or two structures none are shared.
+
+    >>> split_reasons(pd.DataFrame({"reason": ["CV 7 %; few members", "few members", "few members"]}))
+    (['few members'], [['CV 7 %'], [], []])
+    """
+    each = [text.split(_BETWEEN) if text else [] for text in judged["reason"].fillna("")]
+    shared = [text for text in each[0] if all(text in other for other in each)] if len(each) > 2 else []
+    return shared, [[text for text in reasons if text not in shared] for reasons in each]
+
+
 def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[str]:
     """Return a sentence for each verdict but good, the worst first, on a table of `judge_regions`.
 
-    It names the first `n_named` structures (all if None) by CV, the largest first, or by expected Dice where there is
-    no spread, each with the worst reason alone.
+    It gives the reasons that all structures share once, and names the first `n_named` structures (all if None) that
+    have one of their own, by CV, the largest first, or by expected Dice where there is no spread, with the worst alone.
     """
     sentences = []
+    shared, own = split_reasons(judged)
+    judged = judged.assign(worst=[reasons[0] if reasons else None for reasons in own])
     for verdict, phrase in _PHRASES.items():
         rows = judged[judged["verdict"] == verdict]
         if "expected_dice" in rows:
@@ -245,14 +265,13 @@ def describe_verdicts(judged: pd.DataFrame, n_named: int | None = None) -> list[
         rows = rows.sort_values("cv", ascending=False, kind="stable")
         if rows.empty:
             continue
-        worst = rows["reason"].str.partition(_BETWEEN)[0]
-        if len(rows) > 2 and worst.nunique() == 1:
-            text = worst.iloc[0]
-        else:
-            named = [f"{n}, {r}" for n, r in zip(rows["name"], worst, strict=True)][:n_named]
-            more = f" and {len(rows) - len(named)} more" if len(rows) > len(named) else ""
-            text = _BETWEEN.join(named) + more
-        sentences.append(f"{len(rows)} of {len(judged)} structures {phrase}: {text}.")
+        known = rows.dropna(subset="worst")
+        named = [f"{n}, {r}" for n, r in zip(known["name"], known["worst"], strict=True)][:n_named]
+        more = f" and {len(known) - len(named)} more" if len(known) > len(named) else ""
+        if len(known) == len(rows) > 2 and known["worst"].nunique() == 1:
+            named, more = [known["worst"].iloc[0]], ""
+        told = named if verdict == "unreliable" and named else [*shared, *named]
+        sentences.append(f"{len(rows)} of {len(judged)} structures {phrase}: {_BETWEEN.join(told)}{more}.")
     return sentences
 
 
@@ -294,21 +313,20 @@ def look_first(
     inside, crowd = labels[part], gaussian_filter(error_probability[part].astype(np.float32), CROWD_MM / zooms)
     boxes = find_objects(inside)
     candidates = []
-    for row in judged.itertuples():
+    for row, own in zip(judged.itertuples(), split_reasons(judged)[1], strict=True):
         if row.index > len(boxes) or (box := boxes[row.index - 1]) is None:
             continue
         values = np.where(inside[box] == row.index, crowd[box], -1)
         place = np.unravel_index(values.argmax(), values.shape)
         voxel = low + [side.start for side in box] + place
-        candidates.append((-list(VERDICTS).index(row.verdict), -float(values[place]), voxel, row))
+        candidates.append((-list(VERDICTS).index(row.verdict), -float(values[place]), voxel, row, own))
     places: list[dict[str, Any]] = []
-    for _, share, voxel, row in sorted(candidates, key=lambda candidate: candidate[:2]):
+    for _, share, voxel, row, own in sorted(candidates, key=lambda candidate: candidate[:2]):
         world = apply_affine(affine, voxel).round(1).tolist()
         if len(places) < N_PLACES and all(math.dist(world, place["World"]) > APART_MM for place in places):
-            worst = [row.reason.partition(_BETWEEN)[0]] if row.verdict in ("caution", "unreliable") else []
-            reason = _BETWEEN.join([*worst, f"around here {-100 * share:.0f} % of the labels are expected to be wrong"])
+            wrong = f"around here {-100 * share:.0f} % of the labels are expected to be wrong"
             ids = {"Structure": row.name, "Index": int(row.index)}
-            places.append(ids | {"World": world, "Voxel": voxel.tolist(), "Reason": reason})
+            places.append(ids | {"World": world, "Voxel": voxel.tolist(), "Reason": _BETWEEN.join([*own[:1], wrong])})
     return places
 
 

@@ -36,7 +36,7 @@ from bids_varaug.files import write_json, write_text
 from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import NOBODY, People, read_people
-from bids_varaug.inputs.tables import TableError, find_column, participants_where, read_variables, some
+from bids_varaug.inputs.tables import TableError, by_reason, find_column, participants_where, read_variables, some
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, applied_page, evaluation_page, load_page, target_page
 from bids_varaug.settings import Settings
@@ -74,8 +74,8 @@ def run_group(settings: Settings) -> Path | None:
         for name, value in how.items()
         if getattr(settings, name) not in (None, False, value)
     ]
-    for name, reason in cohort.left_out.items():
-        print(f"Left out: {name}: {reason}", file=sys.stderr)
+    for reason, left_out in by_reason(cohort.left_out).items():
+        print(f"Left out: {len(left_out)} ({some(left_out)}): {reason}", file=sys.stderr)
     note([*notes, *without_ages])
     if settings.dry_run:
         if settings.target is not None and model is None:

@@ -19,7 +19,8 @@ from bids_varaug import __version__
 from bids_varaug.derivatives import names
 from bids_varaug.derivatives.citation import write_logs
 from bids_varaug.derivatives.freesurfer import check_subjects
-from bids_varaug.derivatives.provenance import check_rerun, run_origin
+from bids_varaug.derivatives.names import ScanRequest
+from bids_varaug.derivatives.provenance import check_rerun, recorded_settings, run_origin
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import ExitCode, UserError
 from bids_varaug.files import hold_participants
@@ -57,12 +58,14 @@ def run_participants(settings: Settings) -> ExitCode:
     What concerns one image is printed, and the others go on; raises `UserError` if nothing can be done.
     """
     plugins.configure_nipype(settings)
+    if settings.reports_only:
+        return _draw_again(settings)
     plan = make_plan(settings)
     settings = plan.settings
     plugins.check_plugin(settings)
     check_memory(plan)
     selection = _select(settings)
-    check_rerun(settings.output_dir, run_origin(plan), () if settings.reports_only else selection.scans)
+    check_rerun(settings.output_dir, run_origin(plan), selection.scans)
     if settings.freesurfer_dir is not None:
         check_subjects(settings.freesurfer_dir, selection.scans)
     if settings.dry_run:
@@ -75,9 +78,33 @@ def run_participants(settings: Settings) -> ExitCode:
         return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
     write_dataset_files(plan)
     write_logs(plan)
-    step = write_reports if settings.reports_only else _segment
-    complete = step(plan, selection.scans) and not selection.errors
+    complete = _segment(plan, selection.scans) and not selection.errors
     return ExitCode.DONE if complete else ExitCode.SUBJECT_FAILED
+
+
+def _draw_again(settings: Settings) -> ExitCode:
+    """Draw the reports of images that have outputs, with the settings that made these."""
+    selection = _select(settings)
+    recorded = recorded_settings(settings, selection.scans)
+    subjects = {scan.subject for scan in selection.scans if scan.prefix in recorded}
+    plans: dict[str, Plan] = {}
+    requests = []
+    for scan in selection.scans:
+        if scan.prefix not in recorded and scan.subject in subjects:
+            print(f"Note: {scan.relative} has no outputs and is left out of the report.", file=sys.stderr)
+            continue
+        made = recorded.get(scan.prefix, settings)
+        if repr(made) not in plans:
+            plans[repr(made)] = plan = make_plan(made)
+            check_rerun(settings.output_dir, run_origin(plan), ())
+        requests.append(plans[repr(made)].request(scan))
+    if settings.dry_run:
+        print(*dict.fromkeys(names.report(settings.output_dir, request.scan.subject) for request in requests), sep="\n")
+        return ExitCode.SUBJECT_FAILED if selection.errors else ExitCode.DONE
+    for plan in plans.values():
+        write_dataset_files(plan)
+        write_logs(plan)
+    return ExitCode.DONE if write_reports(requests) and not selection.errors else ExitCode.SUBJECT_FAILED
 
 
 def _select(settings: Settings) -> Selection:
@@ -134,7 +161,7 @@ def _run_steps(plan: Plan, scans: Sequence[Scan]) -> bool:
         return True
     # A participant's report waits for all of their scans: without the failed ones it is made here.
     hit = {scan.subject for scan in scans if scan.prefix in failed}
-    write_reports(plan, [scan for scan in scans if scan.subject in hit and scan.prefix not in failed])
+    write_reports([plan.request(scan) for scan in scans if scan.subject in hit and scan.prefix not in failed])
     others = "Stopped there" if settings.stop_on_first_crash else "The other scans are done"
     details = f"{others}; details are in {names.logs(settings.output_dir)}."
     print(f"ERROR: not finished: {', '.join(sorted(failed)) or 'see above'}. {details}", file=sys.stderr)
@@ -152,16 +179,16 @@ def _remove_work(root: Path, folders: Iterable[str]) -> None:
         print(f"{root}: not removed, it is not empty.", file=sys.stderr)
 
 
-def write_reports(plan: Plan, scans: Sequence[Scan]) -> bool:
+def write_reports(requests: Sequence[ScanRequest]) -> bool:
     """Draw reports from derivatives that are there; return whether all could be drawn."""
     from bids_varaug.reports.participant import write_subject_report  # matplotlib
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     complete = True
-    for _, theirs in groupby(scans, attrgetter("subject")):
-        requests = [plan.request(scan) for scan in theirs]
+    for _, group in groupby(requests, attrgetter("scan.subject")):
+        theirs = list(group)
         try:
-            print(f"Wrote {write_subject_report(requests)}.", file=sys.stderr)
+            print(f"Wrote {write_subject_report(theirs)}.", file=sys.stderr)
         except UserError as error:
             print(f"ERROR: {error}", file=sys.stderr)
             complete = False

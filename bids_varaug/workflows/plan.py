@@ -112,7 +112,7 @@ def check_memory(plan: Plan) -> None:
         raise UsageError(
             f"--mem {settings.mem_gb:g}G: the largest step needs {need:.1f} GB. Increase --mem, or leave it out."
         )
-    if settings.dry_run or settings.reports_only or not settings.runs_here:
+    if settings.dry_run or not settings.runs_here:
         return
     bound = memory_bound()
     if bound.source == "ulimit -v" and bound.total >= need:

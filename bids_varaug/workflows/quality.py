@@ -23,7 +23,7 @@ from bids_varaug.reports.group import RunInfo, quality_page
 from bids_varaug.settings import Settings
 from bids_varaug.variability.longitudinal import paired_changes
 from bids_varaug.variability.power import MIN_PEOPLE, power_table
-from bids_varaug.variability.quality import LIMITS, robust_distances
+from bids_varaug.variability.quality import LIMITS, robust_distances, split_reasons
 
 
 def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> Path:
@@ -31,10 +31,12 @@ def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> P
     volumes = cohort.baseline[:, None] if cohort.members is None else cohort.members
     added: list[str] = []
     observations = cohort.people.set_index("observation")["participant_id"].to_dict()
-    columns = ["cv", "verdict", "volume_mean", "volume_low", "volume_high"]
+    columns = ["cv", "verdict", "reason", "volume_mean", "volume_low", "volume_high"]
     verdicts, _ = read_regions(settings.output_dir, columns, observations)
     if without := [image for image in observations if image not in set(verdicts["image"])]:
         added.append(f"Images without verdicts (table of structures missing, old or damaged): {some(without)}.")
+    shared, own = split_reasons(verdicts)
+    verdicts = verdicts.assign(has_own=[len(reasons) > 0 for reasons in own])
     changes = _find_changes(settings.bids_dir, cohort, volumes, added)
     note(added)
     images = _describe_images(cohort, volumes, verdicts)
@@ -55,7 +57,7 @@ def write_quality(settings: Settings, cohort: Cohort, notes: Sequence[str]) -> P
             _write(settings.output_dir / f"{path}.tsv", table)
     citation = cite("quality", has_members=cohort.members is not None, has_changes=len(changes) > 0)
     run = run_info(settings, cohort, [*notes, *added], citation, {}, "CITATION_quality")
-    page = quality_page(run, settings.output_dir, images, means, structures, power, changes)
+    page = quality_page(run, settings.output_dir, images, means, structures, power, changes, shared)
     return page.write(settings.output_dir, names.QUALITY_REPORT)
 
 
@@ -89,11 +91,10 @@ def _describe_images(cohort: Cohort, volumes: np.ndarray, verdicts: pd.DataFrame
     """Row per image, see `quality_page`."""
     distances, deviations = robust_distances(volumes.mean(axis=1))
     images = cohort.people.rename(columns={"observation": "image"})[["participant_id", "session_id", "image"]]
-    counts = {
-        f"n_{name}": images["image"].map((verdicts["verdict"] == name).groupby(verdicts["image"]).sum())
-        for name in ("unreliable", "caution")
-    }
-    doubtful = verdicts[verdicts["verdict"].isin(["unreliable", "caution"])]
+    is_caution = (verdicts["verdict"] == "caution") & verdicts["has_own"]
+    are = {name: verdicts["verdict"] == name for name in ("unreliable", "unknown")} | {"caution": is_caution}
+    counts = {f"n_{name}": images["image"].map(rows.groupby(verdicts["image"]).sum()) for name, rows in are.items()}
+    doubtful = verdicts[are["unreliable"] | is_caution]
     worst = doubtful.sort_values(["verdict", "cv"], ascending=False).groupby("image")["name"].agg(list).to_dict()
     odd = np.nan_to_num(np.abs(deviations)).argmax(axis=1)
     return images.assign(

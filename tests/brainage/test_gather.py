@@ -338,7 +338,7 @@ def test_people_of_other_names_are_shown_on_both_sides(derivatives):
 
 def test_visits_that_are_no_session_are_said_to_be_missing(derivatives):
     derivatives.people("participant_id\tvisit\tage\n1\ta\t30\n1\tb\t32\n")
-    with pytest.raises(CohortError, match="sub-1 is not in participants.tsv at "):
+    with pytest.raises(CohortError, match="sub-1: not in participants.tsv at "):
         derivatives.gather()
 
 

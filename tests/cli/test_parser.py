@@ -388,3 +388,11 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("flags", [["--refine", "0"], ["--allow-downloads"]])
+def test_flags_of_output_spaces_without_any_are_told(places, capsys, flags):
+    parser.parse_settings([*places, *flags])
+    assert capsys.readouterr().err == f"Note: {flags[0]} has no effect without --output-spaces.\n"
+    parser.parse_settings([*places, *flags, "--output-spaces", parser.SPACE])
+    assert capsys.readouterr().err == ""

@@ -11,13 +11,14 @@ from bids_varaug.models.ensemble import Label, Member
 from bids_varaug.settings import Settings
 
 LABELS = (Label(0, "Background", "#000000"), Label(17, "Left-Hippocampus", "#dcd814"))
-ENSEMBLE = SimpleNamespace(
-    name="aseg31", version="1.0", voxel_size=1.0, training={}, labels=LABELS, is_fastsurfer=False
-)
 MEMBERS = tuple(
     Member(name, name.rstrip("0123456789"), 0, 24 if "mca" in name else None, "", "ab" * 32)
     for name in ("ieee", "mca01", "mca02", "seed01")
 )
+ENSEMBLE = SimpleNamespace(
+    name="aseg31", version="1.0", voxel_size=1.0, training={}, labels=LABELS, is_fastsurfer=False, members=MEMBERS,
+    quality=None, temperature=0.9,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from bids_varaug.derivatives.citation import Citation, references
 def cite(ensemble, members, versions=None, *, sloppy=False, space=None, refine=25):
     run = {"ensemble": ensemble, "members": members, "sloppy": sloppy}
     run["voxel_size"] = 2.0 if sloppy else 1.0
-    run |= {"space": space, "refine": refine}
+    run |= {"space": space, "refine": refine, "unreliable_from": 0.37}
     return citations.cite("participant", versions=versions or {}, **run)
 
 
@@ -41,7 +41,7 @@ def test_a_full_ensemble_and_a_full_group_cite_every_reference(ensemble, members
     kinds = ["affine", "displacement", "labels", "scalar"]
     compared = {r.key for r in citations.cite("comparison", n=10, kinds=kinds).references}
     assert registered | group | {r.key for r in quality} | compared == set(references())
-    assert len(participant) == 14
+    assert len(participant) == 19
     assert registered - participant == {"arsigny2006", "ciric2022", "fonov2011", "hoffmann2024", "power2012"}
 
 
@@ -74,11 +74,25 @@ def test_families_are_listed_with_commas(ensemble, members):
 
 def test_baseline_alone_claims_no_spread(ensemble, members):
     text = cite(ensemble, members[:1]).methods
-    assert "entropy" not in text and "not known" in text
+    assert "disagree" not in text and "votes" not in text and "not known" in text
+    assert "entropy of the posterior" in text
 
 
 def test_one_perturbed_member_claims_no_spread(ensemble, members):
-    assert "entropy" not in cite(ensemble, members[:2]).methods
+    text = cite(ensemble, members[:2]).methods
+    assert "disagree" not in text and "votes" not in text
+
+
+def test_uncertainty_mask_and_expected_dice_are_told(ensemble, members):
+    text = cite(ensemble, members).methods
+    assert "entropy of the members' mean posterior (bit), and what" in text
+    assert "mutual information of label and member (bit) [@depeweg2018" in text
+    assert "temperature of 0.9 [@guo2017]" in text and "probability of 37 % or more" in text
+    assert "labels and posterior, without a calibration." in text
+    calibrated = SimpleNamespace(**vars(ensemble) | {"quality": SimpleNamespace(heads=["a", "b"]), "temperature": 1.0})
+    text = cite(calibrated, members).methods
+    assert "structure and the agreement of the members as calibrated on 2 heads" in text and "temperature" not in text
+    assert "of the structure as calibrated" in cite(calibrated, members[:3]).methods
 
 
 def test_sloppy_runs_say_so(ensemble, members):

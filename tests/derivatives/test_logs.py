@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ENSEMBLE = SimpleNamespace(name="aseg31", version="1", voxel_size=1.0, training={})
+ENSEMBLE = SimpleNamespace(name="aseg31", version="1", voxel_size=1.0, training={}, temperature=1.0, quality=None)
 MEMBERS = [
     SimpleNamespace(id="ieee", family="ieee", precision=None, sha256="a" * 64),
     SimpleNamespace(id="mca.01", family="mca", precision=24, sha256="b" * 64),

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bids_varaug.derivatives.provenance import MixedDerivativesError, Origin, check_rerun
+from bids_varaug.derivatives.provenance import (
+    SETTINGS_KEY,
+    MixedDerivativesError,
+    Origin,
+    check_rerun,
+    recorded_settings,
+    shown_settings,
+)
 from bids_varaug.derivatives.sidecars import SLOPPY_NOTE
 from bids_varaug.inputs.scans import Scan
+from bids_varaug.settings import Settings
 
 MEMBERS = ("ieee", "mca01", "rr01")
 RUN = Origin(
@@ -148,3 +156,19 @@ def test_output_of_another_tool_and_a_damaged_root_are_no_obstacle(tmp_path, out
     output.add("sub-02").write_text("{")
     check_rerun(output.root, RUN, [])
     check_rerun(tmp_path / "new", RUN, [])
+
+
+def test_settings_are_those_that_the_sidecar_tells(output):
+    """Paths are those of the new command line; of the ensemble's folder only the name is told."""
+    given = Settings(Path("/bids"), output.root, "participant", Path("/work"), nprocs=3, ensemble="/new/own")
+    made = replace(
+        given, members=("ieee", "mca"), n_members=2, output_spaces=("MNI152NLin2009cAsym:res-2",), refine=0,
+        bids_filters={"t1w": {"acquisition": None}}, skip_bids_validation=True, freesurfer_dir=Path("/subjects"),
+    )  # fmt: skip
+    written = json.dumps({SETTINGS_KEY: shown_settings(replace(made, ensemble="/old/own", nprocs=1))})
+    assert "/old" not in written and "/subjects" not in written
+    output.add("sub-02").write_text(written)
+    output.add("sub-03").write_text("{")
+    found = recorded_settings(given, map(scan, ["sub-01_ses-a", "sub-02", "sub-03", "sub-04"]))
+    assert found == {"sub-01_ses-a": given, "sub-02": replace(made, freesurfer_dir=Path("DIR")), "sub-03": given}
+    assert recorded_settings(replace(given, ensemble="aseg31"), [scan("sub-02")])["sub-02"].ensemble == "own"

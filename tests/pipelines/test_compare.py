@@ -1,5 +1,7 @@
 """What repeated runs have in common, on files of known spread."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -143,6 +145,33 @@ def test_the_distance_of_affines_is_the_mean_over_a_sphere():
     assert displacement_between(np.eye(4), other) == pytest.approx(np.sqrt((moved**2).sum(axis=1).mean()), rel=0.01)
 
 
+@pytest.mark.parametrize(("kind", "bits"), [(np.float64, 53), (np.float32, 24), (np.int16, 24)])
+def test_values_have_the_bits_of_their_type(tmp_path, kind, bits):
+    """Ten runs: the mean of ten times 100.1 is rounded."""
+    for number in range(10):
+        (tmp_path / f"run{number}").mkdir()
+        save(np.full((4, 4, 4), 100.1, kind), tmp_path / f"run{number}/image.nii")
+        (tmp_path / f"run{number}/t.csv").write_text(f"s,v,w\nx,100.1,{1 + number * 2.0**-40!r}\n")
+    found = compare_runs(find_runs([tmp_path]), {})
+    assert found.table.loc[found.table["kind"] == "scalar", "sigbits"].tolist() == [bits]
+    exact, near = (rows(found, "table").loc[f"x {name}"] for name in "vw")
+    assert (exact["sd"], exact["sigbits"], exact["sigbits_general"]) == (0, 53, 53)
+    assert 38 < near["sigbits"] < 39
+
+
+def test_tables_and_images_have_an_answer_too(tmp_path):
+    for number in range(2):
+        (tmp_path / f"runs/run{number}").mkdir(parents=True)
+        (tmp_path / f"runs/run{number}/t.csv").write_text(f"s,v\nHipp,{4000 + number}\nAcc,{600 + 10 * number}\n")
+    assert compare_main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    answer = (tmp_path / "out/comparison.html").read_text().partition("If the runs differ")[0]
+    assert "Of 2 numbers in tables, <b>Acc v</b>" in answer and "6.4 significant bits" in answer
+    save(np.full((4, 4, 4), 1.0), tmp_path / "runs/run0/image.nii")
+    save(np.full((4, 4, 4), 1.5), tmp_path / "runs/run1/image.nii")
+    assert compare_main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    assert "Of 1 image, image.nii varies most:" in (tmp_path / "out/comparison.html").read_text()
+
+
 def test_page_tables_and_maps(runs, tmp_path, capsys):
     out = tmp_path / "compared"
     save(np.arange(12**3, dtype=np.float32).reshape(12, 12, 12), tmp_path / "t1w.nii.gz")
@@ -153,8 +182,11 @@ def test_page_tables_and_maps(runs, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert compare_main([str(runs), "-o", str(out), *flags]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    entropy = nib.load(out / "x_dseg_desc-labels_sd.nii.gz")
+    entropy = nib.load(out / "x_dseg_desc-labels_entropy.nii.gz")
     assert np.count_nonzero(entropy.get_fdata()) == 8
+    about = json.loads((out / "x_dseg_desc-labels_entropy.json").read_text())
+    assert (about["Units"], about["File"], len(about["Runs"])) == ("bit", "x_dseg.nii.gz", 3)
+    assert {path.name.partition("_")[0] for path in out.glob("*_sd.json")} == {"image", "x1Warp"}
     from bids_varaug.brainage.repeated_runs import read_repeated_runs
 
     cohort = read_repeated_runs(out / "volumes.tsv")  # as the group level's --compare does

@@ -1,5 +1,6 @@
 """Repeated runs: folders, resuming, failures."""
 
+import io
 import json
 import signal
 import subprocess
@@ -35,6 +36,21 @@ def test_runs_differ_among_each_other_and_the_same_seed_repeats_them(program, tm
     assert {name: second[name] for name in first} == first  # more runs leave the first ones what they are
     record = json.loads((tmp_path / "one/logs/mca01.json").read_text())
     assert record["calls"] > 6000 and record["problem"] == ""
+
+
+def test_each_line_of_progress_is_written_at_once(program, tmp_path, monkeypatch):
+    """With its end: runs end side by side, and others may write between two pieces of a line."""
+    told = []
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            told.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Recorder())
+    assert perturb(tmp_path / "out", program, "{run}/out.txt") == 0
+    lines = [text for text in told if "done in" in text]
+    assert len(lines) == 4 and all(text.endswith("\n") for text in lines)
 
 
 def test_what_is_done_is_not_run_again_and_another_request_is_refused(program, tmp_path, capsys):

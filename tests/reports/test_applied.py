@@ -92,10 +92,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "content.json"
     with pytest.raises(NoInputError, match="content.json: not found"):
         load_page(path)
-    path.write_text('{"format": 3, "template": "group.html"')
+    path.write_text('{"format": 4, "template": "group.html"')
     with pytest.raises(UserError, match="damaged"):
         load_page(path)
-    path.write_text('{"format": 3, "template": "group.html", "values": {"run": {"methods": "", "sloppy": false}}}')
+    path.write_text('{"format": 4, "template": "group.html", "values": {"run": {"methods": "", "sloppy": false}}}')
     with pytest.raises(UserError, match="damaged"):
         load_page(path)
     path.write_text('{"format": 1}')

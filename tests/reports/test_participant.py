@@ -224,8 +224,14 @@ def test_no_path_of_the_machine_is_shown(make_content):
 
 def test_command_makes_the_results_again(make_content):
     request = make_content().request
-    settings = replace(request.settings, members=("mca", "ieee"), n_members=3, participant_labels=("01", "02"))
-    arguments = "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --members mca ieee --n-members 3"
+    settings = replace(
+        request.settings, members=("mca", "ieee"), n_members=3, participant_labels=("01", "02"),
+        skip_bids_validation=True, freesurfer_dir=Path("/home/me/subjects"),
+    )  # fmt: skip
+    arguments = (
+        "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --skip-bids-validation --freesurfer-dir DIR "
+        "--members mca ieee --n-members 3"
+    )
     assert shown_command(replace(request, settings=settings)) == f"bids_varaug {arguments}"
 
 
@@ -292,6 +298,25 @@ def test_meaning_of_few_members_and_of_coarse_voxels_is_said(make_content):
     assert "with 2 members (mca, seed) up to 32 times" in content.html()
     assert "Coarse voxels" not in content.html()
     assert "voxels of 1.0 × 1.0 × 3.0 mm" in content.with_scan(coarse=(1.0, 1.0, 3.0)).html()
+
+
+def test_what_is_said_of_every_structure_stands_in_the_answer_alone(make_content):
+    content = make_content()
+    few, cv = "perturbed members: 3 (fewer than 5)", "CV 7.0 % (above 5 %)"
+    third = content.scans[0].regions.iloc[:1].assign(index=4, name="Left-Lateral-Ventricle")
+    regions = pd.concat([content.scans[0].regions, third])
+    regions = regions.assign(verdict="caution", reason=[few, f"{cv}; {few}", few])
+    text = content.with_scan(regions=regions).html()
+    assert text.count(few) == 1 and f'<span class="soft">All structures: {few}.</span>' in text
+    assert re.search(r'Hippocampus  R <span class="soft">– CV 7.0 % \(above 5 %\)</span>', text)
+    assert text.count(cv) == 3  # answer; text and sort key of the table
+
+
+def test_more_members_are_advised_where_there_are_more(make_content):
+    content = make_content()
+    assert "Ensemble aseg31 has no more: judge" in content.html()
+    request = replace(content.request, members=content.request.members[:2])
+    assert "run more: ensemble aseg31 has 2 of mca and 1 of seed." in replace(content, request=request).html()
 
 
 def test_warnings_that_the_answer_says_are_not_repeated(make_content):

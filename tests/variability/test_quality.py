@@ -182,6 +182,18 @@ def test_a_reason_that_all_share_is_told_once():
     assert told == "5 of 5 structures not judged: spread unknown with 2 members."
 
 
+def test_a_reason_that_all_share_does_not_hide_those_of_single_structures():
+    """An ensemble of three members says of every structure that these are few."""
+    cvs = {"S0": 0.01, "S1": 0.07, "S2": 0.02, "S3": 0.2}
+    rows = [region(name=name, index=900, cv=cv) for name, cv in cvs.items()]
+    judged = judge_regions(pd.concat(rows), {"mca": 1, "seed": 2}, 1.0)
+    assert describe_verdicts(judged) == [
+        "1 of 4 structures unreliable: S3, CV 20.0 % (above 10 %).",
+        "3 of 4 structures with caution: perturbed members: 3 (fewer than 5); S1, CV 7.0 % (above 5 %).",
+    ]
+    assert (judged["verdict"] != "good").all() and judged["reason"].str.contains("fewer than 5").all()
+
+
 @pytest.fixture
 def doubtful():
     """Two structures of 2 mm voxels, beside each other; errors crowd at three places."""

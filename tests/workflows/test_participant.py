@@ -412,7 +412,7 @@ def test_dry_run_ends_as_the_run_would(dataset, small_ensemble, linear, tmp_path
 def test_reports_only_draws_the_same_report_again(finished, app):
     before = digests(finished)
     (finished / "sub-01.html").unlink()
-    assert app(finished, "--reports-only", "--write-members") == 0
+    assert app(finished, "--reports-only") == 0
     assert digests(finished) == before
 
 

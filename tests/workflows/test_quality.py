@@ -139,6 +139,23 @@ def test_pages_are_rewritten_from_what_was_saved(bids, output):
     assert page.read_bytes() == before and not (output / "group_brainage.html").exists()
 
 
+def test_what_nobody_judged_and_what_all_share_is_said_once(bids, output, capsys):
+    few = "spread unknown with one member"
+    for path in output.rglob(f"*{REGIONS}"):
+        table = pd.read_csv(path, sep="\t", na_values="n/a")
+        reason = [few if pd.isna(own) else f"{own}; {few}" for own in table["reason"]]
+        verdict = table["verdict"].replace("good", "unknown")
+        table.assign(reason=reason, verdict=verdict).to_csv(path, sep="\t", index=False, na_rep="n/a")
+    (bids / "participants.tsv").write_text("participant_id\n" + "".join(f"sub-{n:02d}\n" for n in range(3, 30)))
+    assert run(bids, output) == 0
+    told = capsys.readouterr().err
+    (line,) = (line for line in told.splitlines() if line.startswith("Left out: 17 "))
+    assert line.startswith("Left out: 17 (sub-13, sub-14, ") and "and 9 more): no *" in line
+    page = (output / "group_quality.html").read_text()
+    assert "In 18, structures are not judged." in page and page.count(few) == 1
+    assert "sub-20 and 9 more</summary>" in page and "sub-28, sub-29</details>" in page
+
+
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno missing")
 def test_outputs_pass_the_validator(bids, output):
     assert run(bids, output) == 0

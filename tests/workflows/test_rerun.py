@@ -59,3 +59,14 @@ def test_everybody_may_be_made_again_and_nobody_keeps_old_files(
     # The new ensemble is the one that goes on.
     assert pair(copy, *again, "--participant-label", "02", "--dry-run") == 0
     assert pair(copy, *FEW, "--participant-label", "02", "--dry-run") == 65
+
+
+def test_reports_are_drawn_again_without_the_flags_of_the_run(pair, out, tmp_path, capsys):
+    copy = shutil.copytree(out, tmp_path / "out")
+    before = digests(copy)
+    (copy / "sub-01.html").unlink()
+    assert pair(copy, "--reports-only", "--members", "seed") == 0
+    assert digests(copy) == before and f"--members {' '.join(FEW[1:])}" in (copy / "sub-01.html").read_text()
+    capsys.readouterr()
+    assert pair(copy, "--reports-only", "--dry-run") == 0
+    assert capsys.readouterr().out == f"{copy / 'sub-01.html'}\n{copy / 'sub-02.html'}\n"
