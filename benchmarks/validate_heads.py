@@ -133,7 +133,7 @@ def structure_table(people: pd.DataFrame) -> pd.DataFrame:
         slopes = {}
         for name, some in part.groupby("structure", sort=False):
             if len(some) > 2:
-                fit = slope_with_age(some["age"].to_numpy(), some["ratio"].to_numpy())
+                fit = slope_with_age(some["age"].to_numpy(float), some["ratio"].to_numpy(float))
                 slopes[name] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*fit)
         if slopes:
             n_people = part["participant"].nunique()
