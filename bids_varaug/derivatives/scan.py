@@ -18,7 +18,7 @@ from nibabel.filebasedimages import FileBasedHeader
 from nibabel.nifti1 import intent_codes
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.freesurfer import write_freesurfer
+from bids_varaug.derivatives.freesurfer import write_fastsurfer, write_freesurfer
 from bids_varaug.derivatives.io import fitting_step, in_steps, write_image, write_table
 from bids_varaug.derivatives.names import BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import run_origin, sidecar_origin
@@ -148,7 +148,7 @@ def write_scan(
     writer.image("mean_probseg", dense, extra=calibration)
     threshold = {"Threshold": UNRELIABLE_FROM, "ThresholdDescription": _THRESHOLD_TEXT} | calibration
     writer.image("unreliable_mask", error_probability >= UNRELIABLE_FROM, extra=threshold)
-    if request.settings.freesurfer_dir is not None:
+    if request.settings.freesurfer_dir is not None and not ensemble.is_fastsurfer:
         writer.written += write_freesurfer(request, labels, affine, t1w, regions, volumes)
     del dense, mean, consensus, labels, t1w, image, error_probability
     dense_file.unlink()
@@ -167,6 +167,8 @@ def write_scan(
             if request.settings.whole_voxels:
                 grid["Resolution"] += ", moved by half a voxel (--whole-voxels)"
             writer.image("conformed_dseg", ids[whole], name, grid, affine=geometry.conformed_affine)
+            if request.settings.freesurfer_dir is not None and name == "consensus":
+                writer.written += write_fastsurfer(request, ids[whole], geometry.conformed_affine, regions)
     _write_maps(writer, summary.maps, geometry, calibration)
     # The table of regions shares the sidecar of the consensus labels.
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):

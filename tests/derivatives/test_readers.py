@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.derivatives.freesurfer import check_subjects
+from bids_varaug.derivatives.freesurfer import check_subjects, fastsurfer_measures
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import UsageError
@@ -165,6 +165,22 @@ def test_files_of_another_program_are_not_replaced(request_of_aseg, files, tmp_p
     with pytest.raises(UsageError, match="another program"):
         write_scan(request_of_aseg, files, tmp_path)
     assert "mri_segstats" in theirs.read_text() and not (tmp_path / "fs" / "sub-01" / "mri").exists()
+
+
+def test_measures_of_fastsurfer_are_its_own(golden, shared_data):
+    """From its volumes, to the six decimals that are there, but for the corpus callosum, which has no label here."""
+    volumes, wanted = (
+        pd.read_csv(golden / f"{name}.tsv", sep="\t", index_col=column)[value]
+        for name, column, value in (("segstats", "name", "volume_mm3"), ("segstats_measures", "field", "value"))
+    )
+    callosum = volumes[volumes.index.str.startswith("CC_")].sum()
+    for field, share in (("lhCerebralWhiteMatterVol", 0.5), ("rhCerebralWhiteMatterVol", 0.5),
+                         ("CerebralWhiteMatterVol", 1)):  # fmt: skip
+        wanted[field] -= share * callosum
+    labels = nib.load(shared_data / "t1w" / "bert" / "bert_desc-aparcDKTaseg_dseg.nii.gz")
+    found = fastsurfer_measures(volumes, np.asanyarray(labels.dataobj), 1.0)
+    named = {text.split(", ")[1]: value for text, value in found.items()}
+    assert named == pytest.approx(wanted.drop("MaskVol").to_dict(), abs=1e-5, rel=0)
 
 
 def test_nilearn_measures_the_t1w_in_each_structure(subject, request_of_aseg):
