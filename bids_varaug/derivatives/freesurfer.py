@@ -105,9 +105,7 @@ def write_freesurfer(
     return _write_subject(request, "aseg", labels, affine, t1w, regions, measures, shown, about)
 
 
-def write_fastsurfer(
-    request: ScanRequest, labels: np.ndarray, affine: np.ndarray, regions: pd.DataFrame
-) -> list[Path]:
+def write_fastsurfer(request: ScanRequest, labels: np.ndarray, affine: np.ndarray, regions: pd.DataFrame) -> list[Path]:
     """Write a scan that FastSurfer's networks segmented into the subjects directory of the settings, as FastSurfer.
 
     ``mri/aparc.DKTatlas+aseg.varaug.mgz`` has the consensus `labels` (N, N, N) of FastSurfer's grid, of the affine,

@@ -94,9 +94,7 @@ def _is_border(labels: np.ndarray, listed: np.ndarray, x: int, y: int, z: int) -
 
 
 @compiled()
-def _mix(
-    labels: np.ndarray, image: np.ndarray, listed: np.ndarray, neighbour: np.ndarray, share: np.ndarray
-) -> None:
+def _mix(labels: np.ndarray, image: np.ndarray, listed: np.ndarray, neighbour: np.ndarray, share: np.ndarray) -> None:
     nx, ny, nz = labels.shape
     counts, sums = np.zeros(len(listed), np.int64), np.zeros(len(listed), np.int64)
     for x in range(nx):
