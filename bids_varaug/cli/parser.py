@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trust", choices=("sform", "qform"),
         help="orientation to use where sform and qform contradict each other (default: the scanner's, with a warning)")
     add("--freesurfer-dir", type=absolute_path, metavar="DIR",
-        help="also write DIR/sub-01/mri/aseg.varaug.mgz, stats/aseg.stats and a colour table, for programs that read a "
-        "FreeSurfer subjects directory")
+        help="also write DIR/sub-01/mri/aseg.varaug.mgz, stats/aseg.stats (aseg+DKT.stats with FastSurfer's networks) "
+        "and a colour table, for programs that read a FreeSurfer subjects directory")
     _add_ensemble(parser)
     _add_template(parser)
     _add_running(parser)

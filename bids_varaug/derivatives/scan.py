@@ -17,7 +17,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import FileBasedHeader
 from nibabel.spatialimages import SpatialImage
 
-from bids_varaug.derivatives.freesurfer import write_freesurfer
+from bids_varaug.derivatives.freesurfer import write_fastsurfer, write_freesurfer
 from bids_varaug.derivatives.io import write_output, write_table
 from bids_varaug.derivatives.names import ALL_OUTPUTS, BRAIN_VOLUMES, OF_FAMILY, OUTPUTS, ScanRequest
 from bids_varaug.derivatives.provenance import SETTINGS_KEY, run_origin, shown_settings, sidecar_origin
@@ -143,7 +143,7 @@ def write_scan(
     writer.image("mean_probseg", dense, extra=calibration)
     threshold = {"Threshold": quality.UNRELIABLE_FROM, "ThresholdDescription": _THRESHOLD_TEXT} | calibration
     writer.image("unreliable_mask", error_probability >= quality.UNRELIABLE_FROM, extra=threshold)
-    if request.settings.freesurfer_dir is not None:
+    if request.settings.freesurfer_dir is not None and not ensemble.is_fastsurfer:
         writer.written += write_freesurfer(request, labels, affine, t1w, regions, volumes)
     del dense, mean, consensus, labels, t1w, image, error_probability
     dense_file.unlink()
@@ -162,6 +162,8 @@ def write_scan(
             if request.settings.whole_voxels:
                 grid["Resolution"] += ", moved by half a voxel (--whole-voxels)"
             writer.image("conformed_dseg", ids[whole], name, grid, affine=geometry.conformed_affine)
+            if request.settings.freesurfer_dir is not None and name == "consensus":
+                writer.written += write_fastsurfer(request, ids[whole], geometry.conformed_affine, regions)
     _write_maps(writer, summary.maps, geometry, calibration)
     # The table of regions shares the sidecar of the consensus labels.
     for key, table in (("regions_tsv", regions), ("members_tsv", members)):

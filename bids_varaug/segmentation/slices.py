@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from scipy.ndimage import maximum_filter
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 
 from bids_varaug.images.conform import Box, extract, insert
 from bids_varaug.models.fastsurfer import Vinn
@@ -111,21 +111,31 @@ def posterior_of_views(total: torch.Tensor, box: Box, shape: tuple[int, ...]) ->
     a class which both hemispheres share goes to the side that the label of the voxel has, or to the side of the white
     matter around it. Probabilities below `SMALLEST` count as 0, the others are scaled to sum to 1. What lies more than
     `RIM` voxels away from any label is sure background.
+
+    The sum, more than 1 GB for a head, is emptied: memory holds it beside the parts of the posterior, or these beside
+    the whole, not all three.
     """
     ids = np.array(NETWORK_IDS, np.int16)[label_views(total)]
     whole, right = split_hemispheres(insert(ids, box, shape))
     final, right = extract(whole, box), extract(right, box)
     del whole
     near = maximum_filter((ids > 0).view(np.uint8), size=2 * RIM + 1).astype(bool)
-    rows = [_rows_of(total[x], *(part[x].ravel() for part in (near, ids, final, right))) for x in range(len(ids))]
-    labels = np.searchsorted(IDS, final).astype(np.uint8)
-    return SparsePosterior(labels, vstack(rows, format="csr"))
+    parts = [_rows_of(total[x], *(part[x].ravel() for part in (near, ids, final, right))) for x in range(len(ids))]
+    total.untyped_storage().resize_(0)
+    values, classes, counts = map(np.concatenate, zip(*parts, strict=True))
+    del parts
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    rows = csr_array((values, classes.astype(np.int32), starts), shape=(len(counts), len(IDS)))
+    return SparsePosterior(np.searchsorted(IDS, final).astype(np.uint8), rows)
 
 
 def _rows_of(
     total: torch.Tensor, near: np.ndarray, ids: np.ndarray, final: np.ndarray, right: np.ndarray
-) -> csr_array:
-    """Sparse rows of a slab (Y, Z, 79); `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, their classes (uint8) and how many each voxel has, of a slab (Y, Z, 79).
+
+    `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,).
+    """
     values = torch.softmax(total.float().flatten(0, 1), dim=1).cpu().numpy()
     stored = near & (values[:, 0] <= 1 - BACKGROUND_CUT)
     values[values < SMALLEST] = 0
@@ -141,5 +151,6 @@ def _rows_of(
     here, there = np.searchsorted(IDS, given[other]), np.searchsorted(IDS, final[other])
     posterior[other, there] += posterior[other, here]
     posterior[other, here] = 0
-    return sparse_rows(posterior, stored)
+    rows = sparse_rows(posterior, stored)
+    return rows.data, rows.indices.astype(np.uint8), np.diff(rows.indptr)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_varaug.derivatives.freesurfer import check_subjects
+from bids_varaug.derivatives.freesurfer import check_subjects, fastsurfer_measures
 from bids_varaug.derivatives.names import ScanRequest
 from bids_varaug.derivatives.sidecars import write_dataset_files
 from bids_varaug.errors import UsageError
@@ -20,6 +20,7 @@ from bids_varaug.images.conform import Geometry
 from bids_varaug.inputs.freesurfer import read_aseg_stats
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.segmentation.fuse import SparsePosterior, save_posterior, sparse_rows
+from bids_varaug.segmentation.partial_volume import corrected_volumes
 from tests.derivatives.test_scan import SHAPE, files, request_, write_scan
 
 __all__ = ["files", "request_"]  # fixtures
@@ -165,6 +166,24 @@ def test_files_of_another_program_are_not_replaced(request_of_aseg, files, tmp_p
     with pytest.raises(UsageError, match="another program"):
         write_scan(request_of_aseg, files, tmp_path)
     assert "mri_segstats" in theirs.read_text() and not (tmp_path / "fs" / "sub-01" / "mri").exists()
+
+
+def test_measures_of_fastsurfer_are_its_own(golden, shared_data):
+    """From its volumes, to the six decimals given there, but for what has no label here: corpus callosum, vessels."""
+    structures = pd.read_csv(golden / "segstats.tsv", sep="\t", index_col="name")
+    volumes = structures["volume_mm3"]
+    wanted = pd.read_csv(golden / "segstats_measures.tsv", sep="\t", index_col="field")["value"]
+    callosum = volumes[volumes.index.str.startswith("CC_")].sum()
+    for field, share in (("lhCerebralWhiteMatterVol", 0.5), ("rhCerebralWhiteMatterVol", 0.5),
+                         ("CerebralWhiteMatterVol", 1)):  # fmt: skip
+        wanted[field] -= share * callosum
+    labels, image = (np.asanyarray(nib.load(shared_data / "t1w" / "bert" / f"bert_desc-{name}.nii.gz").dataobj)
+                     for name in ("aparcDKTaseg_dseg", "norm_T1w"))  # fmt: skip
+    vessels = corrected_volumes(labels, image, [*structures["id"], 30, 62])[-2:].sum()
+    wanted[[field for field in wanted.index if field.startswith(("BrainSeg", "SupraTentorial"))]] -= vessels
+    found = fastsurfer_measures(volumes, labels, 1.0)
+    named = {text.split(", ")[1]: value for text, value in found.items()}
+    assert named == pytest.approx(wanted.drop("MaskVol").to_dict(), abs=1e-5, rel=0)
 
 
 def test_nilearn_measures_the_t1w_in_each_structure(subject, request_of_aseg):

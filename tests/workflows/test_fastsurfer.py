@@ -18,7 +18,10 @@ from bids_varaug.models.ensemble import Ensemble, Member, VinnShape, load_ensemb
 from bids_varaug.models.fastsurfer import build_planes, load_planes, save_planes
 from bids_varaug.models.fastsurfer_labels import IDS, read_labels
 from bids_varaug.registration.space import SPACE
+from bids_varaug.segmentation.fastsurfer import brain_mask
+from bids_varaug.segmentation.partial_volume import corrected_volumes
 from bids_varaug.segmentation.slices import segment_slices
+from tests.derivatives.test_readers import read_table
 
 SHAPE = VinnShape(filters=4, rim_filters=4, grid=32)
 
@@ -68,7 +71,7 @@ def derivatives(dataset, ensemble_dir, tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     code = main([str(dataset), str(out), "participant", "-w", str(work), "--ensemble", str(ensemble_dir),
                  "--perturb-inference", "1", "--omp-nthreads", "1", "--nprocs", "1", "--device", "cpu",
-                 "--write-members"])  # fmt: skip
+                 "--write-members", "--freesurfer-dir", str(out / "sourcedata" / "freesurfer")])  # fmt: skip
     assert code == 0
     return out
 
@@ -113,6 +116,36 @@ def test_template_space_is_refused_before_anything_is_written(dataset, ensemble_
     assert main([*where, "--output-spaces", f"{SPACE}:res-2"]) == 64
     assert "FastSurfer's networks have it in parcels. Leave it out, or run the shipped" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_statistics_are_those_of_the_labels_and_the_conformed_image(derivatives, dataset):
+    """Volumes corrected for partial volume, in the form that asegstats2table reads; spread and labels beside."""
+    subjects = derivatives / "sourcedata" / "freesurfer"
+    names = {path.relative_to(subjects).as_posix() for path in subjects.rglob("*.*") if path.is_file()}
+    parts = ("mri/aparc.DKTatlas+aseg.varaug.mgz", "stats/aseg+DKT.stats", "stats/aseg+DKT.varaug.tsv")
+    assert names == {"aseg+DKT.varaug.LUT.txt", *(f"sub-01/{part}" for part in parts)}
+    volume, stats, spread = (subjects / "sub-01" / part for part in parts)
+    stem = derivatives / "sub-01" / "anat" / "sub-01_seg-fastsurfer"
+    image, conformed = nib.load(volume), nib.load(f"{stem}_res-conformed_desc-consensus_dseg.nii.gz")
+    labels = np.asanyarray(image.dataobj)
+    np.testing.assert_array_equal(labels, np.asanyarray(conformed.dataobj))
+    np.testing.assert_allclose(image.affine, conformed.affine, atol=1e-5)
+    assert spread.read_bytes() == (stem.parent / f"{stem.name}_desc-consensus_dseg.tsv").read_bytes()
+    t1w, _ = prepare_volume(dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    table = read_table(stats)
+    assert table["SegId"].tolist() == list(IDS[1:])
+    counts = np.bincount(labels.ravel(), minlength=IDS[-1] + 1)[list(IDS[1:])]
+    assert table["NVoxels"].tolist() == counts.tolist() and counts.any()
+    volumes = corrected_volumes(labels, t1w, IDS[1:])
+    np.testing.assert_allclose(table["Volume_mm3"], volumes, atol=5.01e-4)
+    assert np.abs(volumes - counts).max() > 1
+    means = [t1w[labels == index].mean() if count else 0 for index, count in zip(IDS[1:], counts, strict=True)]
+    np.testing.assert_allclose(table["normMean"], means, atol=5.01e-5)
+    # FreeSurfer's program takes the fields of these lines by commas.
+    measures = dict(line[10:].split(", ")[1:4:2] for line in stats.read_text().splitlines() if "# Measure" in line)
+    assert float(measures["MaskVol"]) == brain_mask(labels).sum()
+    assert float(measures["BrainSegVol"]) == pytest.approx(volumes[np.array(IDS[1:]) != 16].sum(), rel=1e-6)
+    assert "conformed by FastSurfer's rules and not corrected for" in stats.read_text()
 
 
 def test_what_fastsurfer_cannot_do_is_refused(dataset, ensemble_dir):
