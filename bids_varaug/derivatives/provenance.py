@@ -124,19 +124,20 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-# Settings that change a participant's result, or were needed to get it. Not those of place, speed and other
-# participants: a job array must write the same report.
+# Settings that change a participant's result. Not those of place, speed and other participants: a job array must write
+# the same report.
 _SHOWN = (
-    "session_labels", "bids_filters", "skip_bids_validation", "trust", "freesurfer_dir", "ensemble", "members",
-    "n_members", "perturb_inference", "write_members", "family_maps", "output_spaces", "refine", "random_seed",
-    "sloppy", "whole_voxels",
+    "session_labels", "bids_filters", "trust", "ensemble", "members", "n_members", "perturb_inference",
+    "write_members", "family_maps", "output_spaces", "refine", "random_seed", "sloppy", "whole_voxels",
 )  # fmt: skip
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:
     """Settings that decide what the participant level writes, without paths of this machine."""
     shown = {name: getattr(settings, name) for name in _SHOWN}
-    return shown | {"ensemble": Path(settings.ensemble).name, "freesurfer_dir": settings.freesurfer_dir and "DIR"}
+    if not settings.perturb_inference:
+        shown["random_seed"] = Settings.random_seed  # nothing else is drawn
+    return shown | {"ensemble": Path(settings.ensemble).name}
 
 
 def recorded_settings(settings: Settings, scans: Iterable[Scan]) -> dict[str, Settings]:
@@ -155,8 +156,6 @@ def recorded_settings(settings: Settings, scans: Iterable[Scan]) -> dict[str, Se
             said = {}
         values = {name: said[name] for name in _SHOWN if name in said}
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        if values.get("freesurfer_dir"):
-            values["freesurfer_dir"] = Path(values["freesurfer_dir"])
         if "/" in settings.ensemble:
             values["ensemble"] = settings.ensemble
         found[scan.prefix] = replace(settings, **values)

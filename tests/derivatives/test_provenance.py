@@ -163,12 +163,12 @@ def test_settings_are_those_that_the_sidecar_tells(output):
     given = Settings(Path("/bids"), output.root, "participant", Path("/work"), nprocs=3, ensemble="/new/own")
     made = replace(
         given, members=("ieee", "mca"), n_members=2, output_spaces=("MNI152NLin2009cAsym:res-2",), refine=0,
-        bids_filters={"t1w": {"acquisition": None}}, skip_bids_validation=True, freesurfer_dir=Path("/subjects"),
+        bids_filters={"t1w": {"acquisition": None}},
     )  # fmt: skip
     written = json.dumps({SETTINGS_KEY: shown_settings(replace(made, ensemble="/old/own", nprocs=1))})
-    assert "/old" not in written and "/subjects" not in written
+    assert "/old" not in written
     output.add("sub-02").write_text(written)
     output.add("sub-03").write_text("{")
     found = recorded_settings(given, map(scan, ["sub-01_ses-a", "sub-02", "sub-03", "sub-04"]))
-    assert found == {"sub-01_ses-a": given, "sub-02": replace(made, freesurfer_dir=Path("DIR")), "sub-03": given}
+    assert found == {"sub-01_ses-a": given, "sub-02": made, "sub-03": given}
     assert recorded_settings(replace(given, ensemble="aseg31"), [scan("sub-02")])["sub-02"].ensemble == "own"

@@ -226,11 +226,10 @@ def test_command_makes_the_results_again(make_content):
     request = make_content().request
     settings = replace(
         request.settings, members=("mca", "ieee"), n_members=3, participant_labels=("01", "02"),
-        skip_bids_validation=True, freesurfer_dir=Path("/home/me/subjects"),
+        skip_bids_validation=True, random_seed=7, freesurfer_dir=Path("/home/me/subjects"),
     )  # fmt: skip
     arguments = (
-        "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --skip-bids-validation --freesurfer-dir DIR "
-        "--members mca ieee --n-members 3"
+        "BIDS_DIR OUTPUT_DIR participant --participant-label 01 --members mca ieee --n-members 3"
     )
     assert shown_command(replace(request, settings=settings)) == f"bids_varaug {arguments}"
 
@@ -241,7 +240,8 @@ def test_run_id_depends_on_what_makes_the_results(make_content):
         request = replace(content.request, settings=replace(content.request.settings, **changed))
         return re.search(r"Run id</dt><dd>(\w{8}) ", replace(content, request=request).html())[1]
 
-    assert shown(participant_labels=("01",), nprocs=8) == shown() != shown(random_seed=1)
+    assert shown(participant_labels=("01",), nprocs=8) == shown() == shown(random_seed=1) != shown(trust="qform")
+    assert shown(perturb_inference=1) != shown(perturb_inference=1, random_seed=1)
 
 
 def test_cells_carry_sort_keys_and_missing_values_none(page):
