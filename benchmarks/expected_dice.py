@@ -58,7 +58,9 @@ def head_rows(head: SegmentedHead, group: str) -> pd.DataFrame:
 
 def distinct(heads: list[SegmentedHead]) -> list[SegmentedHead]:
     """Leave out heads that are another one again: ``t1`` is ``sharp`` where no lower resolution was drawn."""
-    return list({head.soft_dice("all").tobytes(): head for head in reversed(heads)}.values())[::-1]
+    names = [head.head.name.rpartition("x")[0] or head.head.name for head in heads]  # without the kind
+    keys = [(name, head.soft_dice("all").tobytes()) for name, head in zip(names, heads, strict=True)]
+    return [head for n, head in enumerate(heads) if keys.index(keys[n]) == n]
 
 
 def predict(fitted: pd.DataFrame, rows: pd.DataFrame, group: str) -> pd.DataFrame:
