@@ -120,7 +120,8 @@ def posterior_of_views(total: torch.Tensor, box: Box, shape: tuple[int, ...]) ->
     final, right = extract(whole, box), extract(right, box)
     del whole
     near = maximum_filter((ids > 0).view(np.uint8), size=2 * RIM + 1).astype(bool)
-    parts = [_rows_of(total[x], *(part[x].ravel() for part in (near, ids, final, right))) for x in range(len(ids))]
+    slabs = (_rows_of(total[x], *(part[x].ravel() for part in (near, ids, final, right))) for x in range(len(ids)))
+    parts = [_pack(slab) for slab in slabs]
     total.untyped_storage().resize_(0)
     values, classes, counts = map(np.concatenate, zip(*parts, strict=True))
     del parts
@@ -131,11 +132,8 @@ def posterior_of_views(total: torch.Tensor, box: Box, shape: tuple[int, ...]) ->
 
 def _rows_of(
     total: torch.Tensor, near: np.ndarray, ids: np.ndarray, final: np.ndarray, right: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, their classes (uint8) and how many each voxel has, of a slab (Y, Z, 79).
-
-    `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,).
-    """
+) -> csr_array:
+    """Sparse rows of a slab (Y, Z, 79); `ids`, before hemispheres were told apart, and `final` ids are (Y * Z,)."""
     values = torch.softmax(total.float().flatten(0, 1), dim=1).cpu().numpy()
     stored = near & (values[:, 0] <= 1 - BACKGROUND_CUT)
     values[values < SMALLEST] = 0
@@ -151,6 +149,13 @@ def _rows_of(
     here, there = np.searchsorted(IDS, given[other]), np.searchsorted(IDS, final[other])
     posterior[other, there] += posterior[other, here]
     posterior[other, here] = 0
-    rows = sparse_rows(posterior, stored)
-    return rows.data, rows.indices.astype(np.uint8), np.diff(rows.indptr)
+    return sparse_rows(posterior, stored)
+
+
+def _pack(rows: csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, their classes (uint8) and how many each voxel has.
+
+    Copies, made when what the slab took is free again: else they lie between its holes, which are lost.
+    """
+    return rows.data.copy(), rows.indices.astype(np.uint8), np.diff(rows.indptr)
 
