@@ -81,7 +81,10 @@ def add_view(
 @torch.inference_mode()
 def label_views(total: torch.Tensor) -> np.ndarray:
     """Return the most probable class of each voxel, (X, Y, Z) uint8, the lower of equals; `total` is of `add_view`."""
-    return np.stack([slab.float().argmax(-1).to(torch.uint8).cpu().numpy() for slab in total])
+    classes = np.empty(total.shape[:3], np.uint8)  # filled, since small arrays between what slabs take leave holes
+    for x, slab in enumerate(total):
+        classes[x] = slab.float().argmax(-1).cpu().numpy()
+    return classes
 
 
 @torch.inference_mode()
