@@ -2,11 +2,14 @@ r"""How far last-bit noise moves traditional programs: several programs, several
 
     pip install antspyx dipy
     python benchmarks/pipelines.py OUT --heads HEAD.nii.gz ... --template T.nii.gz [--programs ants-syn ...] [--n 10]
-    python benchmarks/pipelines.py OUT --summarise
+    python benchmarks/segment_heads.py OUT/heads --cache NETWORKS --rr 5
+    python benchmarks/pipelines.py OUT --summarise [--networks NETWORKS]
 
 HEAD are brain-extracted T1w images, or with skull for programs that do not mind. Each program runs once without noise
 and N times with, on every head at 2 mm, by `bids_varaug-perturb`; what is there is not run again. `--summarise` prints
-a row per program: heads, wall time over that without noise, calls of libm, SD of the warp, smallest Dice of tissues.
+a row per program: heads, processor time over that without noise, calls of libm, SD of the warp, smallest Dice of
+labels. With ``--networks`` it also prints how much the structures of the template, brought to the same heads by
+ants-syn, vary, beside those of our networks: under random rounding at inference, and trained apart by rounding or seed.
 
 ants-n4, ants-atropos, ants-syn: antspyx (one thread, fixed random seed). dipy-syn, dipy-affine: dipy.
 elastix: ``elastix``, affine and B-splines. mrtrix: ``mrregister``, affine and non-linear.
@@ -21,17 +24,22 @@ import shutil
 import subprocess
 import sys
 from datetime import date
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from heads import print_markdown
+from heads import print_markdown, read_cache
 from nibabel.processing import resample_to_output
+from scipy.stats import t as student_t
 
 from bids_varaug.cli.perturb import compare_main, perturb_main
+from bids_varaug.variability.measures import FLOAT64_BITS, RegionCounts, pairwise_dice, significant_bits
 
 VOXEL_MM = 2.0
+TEMPLATE_LABELS = files("bids_varaug") / "data" / "tpl-MNI152NLin2009cAsym_res-02_desc-aseg31_dseg.nii.gz"
 PREPARE = "import ants, sys; image = ants.image_read(sys.argv[1]); fixed = ants.image_read(sys.argv[2]); "
 CODE = {
     "ants-n4": PREPARE + "ants.image_write(ants.n4_bias_field_correction(image), sys.argv[3] + '/n4.nii.gz')",
@@ -41,7 +49,9 @@ CODE = {
     + "ants.image_write(found['segmentation'], sys.argv[3] + '/tissue_dseg.nii.gz')",
     "ants-syn": PREPARE
     + "found = ants.registration(fixed, image, 'SyN', random_seed=1, outprefix=sys.argv[3] + '/syn_'); "
-    + "ants.image_write(found['warpedmovout'], sys.argv[3] + '/warped.nii.gz')",
+    + "ants.image_write(found['warpedmovout'], sys.argv[3] + '/warped.nii.gz'); "
+    + "labels = ants.apply_transforms(image, ants.image_read(sys.argv[4]), found['invtransforms'], 'genericLabel'); "
+    + "ants.image_write(labels, sys.argv[3] + '/aseg31_dseg.nii.gz')",
     "dipy-affine": "import sys, numpy as np; from dipy.align import affine_registration; "
     + "_, affine = affine_registration(sys.argv[1], sys.argv[2], pipeline=['center_of_mass', 'rigid', 'affine']); "
     + "np.savetxt(sys.argv[3] + '/affine.mat', affine)",
@@ -69,7 +79,8 @@ def command(program: str, head: Path, template: Path, folder: Path, python: str)
     if program in CODE:
         package = program.partition("-")[0]
         found = subprocess.run([python, "-c", f"import {package}"], capture_output=True, check=False)
-        return None if found.returncode else [python, "-c", CODE[program], str(head), str(template), "{run}"]
+        files = [str(head), str(template), "{run}", str(TEMPLATE_LABELS)]
+        return None if found.returncode else [python, "-c", CODE[program], *files]
     if program == "elastix" and shutil.which("elastix"):
         files = []
         for kind in ("AffineTransform", "BSplineTransform"):
@@ -89,6 +100,7 @@ def command(program: str, head: Path, template: Path, folder: Path, python: str)
 
 def prepare(source: Path, folder: Path) -> Path:
     """The image at 2 mm, as float32."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
     if not path.exists():
         image = resample_to_output(nib.load(source), VOXEL_MM, order=1)
@@ -99,11 +111,10 @@ def prepare(source: Path, folder: Path) -> Path:
 def run(options: argparse.Namespace) -> None:
     """Run every program on every head."""
     out = options.out
-    (out / "input").mkdir(parents=True, exist_ok=True)
     template = prepare(options.template, out / "input")
     for program in options.programs:
         for source in options.heads:
-            head = prepare(source, out / "input")
+            head = prepare(source, out / "heads")
             name = source.name.partition(".")[0]
             asked = command(program, head, template, out / "input", options.python)
             if asked is None:
@@ -131,9 +142,9 @@ def summarise(out: Path) -> None:
         table = pd.concat(tables, names=["head"]).reset_index()
         records = pd.concat([_records(out / program.name / path.parent.name) for path in heads])
         noisy, plain = records[records["name"] != "ieee"], records[records["name"] == "ieee"].set_index("head")
-        slower = noisy.groupby("head")["seconds"].mean() / plain["seconds"]
+        slower = noisy.groupby("head")["processor_seconds"].mean() / plain["processor_seconds"]
         row = {"program": program.name, "heads": len(heads), "runs": len(noisy) // len(heads),
-               "time over plain": slower.mean(), "calls, million": noisy["calls"].mean() / 1e6}  # fmt: skip
+               "processor time over plain": slower.mean(), "calls, million": noisy["calls"].mean() / 1e6}  # fmt: skip
         for (kind, column), heading in measures.items():
             of_head = table[table["kind"] == kind].groupby("head")[column]
             found = of_head.min() if column == "dice_min" else of_head.mean()
@@ -142,6 +153,41 @@ def summarise(out: Path) -> None:
                 row["range over heads"] = f"{found.min():.3g} to {found.max():.3g}"
         rows.append(row)
     print_markdown(pd.DataFrame(rows).set_index("program"))
+
+
+def compare_families(out: Path, cache: Path) -> None:
+    """Print, of each source of spread, Dice between pairs, CV and significant bits, with intervals over heads."""
+    heads = {head.head.name: head for head in read_cache(cache)}
+    families = {"rounding at inference (`rr`)": ["rr"], "rounding in training (`ieee`, `mca`)": ["ieee", "mca"],
+                "seeds (`seed`)": ["seed"]}  # fmt: skip
+    rows = []
+    for path in sorted((out / "compared").glob("*/*/comparison.tsv")):
+        table = pd.read_csv(path, sep="\t", na_values="n/a")
+        head = heads.get(path.parent.name.partition("_T1w")[0])
+        table = table[table["name"].isin(head.names)] if head else table[:0]
+        if table.empty:
+            continue
+        measured = table[["n", "dice_min", "dice_mean", "cv", "sigbits"]].mean().to_dict()
+        rows.append({"source": f"{path.parts[-3]} (libm)", "head": head.head.name} | measured)
+        for source, names in families.items():
+            chosen = np.flatnonzero(head.passes["family"].isin(names))
+            pairs, own = head.intersections[np.ix_(chosen, chosen)], np.arange(len(chosen))
+            counts = RegionCounts(pairs[own, own], pairs)
+            dice = np.array([pairwise_dice(counts)[a, b, 1:] for a, b in combinations(own, 2)])
+            mean, sd = counts.volumes[:, 1:].mean(axis=0), counts.volumes[:, 1:].std(axis=0, ddof=1)
+            bits = significant_bits(mean, sd, FLOAT64_BITS).mean()
+            rows.append({"source": source, "head": head.head.name, "n": len(chosen), "dice_mean": dice.mean(),
+                         "dice_min": dice.min(axis=0).mean(), "cv": (sd / mean).mean(), "sigbits": bits})  # fmt: skip
+    found = pd.DataFrame(rows).drop_duplicates(["source", "head"])
+    table = pd.DataFrame({"runs": found.groupby("source")["n"].first().astype(int)})
+    for column, heading in {"dice_mean": "mean Dice of pairs", "dice_min": "smallest Dice of pairs",
+                            "cv": "CV of volumes", "sigbits": "bits of volumes"}.items():  # fmt: skip
+        of_source = found.groupby("source")[column]
+        half = student_t.ppf(0.975, of_source.size() - 1) * of_source.sem()
+        digits = 1 if column == "sigbits" else 4
+        table[heading] = [f"{mean:.{digits}f} ± {h:.{digits}f}" for mean, h in zip(of_source.mean(), half, strict=True)]
+    print("Means over structures and heads, with 95 % intervals over heads.\n")
+    print_markdown(table)
 
 
 def _records(runs: Path) -> pd.DataFrame:
@@ -162,11 +208,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="that has antspyx and dipy")
     parser.add_argument("--summarise", action="store_true")
+    parser.add_argument("--networks", type=Path, help="folder of segment_heads.py")
     options = parser.parse_args()
     if not options.summarise:
         run(options)
     print(f"{date.today()}, {platform.platform()}\n")
     summarise(options.out)
+    if options.networks:
+        compare_families(options.out, options.networks)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def _perturb(argv: Sequence[str] | None) -> ExitCode:
     summary = summarise(outcomes)
     print(
         f"{summary['n']} of {given.n} runs with noise succeeded, {summary['calls']:,} calls of libm, "
-        f"{summary['slowdown']:.2f} times as long as without noise. Next: bids_varaug-compare {given.output_dir} -o "
-        f"{given.output_dir}_compared",
+        f"{summary['slowdown']:.2f} times the processor time of the run without noise. Next: bids_varaug-compare "
+        f"{given.output_dir} -o {given.output_dir}_compared",
         file=sys.stderr,
     )
     if failed:

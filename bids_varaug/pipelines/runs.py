@@ -46,6 +46,7 @@ class Outcome:
     name: str
     problem: str  # "" if it succeeded
     seconds: float
+    processor_seconds: float = 0.0  # of the program and all that it started and waited for
     calls: int = 0  # of libm
     moved: int = 0  # results
 
@@ -134,7 +135,8 @@ def _run(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         ) as process:
             running.add(process)
-            code = process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
+            code = process.returncode = os.waitstatus_to_exitcode(status)
         running.discard(process)
     calls, moved = count_calls(read_stats(stats))
     problem = ""
@@ -148,7 +150,8 @@ def _run(
             "statically, or drops LD_PRELOAD"
         )
     problem += f"; see {logs / f'{name}.txt'}" if problem else ""
-    outcome = Outcome(name, problem, round(time.monotonic() - start, 2), calls, moved)
+    busy = usage.ru_utime + usage.ru_stime
+    outcome = Outcome(name, problem, round(time.monotonic() - start, 2), round(busy, 3), calls, moved)
     write_json(asdict(outcome), record)
     told = f"{name}: {outcome.problem or f'done in {outcome.seconds:.1f} s, {calls:,} calls of libm'}\n"
     sys.stderr.write(told)  # at once with the line's end, since runs end side by side
@@ -163,8 +166,8 @@ def _read_record(path: Path) -> Outcome | None:
 
 
 def summarise(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
-    """Number of runs under noise that succeeded, their calls, and their time over that of the run without noise."""
+    """Number of runs under noise that succeeded, their calls, and their processor time over that without noise."""
     noisy = [outcome for outcome in outcomes[1:] if outcome.done]
-    plain = outcomes[0].seconds if outcomes[0].done else float("nan")
-    mean = sum(outcome.seconds for outcome in noisy) / len(noisy) if noisy else float("nan")
+    plain = outcomes[0].processor_seconds if outcomes[0].done else float("nan")
+    mean = sum(outcome.processor_seconds for outcome in noisy) / len(noisy) if noisy else float("nan")
     return {"n": len(noisy), "calls": sum(outcome.calls for outcome in noisy), "slowdown": mean / max(plain, 0.01)}

@@ -70,6 +70,17 @@ def test_what_is_done_is_not_run_again_and_another_request_is_refused(program, t
     assert "not empty" in capsys.readouterr().err
 
 
+def test_processor_time_is_of_all_that_a_run_starts_and_not_of_waiting(program, tmp_path):
+    script = tmp_path / "busy.sh"
+    busy = f'{sys.executable} -c "import time\nwhile time.process_time() < 0.3: pass"'
+    script.write_text(f'#!/bin/sh\nsleep 1\n{busy}\nexec {program} "$1/out.txt"\n')
+    script.chmod(0o755)
+    assert perturb(tmp_path / "out", script, "{run}", n=1) == 0
+    record = json.loads((tmp_path / "out/logs/mca01.json").read_text())
+    assert record["processor_seconds"] >= 0.3
+    assert record["seconds"] >= 1 and record["seconds"] - record["processor_seconds"] > 0.5
+
+
 def test_a_failing_run_leaves_the_others(program, tmp_path, capsys):
     """A shell script hands the noise on; it fails in the second run alone."""
     script = tmp_path / "script.sh"
