@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from torch import nn
 
 from bids_varaug.errors import EnsembleError, UsageError
 from bids_varaug.files import write_text
-from bids_varaug.models.ensemble import MANIFEST, Member, sha256_of
-from bids_varaug.models.unet import write_tensors
+from bids_varaug.models.ensemble import MANIFEST, Ensemble, Member, NetworkShape, sha256_of
+from bids_varaug.models.unet import UNet, load_member, write_tensors
 
 SHAPE = (80, 96, 80)
 """Voxels of `VOXEL_SIZE` mm, RAS: what an encoder sees."""
@@ -49,6 +50,25 @@ class Sfcn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the mean of the last layer over space."""
         return self.feature_extractor(x).mean(dim=(2, 3, 4))
+
+
+class SegmenterEncoder(nn.Module):
+    """The contracting half of the segmentation network's body: images (B, 1, X, Y, Z) -> means of its levels, (B, 384).
+
+    The body works at 2 mm, which is the grid of the images here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = UNet(NetworkShape(2)).encoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean of each channel of each level over space."""
+        x, means = x.expand(-1, 8, -1, -1, -1), []
+        for level, block in enumerate(self.encoder):
+            x = block(F.max_pool3d(x, 2) if level else x)
+            means.append(x.mean(dim=(2, 3, 4)))
+        return torch.cat(means, dim=1)
 
 
 class Pooled(nn.Module):
@@ -82,8 +102,8 @@ def _resnet18() -> nn.Module:
 
 
 def _densenet121() -> nn.Module:
-    network = _monai("DenseNet121")(spatial_dims=3, in_channels=1, out_channels=1).features
-    return Pooled(network, lambda net, x: F.relu(net(x)).mean(dim=(2, 3, 4)))
+    network = _monai("DenseNet121")(spatial_dims=3, in_channels=1, out_channels=1)
+    return Pooled(cast(nn.Module, network.features), lambda net, x: F.relu(net(x)).mean(dim=(2, 3, 4)))
 
 
 def _vit(hidden: int, layers: int, heads: int) -> nn.Module:
@@ -105,27 +125,32 @@ def _monai(name: str) -> Callable[..., nn.Module]:
     return getattr(nets, name)
 
 
+SEGMENTER = "segmenter"
 ARCHITECTURES = {
     "sfcn": Architecture(_SFCN[-1], Sfcn),
     "resnet18": Architecture(512, _resnet18),
     "densenet121": Architecture(1024, _densenet121),
     "vit-small": Architecture(192, lambda: _vit(192, 6, 3)),
     "vit-base": Architecture(768, lambda: _vit(768, 12, 12)),
+    SEGMENTER: Architecture(sum(NetworkShape(2).channels), SegmenterEncoder),
 }
 
 
 class Encoder(nn.Module):
-    """An architecture with a linear layer on top, which predicts what it is pre-trained on.
+    """An architecture with a linear layer on top, if any, which predicts what it is pre-trained on.
 
     Networks that were trained apart put the same property of an image into different features. `align` is the linear
     map that brings a member's features closest to those of the baseline; the identity, unless `train` fitted it.
     """
 
+    align_weight: torch.Tensor  # (F, F)
+    align_bias: torch.Tensor  # (F,)
+
     def __init__(self, architecture: str, n_outputs: int):
         super().__init__()
         chosen = ARCHITECTURES[architecture]
         self.body = chosen.build()
-        self.head = nn.Linear(chosen.n_features, n_outputs)
+        self.head = nn.Linear(chosen.n_features, n_outputs) if n_outputs else nn.Identity()
         self.register_buffer("align_weight", torch.eye(chosen.n_features))
         self.register_buffer("align_bias", torch.zeros(chosen.n_features))
 
@@ -145,10 +170,10 @@ class EncoderEnsemble:
     name: str
     directory: Path
     architecture: str
-    objective: str  # what they were pre-trained on, "none" for random weights
+    objective: str  # what they were pre-trained on
     outputs: tuple[str, ...]  # of the head
     members: tuple[Member, ...]
-    training: Mapping[str, object]
+    training: Mapping[str, Any]
 
     @property
     def n_features(self) -> int:
@@ -195,7 +220,7 @@ def load_encoder(ensemble: EncoderEnsemble, member: Member, device: str = "cpu")
         raise EnsembleError(f"{path}: weights of {member.id} are missing or damaged. Copy the folder again.")
     encoder = build_encoder(ensemble.architecture, len(ensemble.outputs))
     try:
-        encoder.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()})
+        encoder.load_state_dict(load_file(path))  # which turns float16 into float32
     except (SafetensorError, RuntimeError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's architecture: {error}") from None
     return encoder.to(device).eval().requires_grad_(False)
@@ -206,6 +231,15 @@ def build_encoder(architecture: str, n_outputs: int, seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(architecture, n_outputs)
+
+
+def copy_segmenter(ensemble: Ensemble, member: Member) -> Encoder:
+    """Return the encoder of a member of a segmentation ensemble; its head has no outputs."""
+    if ensemble.network != NetworkShape(len(ensemble.labels)):
+        raise EnsembleError(f"{ensemble.directory}: networks of another size than those of the shipped ensemble.")
+    encoder = build_encoder(SEGMENTER, 0)
+    encoder.body.encoder.load_state_dict(load_member(ensemble, member).encoder.state_dict())  # type: ignore[union-attr]
+    return encoder
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -220,13 +254,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise EnsembleError(
-            f"{path}: cannot be read as weights ({reason}). A file that holds more than tensors and numbers is not read, "
-            "as it could execute code: save its state dictionary alone."
+            f"{path}: cannot be read as weights ({reason}). A file that holds more than tensors and numbers is not "
+            "read, as it could execute code: save its state dictionary alone."
         ) from error
     for key in ("state_dict", "model_state", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    state = content if isinstance(content, dict) else {}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise EnsembleError(f"{path}: holds no weights.")
     return {re.sub(r"^(module\.)+", "", name): value.float() for name, value in tensors.items()}
