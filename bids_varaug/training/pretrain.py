@@ -240,7 +240,8 @@ class Pretrainer:
             x = features.cpu().numpy()
             scores[member.id] = {}
             if self.recipe.objective == VOLUMES:
-                scores[member.id]["volumes_r2"] = float(r2_score(torch.stack(truth).cpu().numpy(), predicted))
+                known = torch.stack(truth).cpu().numpy()
+                scores[member.id]["volumes_r2"] = float(r2_score(known, predicted, multioutput="variance_weighted"))
             if member.is_baseline:
                 y = x
             elif y is not None:
