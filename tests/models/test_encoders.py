@@ -61,8 +61,8 @@ def test_video_weights_fit_a_resnet(tmp_path):
     """By the names of torchvision's r3d_18, whose first layer sees colours."""
     pytest.importorskip("monai")
     encoder, path = build_encoder("resnet18", 3), tmp_path / "r3d_18.pth"
-    names = [(r"^network\.", ""), (r"^conv1\.", "stem.0."), (r"^bn1\.", "stem.1."),
-             (r"^(layer\d\.\d\.)conv(\d)\.", r"\1conv\2.0."), (r"^(layer\d\.\d\.)bn(\d)\.", r"\1conv\2.1.")]  # fmt: skip
+    names = [(r"^network\.", ""), (r"^conv1\.", "stem.0."), (r"^bn1\.", "stem.1.")]
+    names += [(rf"^(layer\d\.\d\.){layer}(\d)\.", rf"\1conv\2.{n}.") for n, layer in enumerate(("conv", "bn"))]
 
     def in_colour(state):
         return state | {"stem.0.weight": state["stem.0.weight"].repeat(1, 3, 1, 1, 1) / 3}
@@ -76,7 +76,7 @@ def test_video_weights_fit_a_resnet(tmp_path):
 
 
 def test_weights_of_flat_images_fit_a_vision_transformer(tmp_path):
-    """By the names of timm's ViT-B/16 at 224 pixels, scaled down to the small one."""
+    """By the names of timm's ViT-B/16 at 224 pixels, in the width of the small one."""
     pytest.importorskip("monai")
     encoder, path = build_encoder("vit-small", 3), tmp_path / "vit.pth"
     names = [(r"^network\.", ""), (r"^patch_embedding\.patch_embeddings", "patch_embed.proj"),

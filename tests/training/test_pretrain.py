@@ -11,7 +11,7 @@ from bids_varaug.models.encoders import load_encoder, load_encoders
 from bids_varaug.models.ensemble import load_ensemble
 from bids_varaug.models.unet import load_member
 from bids_varaug.training import pretrain
-from bids_varaug.training.pretrain import PretrainRecipe, Pretrainer, contrast_loss, log_volumes
+from bids_varaug.training.pretrain import Pretrainer, PretrainRecipe, contrast_loss, log_volumes
 from bids_varaug.training.recipe import plan_member
 
 SIDE = 32  # the least that SFCN takes
