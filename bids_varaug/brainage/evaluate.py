@@ -76,7 +76,8 @@ class Evaluation:
     # Of `compare_losses`; ``analytic`` is compared with the linear ``mean`` where the model asked for is not linear.
     gains: pd.DataFrame
     learning_curve: pd.DataFrame  # per number of training participants and augmentation
-    sites: pd.DataFrame  # leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor, with controls all baselines
+    # Leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor, with controls of all baselines.
+    sites: pd.DataFrame
     reliability: pd.DataFrame  # `intraclass_correlation` of predictions and features
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Choice` of the fit to all, by augmentation
     settings: dict[str, Any] = field(default_factory=dict)  # model, cv_folds, seed, n_participants, ...
@@ -208,7 +209,8 @@ def evaluate_brain_age(
         settings={
             "model": asked, "augmentations": augmentations, "seed": seed, "log_volumes": log_volumes,
             "coverage": coverage, "n_members": 0 if cohort.members is None else cohort.members.shape[1],
-            "n_bootstrap": n_bootstrap, "gain_repeats": gain_repeats, "controls": list(cohort.controls), **sizes_of(cohort, splits),
+            "n_bootstrap": n_bootstrap, "gain_repeats": gain_repeats, "controls": list(cohort.controls),
+            **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 

@@ -56,10 +56,10 @@ def gather_images(
     observations. The former has the controls "volumes" (divided by the brain's) and "untrained". An image without
     source or mask, or that cannot be read, is left out with the reason. One image is in memory at a time.
 
-    `features` are as of `assemble`; `progress` wraps the observations, such as ``tqdm``. The `source` of the cohort (JSON
-    types) has "kind" ("images"), "encoder", "architecture", "objective" (of the pre-training), "bids_varaug" (version),
-    "sloppy" (of the segmentation), "sha256" by member; and what `assemble` adds. Raises `EnsembleError` for weights that
-    cannot be used, and as `assemble` and `replacing`.
+    `features` are as of `assemble`; `progress` wraps the observations, such as ``tqdm``. The `source` of the cohort
+    (JSON types) has "kind" ("images"), "encoder", "architecture", "objective" (of the pre-training), "bids_varaug" (its
+    version), "sloppy" (of the segmentation), "sha256" by member; and what `assemble` adds. Raises `EnsembleError` for
+    weights that cannot be used, and as `assemble` and `replacing`.
     """
     encode, rows, left_out = _Encode(encoders, device), {}, dict(volumes.left_out)
     for row, who in progress(list(enumerate(volumes.people.itertuples(index=False)))):
@@ -87,7 +87,7 @@ def gather_images(
 
 
 def check_encoder(trained_on: Mapping[str, Any], encoders: EncoderEnsemble) -> None:
-    """Refuse another encoder than that of a model, whose `source` tells it, by the SHA-256 of the members they share."""
+    """Refuse another encoder than that of a model with this `source`, by the SHA-256 of the members that both have."""
     theirs, ours = trained_on.get("sha256") or {}, _digests(encoders)
     shared = theirs.keys() & ours.keys()
     if not shared or any(theirs[member] != ours[member] for member in shared):
@@ -101,8 +101,9 @@ def check_encoder(trained_on: Mapping[str, Any], encoders: EncoderEnsemble) -> N
 def load_brain(t1w: Path, mask: Path, trust: str | None = None) -> torch.Tensor:
     """Brain of a T1w image as encoders see it, `SHAPE` voxels, float32 in [0, 1.5].
 
-    Axes are RAS+, voxels are of `VOXEL_SIZE` mm, the middle is that of the mask's bounding box; 0 outside the mask, which
-    has the T1w's grid. `trust` is as in `load_t1w`. Raises `ScanError` as that does, and for a mask of another grid.
+    Axes are RAS+, voxels are of `VOXEL_SIZE` mm, the middle is that of the mask's bounding box; 0 outside the mask,
+    which has the T1w's grid. `trust` is as in `load_t1w`. Raises `ScanError` as that does, and for a mask of another
+    grid.
     """
     native, stored = load_t1w(t1w, trust), read_t1w(mask, trust)
     if stored.data.shape != native.data.shape:
@@ -117,7 +118,7 @@ def load_brain(t1w: Path, mask: Path, trust: str | None = None) -> torch.Tensor:
 
 
 class _Encode:
-    """The members of an ensemble, then the untrained network; their weights are read when the first image needs them."""
+    """The members of an ensemble, then the untrained network; weights are read when the first image needs them."""
 
     def __init__(self, encoders: EncoderEnsemble, device: str) -> None:
         self.encoders, self.device = encoders, device
@@ -160,14 +161,15 @@ def _features(bids_dir: Path, folder: Path, observation: str, encode: _Encode) -
 
 def _origin(folder: Path, observation: str) -> tuple[str, str | None]:
     """Path of the T1w image in its dataset, and --trust of the participant level, by the sidecar of the volumes."""
-    for path in folder.glob(f"{observation}{ENDING.removesuffix('.tsv')}.json"):
-        try:
-            sidecar = json.loads(path.read_bytes())
-            sources = [source for source in sidecar["Sources"] if source.startswith(RAW)]
-            return sources[0].removeprefix(RAW), sidecar.get(SETTINGS_KEY, {}).get("trust")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            break
-    raise ScanError(f"{observation}: no sidecar of {ENDING} names its T1w image ({RAW}...). Segment the image again.")
+    try:
+        path, *_ = folder.glob(f"{observation}{ENDING.removesuffix('.tsv')}.json")
+        sidecar = json.loads(path.read_bytes())
+        source, *_ = (source for source in sidecar["Sources"] if source.startswith(RAW))
+        return source.removeprefix(RAW), sidecar.get(SETTINGS_KEY, {}).get("trust")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScanError(
+            f"{observation}: no sidecar of {ENDING} names its T1w image ({RAW}...). Segment the image again."
+        ) from error
 
 
 def _is_current(table: Path, content: Mapping[str, Any]) -> bool:

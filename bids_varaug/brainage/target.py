@@ -296,7 +296,8 @@ def evaluate_target(
         best_of(gains, folds.groupby("augmentation")["loss"].mean()),
         settings={
             "target": data.name, "classes": list(data.classes), "covariates": list(data.covariates), "seed": seed,
-            "augmentations": augmentations, "n_permutations": n_permutations, "controls": list(cohort.controls), **sizes_of(cohort, splits),
+            "augmentations": augmentations, "n_permutations": n_permutations, "controls": list(cohort.controls),
+            **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 

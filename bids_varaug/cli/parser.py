@@ -33,14 +33,14 @@ AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffl
 RELATIVE_TO = ("none", "brain", "intracranial")
 OF_VOLUMES = (
     "features_table", "relative_to", "asymmetries", "log_volumes", "compare", "output_spaces", "no_brain_age",
-)  # flags of the group level that have no meaning for features of images
+)  # fmt: skip  # flags of the group level that are for volumes
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 SPACE = "MNI152NLin2009cAsym"
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 BOTH_LEVELS = (
     "age_column", "sex_column", "participant_labels", "exclude_participant_labels", "session_labels", "random_seed",
     "skip_bids_validation",
-)  # of flags in the groups of one level
+)  # fmt: skip  # of flags in the groups of one level
 
 
 class Parser(argparse.ArgumentParser):
