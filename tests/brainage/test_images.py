@@ -107,6 +107,22 @@ def test_features_are_made_again_only_where_something_changed(dataset, encoder, 
     assert set(sidecar["Encoder"]["SHA256"]) == set(MEMBERS)
 
 
+def test_an_interrupted_run_keeps_what_it_made(dataset, encoder, monkeypatch):
+    seen, load = [], images.load_brain
+
+    def interrupt(t1w, *rest):
+        seen.append(t1w.name[:6])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return load(t1w, *rest)
+
+    monkeypatch.setattr(images, "load_brain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gather(dataset, encoder)
+    cohort, _ = gather(dataset, encoder)
+    assert seen == ["sub-01", "sub-02", "sub-03", "sub-03"] and len(cohort) == 3
+
+
 def map_people(dataset):
     return [image_and_mask(dataset, person) for person in (1, 2, 3)]
 
