@@ -27,7 +27,7 @@ from bids_varaug.derivatives.provenance import SETTINGS_KEY
 from bids_varaug.derivatives.sidecars import TOOL
 from bids_varaug.errors import ScanError
 from bids_varaug.files import write_json
-from bids_varaug.images.conform import Box, bounds, conform, extract
+from bids_varaug.images.conform import Box, conform, extract
 from bids_varaug.images.intensity import normalise_intensity
 from bids_varaug.images.load import Volume, load_t1w, read_t1w
 from bids_varaug.models.encoders import (
@@ -101,9 +101,9 @@ def check_encoder(trained_on: Mapping[str, Any], encoders: EncoderEnsemble) -> N
 def load_brain(t1w: Path, mask: Path, trust: str | None = None) -> torch.Tensor:
     """Brain of a T1w image as encoders see it, `SHAPE` voxels, float32 in [0, 1.5].
 
-    Axes are RAS+, voxels are of `VOXEL_SIZE` mm, the middle is that of the mask's bounding box; 0 outside the mask,
-    which has the T1w's grid. `trust` is as in `load_t1w`. Raises `ScanError` as that does, and for a mask of another
-    grid.
+    Axes are RAS+, voxels are of `VOXEL_SIZE` mm; 0 outside the mask, which has the T1w's grid. The middle is that of
+    the mask's bounding box without 1 % of its voxels at each end: a mask may reach down the spinal cord. `trust` is as
+    in `load_t1w`. Raises `ScanError` as that does, and for a mask of another grid.
     """
     native, stored = load_t1w(t1w, trust), read_t1w(mask, trust)
     if stored.data.shape != native.data.shape:
@@ -113,8 +113,11 @@ def load_brain(t1w: Path, mask: Path, trust: str | None = None) -> torch.Tensor:
     if not brain.any():
         raise ScanError(f"{mask.name}: holds no brain. Segment the image again.")
     image = np.where(brain, conform(native, VOXEL_SIZE).data, np.float32(0))
-    start = (sum(bounds(brain)) - np.array(SHAPE)) // 2
-    return normalise_intensity(torch.from_numpy(extract(image, Box(tuple(start.tolist()), SHAPE))))
+    start = []
+    for axis, side in enumerate(SHAPE):
+        voxels = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
+        start.append((np.searchsorted(voxels, [0.01 * voxels[-1], 0.99 * voxels[-1]]).sum() + 1 - side) // 2)
+    return normalise_intensity(torch.from_numpy(extract(image, Box(tuple(map(int, start)), SHAPE))))
 
 
 class _Encode:

@@ -60,7 +60,7 @@ ALPHAS = np.logspace(-3, 4, 15)
 class BrainGenerator(SyntheticImageGenerator):
     """Draws whole brains near the middle of the window."""
 
-    off_centre_share, displacement = 0.0, 4.0
+    off_centre_share, displacement = 0.0, 8.0
 
 
 @dataclass(frozen=True)

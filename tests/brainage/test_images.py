@@ -61,6 +61,17 @@ def test_a_brain_is_centred_whatever_the_images_axes_and_place(tmp_path):
     np.testing.assert_allclose(other, brain, atol=1e-3)  # quantiles come from every third voxel
 
 
+def test_a_mask_that_reaches_down_the_spinal_cord_does_not_move_the_brain(tmp_path):
+    image, mask = (np.pad(x.astype(np.float32), ((0, 0), (0, 0), (20, 0))) for x in head(50, 0))
+    affine = np.diag([3.0, 3, 3, 1])
+    cord = mask.copy()
+    cord[24:26, 24:26, :40] = 1  # 60 mm longer than the brain
+    shown = [images.load_brain(save(image, affine, tmp_path / "a.nii"), save(m, affine, tmp_path / f"m{n}.nii"))
+             for n, m in enumerate((mask, cord))]  # fmt: skip
+    heights = [np.average(np.arange(SHAPE[2]), weights=brain.numpy().sum(axis=(0, 1))) for brain in shown]
+    assert abs(heights[0] - heights[1]) <= 2  # voxels
+
+
 def test_features_are_those_of_every_member_and_of_the_untrained_network(dataset, encoder):
     cohort, volumes = gather(dataset, encoder)
     assert cohort.source["kind"] == "images" and cohort.member_ids == MEMBERS[1:]
