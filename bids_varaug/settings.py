@@ -60,6 +60,8 @@ class Settings:
     brainage_model: str = "auto"
     augmentation: str = "all"
     cv_folds: int = 5
+    features: str = "volumes"
+    encoder: Path | None = None  # with features "images"
     features_table: Path | None = None
     relative_to: str | None = None
     asymmetries: bool = False

@@ -10,6 +10,7 @@ import pytest
 
 from bids_varaug.cli.convert import build_parser as build_convert_parser
 from bids_varaug.cli.parser import build_parser
+from bids_varaug.cli.pretrain import build_parser as build_pretrain_parser
 from bids_varaug.cli.train import build_parser as build_train_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,8 @@ def test_command_is_in_the_table_of_who_runs_it_and_its_flags_exist(page, comman
         build_parser().parse_args(given)
     if command.startswith("bids_varaug-train"):
         build_train_parser().parse_args(shlex.split(command)[1:])
+    if command.startswith("bids_varaug-pretrain"):
+        build_pretrain_parser().parse_args(shlex.split(command)[1:])
     if command.startswith("bids_varaug-convert"):
         build_convert_parser().parse_args(shlex.split(command.replace("CHECKPOINT...", "CHECKPOINT"))[1:])
 

@@ -40,6 +40,7 @@ class Cohort:
     left_out: dict[str, str] = field(default_factory=dict)  # why, by participant or observation
     source: dict[str, Any] = field(default_factory=dict)  # names, versions and digests of the ensemble, or a table
     unit: str = ""  # "mm3" or nothing
+    controls: dict[str, np.ndarray] = field(default_factory=dict)  # (R, F') float64, other features to compare with
 
     def __len__(self) -> int:
         return len(self.baseline)
@@ -75,7 +76,14 @@ class Cohort:
         """Return the observations at these indices (or where a mask is true)."""
         people = self.people.loc[rows].reset_index(drop=True)
         members = None if self.members is None else self.members[rows]
-        return replace(self, people=people, baseline=self.baseline[rows], members=members)
+        controls = {name: values[rows] for name, values in self.controls.items()}
+        return replace(self, people=people, baseline=self.baseline[rows], members=members, controls=controls)
+
+    def control(self, name: str) -> Cohort:
+        """Return the cohort with the features of a control in place of its own; they have no members."""
+        x = self.controls[name]
+        names = tuple(f"{name}{n}" for n in range(x.shape[1]))
+        return replace(self, names=names, baseline=x, members=None, member_ids=(), controls={})
 
     def with_features(self, names: Sequence[str]) -> Cohort:
         """Return these features in this order; a CohortError names those that are missing."""

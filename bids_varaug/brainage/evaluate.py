@@ -31,7 +31,9 @@ from bids_varaug.brainage.models import (
 )
 from bids_varaug.variability.longitudinal import intraclass_correlation
 
-BASELINES = ("mean_predictor", "site_predictor", "ridge")
+CONTROLS = {"volumes": "images", "untrained": "pre-training"}
+"""Other features than those of an encoder, and what a gain over them shows."""
+BASELINES = ("mean_predictor", "site_predictor", "ridge", *CONTROLS)
 LINEAR_MEAN = "mean, linear model"
 Contrast = tuple[str, str]
 CONTRASTS: dict[Contrast, str] = {
@@ -40,6 +42,7 @@ CONTRASTS: dict[Contrast, str] = {
     ("analytic", "mean"): "augmentation",
     ("members", "jitter"): "structure",
     ("members", "shuffled"): "structure",
+    **{("ridge", name): part for name, part in CONTROLS.items()},
 }
 """What each gain shows. All but ``none`` are centred on the members' mean: averaging is in the first gain alone."""
 LIKE_MEMBERS = ("analytic", "shuffled")  # of linear models, by construction: fitted once
@@ -67,12 +70,14 @@ class Evaluation:
 
     predictions: pd.DataFrame  # per observation and augmentation, see `BrainAgeModel.predict`
     # Per augmentation, and of ``mean_predictor`` (the mean age), ``site_predictor`` (the mean age of the site; where
-    # there are 3 or more) and ``ridge`` (on age, not augmented): `agreement_scores`, and a bootstrap over participants.
+    # there are 3 or more), ``ridge`` (on age, not augmented) and ridge on `Cohort.controls`: `agreement_scores`, and a
+    # bootstrap over participants.
     scores: pd.DataFrame
     # Of `compare_losses`; ``analytic`` is compared with the linear ``mean`` where the model asked for is not linear.
     gains: pd.DataFrame
     learning_curve: pd.DataFrame  # per number of training participants and augmentation
-    sites: pd.DataFrame  # leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor
+    # Leave-one-site-out, per site: mae_AUGMENTATION, mae_mean_predictor, with controls of all baselines.
+    sites: pd.DataFrame
     reliability: pd.DataFrame  # `intraclass_correlation` of predictions and features
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Choice` of the fit to all, by augmentation
     settings: dict[str, Any] = field(default_factory=dict)  # model, cv_folds, seed, n_participants, ...
@@ -172,7 +177,8 @@ def evaluate_brain_age(
     `tried_augmentations`, `make_splits` and `fit_brain_age`. `progress` gets the number of splits done and of all.
     """
     augmentations = tried_augmentations(cohort, augmentations)
-    cohort, gain_repeats = check_trainable(cohort, MIN_PARTICIPANTS), gain_repeats if len(augmentations) > 1 else 1
+    cohort = check_trainable(cohort, MIN_PARTICIPANTS)
+    gain_repeats = gain_repeats if len(augmentations) > 1 or cohort.controls else 1
     splits = make_splits(
         cohort, cv_folds, seed, gain_repeats=gain_repeats, curve_sizes=curve_sizes, leave_site_out=leave_site_out,
     )  # fmt: skip
@@ -203,7 +209,8 @@ def evaluate_brain_age(
         settings={
             "model": asked, "augmentations": augmentations, "seed": seed, "log_volumes": log_volumes,
             "coverage": coverage, "n_members": 0 if cohort.members is None else cohort.members.shape[1],
-            "n_bootstrap": n_bootstrap, "gain_repeats": gain_repeats, **sizes_of(cohort, splits),
+            "n_bootstrap": n_bootstrap, "gain_repeats": gain_repeats, "controls": list(cohort.controls),
+            **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 
@@ -246,15 +253,17 @@ def _held_out(
 
 def _simple_predictions(train: Cohort, test: Cohort, by_site: bool, log_volumes: bool) -> dict[str, Any]:
     """Held-out predictions of `BASELINES`, which are not augmented."""
-    logs = [LogVolumes(train.names)] if log_volumes else []
-    ridge = make_pipeline(*logs, StandardScaler(), RidgeCV(ALPHAS))
-    ridge.fit(train.baseline, train.age, ridgecv__sample_weight=train.weights)
+    logs, linear = [LogVolumes(train.names)] if log_volumes else [], {}
+    for name in ("ridge", *train.controls):
+        x, x_test = (cohort.baseline if name == "ridge" else cohort.controls[name] for cohort in (train, test))
+        ridge = make_pipeline(*(logs if name == "ridge" else ()), StandardScaler(), RidgeCV(ALPHAS))
+        linear[name] = ridge.fit(x, train.age, ridgecv__sample_weight=train.weights).predict(x_test)
     mean = float(np.average(train.age, weights=train.weights))
     at_site = {}
     if by_site:
         participants = train.people.groupby(["site", "participant_id"])["age"].mean()
         at_site["site_predictor"] = test.people["site"].map(participants.groupby("site").mean()).fillna(mean)
-    return {"mean_predictor": mean, **at_site, "ridge": ridge.predict(test.baseline)}
+    return {"mean_predictor": mean, **at_site, **linear}
 
 
 def participant_losses(table: pd.DataFrame, *by: str) -> pd.DataFrame:
@@ -323,7 +332,8 @@ def _site_errors(table: pd.DataFrame, augmentations: Sequence[str]) -> pd.DataFr
     rows = []
     for site, part in table[table["kind"] == "site"].groupby("of"):
         errors = participant_losses(part)
-        means = errors[sorted([*augmentations, "mean_predictor"])].mean()
+        beside = BASELINES if set(CONTROLS) & set(errors) else ["mean_predictor"]
+        means = errors[sorted({*augmentations, *beside} & set(errors))].mean()
         rows.append({"site": site, "n": len(errors)} | means.add_prefix("mae_").to_dict())
     return pd.DataFrame(rows, columns=None if rows else ["site", "n"])
 

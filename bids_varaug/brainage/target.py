@@ -24,7 +24,15 @@ from sklearn.preprocessing import StandardScaler
 from bids_varaug.brainage.augment import USES_MEMBERS, augmented_members, centers, draw_rows
 from bids_varaug.brainage.calibration import CONFIDENCE
 from bids_varaug.brainage.cohort import Cohort, grouped_folds
-from bids_varaug.brainage.evaluate import CONTRASTS, best_of, compare_losses, make_splits, sizes_of, tried_augmentations
+from bids_varaug.brainage.evaluate import (
+    CONTRASTS,
+    CONTROLS,
+    best_of,
+    compare_losses,
+    make_splits,
+    sizes_of,
+    tried_augmentations,
+)
 from bids_varaug.brainage.features import find_reference
 from bids_varaug.brainage.models import INNER_FOLDS, MIN_PARTICIPANTS
 from bids_varaug.errors import UserError
@@ -256,7 +264,7 @@ def evaluate_target(
     cohort = data.cohort
     augmentations = [name for name in tried_augmentations(cohort, augmentations) if name != "analytic"]
     strata = data.y if data.classes else None
-    compared = len(augmentations) > 1 or len(data.covariates.columns) > 0
+    compared = len(augmentations) > 1 or len(data.covariates.columns) > 0 or len(cohort.controls) > 0
     repeats = gain_repeats if compared else 1
     splits = make_splits(cohort, cv_folds, seed, gain_repeats=repeats, leave_site_out=True, strata=strata)
     # A category that one site alone has cannot be learnt without it.
@@ -274,7 +282,8 @@ def evaluate_target(
             labels = {"augmentation": name, "observed": test.y, "n_train": len(np.unique(train.cohort.groups))}
             tables.append(split.label(table.assign(loss=_losses(table, test), **labels)))
     table = pd.concat(tables, ignore_index=True)
-    gains = compare_losses(table[table["kind"] != "site"], contrasts={("none", "covariates"): "features", **CONTRASTS})
+    over = {("none", name): part for name, part in {"covariates": "features", **CONTROLS}.items()}
+    gains = compare_losses(table[table["kind"] != "site"], contrasts={**over, **CONTRASTS})
     table = table[table["kind"] != "repeats"]
     rng, parts = np.random.default_rng([seed, 1]), table.groupby(["kind", "augmentation"], sort=False)
     scores = [_scores(part, data.classes, n_bootstrap, rng).assign(held_out=kind, augmentation=name)
@@ -287,13 +296,14 @@ def evaluate_target(
         best_of(gains, folds.groupby("augmentation")["loss"].mean()),
         settings={
             "target": data.name, "classes": list(data.classes), "covariates": list(data.covariates), "seed": seed,
-            "augmentations": augmentations, "n_permutations": n_permutations, **sizes_of(cohort, splits),
+            "augmentations": augmentations, "n_permutations": n_permutations, "controls": list(cohort.controls),
+            **sizes_of(cohort, splits),
         },
     )  # fmt: skip
 
 
 def _control_predictions(train: TargetData, test: TargetData) -> dict[str, pd.DataFrame]:
-    """Predictions from the covariates alone, from the site alone, and from nothing."""
+    """Predictions from the covariates alone, from the site alone, from nothing, and from `Cohort.controls`."""
     predicted, penalty = {}, {"model__C" if train.classes else "model__alpha": 1.0}  # of few features: nearly none
     if len(train.covariates.columns):
         model = fit_target(train.only(train.covariates), "none", 0, penalty)
@@ -303,6 +313,9 @@ def _control_predictions(train: TargetData, test: TargetData) -> dict[str, pd.Da
         there = pd.get_dummies(test.cohort.people["site"], dtype=np.float64)
         there = there.reindex(columns=sites.columns, fill_value=0.0)
         predicted["site_predictor"] = fit_target(train.only(sites), "none", 0, penalty).predict(test.only(there))
+    for name in train.cohort.controls:
+        model = fit_target(replace(train, cohort=train.cohort.control(name)), "none", 0)
+        predicted[name] = model.predict(replace(test, cohort=test.cohort.control(name)))
     ids, frequencies = test.cohort.people[IDS], _frequencies(train)
     mean = ids.assign(predicted=np.average(train.y, weights=train.cohort.weights))
     if train.classes:

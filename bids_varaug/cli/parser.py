@@ -31,13 +31,16 @@ LEVELS = ("participant", "group")
 BRAINAGE_MODELS = ("auto", "ridge", "bayesian_ridge", "svr", "gpr")
 AUGMENTATIONS = ("all", "none", "mean", "members", "analytic", "jitter", "shuffled")
 RELATIVE_TO = ("none", "brain", "intracranial")
+OF_VOLUMES = (
+    "features_table", "relative_to", "asymmetries", "log_volumes", "compare", "output_spaces", "no_brain_age",
+)  # fmt: skip  # flags of the group level that are for volumes
 GIB_PER_UNIT = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 SPACE = "MNI152NLin2009cAsym"
 NOT_IN_CONFIG = ("--help", "--version", "--config-file")
 BOTH_LEVELS = (
     "age_column", "sex_column", "participant_labels", "exclude_participant_labels", "session_labels", "random_seed",
     "skip_bids_validation",
-)  # of flags in the groups of one level
+)  # fmt: skip  # of flags in the groups of one level
 
 
 class Parser(argparse.ArgumentParser):
@@ -206,6 +209,11 @@ def _add_group_level(parser: argparse.ArgumentParser) -> None:
         "jitter and shuffled too (default: %(default)s)")
     add("--cv-folds", type=whole_number(2), metavar="N",
         help="folds of the cross-validation, grouped by participant (default: %(default)s)")
+    add("--features", choices=("volumes", "images"),
+        help="what to predict from: the volumes of structures, or the images as an encoder sees them (default: "
+        "%(default)s)")
+    add("--encoder", type=absolute_path, metavar="DIR",
+        help="with --features images, the folder of the encoder, written by bids_varaug-pretrain")
     add("--features-table", type=existing_file, metavar="TSV",
         help="features from another tool, one row per participant and member")
     add("--relative-to", choices=RELATIVE_TO,
@@ -254,8 +262,24 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     given.covariates = tuple(dict.fromkeys(given.covariates))
     if given.covariates and given.target is None:
         raise UsageError("--covariates needs --target: age is predicted from the features alone.")
+    if given.level == "group":
+        _check_features(parser, given)
     given.compare = tuple(dict.fromkeys(given.compare))
     return Settings(**{field.name: getattr(given, field.name) for field in fields(Settings)})
+
+
+def _check_features(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse --features images without --encoder, the reverse, and with flags that are for volumes."""
+    if (given.features == "images") != (given.encoder is not None):
+        lacking = "--encoder DIR" if given.encoder is None else "--features images"
+        raise UsageError(f"--features images and --encoder DIR belong together: add {lacking}, or leave both out.")
+    of_volumes = [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.dest in OF_VOLUMES and getattr(given, action.dest) != parser.get_default(action.dest)
+    ]
+    if given.encoder is not None and of_volumes:
+        raise UsageError(f"{', '.join(of_volumes)}: not with --features images. Leave one out.")
 
 
 def _without_effect(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[tuple[str, str]]:

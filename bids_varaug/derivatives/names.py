@@ -23,6 +23,8 @@ DESCRIPTIONS_TABLE = "descriptions.tsv"
 OURS = "seg-varaug"
 """Entity of the package's own networks in names; ``Run.segmentation`` takes its place."""
 LOOKUP_TABLE = f"{OURS}_dseg.tsv"
+FEATURES = "desc-encoder_features.tsv"
+"""Ends the name of a table of an image that the group level writes (``--features images``)."""
 GROUP_REPORT = "group_brainage.html"
 QUALITY_REPORT = "group_quality.html"
 MAPS_REPORT = "group_maps.html"
@@ -205,7 +207,7 @@ def logs(output_dir: Path) -> Path:
 # What BIDS has no name for (transforms: only in a draft): some outputs, reports, figures, models; phenotype tables by
 # image. 'figures/' would match a folder's name only, and the validator still look inside.
 _IGNORED = (
-    "*.html", "figures", GROUP_MAPS, "models", "phenotype/changes.*", "phenotype/volumes.*", "*_morph.*", "*_statmap.*",
-    "*_xfm.*",
+    "*.html", "figures", GROUP_MAPS, "models", "phenotype/changes.*", "phenotype/volumes.*", "*_features.*",
+    "*_morph.*", "*_statmap.*", "*_xfm.*",
 )  # fmt: skip
 BIDSIGNORE = "".join(f"{pattern}\n" for pattern in _IGNORED)

@@ -12,7 +12,15 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from bids_varaug.brainage.evaluate import ALPHA, N_BOOTSTRAP, Evaluation, best_augmentation, bootstrap_interval
+from bids_varaug.brainage.evaluate import (
+    ALPHA,
+    CONTROLS,
+    N_BOOTSTRAP,
+    TRIED,
+    Evaluation,
+    best_augmentation,
+    bootstrap_interval,
+)
 from bids_varaug.brainage.outputs import PHENOTYPE_TABLE, phenotype_tables
 from bids_varaug.brainage.target import TargetEvaluation, target_table
 from bids_varaug.derivatives import names
@@ -128,6 +136,7 @@ def evaluation_page(
         best=best,
         scores=evaluation.scores.set_index("augmentation").to_dict("index"),
         gains=_gains(evaluation.gains),
+        controls=evaluation.gains[evaluation.gains["part"].isin(CONTROLS.values())].to_dict("records"),
         coverage=evaluation.settings.get("coverage", 0.9),
         spread={"median": spread.median(), "high": spread.quantile(0.95)} if len(spread) else None,
         at_sites=at_sites,
@@ -227,7 +236,7 @@ def _gains(gains: pd.DataFrame) -> dict[str, Any] | None:
     if not first.keys() & {"averaging", "augmentation"}:
         return None
     row = {part: first.get(part) for part in ("averaging", "augmentation", "structure")}
-    return {**row, "tried": (gains["part"] != "structure").sum()}
+    return {**row, "tried": gains["part"].isin(TRIED).sum()}
 
 
 def _structures(numerics: pd.DataFrame | None) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ LOOKS = {  # colour, marker and line of each augmentation and baseline
     "analytic": (GREEN, "^", "-"),
     "jitter": (PURPLE, "v", ":"),
     "shuffled": (ORANGE, "P", ":"),
+    "ridge": (BLACK, "X", ":"),
 }
 PIPELINE_LOOKS = ((VERMILLION, "D"), (GREEN, "^"), (PURPLE, "s"))
 BAND = "#f5f6f8"

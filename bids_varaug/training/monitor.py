@@ -43,8 +43,8 @@ class TrainingMonitor:
     member: str | None = field(default=None, init=False)
     bar: tqdm | None = field(default=None, init=False)
 
-    def on_step(self, member: str, report: StepReport, network: UNet) -> None:
-        """Note one step; evaluate on the real images when it is time, and at the end."""
+    def on_step(self, member: str, report: StepReport, network: UNet | None = None) -> None:
+        """Note one step; evaluate a segmenting network on the real images when it is time, and at the end."""
         if self.bar is None or member != self.member:
             self.close()
             self.member = member
@@ -55,6 +55,7 @@ class TrainingMonitor:
         scores = {
             image.t1w.name.split("_T1w")[0]: np.nanmean(self.real_image_dice(network, image))
             for image in (self.images if is_time else ())
+            if network is not None
         }
         dice = f"{np.mean(list(scores.values())):.4f}" if scores else "n/a"
         row = {

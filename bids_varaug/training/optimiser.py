@@ -153,6 +153,7 @@ class Optimiser:
             tensors[f"weight/{name}"] = parameter.detach()
             # None for weights that have not moved yet; those that a stage leaves alone count fewer steps than the run.
             tensors |= {f"{key}/{name}": value.clone() for key, value in state.items()}
+        tensors |= {f"buffer/{name}": value for name, value in self.network.named_buffers()}
         write_tensors(path, tensors, {"step": str(step), "fingerprint": fingerprint})
 
     def load(self, path: Path, fingerprint: str) -> int:
@@ -180,6 +181,8 @@ class Optimiser:
                         value = tensors[f"{key}/{name}"]
                         # Moments in the parameter's memory layout: the update runs over the elements in that order.
                         state[key] = torch.empty_like(value if key == "step" else parameter).copy_(value)
+                for name, buffer in self.network.named_buffers():
+                    buffer.copy_(tensors[f"buffer/{name}"])
             return int(metadata["step"])
         except (SafetensorError, KeyError) as error:
             raise UserError(f"{path}: damaged checkpoint ({error}). Delete it to train this part again.") from error

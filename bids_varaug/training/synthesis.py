@@ -73,6 +73,9 @@ class _Random:
 class SyntheticImageGenerator:
     """Draws images; holds the label scheme as tensors on one device."""
 
+    off_centre_share = 0.1  # of the windows, which are anywhere in the head
+    displacement = 16.0  # mm along each axis, at most: of the other windows from the middle of the brain
+
     def __init__(self, scheme: LabelScheme, settings: SynthesisSettings, device: str = "cpu"):
         self.settings = settings
         self.device = torch.device(device)
@@ -90,11 +93,7 @@ class SyntheticImageGenerator:
         Both fill a window of `shape` voxels of `voxel_size` mm; `subject` is on the same device.
         """
         rng = _Random(seed, self.device, voxel_size)
-        points = self._sample_points(subject, shape, rng)
-        flipped = rng.chance(0.5)
-        classes = _nearest(subject.classes, points)
-        if flipped:
-            classes = self.mirror[classes.flip(0).long()]
+        classes, points, flipped = self._draw_classes(subject, shape, rng)
         if subject.t1w is not None and rng.chance(self.settings.real_share):
             image = _linear(subject.t1w, points)
             image = image.flip(0) if flipped else image
@@ -103,9 +102,35 @@ class SyntheticImageGenerator:
             if thin_share and rng.chance(thin_share):
                 self._thin_ventricles(classes, rng)
             image = self._paint(classes, rng)
-        image = self._strip(image, classes, rng)
-        image = self._degrade(image, rng)
-        return normalise_intensity(image), self.targets[classes.long()]
+        return self._finish(image, classes, rng), self.targets[classes.long()]
+
+    def draw_targets(
+        self, subject: TrainingSubject, shape: tuple[int, int, int], voxel_size: float, seed: int
+    ) -> torch.Tensor:
+        """Return the classes of `draw_contrasts` alone."""
+        classes, _, _ = self._draw_classes(subject, shape, _Random(seed, self.device, voxel_size))
+        return self.targets[classes.long()]
+
+    def draw_contrasts(
+        self, subject: TrainingSubject, shape: tuple[int, int, int], voxel_size: float, seed: int, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `n` synthetic images (n, *shape) of one anatomy, each as `draw` gives it, and its classes."""
+        rng = _Random(seed, self.device, voxel_size)
+        classes, _, _ = self._draw_classes(subject, shape, rng)
+        images = [self._finish(self._paint(classes, rng), classes, rng) for _ in range(n)]
+        return torch.stack(images), self.targets[classes.long()]
+
+    def _draw_classes(
+        self, subject: TrainingSubject, shape: Sequence[int], rng: _Random
+    ) -> tuple[torch.Tensor, list[torch.Tensor], bool]:
+        """Return generation classes, where in the head each voxel is taken from, and whether sides were swapped."""
+        points = self._sample_points(subject, shape, rng)
+        flipped = rng.chance(0.5)
+        classes = _nearest(subject.classes, points)
+        return (self.mirror[classes.flip(0).long()] if flipped else classes), points, flipped
+
+    def _finish(self, image: torch.Tensor, classes: torch.Tensor, rng: _Random) -> torch.Tensor:
+        return normalise_intensity(self._degrade(self._strip(image, classes, rng), rng))
 
     def _is(self, tissue: str, classes: torch.Tensor) -> torch.Tensor:
         return (self.tissue == TISSUES.index(tissue))[classes.long()]
@@ -143,9 +168,9 @@ class SyntheticImageGenerator:
         sides = torch.tensor(subject.classes.shape, device=self.device, dtype=torch.float32)
         brain = (self.targets[subject.classes[::8, ::8, ::8].long()] > 0).nonzero().float() * 8
         middle = (brain.amin(0) + brain.amax(0)) / 2
-        if rng.chance(0.1):
+        if rng.chance(self.off_centre_share):
             return rng.uniform(0.25, 0.75, (3,)) * sides
-        return middle + rng.uniform(-1.0, 1.0, (3,)) * 16.0
+        return middle + rng.uniform(-1.0, 1.0, (3,)) * self.displacement
 
     def _thin_ventricles(self, classes: torch.Tensor, rng: _Random) -> None:
         """Give the outer voxels of ventricles to what lies beside them, on some sides, in patches.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -37,11 +37,15 @@ from bids_varaug.inputs.freesurfer import read_minimum_dice_csv
 from bids_varaug.inputs.matching import look_up_people, match_people
 from bids_varaug.inputs.participants import NOBODY, People, read_people
 from bids_varaug.inputs.tables import TableError, by_reason, find_column, participants_where, read_variables, some
+from bids_varaug.machine import resolve_device, use_threads
 from bids_varaug.models.ensemble import sha256_of
 from bids_varaug.reports.group import ComparedPipeline, applied_page, evaluation_page, load_page, target_page
 from bids_varaug.settings import Settings
 from bids_varaug.workflows.group_maps import write_group_maps
 from bids_varaug.workflows.quality import note, run_info, write_quality
+
+if TYPE_CHECKING:  # torch
+    from bids_varaug.models.encoders import EncoderEnsemble
 
 MODEL = "models/brainage.skops"
 
@@ -61,14 +65,21 @@ def run_group(settings: Settings) -> Path | None:
     if settings.no_brain_age and (settings.features_table or settings.apply_model):
         raise UsageError("--no-brain-age: nothing is left to do with --features-table or --apply-model. Leave one out.")
     model = None if settings.apply_model is None else load_model(settings.apply_model)
+    encoders = _load_encoders(settings, model)
+    checks_volumes = model is None and settings.features_table is None and encoders is None
     everybody, people, notes = _read(settings, model)
     volumes = everybody = _select(everybody, people, settings, notes)
     no_brain_age = None
-    if settings.target is None and people is not None and model is None and settings.features_table is None:
+    if settings.target is None and people is not None and checks_volumes:
         no_brain_age, volumes = _with_ages(settings, everybody, people)
     without_ages = [f"Brain age is not predicted: {no_brain_age}"] if no_brain_age else []
     how = _how_made(settings, model)
     cohort = _derive(volumes, how)
+    if not settings.dry_run:
+        write_group_dataset_files(settings.bids_dir, settings.output_dir)
+        if encoders is not None:
+            cohort, volumes = _encode_images(settings, volumes, encoders, model)
+            cohort = _derive(cohort, how)
     notes += [
         f"--{name.replace('_', '-')} has no effect: the model makes its features as it was fitted."
         for name, value in how.items()
@@ -81,13 +92,15 @@ def run_group(settings: Settings) -> Path | None:
         if settings.target is not None and model is None:
             _target_data(settings, cohort, volumes, people)
         n_people = cohort.people["participant_id"].nunique()
+        n_features, n_members = len(cohort.names), len(cohort.member_ids)
+        if encoders is not None:
+            n_features, n_members = encoders.n_features, sum(not member.is_baseline for member in encoders.members)
         print(
-            f"{len(cohort)} image(s) of {n_people} participant(s), {len(cohort.names)} features by "
-            f"{len(cohort.member_ids)} perturbed member(s)"
+            f"{len(cohort)} image(s) of {n_people} participant(s), {n_features} features by {n_members} perturbed "
+            "member(s)"
         )
         return None
-    write_group_dataset_files(settings.bids_dir, settings.output_dir)
-    if settings.features_table is None and model is None:
+    if checks_volumes:
         page = write_quality(settings, everybody, [*notes, *without_ages])
         if settings.output_spaces:
             print(f"Group maps: open {write_group_maps(settings, everybody, notes)}.", file=sys.stderr)
@@ -101,6 +114,42 @@ def run_group(settings: Settings) -> Path | None:
     if model is not None:
         return _apply(settings, model, cohort, notes)
     return _score(settings, cohort, volumes, notes)
+
+
+def _load_encoders(settings: Settings, model: BrainAgeModel | TargetModel | None) -> EncoderEnsemble | None:
+    """Encoder of the images, if features are theirs; an error for another one than that of the model."""
+    trained_on = {} if model is None else model.source
+    made_of_images = trained_on.get("kind") == "images"
+    if settings.encoder is None and made_of_images:
+        raise UsageError(
+            f"{settings.apply_model}: fitted to features of images by the encoder {trained_on.get('encoder')}. Add "
+            "--features images and the folder of that encoder: --encoder DIR."
+        )
+    if settings.encoder is None:
+        return None
+    if model is not None and not made_of_images:
+        raise UsageError(f"{settings.apply_model}: not fitted to features of images. Leave out --features images.")
+    from bids_varaug.brainage.images import check_encoder
+    from bids_varaug.models.encoders import load_encoders
+
+    encoders = load_encoders(settings.encoder)
+    if model is not None:
+        check_encoder(trained_on, encoders)
+    return encoders
+
+
+def _encode_images(
+    settings: Settings, volumes: Cohort, encoders: EncoderEnsemble, model: BrainAgeModel | TargetModel | None
+) -> tuple[Cohort, Cohort]:
+    """Features of the images that volumes are of, and the volumes of those that have features."""
+    from bids_varaug.brainage.images import gather_images
+
+    use_threads(settings.omp_nthreads)
+    return gather_images(
+        settings.bids_dir, settings.output_dir, volumes, encoders, device=resolve_device(settings.device),
+        features=None if model is None else model.source.get("measured", model.names),
+        progress=partial(tqdm, desc="Encoding images", unit="image", disable=None),
+    )  # fmt: skip
 
 
 def _rewrite_pages(settings: Settings) -> Path | None:
@@ -254,9 +303,10 @@ def _variables(settings: Settings, cohort: Cohort, people: People | None) -> pd.
 def _read(settings: Settings, model: BrainAgeModel | TargetModel | None) -> tuple[Cohort, People | None, list[str]]:
     """Volumes, or features of a table, with age, sex and site; the people; and what to note about them."""
     columns = {name: getattr(settings, name) for name in ("age_column", "sex_column", "site_column")}
-    needs_age = model is None and settings.features_table is not None and settings.target is None
+    has_own = settings.features_table is not None or settings.encoder is not None  # features, volumes are not checked
+    needs_age = model is None and has_own and settings.target is None
     asked: dict[str, Any] = {"require_age": needs_age}
-    if model is not None:
+    if model is not None and settings.encoder is None:
         asked["features"] = model.source.get("measured", model.names)
     people, read_notes = None, list[str]()  # a table of features may have its own
     if settings.features_table is None:
@@ -320,7 +370,8 @@ def _how_made(settings: Settings, model: BrainAgeModel | TargetModel | None) -> 
     if model is not None:
         return {name: model.source.get(name, default) for name, default in how.items()}
     how = {name: getattr(settings, name) for name in how}
-    return how | {"relative_to": how["relative_to"] or ("none" if settings.features_table else "brain")}
+    has_own = settings.features_table is not None or settings.encoder is not None
+    return how | {"relative_to": how["relative_to"] or ("none" if has_own else "brain")}
 
 
 def _derive(cohort: Cohort, how: Mapping[str, Any]) -> Cohort:
@@ -337,7 +388,7 @@ def _apply(settings: Settings, model: BrainAgeModel, cohort: Cohort, notes: list
     tables = outputs.phenotype_tables(predicted)
     _note(notes, [*predicted.attrs["notes"], *outputs.remark_ages(tables[outputs.PHENOTYPE_TABLE])])
     _write_tables(settings, tables, outputs.applied_sidecar(model, notes))
-    trained_on = ("table", "ensemble", "ensemble_version", "bids_varaug", "members")
+    trained_on = ("table", "ensemble", "ensemble_version", "bids_varaug", "members", "encoder")
     described = _describe_file(settings) | {
         **model.chosen,
         "augmentation": model.augmentation,
@@ -366,7 +417,7 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]
     for name, table in tables.items():
         if table is not None:
             write_table(table, path.with_name(f"brainage_{name}.tsv"))
-    if volumes.members is not None:
+    if volumes.members is not None and settings.encoder is None:
         path = settings.output_dir / variability.COVARIANCE_TABLE
         write_table(variability.numerical_covariance(volumes), path)
         write_json(outputs.covariance_sidecar(volumes), path.with_suffix(".json"))
@@ -383,7 +434,7 @@ def _score(settings: Settings, cohort: Cohort, volumes: Cohort, notes: list[str]
 
 def _numerics(settings: Settings, cohort: Cohort) -> tuple[pd.DataFrame | None, list[ComparedPipeline]]:
     """Numerical against anatomical spread of each feature; of other pipelines beside it."""
-    if cohort.members is None:
+    if cohort.members is None or settings.encoder is not None:
         return None, []
     known: dict[str, dict[str, float]] = {}
     if settings.features_table is None:
@@ -416,12 +467,15 @@ def _write_tables(settings: Settings, tables: Mapping[str, pd.DataFrame], sideca
 
 
 def _features_text(settings: Settings, cohort: Cohort) -> str:
-    unit = f" [{cohort.unit}]" if cohort.unit else ""
+    source, unit = cohort.source, f" [{cohort.unit}]" if cohort.unit else ""
+    if settings.encoder is not None:
+        learnt = "not trained" if source["objective"] == "none" else f"pre-trained on {source['objective']}"
+        return f"{len(cohort.names)} features of an encoder of brain images ({source['architecture']}, {learnt})"
     what = "a table of" if settings.features_table else "volumes of"
     text = f"{what} {len(cohort.names)} features{unit}"
-    if cohort.source["relative_to"] != "none":
-        text += f", divided by {cohort.source['relative_to']} volume"
-    return text + (", volumes as natural logarithms" if cohort.source["log_volumes"] else "")
+    if source["relative_to"] != "none":
+        text += f", divided by {source['relative_to']} volume"
+    return text + (", volumes as natural logarithms" if source["log_volumes"] else "")
 
 
 def _report_name(target: str | None) -> str:

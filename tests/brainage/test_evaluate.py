@@ -72,6 +72,22 @@ def test_ages_that_differ_by_site_are_predicted_from_the_site():
     assert mae["site_predictor"] < 0.4 * mae["mean_predictor"]
 
 
+def test_features_are_compared_with_controls_in_the_same_folds_and_at_the_same_sites():
+    cohort = simulated_cohort(n=60, n_members=0, n_sites=3)
+    noise = np.random.default_rng(2).normal(0, 1, (60, 9))
+    cohort = replace(cohort, controls={"volumes": noise, "untrained": cohort.baseline[:, ::-1]})
+    study = evaluate_brain_age(cohort, model="svr", curve_sizes=(), **QUICK | {"gain_repeats": 2})
+    scores = study.scores.set_index("augmentation")["mae"]
+    assert list(scores.index) == ["none", "mean_predictor", "site_predictor", "ridge", "volumes", "untrained"]
+    assert scores["ridge"] == pytest.approx(scores["untrained"])  # the same features in another order
+    gains = study.gains.set_index("part")
+    assert list(gains.index) == ["images", "pre-training"] and list(gains["augmentation"]) == ["ridge", "ridge"]
+    assert gains.loc["images", "low"] > 0 and gains.loc["images", "effect"] == "helps"
+    assert gains.loc["pre-training", "gain"] == 0 and gains.loc["pre-training", "effect"] == "unclear"
+    assert (study.sites["mae_volumes"] > study.sites["mae_ridge"]).all()
+    assert study.settings["gain_repeats"] == 2 and study.settings["controls"] == ["volumes", "untrained"]
+
+
 def test_bias_is_corrected_and_coverage_near_what_is_promised(study):
     scores = study.scores.set_index("augmentation").loc[list(AUGMENTATIONS)]
     assert (scores["bias_slope_corrected"].abs() < 0.15).all()
@@ -208,9 +224,7 @@ def test_predictions_that_tell_nothing_have_no_reliability():
 
 def test_icc_is_that_of_shrout_and_fleiss():
     # Table 2 of the paper: 6 targets, 4 judges, ICC(3,1) = 0.71.
-    table = np.array(
-        [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float
-    )
+    table = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)
     found = intraclass_correlation(table.ravel(), np.repeat(np.arange(6), 4))
     assert found["icc"] == pytest.approx(0.715, abs=0.001)
     assert found["low"] < 0.4 and found["high"] > 0.9

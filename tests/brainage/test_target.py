@@ -97,6 +97,17 @@ def test_numbers_are_predicted_with_every_augmentation_but_the_closed_form(cohor
     assert evaluation.p_value == pytest.approx(1 / 20)
 
 
+def test_features_are_compared_with_controls(cohort):
+    noise = np.random.default_rng(2).normal(0, 1, (len(cohort), 9))
+    controls = {"volumes": noise, "untrained": cohort.baseline}
+    data = prepare_target(replace(cohort, controls=controls), "stage", thirds(cohort), no_covariates(cohort), 5)
+    evaluation = evaluate_target(data, augmentations=("none",), **QUICK)
+    gains = evaluation.gains.set_index("part")
+    assert gains.loc["images", "against"] == "volumes" and gains.loc["images", "effect"] == "helps"
+    assert gains.loc["pre-training", "gain"] == 0  # the same features
+    assert score(evaluation, "volumes", "auc")["value"] < 0.65 < score(evaluation, "none", "auc", "sites")["value"]
+
+
 def test_chance_is_an_answer(cohort):
     dealt = pd.Series(np.random.default_rng(3).permutation(["a", "b"] * 45))
     data = prepare_target(cohort, "dealt", dealt, no_covariates(cohort), 5)

@@ -54,7 +54,7 @@ def test_image_and_table_of_one_name_share_the_sidecar(request_):
 
 def test_bidsignore_lists_figures_without_slash():
     by_image = ["phenotype/changes.*", "phenotype/volumes.*"]
-    images = ["*_morph.*", "*_statmap.*", "*_xfm.*"]
+    images = ["*_features.*", "*_morph.*", "*_statmap.*", "*_xfm.*"]
     assert names.BIDSIGNORE.split() == ["*.html", "figures", "group_maps", "models", *by_image, *images]
 
 
