@@ -95,12 +95,12 @@ def _perturb(argv: Sequence[str] | None) -> ExitCode:
     outcomes = run_perturbed(request, given.n, given.output_dir, library, given.nprocs or available_processors())
     failed = [outcome.name for outcome in outcomes if not outcome.done]
     summary = summarise(outcomes)
-    print(
-        f"{summary['n']} of {given.n} runs with noise succeeded, {summary['calls']:,} calls of libm, "
-        f"{summary['slowdown']:.2f} times the processor time of the run without noise. Next: bids_varaug-compare "
-        f"{given.output_dir} -o {given.output_dir}_compared",
-        file=sys.stderr,
-    )
+    told = f"{summary['n']} of {given.n} runs with noise succeeded, {summary['calls']:,} calls of libm"
+    if outcomes[0].done and summary["n"]:
+        told += f", {summary['slowdown']:.2f} times the processor time of the run without noise"
+    if summary["n"] > 1:
+        told += f". Next: bids_varaug-compare {given.output_dir} -o {given.output_dir}_compared"
+    print(f"{told}.", file=sys.stderr)
     if failed:
         print(f"ERROR: failed: {', '.join(failed)}. The same command runs these again.", file=sys.stderr)
         return ExitCode.SUBJECT_FAILED
