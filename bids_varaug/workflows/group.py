@@ -469,7 +469,8 @@ def _write_tables(settings: Settings, tables: Mapping[str, pd.DataFrame], sideca
 def _features_text(settings: Settings, cohort: Cohort) -> str:
     source, unit = cohort.source, f" [{cohort.unit}]" if cohort.unit else ""
     if settings.encoder is not None:
-        learnt = "not trained" if source["objective"] == "none" else f"pre-trained on {source['objective']}"
+        own = source["objective"] == "segmentation-encoder"
+        learnt = "of the segmentation networks" if own else f"pre-trained on {source['objective']}"
         return f"{len(cohort.names)} features of an encoder of brain images ({source['architecture']}, {learnt})"
     what = "a table of" if settings.features_table else "volumes of"
     text = f"{what} {len(cohort.names)} features{unit}"
