@@ -25,7 +25,7 @@ from bids_varaug.derivatives import names
 from bids_varaug.derivatives.io import ENDING, write_table
 from bids_varaug.derivatives.provenance import SETTINGS_KEY
 from bids_varaug.derivatives.sidecars import TOOL
-from bids_varaug.errors import ScanError
+from bids_varaug.errors import EnsembleError, ScanError
 from bids_varaug.files import write_json
 from bids_varaug.images.conform import Box, conform, extract
 from bids_varaug.images.intensity import normalise_intensity
@@ -38,7 +38,7 @@ from bids_varaug.models.encoders import (
     build_encoder,
     load_encoder,
 )
-from bids_varaug.models.ensemble import sha256_of
+from bids_varaug.models.ensemble import BASELINE, sha256_of
 
 KIND = "images"
 RAW = "bids:raw:"
@@ -59,8 +59,13 @@ def gather_images(
     `features` are as of `assemble`; `progress` wraps the observations, such as ``tqdm``. The `source` of the cohort
     (JSON types) has "kind" ("images"), "encoder", "architecture", "objective" (of the pre-training), "bids_varaug" (its
     version), "sloppy" (of the segmentation), "sha256" by member; and what `assemble` adds. Raises `EnsembleError` for
-    weights that cannot be used, and as `assemble` and `replacing`.
+    weights that cannot be used or members that were not compared, and as `assemble` and `replacing`.
     """
+    if not encoders.is_aligned:
+        raise EnsembleError(
+            f"{encoders.directory}: the features of its members were not brought to those of {BASELINE}. Run "
+            f"bids_varaug-pretrain again on this folder, with {BASELINE} among --members and without --member-index."
+        )
     encode, rows, left_out = _Encode(encoders, device), {}, dict(volumes.left_out)
     for row, who in progress(list(enumerate(volumes.people.itertuples(index=False)))):
         folder = output_dir.joinpath(*[part for part in (who.participant_id, who.session_id) if part], "anat")
@@ -76,7 +81,7 @@ def gather_images(
     present = np.ones((len(rows), len(members)), bool)
     source = {
         "kind": KIND, "encoder": encoders.name, "architecture": encoders.architecture, "objective": encoders.objective,
-        "bids_varaug": __version__, "sloppy": bool(volumes.source.get("sloppy")), "sha256": _digests(encoders),
+        "bids_varaug": __version__, "sloppy": bool(volumes.source.get("sloppy")), "sha256": encoders.digests,
     }  # fmt: skip
     found = Gathered(volumes.people, values[:, :-1], present, members, labels, left_out, {})
     cohort = assemble(found, source, "", features=features, require_age=False)
@@ -88,7 +93,7 @@ def gather_images(
 
 def check_encoder(trained_on: Mapping[str, Any], encoders: EncoderEnsemble) -> None:
     """Refuse another encoder than that of a model with this `source`, by the SHA-256 of the members that both have."""
-    theirs, ours = trained_on.get("sha256") or {}, _digests(encoders)
+    theirs, ours = trained_on.get("sha256") or {}, encoders.digests
     shared = theirs.keys() & ours.keys()
     if not shared or any(theirs[member] != ours[member] for member in shared):
         raise ModelError(
@@ -153,7 +158,7 @@ def _features(bids_dir: Path, folder: Path, observation: str, encode: _Encode) -
         "random weights",
         "Sources": [f"{RAW}{source}"],
         "GeneratedBy": [{"Name": TOOL, "Version": __version__}],
-        "Encoder": {"Name": encoders.name, "Architecture": encoders.architecture, "SHA256": _digests(encoders)},
+        "Encoder": {"Name": encoders.name, "Architecture": encoders.architecture, "SHA256": encoders.digests},
         "BrainMaskSHA256": sha256_of(mask),
     }
     if not _is_current(table, content):
@@ -181,7 +186,3 @@ def _is_current(table: Path, content: Mapping[str, Any]) -> bool:
         return json.loads(table.with_suffix(".json").read_bytes()) == {**content, "TableSHA256": sha256_of(table)}
     except (OSError, ValueError):
         return False
-
-
-def _digests(encoders: EncoderEnsemble) -> dict[str, str]:
-    return {member.id: member.sha256 for member in encoders.members}

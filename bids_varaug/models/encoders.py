@@ -142,20 +142,18 @@ ARCHITECTURES = {
 class Encoder(nn.Module):
     """An architecture with a linear layer on top, if any, which predicts what it is pre-trained on.
 
-    Networks that were trained apart put the same property of an image into different features. `align` is the linear
-    map that brings a member's features closest to those of the baseline; the identity, unless `train` fitted it.
+    Networks that were trained apart put the same property of an image into different features. `alignment`, weight
+    (F, F) and bias (F,), is the linear map that brings a member's features closest to those of the baseline; None where
+    nobody fitted it.
     """
 
-    align_weight: torch.Tensor  # (F, F)
-    align_bias: torch.Tensor  # (F,)
+    alignment: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, architecture: str, n_outputs: int):
         super().__init__()
         chosen = ARCHITECTURES[architecture]
         self.body = chosen.build()
         self.head = nn.Linear(chosen.n_features, n_outputs) if n_outputs else nn.Identity()
-        self.register_buffer("align_weight", torch.eye(chosen.n_features))
-        self.register_buffer("align_bias", torch.zeros(chosen.n_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1, X, Y, Z) float32 -> (B, n_outputs)."""
@@ -163,7 +161,8 @@ class Encoder(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1, X, Y, Z) float32 -> (B, F), of all members of an `EncoderEnsemble` in the same coordinates."""
-        return F.linear(self.body(x), self.align_weight, self.align_bias)
+        found = self.body(x)
+        return found if self.alignment is None else F.linear(found, *self.alignment)
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,21 @@ class EncoderEnsemble:
         """Number of features of an image."""
         return ARCHITECTURES[self.architecture].n_features
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the features of all members are in the same coordinates."""
+        compared = self.training.get("comparison", {}).get("members", {})
+        return len(self.members) == 1 or ("alignment" in self.digests and all(m.id in compared for m in self.members))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what decides the features: the weights by member, and the file of `save_alignment`."""
+        aligned = self.training.get("comparison", {}).get("alignment_sha256")
+        return {m.id: m.sha256 for m in self.members} | ({"alignment": aligned} if aligned else {})
+
 
 KIND = "encoder"
+ALIGNMENT = "alignment.safetensors"
 
 
 def load_encoders(directory: Path) -> EncoderEnsemble:
@@ -216,16 +228,34 @@ def save_encoder(encoder: Encoder, path: Path) -> str:
     return sha256_of(path)
 
 
+def save_alignment(maps: Mapping[str, tuple[torch.Tensor, torch.Tensor]], directory: Path) -> str:
+    """Write the alignments of members by id, and return the file's SHA-256."""
+    tensors = {f"{name}/{part}": t.float() for name, pair in maps.items() for part, t in zip(_PARTS, pair, strict=True)}
+    write_tensors(directory / ALIGNMENT, tensors)
+    return sha256_of(directory / ALIGNMENT)
+
+
+_PARTS = ("weight", "bias")
+
+
 def load_encoder(ensemble: EncoderEnsemble, member: Member, device: str = "cpu") -> Encoder:
     """Build a member in float32, in evaluation mode; an `EnsembleError` if its weights cannot be used."""
-    path = ensemble.directory / member.file
-    if path.name != member.file or not path.is_file() or sha256_of(path) != member.sha256:
-        raise EnsembleError(f"{path}: weights of {member.id} are missing or damaged. Copy the folder again.")
+    path, aligned = ensemble.directory / member.file, ensemble.directory / ALIGNMENT
+    wanted = {path: member.sha256}
+    if "alignment" in ensemble.digests:
+        wanted[aligned] = ensemble.digests["alignment"]
+    for file, digest in wanted.items():
+        if file.parent != ensemble.directory or not file.is_file() or sha256_of(file) != digest:
+            raise EnsembleError(f"{file}: missing, or not as the manifest says. Copy the folder again.")
     encoder = build_encoder(ensemble.architecture, len(ensemble.outputs))
     try:
         encoder.load_state_dict(load_file(path))  # which turns float16 into float32
     except (SafetensorError, RuntimeError) as error:
         raise EnsembleError(f"{path}: weights do not fit the manifest's architecture: {error}") from None
+    if aligned in wanted:
+        maps = load_file(aligned, device)
+        if f"{member.id}/weight" in maps:
+            encoder.alignment = maps[f"{member.id}/weight"], maps[f"{member.id}/bias"]
     return encoder.to(device).eval().requires_grad_(False)
 
 

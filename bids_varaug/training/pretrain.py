@@ -34,6 +34,7 @@ from bids_varaug.models.encoders import (
     copy_segmenter,
     load_encoder,
     load_encoders,
+    save_alignment,
     save_encoder,
     start_from,
     write_encoders,
@@ -229,11 +230,11 @@ class Pretrainer:
             drawn, targets = generator.draw_contrasts(subject, SHAPE, VOXEL_SIZE, _TEST_SEED + n, 1)
             images.append(drawn)
             truth.append(scale.of(targets))
-        changed: list[Member] = []
+        maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         scores: dict[str, dict[str, float]] = {}
         y: np.ndarray | None = None  # features of the baseline
         for member in sorted(ensemble.members, key=lambda m: not m.is_baseline):
-            encoder = load_encoder(ensemble, member, self.device)
+            encoder = load_encoder(replace(ensemble, training={}), member, self.device)  # without an earlier alignment
             with torch.inference_mode():
                 features = torch.cat([encoder.body(image[None]) for image in images])
                 predicted = encoder.head(features).cpu().numpy()
@@ -249,14 +250,11 @@ class Pretrainer:
                 apart = RidgeCV(ALPHAS).fit(x[:half], y[:half]).predict(x[half:])
                 scores[member.id]["features_r2"] = float(r2_score(y[half:], apart, multioutput="variance_weighted"))
                 ridge = RidgeCV(ALPHAS).fit(x, y)
-                encoder.align_weight.copy_(torch.from_numpy(ridge.coef_))
-                encoder.align_bias.copy_(torch.from_numpy(ridge.intercept_))
-                sha256 = save_encoder(encoder, ensemble.directory / member.file)
-                changed.append(replace(member, sha256=sha256))
-        ids = {member.id for member in changed}
-        after = [*changed, *(member for member in ensemble.members if member.id not in ids)]
-        comparison = {"weights": _digest(after), "n_images": N_TESTS, "members": scores}
-        return self._add(ensemble.name, changed, {"comparison": comparison})
+                maps[member.id] = torch.from_numpy(ridge.coef_), torch.from_numpy(ridge.intercept_)
+        comparison = {"weights": _digest(ensemble.members), "n_images": N_TESTS, "members": scores}
+        if maps:
+            comparison["alignment_sha256"] = save_alignment(maps, self.directory)
+        return self._add(ensemble.name, [], {"comparison": comparison})
 
     def _lock(self, name: str) -> AbstractContextManager[bool]:
         return file_lock(self.directory / "checkpoints" / f"{name}.lock")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bids_varaug.derivatives.io import ENDING
-from bids_varaug.models.encoders import EncoderEnsemble, build_encoder, save_encoder, write_encoders
+from bids_varaug.models.encoders import EncoderEnsemble, build_encoder, save_alignment, save_encoder, write_encoders
 from bids_varaug.models.ensemble import Member
 
 SHAPE = (48, 56, 48)
@@ -28,7 +28,10 @@ def write_encoder(folder: Path, ids=MEMBERS, seed: int = 1, n_outputs: int = 2) 
                 parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=rng))
         sha = save_encoder(encoder, folder / f"{name}.safetensors")
         members.append(Member(name, name.rstrip("0123456789"), number, None, f"{name}.safetensors", sha))
-    write_encoders(EncoderEnsemble("small", folder, "sfcn", "volumes", ("a", "b"), tuple(members), {}))
+    maps = {name: (torch.eye(64), torch.zeros(64)) for name in ids[1:]}  # they are alike as they are
+    compared = {"alignment_sha256": save_alignment(maps, folder), "members": {name: {} for name in ids}}
+    training = {"comparison": compared}
+    write_encoders(EncoderEnsemble("small", folder, "sfcn", "volumes", ("a", "b"), tuple(members), training))
     return folder
 
 

@@ -115,7 +115,20 @@ def test_features_are_made_again_only_where_something_changed(dataset, encoder, 
     other, _ = gather(dataset, write_encoder(tmp_path / "other", seed=2))
     assert seen == ["sub-01", "sub-02", "sub-03"] and not np.allclose(other.baseline[0, 0], first.baseline[0, 0])
     sidecar = json.loads(tables[0].with_suffix(".json").read_text())
-    assert set(sidecar["Encoder"]["SHA256"]) == set(MEMBERS)
+    assert set(sidecar["Encoder"]["SHA256"]) == {*MEMBERS, "alignment"}
+
+
+def test_members_that_were_not_compared_are_refused(dataset, encoder):
+    """Their features would be taken for the same ones."""
+    path = encoder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"training": {}}))
+    with pytest.raises(EnsembleError, match="were not brought to those of ieee"):
+        gather(dataset, encoder)
+    path.write_text(json.dumps(manifest))
+    (encoder / "alignment.safetensors").unlink()
+    with pytest.raises(EnsembleError, match=r"alignment\.safetensors: missing"):
+        gather(dataset, encoder)
 
 
 def test_an_interrupted_run_keeps_what_it_made(dataset, encoder, monkeypatch):
@@ -167,7 +180,7 @@ def test_masks_that_do_not_fit_are_refused(dataset, mask, message):
 
 def test_damaged_weights_are_refused(dataset, encoder):
     (encoder / "mca02.safetensors").write_bytes(b"damaged")
-    with pytest.raises(EnsembleError, match="mca02 are missing or damaged"):
+    with pytest.raises(EnsembleError, match=r"mca02\.safetensors: missing, or not as the manifest says"):
         gather(dataset, encoder)
     assert not list(dataset[1].rglob("*_features.*"))
 

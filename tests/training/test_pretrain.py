@@ -21,6 +21,7 @@ SIDE = 32  # the least that SFCN takes
 def small(monkeypatch):
     for name, value in {"SHAPE": (SIDE,) * 3, "N_SCALE": 4, "N_TESTS": 8}.items():
         monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(pretrain.BrainGenerator, "displacement", 4.0)  # as the window is small
 
 
 @pytest.fixture
@@ -110,6 +111,11 @@ def test_features_of_members_are_brought_to_those_of_the_baseline(make_trainer, 
     before = {path: path.read_bytes() for path in trainer.directory.glob("*.*")}
     trainer.compare_members(load_encoders(trainer.directory), [subject])
     assert before == {path: path.read_bytes() for path in trainer.directory.glob("*.*")}
+    # Killed between the alignment and the manifest, with a member more
+    more = trainer.train_encoders("e", ["ieee", "seed01", "seed02"])
+    assert not more.is_aligned
+    (trainer.directory / "alignment.safetensors").write_bytes(b"of the killed run")
+    assert trainer.compare_members(more, [subject]).is_aligned
 
 
 def test_members_of_another_recipe_are_refused(make_trainer):
