@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -48,7 +49,7 @@ CODE = {
     + "found = ants.atropos(a=image, x=mask, i='KMeans[3]', m='[0.2,1x1x1]', c='[5,0]'); "
     + "ants.image_write(found['segmentation'], sys.argv[3] + '/tissue_dseg.nii.gz')",
     "ants-syn": PREPARE
-    + "found = ants.registration(fixed, image, 'SyN', random_seed=1, outprefix=sys.argv[3] + '/syn_'); "
+    + "found = ants.registration(fixed, image, 'SyN', outprefix=sys.argv[3] + '/syn_'); "
     + "ants.image_write(found['warpedmovout'], sys.argv[3] + '/warped.nii.gz'); "
     + "labels = ants.apply_transforms(image, ants.image_read(sys.argv[4]), found['invtransforms'], 'genericLabel'); "
     + "ants.image_write(labels, sys.argv[3] + '/aseg31_dseg.nii.gz')",
@@ -111,6 +112,7 @@ def prepare(source: Path, folder: Path) -> Path:
 
 def run(options: argparse.Namespace) -> None:
     """Run every program on every head."""
+    os.environ["ANTS_RANDOM_SEED"] = "1"  # its own argument for that has no effect on what ANTs samples
     out = options.out
     template = prepare(options.template, out / "input")
     for program in options.programs:

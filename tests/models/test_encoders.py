@@ -93,7 +93,7 @@ def test_weights_of_flat_images_fit_a_vision_transformer(tmp_path):
     counts = start_from(encoder, path)
     assert counts["wanted"] - counts["matched"] == 12  # normalisations of cross attention, which is not used
     kernel = encoder.body.network.patch_embedding.patch_embeddings.weight
-    written = torch.load(path)["patch_embed.proj.weight"]
+    written = torch.load(path, weights_only=True)["patch_embed.proj.weight"]
     # An image that is the same in depth and in all colours gives what the flat one gave.
     assert torch.allclose(kernel.sum(dim=(1, 2)), written.sum(dim=1), atol=1e-4)
 
