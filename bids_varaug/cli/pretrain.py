@@ -105,8 +105,8 @@ def run(given: argparse.Namespace) -> ExitCode:
         held_out = load_subjects(label_maps[n_train:], scheme, device) or trainer.subjects
         ensemble = trainer.compare_members(ensemble, held_out)
         for member, scores in ensemble.training["comparison"]["members"].items():
-            told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            print(f"{member}: {told}", file=sys.stderr)
+            for name, value in scores.items():
+                print(f"{member}: {name} {value:.3f}", file=sys.stderr)
     print(f"Done: {given.encoder_dir} has {', '.join(m.id for m in ensemble.members)}.", file=sys.stderr)
     return ExitCode.DONE
 
