@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,8 +83,10 @@ def run_perturbed(
     write_json(asdict(request), output_dir / REQUEST)
     running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(n_procs) as pool:
-        jobs = [pool.submit(_run, request, number, output_dir, library, running) for number in range(n + 1)]
-        try:
+        jobs: list[Future[Outcome]] = []
+        try:  # an interrupt may come while jobs are still added
+            for number in range(n + 1):
+                jobs.append(pool.submit(_run, request, number, output_dir, library, running))  # noqa: PERF401
             return [job.result() for job in jobs]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
