@@ -42,13 +42,14 @@ from bids_varaug.models.encoders import (
 from bids_varaug.models.ensemble import MANIFEST, Ensemble, Member, select_members, sha256_of
 from bids_varaug.models.unet import FORMAT
 from bids_varaug.numerics import GENERATOR
+from bids_varaug.numerics.specification import DIGITS
 from bids_varaug.training.labels import LabelScheme, TrainingSubject
 from bids_varaug.training.optimiser import Optimiser
 from bids_varaug.training.recipe import FAMILIES, MemberPlan, plan_member
 from bids_varaug.training.synthesis import SynthesisSettings, SyntheticImageGenerator
 from bids_varaug.training.train import StepReport, has_bfloat16
 
-VOLUMES, CONTRAST, SEGMENTATION = OBJECTIVES = ("volumes", "contrast", "segmentation-encoder")
+VOLUMES, CONTRAST, SEGMENTATION = ("volumes", "contrast", "segmentation-encoder")
 N_CONTRAST = 64  # outputs of the head that contrasts are told by
 TEMPERATURE = 0.1
 N_SCALE, N_TESTS = 100, 100  # label maps that volumes are standardised by; images that members are compared on
@@ -208,7 +209,8 @@ class Pretrainer:
             else:
                 encoder = copy_segmenter(self.segmenters, *select_members(self.segmenters, [plan.id]))
             sha256 = save_encoder(encoder, path)
-            precision = None if plan.rounding_seed is None else 24
+            layers = torch.bfloat16 if has_bfloat16(self.generator.device) else torch.float32
+            precision = None if plan.rounding_seed is None else DIGITS[layers]  # of what is rounded most
             member = Member(plan.id, plan.family, plan.seed, precision, path.name, sha256, self.recipe.steps, FORMAT)
             ensemble = self._add(name, [member])
         return ensemble
